@@ -1,0 +1,37 @@
+# Everything here can be typed by hand; the README says how.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: help quickstart test test-slow lint tensorboard clean
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded,dev]'
+	@touch $@
+
+quickstart: $(INSTALLED)  ## install, fine-tune on film reviews, test before and after (minutes)
+	$(BIN)/python main.py fit --name $(RUN)
+	$(BIN)/python main.py test --run logs/$(RUN)
+	@echo "with:          source $(BIN)/activate"
+
+test: $(INSTALLED)  ## the whole test suite, offline
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)  ## the embedded default at full size
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+tensorboard: $(INSTALLED)  ## curves of all runs, on this machine only
+	$(BIN)/tensorboard --logdir logs --host 127.0.0.1
+
+clean:  ## remove the environment and caches of tools (runs stay)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

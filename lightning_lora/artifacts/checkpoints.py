@@ -1,0 +1,133 @@
+"""Checkpoints: written whole or not at all, and only loaded where they belong."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from lightning_lora.errors import UserError
+from lightning_lora.files import atomic_path
+
+CHECKPOINT_FORMAT = 1
+_KEY = "lightning_lora"
+
+
+@dataclass(frozen=True)
+class CheckpointIdentity:
+    """What a checkpoint of trained weights belongs to.
+
+    Args:
+        base_model: The base model's name.
+        base_fingerprint: SHA-256 of its pretrained weights.
+        label_names: Names of the classes in the order of their numbers.
+        method: How it was fine-tuned.
+    """
+
+    base_model: str
+    base_fingerprint: str
+    label_names: list[str]
+    method: str
+
+    def write_to(self, checkpoint: dict[str, Any]) -> None:
+        """Stores the identity in a checkpoint."""
+        checkpoint[_KEY] = {"format": CHECKPOINT_FORMAT, **asdict(self)}
+
+    def check(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint that belongs to something else.
+
+        Raises:
+            UserError: It is of another program, format, base model, method, or of other label names.
+        """
+        stored = checkpoint.get(_KEY)
+        if not isinstance(stored, dict):
+            raise UserError("the checkpoint was not written by lightning_lora: it does not say what it belongs to")
+        if stored["format"] != CHECKPOINT_FORMAT:
+            raise UserError(f"the checkpoint has format {stored['format']}; this version reads {CHECKPOINT_FORMAT}")
+        if stored["base_fingerprint"] != self.base_fingerprint:
+            raise UserError(
+                f"the checkpoint was trained on base model '{stored['base_model']}' with other weights than "
+                f"'{self.base_model}' has; use the base model it was trained on"
+            )
+        if stored["label_names"] != self.label_names:
+            raise UserError(
+                f"the checkpoint's labels are {stored['label_names']}, but the data's are {self.label_names}; "
+                "names and order must be the same"
+            )
+        if stored["method"] != self.method:
+            raise UserError(f"the checkpoint was trained with method '{stored['method']}', not '{self.method}'")
+
+    @staticmethod
+    def check_keys(state: Mapping[str, Tensor], expected: set[str], own: Mapping[str, Tensor]) -> None:
+        """Refuses weights that are not exactly the trained ones of this model.
+
+        Raises:
+            UserError: A trained weight is missing, there is one too many, or a shape differs.
+        """
+        missing, unexpected = sorted(expected - set(state)), sorted(set(state) - expected)
+        if missing or unexpected:
+            what = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which is not trained here"
+            raise UserError(
+                f"the checkpoint {what} ({len(missing)} missing, {len(unexpected)} unexpected); "
+                "model settings such as target_modules must be those it was trained with"
+            )
+        for name, value in state.items():
+            if value.shape != own[name].shape:
+                raise UserError(
+                    f"the checkpoint's {name} has shape {tuple(value.shape)}, the model's {tuple(own[name].shape)}; "
+                    "model settings such as adapter.rank must be those it was trained with"
+                )
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, flushes it to disk and renames it; failures are raised."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes the checkpoint; when that fails, an earlier one at this path is as it was."""
+        del storage_options
+        with atomic_path(Path(path)) as staging:
+            torch.save(checkpoint, staging)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint; tensors and plain values only, nothing in it is run.
+
+    Raises:
+        UserError: It is missing, damaged, or no checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such checkpoint") from None
+    except Exception as error:  # torch raises many kinds for a damaged file
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a readable checkpoint ({first:.150})") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path}: not a checkpoint of a trained model")
+    return checkpoint
+
+
+def load_checkpoint(module: LightningModule, path: Path) -> None:
+    """Puts the trained weights of a checkpoint into a module that was built alike.
+
+    Raises:
+        UserError: The checkpoint is damaged or does not belong to the module.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        module.on_load_checkpoint(checkpoint)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+
+
+def stored_labels(checkpoint: Mapping[str, Any], path: Path) -> Sequence[str]:
+    """The label names that a checkpoint was trained with."""
+    stored = checkpoint.get(_KEY)
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: not written by lightning_lora; it holds no label names")
+    return stored["label_names"]

@@ -1,0 +1,207 @@
+"""A run's folder and its record; the only place that reads or writes either. Imports no torch.
+
+A run folder holds ``config.yaml`` (resolved), ``checkpoints/best.ckpt`` and ``last.ckpt``, ``metrics.csv``,
+``tensorboard/``, ``splits.parquet`` (which row went where), ``predictions/`` and, written last,
+``run.json``: the record.
+"""
+
+import json
+import math
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lightning_lora import __version__
+from lightning_lora.errors import UserError
+from lightning_lora.files import write_text
+
+RECORD_FORMAT = 1
+_PACKAGES = (
+    "torch",
+    "lightning",
+    "transformers",
+    "datasets",
+    "peft",
+    "bitsandbytes",
+    "torchmetrics",
+    "jsonargparse",
+)
+_NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,99}")
+
+
+class RunFolder:
+    """One run's folder under ``logs/``.
+
+    Args:
+        path: The folder; it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, logs_dir: Path, name: str | None, stem: str) -> "RunFolder":
+        """A new folder; one that exists is never used again.
+
+        Args:
+            logs_dir: The folder of all runs.
+            name: The folder's name; taken as it is, and refused when it exists.
+            stem: Without a name the folder is called ``<stem>-<date>-<time>``, with a number where taken.
+
+        Raises:
+            UserError: The name is taken or not usable, or the folder cannot be made.
+        """
+        if name is not None and not _NAME.fullmatch(name):
+            raise UserError(f"--name: '{name}' is no folder name; use letters, digits, '.', '_' and '-' (at most 100)")
+        wanted = name or f"{re.sub(r'[^A-Za-z0-9.]+', '-', stem).strip('-.') or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+        for number in range(1000):
+            path = logs_dir / (f"{wanted}-{number}" if number else wanted)
+            try:
+                logs_dir.mkdir(parents=True, exist_ok=True)
+                path.mkdir()
+            except FileExistsError:
+                if name is not None:
+                    raise UserError(f"--name: {path} exists, and a run is never overwritten; choose another") from None
+            except OSError as error:
+                raise UserError(f"--logs_dir: cannot make {path} ({error.strerror or error})") from error
+            else:
+                return cls(path)
+        raise UserError(f"--logs_dir: {logs_dir} holds a thousand runs of this second already")
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """The folder of an earlier run.
+
+        Raises:
+            UserError: It does not exist or is none.
+        """
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"--run: {path} is no run folder (no config.yaml in it); give a folder that fit made")
+        return cls(path)
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of ``best.ckpt`` and ``last.ckpt``."""
+        return self.path / "checkpoints"
+
+    def checkpoint(self, which: str) -> Path:
+        """The checkpoint "best" or "last", or a path.
+
+        Raises:
+            UserError: It does not exist; the reason is looked up in the record.
+        """
+        path = self.checkpoints / f"{which}.ckpt" if which in ("best", "last") else Path(which)
+        if not path.is_file():
+            status = self.read().get("status", "unfinished") if self.record.is_file() else "unfinished"
+            raise UserError(
+                f"--run: {self.path} has no checkpoint {path.name} (the run's status: {status}); "
+                "an untrained model is not evaluated: run fit again"
+            )
+        return path
+
+    @property
+    def record(self) -> Path:
+        """The run record, JSON."""
+        return self.path / "run.json"
+
+    def read(self) -> dict[str, Any]:
+        """The record.
+
+        Raises:
+            UserError: It is missing or damaged.
+        """
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: no run.json: the run has not ended, or was killed") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.record}: cannot be read ({error})") from error
+        if record.get("format") != RECORD_FORMAT:
+            raise UserError(f"{self.record}: format {record.get('format')}; this version reads {RECORD_FORMAT}")
+        return record
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes the record, whole; numbers that are not finite become null, which JSON has."""
+        write_text(self.record, json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def add_evaluation(self, name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
+        """Adds what a later command measured (such as "test") to the record, and gives the whole."""
+        killed: dict[str, Any] = {"format": RECORD_FORMAT, "name": self.path.name, "status": "unfinished"}
+        record = self.read() if self.record.is_file() else killed
+        record.setdefault("evaluations", {})[name] = evaluation
+        self.write(record)
+        return record
+
+
+def new_record(command: list[str], seed: int) -> dict[str, Any]:
+    """The part of a record that is known at the start: command, seed, versions, commit, machine."""
+    return {
+        "format": RECORD_FORMAT,
+        "started": now(),
+        "command": shlex.join(command),
+        "seed": seed,
+        "versions": {"lightning_lora": __version__, "python": platform.python_version(), **versions()},
+        "code": commit(),
+        "machine": {"system": platform.platform(), "processor": processor(), "argv0": Path(sys.argv[0]).name},
+    }
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    return {name: metadata.version(name) for name in _PACKAGES}
+
+
+def commit() -> dict[str, Any]:
+    """The commit of this code and whether its tree had changes; null values outside a git checkout."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    if git("ls-files", "--error-unmatch", str(Path(__file__))) is None:
+        return {"commit": None, "dirty": None}  # a copy that another repository happens to contain
+    changes = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,81 @@
+"""The command table and the border where errors become one line.
+
+A command is one entry here and one module in ``commands/``. Nothing heavy is imported before a command is
+chosen.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+
+from lightning_lora import __version__
+from lightning_lora.errors import UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word after ``main.py``.
+
+    Args:
+        summary: One line for the help page.
+        target: ``module:function``; the function takes the remaining words.
+    """
+
+    summary: str
+    target: str
+
+
+COMMANDS: dict[str, Command] = {
+    "fit": Command("train; without --config the embedded default", "lightning_lora.commands.fit:run"),
+    "validate": Command("metrics of a run on its validation rows", "lightning_lora.commands.evaluate:validate"),
+    "test": Command("metrics before and after, on the test rows", "lightning_lora.commands.evaluate:test"),
+    "predict": Command("labels and probabilities for your own texts", "lightning_lora.commands.predict:run"),
+}
+
+USAGE = "usage: python main.py COMMAND [OPTIONS]"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and gives the exit status: 0, 2 for a wrong input, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in words or bool(os.environ.get("LIGHTNING_LORA_TRACEBACK"))
+    words = [word for word in words if word != "--traceback"]
+    if not words or words[0] in ("-h", "--help"):
+        print(help_page())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"lightning_lora {__version__}")
+        return 0
+    try:
+        if words[0] not in COMMANDS:
+            raise UserError(f"no command '{words[0]}'; there are {', '.join(COMMANDS)}")
+        module, _, function = COMMANDS[words[0]].target.partition(":")
+        return getattr(importlib.import_module(module), function)(words[1:]) or 0
+    except UserError as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def help_page() -> str:
+    """What ``main.py --help`` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            USAGE,
+            "",
+            "Fine-tune text classifiers with LoRA on PyTorch Lightning.",
+            "",
+            *lines,
+            "",
+            "Each command has its own --help; --print_config shows every setting with its value.",
+            "Errors are one line; --traceback (or LIGHTNING_LORA_TRACEBACK=1) shows where they come from.",
+        ]
+    )

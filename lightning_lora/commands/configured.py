@@ -1,0 +1,232 @@
+"""LightningCLI with this project's links, defaults and run folder; shared by all commands that train or evaluate."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from lightning_lora.artifacts.checkpoints import AtomicCheckpointIO
+from lightning_lora.artifacts.runs import RunFolder
+from lightning_lora.commands.console import Progress, quiet_libraries
+from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.errors import UserError
+from lightning_lora.evaluation.costs import CostMeter
+from lightning_lora.evaluation.predictions import PredictionCollector
+from lightning_lora.training.module import TextClassifier
+from lightning_lora.training.precision import auto_precision
+from lightning_lora.training.tensorboard import TensorBoardPages
+
+DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "default.yaml"
+#: The best checkpoint is chosen by this metric, on validation rows.
+MONITOR = "val/f1_macro"
+DEFAULT_SEED = 42
+
+#: Where this project's defaults differ from Lightning's.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 1,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+#: Options that belong to one command and not to what is trained; they are left out of ``config.yaml``.
+COMMAND_KEYS = frozenset(
+    "config name logs_dir run checkpoint before texts input text_column output format".split()  # noqa: SIM905
+)
+
+
+class ConfiguredRun(LightningCLI):
+    """One parsed command line; ``build`` makes the objects, once there is a run folder for them.
+
+    Args:
+        command: "fit", "validate", "test" or "predict".
+        words: What stands after the command.
+    """
+
+    def __init__(self, command: str, words: list[str]) -> None:
+        quiet_libraries()
+        self.command = command
+        self.collector = PredictionCollector()
+        self.costs = CostMeter()
+        super().__init__(
+            TextClassifier,
+            TextDataModule,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_kwargs={"prog": f"main.py {command}", "exit_on_error": False},
+            args=words,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the seed and the command's own options."""
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=DEFAULT_SEED,
+            help="Seed of head, adapter, order and dropout.",
+        )
+        COMMAND_OPTIONS[self.command](parser)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Links what is typed once."""
+        parser.link_arguments("model.base_model", "data.base_model")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("data.label_names", "model.label_names", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses; a fault is one line."""
+        try:
+            self.config = parser.parse_args(with_base_config(self.command, args))
+        except (jsonargparse.ArgumentError, TypeError) as error:
+            raise UserError(one_line(str(error))) from error
+        trainer = self.config.trainer
+        if trainer.precision is None:
+            trainer.precision = auto_precision(str(trainer.accelerator))
+
+    def _set_seed(self) -> None:
+        seed_everything(self.config.seed_everything, workers=True, verbose=False)
+
+    def instantiate_classes(self) -> None:
+        """Nothing yet: see ``build``."""
+
+    def build(self, folder: RunFolder) -> None:
+        """Makes the data module, the model and the trainer; the trainer writes into the folder."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self.config_init.data
+        self.model = self.config_init.model
+        self.trainer = self.make_trainer(folder)
+
+    def make_trainer(self, folder: RunFolder | None) -> Trainer:
+        """The trainer of the config; without a folder it logs and saves nothing."""
+        config = dict((self.config_init if hasattr(self, "config_init") else self.config).trainer)
+        own: list[Callback] = [self.collector, self.costs]
+        if config["enable_progress_bar"] is not False:
+            own.append(Progress())
+        checkpointing = folder is not None and self.command == "fit" and config["enable_checkpointing"] is not False
+        if folder is None:
+            config["logger"] = False
+        elif config["logger"] in (None, True):
+            config["logger"] = self._loggers(folder)
+        if config["logger"] and folder is not None:
+            own.append(TensorBoardPages(self.collector, flat(self.settings())))
+            if self.command == "fit":
+                own.append(LearningRateMonitor(logging_interval="step"))
+        if checkpointing and folder is not None:
+            own += checkpoint_callbacks(folder)
+        extra = config["callbacks"] or []
+        config["callbacks"] = own + (extra if isinstance(extra, list) else [extra])
+        config["enable_checkpointing"] = checkpointing
+        plugins = config["plugins"] or []
+        config["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
+        if folder is not None:
+            config["default_root_dir"] = str(folder.path)
+        return Trainer(**config)
+
+    def settings(self) -> dict[str, Any]:
+        """The resolved settings as plain values, without the command's own options and without linked copies."""
+        text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
+        return {k: v for k, v in yaml.safe_load(text).items() if k not in COMMAND_KEYS}
+
+    def _loggers(self, folder: RunFolder) -> list[Logger]:
+        loggers: list[Logger] = [
+            TensorBoardLogger(folder.path, name="", version="tensorboard", default_hp_metric=False)
+        ]
+        if self.command == "fit":
+            loggers.append(CSVLogger(folder.path, name="", version=""))
+        return loggers
+
+
+def checkpoint_callbacks(folder: RunFolder) -> list[Callback]:
+    """The best weights on validation, and the last state from which training can go on."""
+    common: dict[str, Any] = {"dirpath": folder.checkpoints, "save_top_k": 1, "enable_version_counter": False}
+    return [
+        ModelCheckpoint(filename="best", monitor=MONITOR, mode="max", save_weights_only=True, **common),
+        ModelCheckpoint(filename="last", monitor=None, **common),
+    ]
+
+
+def with_base_config(command: str, words: list[str]) -> list[str]:
+    """The words with the config in front that they change: the run's own, or for fit the embedded default."""
+    if command == "fit":
+        given = any(word in ("-c", "--config") or word.startswith("--config=") for word in words)
+        return words if given else ["--config", str(DEFAULT_CONFIG), *words]
+    if {"-h", "--help"} & set(words):
+        return words
+    run = option_value(words, "--run")
+    if run is None:
+        raise UserError(
+            f"{command} needs a trained run: --run logs/NAME (a folder that fit made); "
+            "an untrained model is not evaluated"
+        )
+    return ["--config", str(RunFolder.open(Path(run)).config), *words]
+
+
+def option_value(words: list[str], option: str) -> str | None:
+    """The last value of an option in the words, as ``--option value`` or ``--option=value``."""
+    value = None
+    for i, word in enumerate(words):
+        if word == option and i + 1 < len(words):
+            value = words[i + 1]
+        elif word.startswith(f"{option}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def one_line(message: str) -> str:
+    """A parser's message on one line, without its hints about the parser itself."""
+    return re.sub(r"\s+", " ", message).strip()
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``{"model.adapter.rank": 8}``; lists as text."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            result[prefix + key] = value if isinstance(value, str | int | float | bool) else str(value)
+    return result
+
+
+def _fit_options(parser: LightningArgumentParser) -> None:
+    parser.add_argument("--name", type=str | None, default=None, help="Name of the run folder; it must be new.")
+    parser.add_argument("--logs_dir", type=str, default="logs", help="The folder of all runs.")
+
+
+def _run_options(parser: LightningArgumentParser) -> None:
+    parser.add_argument("--run", type=str, help="The run folder, such as logs/NAME.")
+    parser.add_argument("--checkpoint", type=str, default="best", help="'best', 'last', or a checkpoint file.")
+
+
+def _test_options(parser: LightningArgumentParser) -> None:
+    _run_options(parser)
+    parser.add_argument("--before", type=bool, default=True, help="Also test the model as it was before training.")
+
+
+def _predict_options(parser: LightningArgumentParser) -> None:
+    _run_options(parser)
+    parser.add_argument("texts", nargs="*", type=str, help="Texts to classify.")
+    source = "A .txt, .csv, .tsv, .jsonl or .parquet file, or - for standard input (a text a line)."
+    parser.add_argument("--input", type=str | None, default=None, help=source)
+    parser.add_argument("--text_column", type=str | None, default=None, help="The text column of --input.")
+    parser.add_argument("--output", type=str | None, default=None, help="A .csv, .jsonl or .parquet file to write.")
+    shown = "What to print without --output: table, csv or jsonl."
+    parser.add_argument("--format", type=str, default="table", help=shown)
+
+
+COMMAND_OPTIONS = {
+    "fit": _fit_options,
+    "validate": _run_options,
+    "test": _test_options,
+    "predict": _predict_options,
+}

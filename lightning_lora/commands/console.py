@@ -1,0 +1,42 @@
+"""What the console shows: a progress bar with time left, and only messages that a person can act on."""
+
+import logging
+import warnings
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+
+#: Messages of libraries about themselves, each expected here; everything else is still shown.
+_EXPECTED = (
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*`is_gradient_checkpointing` is deprecated.*",
+    r".*Experiment logs directory .* exists and is not empty.*",  # the run folder, made a moment before
+    r".*does not have many workers.*",  # batches are cut from arrays in memory: see data/datamodule.py
+    r".*LightningCLI's args parameter is intended.*",
+    r".*You are using a custom batch sampler.*",  # it gives every row once: see data/batching.py
+    r".*The number of training batches .* is smaller than the logging interval.*",
+)
+
+
+def quiet_libraries() -> None:
+    """Holds back what libraries say about themselves."""
+    for message in _EXPECTED:
+        warnings.filterwarnings("ignore", message=message)
+    # Device, precision and sizes are printed by the commands themselves, on lines of their own.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+class Progress(RichProgressBar):
+    """Rich progress bars with time left, on standard error: standard output is for results."""
+
+    def __init__(self) -> None:
+        super().__init__(console_kwargs={"stderr": True})
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """The metrics beside the bar; a version number would say nothing here."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics

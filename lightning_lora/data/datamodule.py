@@ -1,0 +1,192 @@
+"""The LightningDataModule: any source of labelled texts as batches of token ids."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
+from lightning_lora.data.prepare import Prepared, Rows, SourceOptions, prepare
+from lightning_lora.data.tokens import InputFormat, cached_tokens, load_tokenizer
+from lightning_lora.errors import UserError
+from lightning_lora.locations import resolve
+
+
+class TextDataModule(LightningDataModule):
+    """Train, validation and test batches of a text classification source.
+
+    Args:
+        source: A known data set (ag_news, imdb, imdb_packaged), a local CSV, TSV, JSON Lines or Parquet
+            file, a folder with a file a split, a Hub id, ``package:NAME/path``, or one local file a split as
+            ``{train: a.csv, test: b.csv}``.
+        base_model: The base model whose tokenizer is used; linked to ``model.base_model``.
+        text_column: The column with the text ("text" unless the data set is known); several are joined by
+            a space.
+        label_column: The column with the label ("label" unless the data set is known).
+        label_names: Names of the classes in the order of their numbers; by default those of the data.
+        max_length: Tokens of a text that the model sees, special tokens included; the rest is cut.
+        padding: Pad a batch to its "longest" text, or to "max_length".
+        batch_size: Texts a training batch.
+        eval_batch_size: Texts a batch in validation, test and prediction.
+        val_size: Rows (or fraction) of train carved for validation, 0.1 by default; only where the source
+            has no validation split of its own.
+        test_size: Rows (or fraction) carved for testing before anything else, 0.2 by default; only where
+            the source has no test split of its own.
+        train_rows: Train on a stratified subsample of so many rows (or fraction).
+        test_rows: Test on a stratified subsample of so many rows (or fraction).
+        bad_rows: What to do with rows without text or label: stop with an "error", or "drop" and count.
+        split_seed: Seed of carving and subsampling; kept apart from the run's seed, so that runs with other
+            seeds are tested on the same rows.
+        seed: Seed of the training order; linked to ``seed_everything``.
+        cache_dir: Where tokens are kept (default: ``~/.cache/lightning_lora``).
+    """
+
+    def __init__(
+        self,
+        source: str | dict[str, str],
+        base_model: str,
+        text_column: str | list[str] | None = None,
+        label_column: str | None = None,
+        label_names: list[str] | None = None,
+        max_length: int = 256,
+        padding: Literal["longest", "max_length"] = "longest",
+        batch_size: int = 16,
+        eval_batch_size: int = 32,
+        val_size: int | float | None = None,
+        test_size: int | float | None = None,
+        train_rows: int | float | None = None,
+        test_rows: int | float | None = None,
+        bad_rows: Literal["error", "drop"] = "error",
+        split_seed: int = 0,
+        seed: int = 42,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        for key, value in (
+            ("max_length", max_length),
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+        ):
+            if value < 1:
+                raise UserError(f"data.{key}: a number of at least 1 is needed, got {value}")
+        self.options = SourceOptions(
+            source=source,
+            text_column=text_column,
+            label_column=label_column,
+            label_names=label_names,
+            bad_rows=bad_rows,
+            test_size=test_size,
+            val_size=val_size,
+            train_rows=train_rows,
+            test_rows=test_rows,
+            split_seed=split_seed,
+        )
+        self.base_model = base_model
+        self.max_length = max_length
+        self.padding = padding
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self._prepared: Prepared | None = None
+        self._datasets: dict[str, TokenDataset] = {}
+        self._token_report: dict[str, Any] = {}
+
+    @property
+    def prepared(self) -> Prepared:
+        """The splits, read once."""
+        if self._prepared is None:
+            self._prepared = prepare(self.options)
+        return self._prepared
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes in the order of their numbers; reading them reads the data."""
+        return self.prepared.label_names
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training rows of each class."""
+        return np.bincount(self.prepared.splits["train"].labels, minlength=len(self.label_names)).tolist()
+
+    def rows(self, split: str) -> Rows:
+        """The texts and labels of a split ("train", "val" or "test"), in the order of ``batch["rows"]``."""
+        return self.prepared.splits[split]
+
+    def setup(self, stage: str) -> None:
+        """Tokenizes the splits that the stage needs, or takes them from the cache."""
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
+        splits = [split for split in wanted if split not in self._datasets]
+        if not splits:
+            return
+        tokenizer = load_tokenizer(resolve(self.base_model, "model.base_model").target, "model.base_model")
+        frame = InputFormat.of(tokenizer, self.max_length)
+        for split in splits:
+            rows = self.rows(split)
+            with tokenizing_progress(split, len(rows)) as advance:
+                tokens, cached = cached_tokens(rows.texts, tokenizer, self.cache_dir, advance)
+            self._datasets[split] = TokenDataset(tokens, frame, rows.labels, self.padding == "max_length")
+            self._token_report[split] = {
+                "tokens": int(self._datasets[split].lengths.sum()),
+                "truncated_share": float((tokens.lengths > frame.room).mean()),
+                "from_cache": cached,
+            }
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of similar length in an order that the seed and the epoch fix."""
+        return self._loader("train", self.batch_size, self.seed)
+
+    def val_dataloader(self) -> DataLoader:
+        """Every validation row once, longest first."""
+        return self._loader("val", self.eval_batch_size, None)
+
+    def test_dataloader(self) -> DataLoader:
+        """Every test row once, longest first."""
+        return self._loader("test", self.eval_batch_size, None)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for the run record: source, sizes, fingerprints, what was taken out, truncation."""
+        source = self.options.source
+        described = {
+            "source": source if isinstance(source, str) else dict(source),
+            **self.prepared.describe(),
+        }
+        for split, report in self._token_report.items():
+            described["splits"][split].update(report)
+        return {**described, "max_length": self.max_length}
+
+    def _loader(self, split: str, batch_size: int, seed: int | None) -> DataLoader:
+        dataset = self._datasets[split]
+        sampler = LengthBatchSampler(dataset.lengths, batch_size, seed)
+        return make_loader(dataset, sampler)
+
+
+def make_loader(dataset: TokenDataset, sampler: LengthBatchSampler) -> DataLoader:
+    """A loader in this process: making a batch from flat arrays costs less than a worker's hand-over."""
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def default_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/lightning_lora``, or ``~/.cache/lightning_lora``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_lora"
+
+
+@contextmanager
+def tokenizing_progress(split: str, total: int) -> Iterator[Any]:
+    """A progress bar with the time left; gives the function that moves it on by n texts."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"Tokenizing {split}", total=total)
+        yield lambda n: progress.advance(task, n)

@@ -1,0 +1,271 @@
+"""Rows as they stand in a source: local CSV, TSV, JSON Lines and Parquet files, or a Hub data set.
+
+Files are read strictly and by their row: a fault is reported with file, line and column, where generic
+loaders guess a type, turn text such as ``NA`` into a missing value, or fail without a place.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_lora.errors import UserError
+from lightning_lora.locations import Location, resolve
+
+SPLITS = ("train", "val", "test")
+_SPLIT_NAMES = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val"}
+_SPLIT_NAMES |= {"dev": "val", "test": "test"}
+_SPLIT_FILE = re.compile(rf"({'|'.join(_SPLIT_NAMES)})([-_.].*)?", re.IGNORECASE)
+
+
+@dataclass
+class Table:
+    """Chosen columns of one file or split, with the place of each row.
+
+    Args:
+        origin: The file or the Hub id and split, for messages.
+        columns: Equally long lists by column name, values as they stand in the source.
+        rows: 1-based number of each row as a person would look it up.
+        unit: What ``rows`` counts: "line" of a text file, or "row" of a table.
+        label_names: Class names that the source itself declares for its label column, if any.
+    """
+
+    origin: str
+    columns: dict[str, list[Any]]
+    rows: Sequence[int]
+    unit: str = "row"
+    label_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, index: int, column: str) -> str:
+        """The place of a cell in words: file, line or row, column."""
+        return f"{self.origin}, {self.unit} {self.rows[index]}, column '{column}'"
+
+    def select(self, keep: Sequence[int]) -> "Table":
+        """The rows at the given positions, in that order."""
+        columns = {name: [values[i] for i in keep] for name, values in self.columns.items()}
+        return Table(self.origin, columns, [self.rows[i] for i in keep], self.unit, self.label_names)
+
+
+def read_source(
+    source: str | Mapping[str, str], columns: Sequence[str], label_column: str | None
+) -> dict[str, list[Table]]:
+    """The tables of each split ("train", "val", "test") that the source has.
+
+    Args:
+        source: A location (file, folder, package resource, Hub id), or a mapping from split to location.
+        columns: The columns to read; all must exist.
+        label_column: The one of them that holds labels (its declared class names are kept).
+
+    Raises:
+        UserError: The source cannot be found or read, or lacks a column.
+    """
+    if not isinstance(source, str):
+        files: dict[str, list[Path]] = {}
+        for split, name in source.items():
+            if split.lower() not in _SPLIT_NAMES:
+                raise UserError(f"data.source: '{split}' is no split; use train, val and test")
+            location = resolve(name, f"data.source.{split}")
+            if location.path is None or not location.path.is_file():
+                raise UserError(f"data.source.{split}: '{name}' is no file; a split is given by one local file")
+            files[_SPLIT_NAMES[split.lower()]] = [location.path]
+    else:
+        location = resolve(source, "data.source")
+        if location.path is None:
+            return _read_hub(location, columns, label_column)
+        files = _split_files(location.path) if location.path.is_dir() else {"train": [location.path]}
+    if "train" not in files:
+        raise UserError(f"data.source: {source} has no train split (found: {', '.join(files)})")
+    return {split: [read_file(p, columns, label_column) for p in paths] for split, paths in files.items()}
+
+
+def read_file(path: Path, columns: Sequence[str], label_column: str | None = None) -> Table:
+    """The chosen columns of one local file, its format taken from its ending."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: unknown ending '{path.suffix}'; readable are {', '.join(READERS)}")
+    try:
+        table = reader(path, columns, label_column)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not len(table):
+        raise UserError(f"{path}: holds no rows")
+    return table
+
+
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    data_files = sorted(p for p in folder.iterdir() if p.suffix.lower() in READERS)
+    if not data_files and (folder / "data").is_dir():
+        return _split_files(folder / "data")
+    found: dict[str, list[Path]] = {}
+    for path in data_files:
+        if match := _SPLIT_FILE.fullmatch(path.stem):
+            found.setdefault(_SPLIT_NAMES[match.group(1).lower()], []).append(path)
+    if not found and len(data_files) == 1:
+        return {"train": data_files}
+    if not found:
+        names = ", ".join(p.name for p in sorted(folder.iterdir())[:8]) or "nothing"
+        raise UserError(
+            f"data.source: folder {folder} has no file named after a split, such as train.csv or "
+            f"test.parquet (it holds {names}); rename them or give data.source.train and data.source.test"
+        )
+    for split, paths in found.items():
+        if len({p.suffix.lower() for p in paths}) > 1:
+            raise UserError(
+                f"data.source: split '{split}' of {folder} stands in files of several formats "
+                f"({', '.join(p.name for p in paths)}); keep one"
+            )
+    return found
+
+
+def _require_columns(have: Sequence[str], wanted: Sequence[str], origin: object) -> None:
+    if len(set(have)) != len(have):
+        twice = next(name for name in have if list(have).count(name) > 1)
+        raise UserError(f"{origin}: column '{twice}' stands there twice; rename one")
+    for column in wanted:
+        if column not in have:
+            hint = ""
+            if len(have) == 1 and (";" in have[0] or "\t" in have[0]):
+                hint = " (it seems to be separated by semicolons or tabs: save it with commas, or as .tsv)"
+            raise UserError(
+                f"{origin}: no column '{column}'; it has: {', '.join(map(str, have))}{hint}. "
+                "Set data.text_column and data.label_column"
+            )
+
+
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 text; "
+            "save the file as UTF-8 (for example: iconv -f latin1 -t utf-8 FILE)"
+        ) from None
+
+
+def _read_delimited(path: Path, columns: Sequence[str], label_column: str | None) -> Table:
+    del label_column  # a text file declares no class names
+    csv.field_size_limit(2**31 - 1)
+    separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=separator, strict=True)
+    values: dict[str, list[Any]] = {name: [] for name in columns}
+    lines: list[int] = []
+    start = 1
+    try:
+        header = next(reader, [])
+        _require_columns(header, columns, path)
+        places = [(values[name], header.index(name)) for name in columns]
+        start = reader.line_num + 1
+        for record in reader:
+            if record:
+                if len(record) != len(header):
+                    raise UserError(
+                        f"{path}, line {start}: {len(record)} fields, but the header has {len(header)} "
+                        f"({separator.join(header)}); put a text that holds '{separator}' in double quotes"
+                    )
+                for column, place in places:
+                    column.append(record[place])
+                lines.append(start)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        fault = "a double quote is opened and never closed" if "unexpected end" in str(error) else str(error)
+        raise UserError(f"{path}, line {start}: {fault}; write a double quote inside a quoted text twice") from None
+    return Table(str(path), values, lines, "line")
+
+
+def _read_json(path: Path, columns: Sequence[str], label_column: str | None) -> Table:
+    del label_column
+    text = _read_text(path)
+    unit, records = "line", []
+    if text.lstrip().startswith("["):
+        unit = "record"
+        try:
+            records = list(enumerate(json.loads(text), start=1))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    else:
+        # Only \n ends a line of JSON Lines; splitlines() would also cut at U+2028 inside a text.
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                try:
+                    records.append((number, json.loads(line)))
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}, line {number}: not a JSON object ({error.msg})") from None
+    values: dict[str, list[Any]] = {name: [] for name in columns}
+    for number, record in records:
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, {unit} {number}: a JSON object with fields is needed, got {record!r:.60}")
+        _require_columns(list(record), columns, f"{path}, {unit} {number}")
+        for name in columns:
+            values[name].append(record[name])
+    return Table(str(path), values, [number for number, _ in records], unit)
+
+
+def _read_parquet(path: Path, columns: Sequence[str], label_column: str | None) -> Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+        _require_columns(file.schema_arrow.names, columns, path)
+        table = file.read(columns=list(columns))
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)})") from None
+    values = {name: table.column(name).to_pylist() for name in columns}
+    names = _declared_names(file.schema_arrow, label_column)
+    return Table(str(path), values, range(1, table.num_rows + 1), "row", names)
+
+
+def _declared_names(schema: Any, label_column: str | None) -> list[str] | None:
+    """Class names in the Parquet metadata that ``datasets`` writes, if they are there."""
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    feature = features.get(label_column) or {}
+    return feature.get("names") if feature.get("_type") == "ClassLabel" else None
+
+
+def _read_hub(location: Location, columns: Sequence[str], label_column: str | None) -> dict[str, list[Table]]:
+    import datasets
+
+    name, _, config = location.name.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, config or None)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"data.source: cannot load '{location.name}' from the Hub ({_first_line(error)}); check the name "
+            "and the network, or give a local file or folder (HF_HUB_OFFLINE=1 uses only what is cached)"
+        ) from error
+    found: dict[str, list[Table]] = {}
+    for split, rows in loaded.items():
+        if str(split) in _SPLIT_NAMES:
+            origin = f"{location.name} ({split})"
+            _require_columns(rows.column_names, columns, origin)
+            feature = rows.features.get(label_column) if label_column else None
+            names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+            values = {column: list(rows[column]) for column in columns}
+            found[_SPLIT_NAMES[str(split)]] = [Table(origin, values, range(1, len(rows) + 1), "row", names)]
+    if "train" not in found:
+        raise UserError(f"data.source: {location.name} has no train split (it has {', '.join(map(str, loaded))})")
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+#: A file format is one entry: ending -> reader(path, columns, label_column).
+READERS: dict[str, Callable[[Path, Sequence[str], str | None], Table]] = {
+    ".csv": _read_delimited,
+    ".tsv": _read_delimited,
+    ".jsonl": _read_json,
+    ".ndjson": _read_json,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+}

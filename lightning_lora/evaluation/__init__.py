@@ -1,0 +1,1 @@
+"""How good (metrics), at what cost (costs), and on which rows (predictions)."""

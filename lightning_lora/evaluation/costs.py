@@ -1,0 +1,79 @@
+"""What a run costs: time, tokens, memory, parameters."""
+
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import nn
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Trainable parameters, and all that the model is made of.
+
+    PEFT keeps an untouched copy of each module that it saves whole (the head); these copies are not part
+    of the model and not counted.
+    """
+    counted = {n: p for n, p in model.named_parameters() if ".original_module." not in n}
+    return {
+        "trainable_params": sum(p.numel() for p in counted.values() if p.requires_grad),
+        "total_params": sum(p.numel() for p in counted.values()),
+    }
+
+
+def peak_memory_mb() -> dict[str, float]:
+    """The process's peak resident memory so far, and the peak of each CUDA device in use, in MiB."""
+    peaks: dict[str, float] = {}
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        pass
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peaks["peak_memory_mb"] = peak / (2**20 if sys.platform == "darwin" else 2**10)
+    if torch.cuda.is_initialized():
+        peaks["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return peaks
+
+
+class CostMeter(Callback):
+    """Counts seconds and tokens of training apart from validation, without asking the device."""
+
+    def __init__(self) -> None:
+        self.train_s = 0.0
+        self.train_tokens = 0
+        self.train_rows = 0
+        self._mark = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._mark = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts what the batch held."""
+        self.train_tokens += batch["num_tokens"]
+        self.train_rows += len(batch["rows"])
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock while validating."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.train_s += time.perf_counter() - self._mark
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes on."""
+        self._mark = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock."""
+        self.train_s += time.perf_counter() - self._mark
+
+    def costs(self) -> dict[str, float]:
+        """Seconds of training, tokens (padding not counted) and rows, and their rates."""
+        costs = {"train_s": self.train_s, "train_tokens": self.train_tokens, "train_rows": self.train_rows}
+        if self.train_s > 0:
+            costs["train_tokens_per_s"] = self.train_tokens / self.train_s
+            costs["train_rows_per_s"] = self.train_rows / self.train_s
+        return costs

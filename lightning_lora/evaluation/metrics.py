@@ -1,0 +1,63 @@
+"""The metrics, all of torchmetrics. A new metric is one entry in ``METRICS``."""
+
+import re
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
+
+#: Metric by name, as a function of the number of classes. The average is part of the name.
+#: "_per_class" gives one value for each label, logged as "<metric>/<label>".
+METRICS: dict[str, Callable[[int], Metric]] = {
+    "accuracy": lambda c: MulticlassAccuracy(c, average="micro"),
+    "f1_macro": lambda c: MulticlassF1Score(c, average="macro"),
+    "precision_macro": lambda c: MulticlassPrecision(c, average="macro"),
+    "recall_macro": lambda c: MulticlassRecall(c, average="macro"),
+    "f1_per_class": lambda c: MulticlassF1Score(c, average="none"),
+    "precision_per_class": lambda c: MulticlassPrecision(c, average="none"),
+    "recall_per_class": lambda c: MulticlassRecall(c, average="none"),
+}
+#: Metrics that only two classes have, taken of class 1 (the convention of scikit-learn's pos_label).
+BINARY = ("f1", "precision", "recall")
+PER_CLASS = "_per_class"
+
+
+def make_metrics(num_classes: int) -> MetricCollection:
+    """All metrics as one collection that counts each batch once; takes logits (B, C) and labels (B,)."""
+    metrics = {name: make(num_classes) for name, make in METRICS.items()}
+    return MetricCollection(metrics, compute_groups=True)  # type: ignore[arg-type]
+
+
+def metric_values(computed: dict[str, Tensor], label_names: Sequence[str]) -> dict[str, float]:
+    """Named numbers from what ``make_metrics(...).compute()`` gives.
+
+    For labels (neg, pos): ``accuracy``, ``f1_macro``, ..., ``f1/neg``, ``f1/pos``, ... and, with two
+    classes, ``f1_binary``, ``precision_binary``, ``recall_binary`` of the second.
+    """
+    values: dict[str, float] = {}
+    tags = label_tags(label_names)
+    for name, value in computed.items():
+        if not name.endswith(PER_CLASS):
+            values[name] = value.item()
+            continue
+        kind = name.removesuffix(PER_CLASS)
+        per_class = value.tolist()
+        values |= {f"{kind}/{tag}": number for tag, number in zip(tags, per_class, strict=True)}
+        if len(per_class) == 2 and kind in BINARY:
+            values[f"{kind}_binary"] = per_class[1]
+    return values
+
+
+def label_tags(label_names: Sequence[str]) -> list[str]:
+    """Label names as parts of a metric's name: other signs become "_", and no two are the same."""
+    tags: list[str] = []
+    for i, label in enumerate(label_names):
+        tag = re.sub(r"[^\w\-]+", "_", label).strip("_") or f"class_{i}"
+        tags.append(f"{tag}_{i}" if tag in tags else tag)
+    return tags

@@ -1,0 +1,127 @@
+"""Logits of every evaluated row, in the order of the rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from lightning_lora.files import atomic_path
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model said of some rows.
+
+    Args:
+        logits: float32, shape (rows, C).
+        labels: True class numbers, shape (rows,), or None when unknown.
+        label_names: Names of the C classes.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray | None
+    label_names: Sequence[str]
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Softmax of the logits, float64, shape (rows, C)."""
+        shifted = self.logits.astype(np.float64) - self.logits.max(axis=1, keepdims=True)
+        exponent = np.exp(shifted)
+        return exponent / exponent.sum(axis=1, keepdims=True)
+
+    @property
+    def classes(self) -> np.ndarray:
+        """The class number with the largest logit, shape (rows,)."""
+        return self.logits.argmax(axis=1)
+
+    def columns(self) -> dict[str, Any]:
+        """Columns for a table: label (if known), prediction, probability of the prediction and of each class."""
+        probabilities, classes = self.probabilities, self.classes
+        columns: dict[str, Any] = {}
+        if self.labels is not None:
+            columns["label"] = [self.label_names[i] for i in self.labels]
+        columns["prediction"] = [self.label_names[i] for i in classes]
+        columns["probability"] = probabilities[np.arange(len(classes)), classes]
+        for i, name in enumerate(self.label_names):
+            columns[f"p({name})"] = probabilities[:, i]
+        return columns
+
+    def write_parquet(self, path: Path, **extra: Any) -> None:
+        """Writes the columns, any extra ones first, and the logits, whole or not at all."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = {**extra, **self.columns()}
+        columns |= {f"logit({name})": self.logits[:, i] for i, name in enumerate(self.label_names)}
+        with atomic_path(path) as staging:
+            pq.write_table(pa.table(columns), staging)
+
+
+def in_row_order(batches: Sequence[dict[str, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Logits and labels of all batches, sorted by each batch's ``rows``."""
+    order = np.argsort(torch.cat([batch["rows"] for batch in batches]).numpy(), kind="stable")
+    logits = torch.cat([batch["logits"] for batch in batches]).float().numpy()[order]
+    if "labels" not in batches[0]:
+        return logits, None
+    return logits, torch.cat([batch["labels"] for batch in batches]).numpy()[order]
+
+
+class PredictionCollector(Callback):
+    """Keeps the logits of the last validation and test pass."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, Predictions] = {}
+        self._batches: list[dict[str, torch.Tensor]] = []
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets the pass before."""
+        self._batches = []
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets the pass before."""
+        self._batches = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        *args: Any,
+    ) -> None:
+        """Takes the batch's logits to the CPU."""
+        self._take(outputs, batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        *args: Any,
+    ) -> None:
+        """Takes the batch's logits to the CPU."""
+        self._take(outputs, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the rows in order."""
+        self._finish("val", pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the rows in order."""
+        self._finish("test", pl_module)
+
+    def _take(self, outputs: Any, batch: Any) -> None:
+        values = {"logits": outputs["logits"], "rows": batch["rows"], "labels": batch["labels"]}
+        self._batches.append({name: value.detach().cpu() for name, value in values.items()})
+
+    def _finish(self, split: str, module: Any) -> None:
+        logits, labels = in_row_order(self._batches)
+        self.last[split] = Predictions(logits, labels, module.label_names)
+        self._batches = []

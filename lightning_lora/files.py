@@ -1,0 +1,36 @@
+"""Files that are either there whole or not there at all."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path to write to; when the block ends well the file is flushed to disk and takes ``path``'s place.
+
+    It is staged in the same folder, so that the last step is a rename within one filesystem. When the
+    block fails, what stood at ``path`` before still stands there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=path.suffix)
+    os.close(handle)
+    staging = Path(name)
+    try:
+        yield staging
+        with staging.open("rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        staging.chmod(0o666 & ~umask)  # mkstemp makes files for their owner only
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole text file."""
+    with atomic_path(path) as staging:
+        staging.write_text(text, encoding="utf-8")

@@ -1,0 +1,58 @@
+"""What differs between encoder architectures. A new one is one entry in ``ARCHITECTURES``.
+
+Module names are those of the ``...ForSequenceClassification`` classes of transformers 5.23.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Names of modules in one architecture.
+
+    Args:
+        head: Modules of the classification head: always trained and saved.
+        pooler: Modules between encoder and head that some checkpoints hold and others lack: trained and
+            saved when newly initialised, else left as pretrained.
+        query_value: Linear layers that project queries and values, as endings of module names.
+        attention: All linear layers of the attention.
+    """
+
+    head: tuple[str, ...]
+    pooler: tuple[str, ...] = ()
+    query_value: tuple[str, ...] = ("query", "value")
+    attention: tuple[str, ...] = ("query", "key", "value", "attention.output.dense")
+
+
+_BERT = Architecture(head=("classifier",), pooler=("bert.pooler",))
+_ROBERTA = Architecture(head=("classifier",))
+
+#: By ``model_type`` of the base model's config. MiniLM checkpoints are of type bert, roberta or xlm-roberta.
+ARCHITECTURES: dict[str, Architecture] = {
+    "bert": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "electra": Architecture(head=("classifier",)),
+    "distilbert": Architecture(
+        head=("pre_classifier", "classifier"),
+        query_value=("q_lin", "v_lin"),
+        attention=("q_lin", "k_lin", "v_lin", "out_lin"),
+    ),
+    "deberta-v2": Architecture(
+        head=("pooler", "classifier"),
+        query_value=("query_proj", "value_proj"),
+        attention=("query_proj", "key_proj", "value_proj", "attention.output.dense"),
+    ),
+    "modernbert": Architecture(
+        head=("classifier",),
+        pooler=("head",),
+        query_value=("Wqkv",),
+        attention=("Wqkv", "attn.Wo"),
+    ),
+    "albert": Architecture(
+        head=("classifier",),
+        pooler=("albert.pooler",),
+        attention=("query", "key", "value", "attention.dense"),
+    ),
+}

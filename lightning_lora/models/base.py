@@ -1,0 +1,175 @@
+"""A Hugging Face encoder with a classification head, loaded and checked."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_lora.errors import UserError
+from lightning_lora.locations import Location, resolve
+from lightning_lora.models.architectures import ARCHITECTURES, Architecture
+from lightning_lora.seeding import torch_stream
+
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model.
+
+    Args:
+        model: A ``...ForSequenceClassification`` model of transformers (its classes are made at run time).
+        architecture: Its entry in the table, or None when it has none.
+        head_modules: Modules to train and save whole: the head, and what else was newly initialised.
+        fingerprint: SHA-256 of the pretrained weights' bytes.
+    """
+
+    model: Any
+    architecture: Architecture | None
+    head_modules: list[str]
+    fingerprint: str
+
+
+def load_base(base_model: str, label_names: Sequence[str], seed: int) -> Base:
+    """The base model with a head for the labels; anything newly initialised is a function of the seed.
+
+    Args:
+        base_model: A Hub id, a local folder, or ``package:NAME/path``.
+        label_names: Names of the classes in the order of their numbers.
+        seed: The run's seed; the head has a stream of its own.
+
+    Raises:
+        UserError: There is no such model, it is no encoder for classification, or it lacks weights
+            outside the head.
+    """
+    location = resolve(base_model, "model.base_model")
+    config = _load_config(location, label_names)
+    from transformers import AutoModelForSequenceClassification
+
+    with torch_stream(seed, "head"), _quiet_loading():
+        try:
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                location.target,
+                config=config,
+                output_loading_info=True,
+                # A head of other labels is replaced; anything else that does not fit is refused below.
+                ignore_mismatched_sizes=True,
+                dtype="float32",
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"model.base_model: cannot load '{base_model}' for sequence classification ({_first_line(error)})"
+            ) from error
+    fresh = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    architecture = ARCHITECTURES.get(config.model_type)
+    head_modules = _head_modules(model, architecture, fresh, base_model)
+    return Base(model, architecture, head_modules, weights_fingerprint(location))
+
+
+def weights_fingerprint(location: Location) -> str:
+    """SHA-256 over the bytes of the pretrained weight files, whatever they are named after."""
+    digest = hashlib.sha256()
+    for path in _weight_files(location):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def linear_modules(base: Base) -> list[str]:
+    """Full names of the linear layers inside the encoder's numbered layers (never the head)."""
+    backbone = f"{base.model.base_model_prefix}."
+    return [
+        name
+        for name, module in base.model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.startswith(backbone)
+        and any(part.isdecimal() for part in name.split("."))
+    ]
+
+
+def _load_config(location: Location, label_names: Sequence[str]) -> Any:
+    from transformers import AutoConfig
+
+    names = dict(enumerate(label_names))
+    try:
+        return AutoConfig.from_pretrained(
+            location.target, num_labels=len(names), id2label=names, label2id={n: i for i, n in names.items()}
+        )
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        what = "in that folder" if location.path else "check the name and the network, or give a local folder"
+        raise UserError(
+            f"model.base_model: no usable model '{location.name}' ({_first_line(error)}); {what}"
+        ) from error
+
+
+def _head_modules(model: Any, arch: Architecture | None, fresh: set[str], name: str) -> list[str]:
+    """The head, and the pooler where it is fresh; a fresh weight anywhere else means a broken base."""
+    if arch is None:
+        backbone = f"{model.base_model_prefix}."
+        if stray := sorted(key for key in fresh if key.startswith(backbone)):
+            raise UserError(f"model.base_model: '{name}' lacks weights of its encoder, such as {stray[0]}")
+        return sorted({key.split(".")[0] for key in fresh})
+    poolers = [module for module in arch.pooler if any(key.startswith(f"{module}.") for key in fresh)]
+    head = [*poolers, *arch.head]
+    stray = sorted(key for key in fresh if not any(key.startswith(f"{module}.") for module in head))
+    if stray:
+        raise UserError(
+            f"model.base_model: '{name}' lacks or has in another shape {len(stray)} weights outside the head, "
+            f"such as {stray[0]}; it is not a whole checkpoint of this architecture"
+        )
+    return head
+
+
+def _weight_files(location: Location) -> list[Path]:
+    if location.path is None:
+        from transformers.utils import cached_file
+
+        def find(name: str) -> Path | None:
+            found = cached_file(location.name, name, _raise_exceptions_for_missing_entries=False)
+            return Path(found) if found else None
+    else:
+        folder = location.path
+
+        def find(name: str) -> Path | None:
+            return folder / name if (folder / name).is_file() else None
+
+    for name in _WEIGHT_FILES:
+        if (path := find(name)) is not None:
+            if name.endswith(".index.json"):
+                import json
+
+                shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+                return [path.parent / shard for shard in shards]
+            return [path]
+    raise UserError(f"model.base_model: '{location.name}' holds none of {', '.join(_WEIGHT_FILES)}")
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Holds back the loader's report of a fresh head: that is expected here, and checked by this module."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,86 @@
+"""Tables of one run, for the terminal and as Markdown. A column or row is one entry."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+#: Metric shown, its heading, and whether a larger value is better.
+COLUMNS: tuple[tuple[str, str], ...] = (
+    ("accuracy", "accuracy"),
+    ("f1_macro", "F1 (macro)"),
+    ("precision_macro", "precision (macro)"),
+    ("recall_macro", "recall (macro)"),
+    ("loss", "loss"),
+)
+
+
+def metric_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
+    """The table's rows, heading first: before (where measured) and after fine-tuning."""
+    rows = [["", *(heading for _, heading in COLUMNS)]]
+    for key, title in (("before", "before"), ("after", "after")):
+        if metrics := evaluation.get(key):
+            rows.append([title, *(_number(metrics.get(name)) for name, _ in COLUMNS)])
+    return rows
+
+
+def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[list[str]]:
+    """What the run took, one line each."""
+    costs: Mapping[str, Any] = record.get("costs") or {}
+    data = record.get("data") or {}
+    rows = [["base model", str(record.get("base_model", "-"))], ["method", str(record.get("method", "-"))]]
+    if trainable := costs.get("trainable_params"):
+        share = trainable / costs["total_params"]
+        rows.append(["trainable parameters", f"{trainable:,} of {costs['total_params']:,} ({share:.2%})"])
+    if splits := data.get("splits"):
+        sizes = ", ".join(f"{name} {split['rows']:,}" for name, split in splits.items())
+        rows.append(["rows", sizes])
+    if "train_s" in costs:
+        rate = f" ({costs['train_rows_per_s']:.1f} texts/s, {costs['train_tokens_per_s']:,.0f} tokens/s)"
+        rows.append(["training time", f"{duration(costs['train_s'])}{rate if costs['train_s'] else ''}"])
+    if seconds := evaluation.get("after_s"):
+        rows.append(["test time", f"{duration(seconds)} ({evaluation['rows'] / seconds:.1f} texts/s)"])
+    if "peak_gpu_memory_mb" in costs:
+        rows.append(["peak GPU memory", f"{costs['peak_gpu_memory_mb']:,.0f} MiB"])
+    if "peak_memory_mb" in costs:
+        rows.append(["peak memory", f"{costs['peak_memory_mb']:,.0f} MiB"])
+    if size := costs.get("checkpoint_bytes"):
+        rows.append(["checkpoint", f"{size / 1e6:.2f} MB"])
+    if "majority_accuracy" in evaluation:
+        rows.append(["majority vote", f"{evaluation['majority_accuracy']:.4f} accuracy on the same rows"])
+    return rows
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The rows as a Markdown table; the first is the heading."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
+
+
+def print_tables(title: str, metrics: list[list[str]], costs: list[list[str]]) -> None:
+    """Prints both tables to the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=title, title_justify="left")
+    for i, heading in enumerate(metrics[0]):
+        table.add_column(heading, justify="right" if i else "left")
+    for row in metrics[1:]:
+        table.add_row(*row, style="bold" if row[0] == "after" else None)
+    console.print(table)
+    grid = Table(show_header=False, box=None)
+    for row in costs:
+        grid.add_row(*row)
+    console.print(grid)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,232 @@
+"""The LightningModule: a base model, a method, one shared step."""
+
+from dataclasses import asdict
+from typing import Any, Literal, cast
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, MetricCollection
+
+from lightning_lora.artifacts.checkpoints import CheckpointIdentity
+from lightning_lora.errors import UserError
+from lightning_lora.evaluation.metrics import make_metrics, metric_values
+from lightning_lora.models.base import load_base
+from lightning_lora.models.methods import AdapterOptions, check_options, find_method, tune
+from lightning_lora.seeding import stream_seed
+from lightning_lora.training.optim import Schedule, make_optimizer, make_schedule
+
+
+class TextClassifier(LightningModule):
+    """A Hugging Face encoder fine-tuned to classify texts.
+
+    Args:
+        base_model: The pretrained encoder: a Hub id, a local folder, or ``package:NAME/path``.
+        label_names: Names of the classes in the order of their numbers; linked to the data.
+        method: "lora", "full" (every weight) or "head" (frozen base, trained head).
+        adapter: Options of the adapter, for methods that have one.
+        learning_rate: Peak of the schedule; by default what suits the method (lora 5e-4, head 1e-3, full
+            5e-5).
+        schedule: How the learning rate falls after warm-up: "linear", "cosine" or "constant".
+        warmup_ratio: Share of all optimizer steps over which the learning rate rises.
+        weight_decay: AdamW's, not on biases and norms.
+        label_smoothing: From 0 up to 1; in training only.
+        class_weights: Weights of the classes in the training loss: "balanced" (inverse to their share of
+            the training rows) or one number a class.
+        attention: Implementation of the attention: "auto" (what transformers chooses, but "eager" for
+            training without a GPU, where the backward pass of "sdpa" is slower), "eager" or "sdpa".
+        frozen_dropout: Keep the dropout of a frozen encoder. Drawing its random numbers takes up to half of
+            the time on a CPU; dropout of the adapter, the head, and a base that is trained is always kept.
+        seed: Seed of everything newly initialised and of dropout; linked to ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        base_model: str,
+        label_names: list[str],
+        method: str = "lora",
+        adapter: AdapterOptions = AdapterOptions(),  # noqa: B008  # never changed; the parser reads it
+        learning_rate: float | None = None,
+        schedule: Schedule = "linear",
+        warmup_ratio: float = 0.06,
+        weight_decay: float = 0.01,
+        label_smoothing: float = 0.0,
+        class_weights: Literal["balanced"] | list[float] | None = None,
+        attention: Literal["auto", "eager", "sdpa"] = "auto",
+        frozen_dropout: bool = False,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        if isinstance(adapter, dict):  # from a checkpoint, which holds plain types only
+            adapter = AdapterOptions(**adapter)
+        entry = find_method(method)
+        check_options(method, adapter)
+        check_range("model.warmup_ratio", warmup_ratio, 0, 1)
+        check_range("model.label_smoothing", label_smoothing, 0, 1)
+        check_range("model.weight_decay", weight_decay, 0, None)
+        check_range("model.learning_rate", learning_rate or 0, 0, None)
+        self.learning_rate = entry.learning_rate if learning_rate is None else learning_rate
+        self.save_hyperparameters(
+            {
+                "base_model": base_model,
+                "label_names": list(label_names),
+                "method": method,
+                "adapter": asdict(adapter),
+                "learning_rate": self.learning_rate,
+                "schedule": schedule,
+                "warmup_ratio": warmup_ratio,
+                "weight_decay": weight_decay,
+                "label_smoothing": label_smoothing,
+                "class_weights": class_weights,
+                "attention": attention,
+                "frozen_dropout": frozen_dropout,
+                "seed": seed,
+            },
+            logger=False,
+        )
+        self.label_names = list(label_names)
+        self.schedule = schedule
+        self.warmup_ratio = warmup_ratio
+        self.weight_decay = weight_decay
+        self.label_smoothing = label_smoothing
+        self.class_weights = class_weights
+        self.attention = attention
+        self.seed = seed
+        base = load_base(base_model, self.label_names, seed)
+        tuned = tune(base, method, adapter, seed, frozen_dropout)
+        self.model: Any = tuned.model
+        self.loaded_attention: str = tuned.model.config._attn_implementation
+        self.target_modules = tuned.target_modules
+        self.head_modules = tuned.head_modules
+        self.identity = CheckpointIdentity(base_model, base.fingerprint, self.label_names, method)
+        # A checkpoint holds what is trained; the frozen rest comes from the base model.
+        self.strict_loading = False
+        stages = ("train", "val", "test")
+        self.stage_metrics = nn.ModuleDict({f"{s}_metrics": make_metrics(len(self.label_names)) for s in stages})
+        self.stage_loss = nn.ModuleDict({f"{s}_loss": MeanMetric() for s in stages})
+        self.register_buffer("loss_weights", None, persistent=False)
+
+    def train(self, mode: bool = True) -> "TextClassifier":
+        """Sets training or evaluation mode, and with it the attention that is faster in that mode."""
+        super().train(mode)
+        implementation: str = self.attention
+        if implementation == "auto":
+            implementation = "eager" if mode and not torch.cuda.is_available() else self.loaded_attention
+        self.model.set_attn_implementation(implementation)
+        return self
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits, float32 (B, C), of token ids (B, T) and their mask."""
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+
+    def shared_step(self, batch: dict[str, Any], stage: str) -> dict[str, Tensor]:
+        """Loss and logits of a batch; counts the metrics of the stage ("train", "val" or "test").
+
+        The training loss has label smoothing and class weights; elsewhere it is the plain cross-entropy, so
+        that it can be compared between runs.
+        """
+        logits = self(batch["input_ids"], batch["attention_mask"])
+        labels = batch["labels"]
+        if stage == "train":
+            loss = F.cross_entropy(logits, labels, self.loss_weights, label_smoothing=self.label_smoothing)
+        else:
+            loss = F.cross_entropy(logits, labels)
+        metrics, mean_loss = self._counters(stage)
+        metrics.update(logits.detach(), labels)
+        mean_loss.update(loss.detach(), len(labels))
+        return {"loss": loss, "logits": logits}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss to step on."""
+        loss = self.shared_step(batch, "train")["loss"]
+        self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=len(batch["rows"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Loss and logits."""
+        return self.shared_step(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Loss and logits."""
+        return self.shared_step(batch, "test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Logits and the rows they belong to."""
+        logits = self(batch["input_ids"], batch["attention_mask"])
+        return {"logits": logits.cpu(), "rows": batch["rows"].cpu()}
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the epoch's training loss and metrics."""
+        self._log_epoch("train")
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the validation loss and metrics."""
+        self._log_epoch("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test loss and metrics."""
+        self._log_epoch("test")
+
+    def _log_epoch(self, stage: str) -> None:
+        metrics, mean_loss = self._counters(stage)
+        values = {"loss": mean_loss.compute().item(), **metric_values(metrics.compute(), self.label_names)}
+        metrics.reset()
+        mean_loss.reset()
+        shown = {"accuracy"} if stage != "train" else set()
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name in shown, sync_dist=False)
+
+    def _counters(self, stage: str) -> tuple[MetricCollection, MeanMetric]:
+        """What counts the metrics and the mean loss of a stage."""
+        metrics, mean_loss = self.stage_metrics[f"{stage}_metrics"], self.stage_loss[f"{stage}_loss"]
+        return cast(MetricCollection, metrics), cast(MeanMetric, mean_loss)
+
+    def setup(self, stage: str) -> None:
+        """Takes the class weights of the training loss."""
+        if stage != "fit" or self.class_weights is None:
+            return
+        if self.class_weights == "balanced":
+            counts = torch.tensor(self.trainer.datamodule.class_counts, dtype=torch.float32)  # type: ignore[attr-defined]
+            weights = counts.sum() / (len(counts) * counts.clamp(min=1))
+        else:
+            weights = torch.tensor(self.class_weights, dtype=torch.float32)
+        if len(weights) != len(self.label_names):
+            raise UserError(f"model.class_weights: {len(weights)} weights for {len(self.label_names)} classes")
+        self.loss_weights = weights.to(self.device)
+
+    def on_fit_start(self) -> None:
+        """Starts dropout's random stream, wherever building the model has left the generator."""
+        torch.manual_seed(stream_seed(self.seed, "dropout"))
+        self.train()
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW and its schedule, which moves on each optimizer step."""
+        optimizer = make_optimizer(self.model, self.learning_rate, self.weight_decay)
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = make_schedule(optimizer, self.schedule, self.warmup_ratio, total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves out what the base model holds, and says what the rest belongs to."""
+        kept = self.checkpoint_keys()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        self.identity.write_to(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another base model, other labels, another method or other weights."""
+        self.identity.check(checkpoint)
+        self.identity.check_keys(checkpoint["state_dict"], self.checkpoint_keys(), self.state_dict())
+
+    def checkpoint_keys(self) -> set[str]:
+        """Names of the weights that training changes, and of the buffers: what a checkpoint must hold."""
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        return set(self.state_dict()) - frozen
+
+
+def check_range(key: str, value: float, low: float, high: float | None) -> None:
+    """Refuses a number under ``low``, or not under ``high``."""
+    if not value >= low or (high is not None and value >= high):
+        limits = f"from {low}" + (f" up to {high}" if high is not None else "")
+        raise UserError(f"{key}: a number {limits} is needed, got {value}")

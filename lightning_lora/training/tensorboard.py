@@ -1,0 +1,113 @@
+"""What TensorBoard shows beside the curves: confusion matrix, precision-recall, wrong texts, hyperparameters."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_lora.evaluation.metrics import label_tags
+from lightning_lora.evaluation.predictions import PredictionCollector, Predictions
+
+WRONG_TEXTS = 10
+_MATRIX_CLASSES = 30  # more do not fit a readable picture
+_TEXT_CHARS = 400
+
+
+class TensorBoardPages(Callback):
+    """Writes the pages after each validation and test pass.
+
+    Args:
+        collector: Where the logits of the pass are.
+        hyperparameters: Flat settings of the run for the HPARAMS page.
+    """
+
+    def __init__(self, collector: PredictionCollector, hyperparameters: Mapping[str, Any]) -> None:
+        self.collector = collector
+        self.hyperparameters = hyperparameters
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the pages of the validation split."""
+        if not trainer.sanity_checking:
+            self._write(trainer, "val")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the pages of the test split."""
+        self._write(trainer, "test")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the settings beside the last validation metrics."""
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        for logger in self._loggers(trainer):
+            logger.log_hyperparams(dict(self.hyperparameters), metrics)
+
+    @staticmethod
+    def _loggers(trainer: Trainer) -> list[TensorBoardLogger]:
+        if not trainer.is_global_zero:
+            return []
+        return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+    def _write(self, trainer: Trainer, split: str) -> None:
+        predictions = self.collector.last.get(split)
+        if predictions is None or predictions.labels is None:
+            return
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        step = trainer.global_step
+        for logger in self._loggers(trainer):
+            writer = logger.experiment
+            if len(predictions.label_names) <= _MATRIX_CLASSES:
+                writer.add_figure(f"{split}/confusion_matrix", confusion_figure(predictions), step)
+            probabilities = predictions.probabilities
+            tags = label_tags(predictions.label_names)
+            for i, tag in enumerate(tags[:_MATRIX_CLASSES]):
+                writer.add_pr_curve(f"{split}_pr/{tag}", predictions.labels == i, probabilities[:, i], step)
+            if datamodule is not None:
+                texts = datamodule.rows(split).texts
+                writer.add_text(f"{split}/wrong_texts", wrong_texts(predictions, texts), step)
+
+
+def confusion_figure(predictions: Predictions) -> Any:
+    """A picture of the confusion matrix: rows are the truth, shares within each row, counts written in."""
+    from matplotlib.figure import Figure
+
+    names, labels = list(predictions.label_names), predictions.labels
+    assert labels is not None
+    counts = np.zeros((len(names), len(names)), dtype=int)
+    np.add.at(counts, (labels, predictions.classes), 1)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = 2.5 + 0.8 * len(names)
+    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    for i in range(len(names)):
+        for j in range(len(names)):
+            axes.text(
+                j, i, f"{counts[i, j]}\n{shares[i, j]:.0%}", ha="center", va="center",
+                color="white" if shares[i, j] > 0.5 else "black",
+            )  # fmt: skip
+    figure.colorbar(image, ax=axes, label="share of the true class", fraction=0.046)
+    return figure
+
+
+def wrong_texts(predictions: Predictions, texts: list[str]) -> str:
+    """A Markdown table of the wrongly classified texts that the model was surest of."""
+    labels = predictions.labels
+    assert labels is not None
+    classes, probabilities = predictions.classes, predictions.probabilities
+    sureness = probabilities[np.arange(len(classes)), classes]
+    wrong = np.flatnonzero(classes != labels)
+    wrong = wrong[np.argsort(-sureness[wrong], kind="stable")][:WRONG_TEXTS]
+    lines = ["| true | predicted | probability | text |", "| --- | --- | --- | --- |"]
+    for i in wrong:
+        text = " ".join(texts[i].split())
+        text = text if len(text) <= _TEXT_CHARS else f"{text[:_TEXT_CHARS]} ..."
+        for sign, entity in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;")):
+            text = text.replace(sign, entity)
+        names = predictions.label_names
+        lines.append(f"| {names[labels[i]]} | {names[classes[i]]} | {sureness[i]:.3f} | {text} |")
+    return "\n".join(lines)

