@@ -52,7 +52,7 @@ def resolve(name: str, key: str) -> Location:
     if name.startswith(PACKAGE_PREFIX):
         return Location(name, _package_path(name, key))
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return Location(name, path)
     looks_local = name.startswith((".", "/", "~")) or "\\" in name or path.suffix.lower() in _FILE_SUFFIXES
     if looks_local or not _HUB_ID.fullmatch(name):

@@ -89,7 +89,12 @@ def tiny_config(model_type: str, **changes: object):
     if model_type in ("albert", "electra"):
         size["embedding_size"] = 16
     if model_type == "deberta-v2":
-        size |= {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "pooler_hidden_size": 32}
+        size |= {
+            "relative_attention": True,
+            "pos_att_type": ["c2p", "p2c"],
+            "pooler_hidden_size": 32,
+            "share_att_key": True,
+        }
     if model_type == "modernbert":
         size |= {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
     common = {"vocab_size": len(VOCABULARY), "max_position_embeddings": 80, "pad_token_id": 0}

@@ -59,7 +59,7 @@ class ConfiguredRun(LightningCLI):
             TextDataModule,
             save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,
-            parser_kwargs={"prog": f"main.py {command}", "exit_on_error": False},
+            parser_kwargs={"prog": f"main.py {command}", "exit_on_error": False, "allow_abbrev": False},
             args=words,
             run=False,
             auto_configure_optimizers=False,

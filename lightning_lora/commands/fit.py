@@ -49,8 +49,6 @@ def run(words: list[str]) -> int:
         started = time.perf_counter()
         cli.trainer.fit(model, datamodule=cli.datamodule)
         record["costs"] |= {"fit_s": time.perf_counter() - started, **cli.costs.costs(), **peak_memory_mb()}
-        if cli.trainer.interrupted:
-            raise KeyboardInterrupt
         record["metrics"] = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
         record["steps"] = cli.trainer.global_step
         for which in ("best", "last"):

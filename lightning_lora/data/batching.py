@@ -39,8 +39,7 @@ class TokenDataset(Dataset):
         width = frame.max_length if self.pad_to_max else int(lengths.max())
         input_ids = np.full((len(rows), width), frame.pad_id, dtype=np.int64)
         for i, row in enumerate(rows):
-            body = self.tokens[row][: frame.room]
-            input_ids[i, : lengths[i]] = np.concatenate((frame.prefix, body, frame.suffix))
+            input_ids[i, : lengths[i]] = frame.input_ids(self.tokens[row])
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),

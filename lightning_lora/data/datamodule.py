@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
 from lightning_lora.data.prepare import Prepared, Rows, SourceOptions, prepare
-from lightning_lora.data.tokens import InputFormat, cached_tokens, load_tokenizer
+from lightning_lora.data.tokens import InputFormat, Truncation, cached_tokens, load_tokenizer
 from lightning_lora.errors import UserError
 from lightning_lora.locations import resolve
 
@@ -30,6 +30,8 @@ class TextDataModule(LightningDataModule):
         label_column: The column with the label ("label" unless the data set is known).
         label_names: Names of the classes in the order of their numbers; by default those of the data.
         max_length: Tokens of a text that the model sees, special tokens included; the rest is cut.
+        truncation: What stays of a longer text: its "head", its "tail", or "both" (a quarter and three
+            quarters).
         padding: Pad a batch to its "longest" text, or to "max_length".
         batch_size: Texts a training batch.
         eval_batch_size: Texts a batch in validation, test and prediction.
@@ -54,6 +56,7 @@ class TextDataModule(LightningDataModule):
         label_column: str | None = None,
         label_names: list[str] | None = None,
         max_length: int = 256,
+        truncation: Truncation = "head",
         padding: Literal["longest", "max_length"] = "longest",
         batch_size: int = 16,
         eval_batch_size: int = 32,
@@ -88,6 +91,7 @@ class TextDataModule(LightningDataModule):
         )
         self.base_model = base_model
         self.max_length = max_length
+        self.truncation: Truncation = truncation
         self.padding = padding
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -125,7 +129,7 @@ class TextDataModule(LightningDataModule):
         if not splits:
             return
         tokenizer = load_tokenizer(resolve(self.base_model, "model.base_model").target, "model.base_model")
-        frame = InputFormat.of(tokenizer, self.max_length)
+        frame = InputFormat.of(tokenizer, self.max_length, self.truncation)
         for split in splits:
             rows = self.rows(split)
             with tokenizing_progress(split, len(rows)) as advance:
@@ -158,7 +162,7 @@ class TextDataModule(LightningDataModule):
         }
         for split, report in self._token_report.items():
             described["splits"][split].update(report)
-        return {**described, "max_length": self.max_length}
+        return {**described, "max_length": self.max_length, "truncation": self.truncation}
 
     def _loader(self, split: str, batch_size: int, seed: int | None) -> DataLoader:
         dataset = self._datasets[split]

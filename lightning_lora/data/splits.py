@@ -14,13 +14,16 @@ _NOT_ASCII_LETTER_OR_DIGIT = bytes(i for i in range(128) if not chr(i).isalnum()
 
 
 def count_of(size: int | float, total: int, key: str) -> int:
-    """How many rows ``size`` means: a fraction of ``total`` if it is a float, else a number of rows.
+    """How many rows ``size`` means: a fraction of ``total`` under 1, else a number of rows.
+
+    The command line hands over 10 as 10.0, so a whole number is a number of rows however it is written.
 
     Raises:
         UserError: A fraction outside 0 to 1, a count under 1, or more rows than there are.
     """
-    rows = round(size * total) if isinstance(size, float) else size
-    if isinstance(size, float) and not 0 < size < 1:
+    fraction = not float(size).is_integer()
+    rows = round(size * total) if fraction else int(size)
+    if fraction and not 0 < size < 1:
         raise UserError(f"{key}: a fraction between 0 and 1 or a number of rows is needed, got {size}")
     if not 1 <= rows <= total:
         raise UserError(f"{key}: {size} asks for {rows} of {total} rows; give a number from 1 to {total}")

@@ -18,6 +18,8 @@ from lightning_lora.models.methods import AdapterOptions, check_options, find_me
 from lightning_lora.seeding import stream_seed
 from lightning_lora.training.optim import Schedule, make_optimizer, make_schedule
 
+STAGES = ("train", "val", "test")
+
 
 class TextClassifier(LightningModule):
     """A Hugging Face encoder fine-tuned to classify texts.
@@ -103,9 +105,8 @@ class TextClassifier(LightningModule):
         self.identity = CheckpointIdentity(base_model, base.fingerprint, self.label_names, method)
         # A checkpoint holds what is trained; the frozen rest comes from the base model.
         self.strict_loading = False
-        stages = ("train", "val", "test")
-        self.stage_metrics = nn.ModuleDict({f"{s}_metrics": make_metrics(len(self.label_names)) for s in stages})
-        self.stage_loss = nn.ModuleDict({f"{s}_loss": MeanMetric() for s in stages})
+        self.stage_metrics = nn.ModuleDict({f"{s}_metrics": make_metrics(len(self.label_names)) for s in STAGES})
+        self.stage_loss = nn.ModuleDict({f"{s}_loss": MeanMetric() for s in STAGES})
         self.register_buffer("loss_weights", None, persistent=False)
 
     def train(self, mode: bool = True) -> "TextClassifier":
@@ -198,6 +199,9 @@ class TextClassifier(LightningModule):
 
     def on_fit_start(self) -> None:
         """Starts dropout's random stream, wherever building the model has left the generator."""
+        for stage in STAGES:  # a validation before may have left counters that can only be read
+            for counter in self._counters(stage):
+                counter.reset()
         torch.manual_seed(stream_seed(self.seed, "dropout"))
         self.train()
 

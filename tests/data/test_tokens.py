@@ -42,6 +42,16 @@ def test_other_framings_of_a_text(tmp_path: Path, tokenizer, framing: str) -> No
     assert [dataset.__getitems__([i])["input_ids"][0].tolist() for i in range(len(TEXTS))] == theirs
 
 
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [("head", [10, 11, 12, 13, 14]), ("tail", [15, 16, 17, 18, 19]), ("both", [10, 16, 17, 18, 19])],
+)
+def test_what_stays_of_a_long_text(keep: str, expected: list[int]) -> None:
+    frame = InputFormat(prefix=(2,), suffix=(3,), pad_id=0, max_length=7, keep=keep)
+    assert frame.input_ids(np.arange(10, 20)).tolist() == [2, *expected, 3]
+    assert frame.input_ids(np.arange(10, 15)).tolist() == [2, 10, 11, 12, 13, 14, 3]  # fits: nothing is cut
+
+
 def test_padding_to_max_length_on_request(tokenizer) -> None:
     dataset = TokenDataset(tokenize(TEXTS, tokenizer), InputFormat.of(tokenizer, 32), None, pad_to_max=True)
     assert dataset.__getitems__([1])["input_ids"].shape == (1, 32)

@@ -1,0 +1,288 @@
+"""The commands end to end on a tiny base model, in this process."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from sklearn.metrics import accuracy_score, f1_score, log_loss
+
+from lightning_lora.artifacts.runs import RunFolder
+from lightning_lora.cli import main
+from tests.conftest import make_rows, write_csv
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run that was fitted and tested; tests that change it work on a copy."""
+    place = tmp_path_factory.mktemp("fitted")
+    write_csv(place / "rows.csv", make_rows(240))
+    config = {
+        "model": {"base_model": str(tiny_base), "learning_rate": 5e-3},
+        "data": {
+            "source": str(place / "rows.csv"),
+            "max_length": 32,
+            "cache_dir": str(place / "cache"),
+            "batch_size": 8,
+        },
+        "trainer": {"max_epochs": 4, "accelerator": "cpu", "precision": "32-true"},
+    }
+    (place / "tiny.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(place / "tiny.yaml"), "--name", "run", "--logs_dir", str(place / "logs")]) == 0
+    folder = RunFolder.open(place / "logs" / "run")
+    assert main(["test", "--run", str(folder.path)]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(fitted: RunFolder, tmp_path: Path) -> RunFolder:
+    return RunFolder(Path(shutil.copytree(fitted.path, tmp_path / "logs" / "copy")))
+
+
+def rows_of(path: Path) -> list[dict]:
+    return pq.read_table(path).to_pylist()
+
+
+def test_the_run_folder_holds_everything(fitted: RunFolder) -> None:
+    names = {str(p.relative_to(fitted.path)) for p in fitted.path.rglob("*") if p.is_file()}
+    expected = "config.yaml run.json metrics.csv splits.parquet test.md checkpoints/best.ckpt checkpoints/last.ckpt"
+    assert set(expected.split()) | {"predictions/val.parquet", "predictions/test.parquet"} <= names
+    assert any(name.startswith("tensorboard/events") for name in names)
+    assert not [name for name in names if "/." in name or name.startswith(".")]
+
+
+def test_the_record_says_what_was_done_and_what_came(fitted: RunFolder) -> None:
+    record = fitted.read()
+    assert record["status"] == "finished"
+    assert record["seed"] == 42
+    assert record["data"]["splits"]["train"]["rows"] == 173
+    assert {name: len(split["fingerprint"]) for name, split in record["data"]["splits"].items()} == {
+        "train": 64, "val": 64, "test": 64,
+    }  # fmt: skip
+    assert record["data"]["label_names"] == ["neg", "pos"]
+    costs = record["costs"]
+    for name in ("train_s", "train_tokens_per_s", "peak_memory_mb", "trainable_params", "total_params"):
+        assert costs[name] > 0, name
+    assert costs["checkpoint_bytes"] == (fitted.checkpoints / "best.ckpt").stat().st_size
+    assert record["config"]["trainer"]["precision"] == "32-true"
+    assert record["command"].startswith("python main.py fit --config")
+    assert {"commit", "dirty"} == set(record["code"])
+
+
+def test_the_table_of_before_and_after_is_scikit_learns(fitted: RunFolder) -> None:
+    evaluation = fitted.read()["evaluations"]["test"]
+    rows = rows_of(fitted.path / "predictions" / "test.parquet")
+    truth, preds = [row["label"] for row in rows], [row["prediction"] for row in rows]
+    after = evaluation["after"]
+    assert after["accuracy"] == pytest.approx(accuracy_score(truth, preds), abs=1e-6)
+    assert after["f1_macro"] == pytest.approx(f1_score(truth, preds, average="macro"), abs=1e-6)
+    probabilities = [[row["p(neg)"], row["p(pos)"]] for row in rows]
+    assert after["loss"] == pytest.approx(log_loss(truth, probabilities, labels=["neg", "pos"]), abs=1e-5)
+    assert after["accuracy"] > 0.9 > evaluation["before"]["accuracy"]
+    assert evaluation["rows"] == 48 and evaluation["majority_accuracy"] == 0.5
+    assert "| after |" in (fitted.path / "test.md").read_text()
+
+
+def test_before_is_the_model_that_training_started_from(fitted: RunFolder, tiny_base: Path) -> None:
+    """Against plain transformers: the base with the head of the same seed, on the same rows."""
+    from transformers import AutoTokenizer
+
+    from lightning_lora.models.base import load_base
+
+    model = load_base(str(tiny_base), ["neg", "pos"], 42).model.eval()
+    source = fitted.path.parents[1] / "rows.csv"
+    lines = source.read_text().splitlines()
+    numbers = [row["row"] for row in rows_of(fitted.path / "predictions" / "test.parquet")]
+    texts, truth = zip(*(lines[number - 1].split(",") for number in numbers), strict=True)
+    batch = AutoTokenizer.from_pretrained(tiny_base)(
+        list(texts), truncation=True, max_length=32, padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor([["neg", "pos"].index(t) for t in truth]))
+    before = fitted.read()["evaluations"]["test"]["before"]
+    assert before["loss"] == pytest.approx(loss.item(), abs=1e-5)
+
+
+def test_the_best_checkpoint_is_of_the_best_validation_epoch(fitted: RunFolder) -> None:
+    with (fitted.path / "metrics.csv").open() as file:
+        scores = [float(row["val/f1_macro"]) for row in csv.DictReader(file) if row["val/f1_macro"]]
+    assert len(scores) == 4
+    assert fitted.read()["best"]["value"] == pytest.approx(max(scores), abs=1e-6)
+
+
+def test_tensorboard_shows_curves_metrics_settings_pictures_and_texts(fitted: RunFolder) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(fitted.path / "tensorboard"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {
+        "train/loss_step",
+        "val/loss",
+        "val/f1_macro",
+        "val/recall/pos",
+        "val/f1_binary",
+        "test/accuracy",
+    } <= scalars
+    assert any(tag.startswith("lr-AdamW") for tag in scalars)
+    assert {"val/confusion_matrix", "test/confusion_matrix"} <= set(events.Tags()["images"])
+    tensors = set(events.Tags()["tensors"])
+    assert {"test_pr/pos", "test/wrong_texts/text_summary"} <= tensors
+    assert any("hparams" in tag for tag in events.summary_metadata)
+
+
+def test_fit_again_never_touches_the_first_run(fitted: RunFolder, capsys: pytest.CaptureFixture) -> None:
+    before = {p: p.stat().st_mtime_ns for p in fitted.path.rglob("*")}
+    config = fitted.path.parents[1] / "tiny.yaml"
+    assert main(["fit", "--config", str(config), "--name", "run", "--logs_dir", str(fitted.path.parent)]) == 2
+    assert "a run is never overwritten" in capsys.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in fitted.path.rglob("*")}
+
+
+def test_a_second_run_takes_its_tokens_from_the_cache_and_comes_to_the_same(fitted: RunFolder, tmp_path: Path) -> None:
+    config = fitted.path.parents[1] / "tiny.yaml"
+    assert main(["fit", "--config", str(config), "--name", "again", "--logs_dir", str(tmp_path)]) == 0
+    again = RunFolder.open(tmp_path / "again").read()
+    assert all(again["data"]["splits"][split]["from_cache"] for split in ("train", "val"))
+    assert again["metrics"] == fitted.read()["metrics"]
+
+
+def test_validate_gives_what_fit_found(copy: RunFolder) -> None:
+    assert main(["validate", "--run", str(copy.path)]) == 0
+    record = copy.read()
+    assert record["evaluations"]["val"]["after"]["f1_macro"] == pytest.approx(record["best"]["value"], abs=1e-6)
+
+
+def predict(capsys: pytest.CaptureFixture, *words: str) -> str:
+    capsys.readouterr()
+    assert main(["predict", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_predictions_on_test_rows_are_those_of_test(fitted: RunFolder, tmp_path: Path, capsys) -> None:
+    rows = rows_of(fitted.path / "predictions" / "test.parquet")
+    lines = (fitted.path.parents[1] / "rows.csv").read_text().splitlines()
+    texts = [lines[row["row"] - 1].split(",")[0] for row in rows]
+    path = write_csv(tmp_path / "mine.csv", [(text, "?") for text in texts], header=("review", "note"))
+    for ending, read in ((".csv", None), (".jsonl", None), (".parquet", rows_of)):
+        output = tmp_path / f"out{ending}"
+        predict(
+            capsys, "--run", str(fitted.path), "--input", str(path), "--text_column", "review", "--output", str(output)
+        )
+        if read is None:
+            lines = output.read_text().splitlines()
+            found = list(csv.DictReader(lines)) if ending == ".csv" else [json.loads(line) for line in lines]
+        else:
+            found = read(output)
+        assert [row["text"] for row in found] == texts
+        assert [row["prediction"] for row in found] == [row["prediction"] for row in rows]
+        np.testing.assert_allclose([float(row["p(pos)"]) for row in found], [row["p(pos)"] for row in rows], atol=1e-5)
+
+
+def test_words_on_the_command_line_are_texts_and_nothing_else(fitted: RunFolder, capsys, reviews: Path) -> None:
+    texts = ["a fine film", str(reviews), "null", "5", "{a: b}", "[bold]dull[/bold]", '"quoted", text']
+    out = predict(capsys, "--run", str(fitted.path), *texts, "--format", "jsonl")
+    assert [json.loads(line)["text"] for line in out.splitlines()] == texts
+
+
+def test_texts_from_standard_input_a_line_each(fitted: RunFolder, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "sys.stdin",
+        io.StringIO("the film was a story brilliant charming deep\n\nthe film was a story awful dull boring\n"),
+    )
+    out = predict(capsys, "--run", str(fitted.path), "--format", "csv")
+    assert [row["prediction"] for row in csv.DictReader(out.splitlines())] == ["pos", "neg"]
+
+
+def test_a_table_for_people(fitted: RunFolder, capsys) -> None:
+    out = predict(capsys, "--run", str(fitted.path), "a brilliant charming film " * 20)
+    assert "prediction" in out and "pos" in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_prediction_needs_only_the_run_folder(copy: RunFolder, capsys) -> None:
+    for name in ("splits.parquet", "run.json", "metrics.csv"):
+        (copy.path / name).unlink()
+    config = yaml.safe_load(copy.config.read_text())
+    config["data"]["source"] = "gone.csv"
+    copy.config.write_text(yaml.safe_dump(config))
+    assert "neg" in predict(capsys, "--run", str(copy.path), "an awful dull film", "--format", "csv")
+
+
+def test_explicit_flags_win_over_the_run(copy: RunFolder) -> None:
+    assert main(["test", "--run", str(copy.path), "--data.test_rows", "10", "--before", "false"]) == 0
+    evaluation = copy.read()["evaluations"]["test"]
+    assert evaluation["rows"] == 10 and "before" not in evaluation
+
+
+def test_a_failed_run_leaves_a_record(tiny_base: Path, tmp_path: Path, capsys) -> None:
+    path = write_csv(tmp_path / "one.csv", [(text, "same") for text, _ in make_rows(20)])
+    words = ["--model.base_model", str(tiny_base), "--data.source", str(path), "--name", "bad", "--data.val_size", "2"]
+    assert main(["fit", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "every row of the train split has the label 'same'" in captured.err
+    record = RunFolder.open(Path("logs/bad")).read()
+    assert record["status"] == "failed" and "the label 'same'" in record["error"]
+
+
+def test_an_interrupted_run_leaves_a_record(tiny_base: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_lora.training.module import TextClassifier
+
+    step = TextClassifier.training_step
+
+    def interrupt(self, batch, batch_idx):
+        if batch_idx == 2:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(TextClassifier, "training_step", interrupt)
+    words = ["--model.base_model", str(tiny_base), "--data.source", str(reviews), "--name", "stopped"]
+    status = main(
+        [
+            "fit",
+            *words,
+            "--data.max_length",
+            "32",
+            "--data.val_size",
+            "10",
+            "--data.train_rows",
+            "100",
+            "--data.test_rows",
+            "10",
+        ]
+    )
+    assert status == 130
+    assert RunFolder.open(Path("logs/stopped")).read()["status"] == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["test"], "test needs a trained run: --run"),
+        (["predict", "a text"], "predict needs a trained run: --run"),
+        (["test", "--run", "nowhere"], "nowhere is no run folder"),
+        (["predict", "--run", "RUN", "--input", "nowhere.csv"], "--input: no file 'nowhere.csv'"),
+        (["predict", "--run", "RUN", "x", "--output", "out.xlsx"], "must end in one of"),
+        (["predict", "--run", "RUN", "x", "--format", "xml"], "not one of table, csv, jsonl"),
+        (["predict", "--run", "RUN", ""], "command line, text 1, column 'text': a text is needed"),
+        (["test", "--run", "RUN", "--checkpoint", "x.ckpt"], "has no checkpoint x.ckpt"),
+        (["test", "--run", "RUN", "--model.adapter.rank", "4"], "such as adapter.rank"),
+        (["test", "--run", "RUN", "--data.label_names", "[pos,neg]"], "names and order must be the same"),
+    ],
+)
+def test_wrong_words_are_one_line(fitted: RunFolder, capsys, words: list[str], said: str) -> None:
+    assert main([str(fitted.path) if word == "RUN" else word for word in words]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and said in error
+
+
+def test_a_run_without_checkpoint_is_not_tested(copy: RunFolder, capsys) -> None:
+    shutil.rmtree(copy.checkpoints)
+    assert main(["test", "--run", str(copy.path)]) == 2
+    assert "has no checkpoint best.ckpt" in capsys.readouterr().err

@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import classification_report, precision_recall_fscore_support
+
+from lightning_lora.evaluation.metrics import label_tags, make_metrics, metric_values
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_metric_is_scikit_learns(num_classes: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(num_classes, size=203, p=rng.dirichlet(np.ones(num_classes)))
+    logits = rng.normal(size=(203, num_classes)) + np.eye(num_classes)[labels]
+    metrics = make_metrics(num_classes)
+    for part in np.array_split(np.arange(203), 5):  # batches of unequal size
+        metrics.update(torch.from_numpy(logits[part]), torch.from_numpy(labels[part]))
+    names = [f"class{i}" for i in range(num_classes)]
+    ours = metric_values(metrics.compute(), names)
+
+    preds = logits.argmax(1)
+    present = sorted(set(labels) | set(preds))
+    report = classification_report(labels, preds, labels=present, output_dict=True, zero_division=0)
+    assert ours["accuracy"] == pytest.approx((labels == preds).mean(), abs=1e-6)
+    for kind, theirs in (("f1", "f1-score"), ("precision", "precision"), ("recall", "recall")):
+        assert ours[f"{kind}_macro"] == pytest.approx(report["macro avg"][theirs], abs=1e-6)
+        for i in present:
+            assert ours[f"{kind}/class{i}"] == pytest.approx(report[str(i)][theirs], abs=1e-6)
+    if num_classes == 2:
+        precision, recall, f1, _ = precision_recall_fscore_support(labels, preds, average="binary", zero_division=0)
+        assert [ours["precision_binary"], ours["recall_binary"], ours["f1_binary"]] == pytest.approx(
+            [precision, recall, f1], abs=1e-6
+        )
+    else:
+        assert "f1_binary" not in ours
+
+
+def test_averages_differ_on_unbalanced_classes() -> None:
+    """Micro averages everywhere would make accuracy, precision, recall and F1 the same number."""
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    preds = torch.tensor([0] * 88 + [1] * 2 + [0] * 6 + [1] * 4)
+    metrics = make_metrics(2)
+    metrics.update(torch.nn.functional.one_hot(preds, 2).float(), labels)
+    values = metric_values(metrics.compute(), ["a", "b"])
+    assert len({round(values[n], 6) for n in ("accuracy", "f1_macro", "precision_macro", "recall_macro")}) == 4
+
+
+def test_label_names_become_different_parts_of_a_name() -> None:
+    assert label_tags(["Sci/Tech", "Sci Tech", "!!", "World"]) == ["Sci_Tech", "Sci_Tech_1", "class_2", "World"]

@@ -1,0 +1,20 @@
+import pytest
+
+from lightning_lora.reports.tables import cost_rows, duration, markdown, metric_rows
+
+
+def test_a_table_has_a_row_before_and_after_and_no_invented_numbers() -> None:
+    evaluation = {"before": {"accuracy": 0.5, "loss": 0.7}, "after": {"accuracy": 0.9, "f1_macro": 0.875, "loss": 0.2}}
+    rows = metric_rows(evaluation)
+    assert rows[1] == ["before", "0.5000", "-", "-", "-", "0.7000"]
+    assert rows[2][:3] == ["after", "0.9000", "0.8750"]
+    assert markdown(rows).splitlines()[2] == "| before | 0.5000 | - | - | - | 0.7000 |"
+
+
+def test_a_run_that_was_killed_has_fewer_lines() -> None:
+    assert [row[0] for row in cost_rows({}, {})] == ["base model", "method"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3.14, "3.1 s"), (61, "1 min 1 s"), (3660, "1 h 1 min")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

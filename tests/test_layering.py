@@ -1,0 +1,47 @@
+"""Imports point one way, so that each room can be read without the ones after it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "lightning_lora"
+#: Which rooms a room may import from; modules at the top level (errors, files, ...) serve all.
+MAY_IMPORT = {
+    "data": set(),
+    "models": set(),
+    "evaluation": set(),
+    "artifacts": set(),
+    "reports": {"artifacts"},
+    "training": {"data", "models", "evaluation", "artifacts"},
+    "commands": {"data", "models", "evaluation", "artifacts", "reports", "training"},
+}
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_room_imports_only_what_comes_before_it(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0] if path.parent != ROOT else None
+    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("lightning_lora.")} & set(MAY_IMPORT)
+    allowed = MAY_IMPORT[room] | {room} if room else set()
+    assert rooms <= allowed
+
+
+@pytest.mark.parametrize("name", ["cli.py", "errors.py", "artifacts/runs.py", "reports/tables.py"])
+def test_what_needs_no_torch_imports_none(name: str) -> None:
+    heavy = {"torch", "lightning", "transformers", "peft", "datasets", "torchmetrics"}
+    assert not {module.split(".")[0] for module in imported(ROOT / name)} & heavy
+
+
+def test_every_room_is_in_the_table() -> None:
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == set(MAY_IMPORT)

@@ -1,0 +1,197 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback, Trainer
+from torch.nn import functional as F
+
+from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.errors import UserError
+from lightning_lora.evaluation.costs import CostMeter
+from lightning_lora.evaluation.predictions import PredictionCollector
+from lightning_lora.models.methods import AdapterOptions
+from lightning_lora.training.module import TextClassifier
+from lightning_lora.training.optim import make_optimizer, make_schedule
+
+SETTINGS = {"learning_rate": 5e-3, "adapter": AdapterOptions(dropout=0.1)}
+
+
+def make(base: Path, reviews: Path, batch_size: int = 16, **settings) -> tuple[TextClassifier, TextDataModule]:
+    data = TextDataModule(str(reviews), str(base), max_length=32, batch_size=batch_size)
+    return TextClassifier(str(base), data.label_names, **{**SETTINGS, **settings}), data
+
+
+def trainer(*callbacks: Callback, **settings) -> Trainer:
+    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(accelerator="cpu", enable_model_summary=False, callbacks=list(callbacks), **{**options, **settings})
+
+
+def test_training_learns_the_rows(tiny_base: Path, reviews: Path) -> None:
+    model, data = make(tiny_base, reviews)
+    fit = trainer(max_epochs=6)
+    before = fit.validate(model, data, verbose=False)[0]
+    fit.fit(model, data)
+    after = fit.validate(model, data, verbose=False)[0]
+    assert after["val/loss"] < before["val/loss"] - 0.2
+    assert after["val/accuracy"] > 0.9
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(tiny_base: Path, reviews: Path) -> None:
+    def weights(seed: int, noise: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(noise)  # the state before must not matter
+        data = TextDataModule(str(reviews), str(tiny_base), max_length=32, seed=seed)
+        model = TextClassifier(str(tiny_base), data.label_names, seed=seed, **SETTINGS)
+        trainer().fit(model, data)
+        return model.state_dict()
+
+    first, again, other = weights(1, 10), weights(1, 11), weights(2, 10)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_dropout_is_on_in_training_and_off_in_validation_and_testing(tiny_base: Path, reviews: Path) -> None:
+    seen: dict[str, set[bool]] = {}
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *args) -> None:
+            seen.setdefault("train", set()).update(m.training for m in pl_module.model.modules())
+
+        def on_validation_batch_start(self, trainer, pl_module, *args) -> None:
+            seen.setdefault("val", set()).update(m.training for m in pl_module.model.modules())
+
+        def on_test_batch_start(self, trainer, pl_module, *args) -> None:
+            seen.setdefault("test", set()).update(m.training for m in pl_module.model.modules())
+
+    model, data = make(tiny_base, reviews)
+    model.eval()  # as Hugging Face models load
+    fit = trainer(Watch())
+    fit.fit(model, data)
+    fit.test(model, data, verbose=False)
+    assert seen == {"train": {True}, "val": {False}, "test": {False}}
+
+
+def test_logged_metrics_are_those_of_all_rows(tiny_base: Path, reviews: Path) -> None:
+    model, data = make(tiny_base, reviews)
+    collector = PredictionCollector()
+    data.eval_batch_size = 7  # the last batch is smaller: a mean of batch means would differ
+    logged = trainer(collector).test(model, data, verbose=False)[0]
+    logits, labels = (torch.from_numpy(a) for a in (collector.last["test"].logits, data.rows("test").labels))
+    assert logged["test/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-6)
+    assert logged["test/accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=1e-6)
+    np.testing.assert_array_equal(collector.last["test"].labels, labels)
+
+
+def test_padding_and_batching_do_not_change_a_prediction(tiny_base: Path, reviews: Path) -> None:
+    def logits(**settings) -> np.ndarray:
+        collector = PredictionCollector()
+        data = TextDataModule(str(reviews), str(tiny_base), max_length=32, test_rows=30, **settings)
+        model = TextClassifier(str(tiny_base), data.label_names)
+        trainer(collector).test(model, data, verbose=False)
+        return collector.last["test"].logits
+
+    expected = logits(eval_batch_size=1)
+    np.testing.assert_allclose(logits(eval_batch_size=8), expected, atol=1e-5)
+    np.testing.assert_allclose(logits(padding="max_length"), expected, atol=1e-5)
+
+
+def test_the_training_loss_has_smoothing_and_weights_and_the_validation_loss_has_neither(tiny_base, reviews) -> None:
+    model, data = make(tiny_base, reviews, label_smoothing=0.1, class_weights=[1.0, 3.0])
+    fit = trainer(max_steps=1)
+    fit.fit(model, data)
+    model.eval()
+    batch = next(iter(data.val_dataloader()))
+    logits = model(batch["input_ids"], batch["attention_mask"])
+    weighted = F.cross_entropy(logits, batch["labels"], torch.tensor([1.0, 3.0]), label_smoothing=0.1)
+    torch.testing.assert_close(model.shared_step(batch, "train")["loss"], weighted)
+    torch.testing.assert_close(model.shared_step(batch, "val")["loss"], F.cross_entropy(logits, batch["labels"]))
+
+
+def test_balanced_weights_are_scikit_learns(tiny_base: Path, tmp_path: Path) -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    from tests.conftest import make_rows, write_csv
+
+    rows = make_rows(200)
+    path = write_csv(
+        tmp_path / "skewed.csv", [r for r in rows if r[1] == "neg"] + [r for r in rows if r[1] == "pos"][:25]
+    )
+    model, data = make(tiny_base, path, class_weights="balanced")
+    trainer(max_steps=1).fit(model, data)
+    labels = data.rows("train").labels
+    expected = compute_class_weight("balanced", classes=np.unique(labels), y=labels)
+    np.testing.assert_allclose(model.loss_weights, expected, rtol=1e-6)
+
+
+def test_weights_of_another_number_of_classes_are_refused(tiny_base: Path, reviews: Path) -> None:
+    model, data = make(tiny_base, reviews, class_weights=[1.0, 2.0, 3.0])
+    with pytest.raises(UserError, match="3 weights for 2 classes"):
+        trainer().fit(model, data)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_warm_up_and_decay_count_optimizer_steps(tiny_base: Path, reviews: Path, accumulate: int) -> None:
+    rates: dict[int, float] = {}
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            rates.setdefault(trainer.global_step, trainer.optimizers[0].param_groups[0]["lr"])
+
+    model, data = make(tiny_base, reviews, batch_size=4, warmup_ratio=0.25, learning_rate=0.8)
+    fit = trainer(Watch(), accumulate_grad_batches=accumulate, max_epochs=1)
+    fit.fit(model, data)
+    total = fit.global_step
+    assert total == -(-144 // (4 * accumulate))
+    warmup = round(0.25 * total)
+    for step, rate in rates.items():
+        expected = step / warmup if step < warmup else (total - step) / (total - warmup)
+        assert rate == pytest.approx(0.8 * expected, abs=1e-9), step
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_every_schedule_warms_up_and_stays_within_its_peak(schedule: str) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = make_schedule(optimizer, schedule, 0.1, 100)
+    rates = []
+    for _ in range(100):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    np.testing.assert_allclose(rates[:10], np.arange(10) / 10)
+    assert max(rates) == 1.0 and (rates[-1] == 1.0 if schedule == "constant" else rates[-1] < 0.02)
+
+
+def test_weight_decay_spares_biases_and_norms_and_covers_the_rest_once(tiny_base: Path) -> None:
+    model = TextClassifier(str(tiny_base), ["a", "b"], method="full").model
+    decayed, spared = make_optimizer(model, 1e-3, 0.1).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)] for p in spared["params"]} == {
+        n for n in names.values() if n.endswith("bias") or "LayerNorm" in n
+    }
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_costs_count_each_token_once(tiny_base: Path, reviews: Path) -> None:
+    model, data = make(tiny_base, reviews)
+    meter = CostMeter()
+    trainer(meter).fit(model, data)
+    costs = meter.costs()
+    assert costs["train_rows"] == 2 * len(data.rows("train"))
+    assert costs["train_tokens"] == 2 * sum(min(len(text.split()), 30) + 2 for text in data.rows("train").texts)
+    assert 0 < costs["train_s"] < 60
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("warmup_ratio", 1.0),
+        ("label_smoothing", -0.1),
+        ("weight_decay", -1.0),
+        ("learning_rate", -1e-3),
+        ("learning_rate", float("nan")),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(tiny_base: Path, setting: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"model\.{setting}"):
+        TextClassifier(str(tiny_base), ["a", "b"], **{setting: value})
