@@ -7,11 +7,11 @@ A run folder holds ``config.yaml`` (resolved), ``checkpoints/best.ckpt`` and ``l
 
 import json
 import math
+import os
 import platform
 import re
 import shlex
 import subprocess
-import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -153,7 +153,7 @@ def new_record(command: list[str], seed: int) -> dict[str, Any]:
         "seed": seed,
         "versions": {"lightning_lora": __version__, "python": platform.python_version(), **versions()},
         "code": commit(),
-        "machine": {"system": platform.platform(), "processor": processor(), "argv0": Path(sys.argv[0]).name},
+        "machine": {"system": platform.platform(), "processor": processor(), "cores": os.cpu_count()},
     }
 
 

@@ -1,5 +1,6 @@
 """LightningCLI with this project's links, defaults and run folder; shared by all commands that train or evaluate."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ class ConfiguredRun(LightningCLI):
         elif config["logger"] in (None, True):
             config["logger"] = self._loggers(folder)
         if config["logger"] and folder is not None:
-            own.append(TensorBoardPages(self.collector, flat(self.settings())))
+            own.append(TensorBoardPages(self.collector, self.hyperparameters()))
             if self.command == "fit":
                 own.append(LearningRateMonitor(logging_interval="step"))
         if checkpointing and folder is not None:
@@ -136,6 +137,13 @@ class ConfiguredRun(LightningCLI):
         """The resolved settings as plain values, without the command's own options and without linked copies."""
         text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
         return {k: v for k, v in yaml.safe_load(text).items() if k not in COMMAND_KEYS}
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Flat settings of model and data, and of the trainer what differs from Lightning's own defaults."""
+        settings = self.settings()
+        defaults = inspect.signature(Trainer.__init__).parameters
+        settings["trainer"] = {k: v for k, v in settings["trainer"].items() if v != defaults[k].default}
+        return flat(settings)
 
     def _loggers(self, folder: RunFolder) -> list[Logger]:
         loggers: list[Logger] = [

@@ -1,7 +1,7 @@
 """The LightningDataModule: any source of labelled texts as batches of token ids."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -185,12 +185,20 @@ def default_cache_dir() -> Path:
 
 
 @contextmanager
-def tokenizing_progress(split: str, total: int) -> Iterator[Any]:
-    """A progress bar with the time left; gives the function that moves it on by n texts."""
+def tokenizing_progress(split: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Gives the function that counts n texts as done; its first call shows a bar with the time left."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"Tokenizing {split}", total=total)
-        yield lambda n: progress.advance(task, n)
+    progress = Progress(*columns, transient=True, console=Console(stderr=True))
+    task = progress.add_task(f"Tokenizing {split}", total=total)
+
+    def advance(texts: int) -> None:
+        progress.start()
+        progress.advance(task, texts)
+
+    try:
+        yield advance
+    finally:
+        progress.stop()
