@@ -11,7 +11,8 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
-from lightning_lora.data.prepare import Prepared, Rows, SourceOptions, prepare
+from lightning_lora.data.prepare import Prepared, Rows, SourceOptions
+from lightning_lora.data.stored import stored_splits
 from lightning_lora.data.tokens import InputFormat, Truncation, cached_tokens, load_tokenizer
 from lightning_lora.errors import UserError
 from lightning_lora.locations import resolve
@@ -45,7 +46,7 @@ class TextDataModule(LightningDataModule):
         split_seed: Seed of carving and subsampling; kept apart from the run's seed, so that runs with other
             seeds are tested on the same rows.
         seed: Seed of the training order; linked to ``seed_everything``.
-        cache_dir: Where tokens are kept (default: ``~/.cache/lightning_lora``).
+        cache_dir: Where splits and tokens are kept for reuse (default: ``~/.cache/lightning_lora``).
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class TextDataModule(LightningDataModule):
     def prepared(self) -> Prepared:
         """The splits, read once."""
         if self._prepared is None:
-            self._prepared = prepare(self.options)
+            self._prepared = stored_splits(self.options, self.cache_dir)
         return self._prepared
 
     @property

@@ -16,7 +16,7 @@ import numpy as np
 
 from lightning_lora.data.labels import canonical, encode_labels
 from lightning_lora.data.reading import SPLITS, Table, read_source
-from lightning_lora.data.specs import find_spec
+from lightning_lora.data.specs import DatasetSpec, find_spec
 from lightning_lora.data.splits import carve, count_of, not_in, stratified_sample, text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_path
@@ -84,18 +84,27 @@ class Prepared:
     bad_rows_dropped: int = 0
     citation: str = ""
 
-    def write_parquet(self, path: Path) -> None:
-        """Writes which row of the source went to which split, so that the same rows can be had again."""
+    def table(self, texts: bool) -> Any:
+        """An Arrow table of which row of the source is in which split, with or without text and label."""
         import pyarrow as pa
+
+        parts = self.splits.values()
+        columns: dict[str, Any] = {
+            "split": np.concatenate([np.full(len(rows), name) for name, rows in self.splits.items()]),
+            "origin": [origin for rows in parts for origin in rows.origins],
+            "row": np.concatenate([rows.numbers for rows in parts]),
+        }
+        if texts:
+            columns["text"] = [text for rows in parts for text in rows.texts]
+            columns["label"] = np.concatenate([rows.labels for rows in parts])
+        return pa.table(columns)
+
+    def write_parquet(self, path: Path) -> None:
+        """Writes which row of the source went to which split."""
         import pyarrow.parquet as pq
 
-        columns = {
-            "split": np.concatenate([np.full(len(rows), name) for name, rows in self.splits.items()]),
-            "origin": pa.array([o for rows in self.splits.values() for o in rows.origins]).dictionary_encode(),
-            "row": np.concatenate([rows.numbers for rows in self.splits.values()]),
-        }
         with atomic_path(path) as staging:
-            pq.write_table(pa.table(columns), staging)
+            pq.write_table(self.table(texts=False), staging)
 
     def describe(self) -> dict[str, Any]:
         """Plain values for the run record: sizes, class counts, fingerprints, what was taken out."""
@@ -129,13 +138,13 @@ def prepare(options: SourceOptions) -> Prepared:
     Raises:
         UserError: The source cannot be read, a row is bad, or a size does not fit.
     """
-    spec = find_spec(options.source) if isinstance(options.source, str) else None
+    spec = _spec_of(options)
     text_column = options.text_column or (spec.text_column if spec else "text")
     text_columns = [text_column] if isinstance(text_column, str) else list(text_column)
     label_column = options.label_column or (spec.label_column if spec else "label")
     keep_rows = spec.keep_rows if spec else {}
     tables = read_source(
-        spec.source if spec else options.source,
+        source_of(options),
         list(dict.fromkeys([*text_columns, label_column, *keep_rows])),
         label_column,
     )
@@ -155,6 +164,16 @@ def prepare(options: SourceOptions) -> Prepared:
     return Prepared(label_names, splits, origin, removed, dropped, spec.citation if spec else "")
 
 
+def source_of(options: SourceOptions) -> str | Mapping[str, str]:
+    """Where the rows are: the location behind the name of a known data set, else what the options say."""
+    spec = _spec_of(options)
+    return spec.source if spec else options.source
+
+
+def _spec_of(options: SourceOptions) -> DatasetSpec | None:
+    return find_spec(options.source) if isinstance(options.source, str) else None
+
+
 def _matching(table: Table, keep_rows: Mapping[str, str]) -> Table:
     columns = [(table.columns[name], value) for name, value in keep_rows.items()]
     return table.select([i for i in range(len(table)) if all(cells[i] == value for cells, value in columns)])
@@ -172,6 +191,8 @@ def _without_bad_rows(table: Table, text_columns: list[str], label_column: str, 
                     f"{table.where(i, column)}: a text is needed, got {type(cell).__name__} {cell!r:.40}; "
                     "is it the text? Set data.text_column"
                 )
+            elif not _is_unicode(cell):
+                raise UserError(f"{table.where(i, column)}: half of a surrogate pair is no character; correct the row")
     for i, cell in enumerate(table.columns[label_column]):
         if cell is None or canonical(cell) == "" or (isinstance(cell, float) and math.isnan(cell)):
             bad.setdefault(i, f"{table.where(i, label_column)}: the label is missing")
@@ -181,6 +202,14 @@ def _without_bad_rows(table: Table, text_columns: list[str], label_column: str, 
         more = f" (and {len(bad) - 1} more such rows in this file)" if len(bad) > 1 else ""
         raise UserError(f"{bad[min(bad)]}{more}; correct it, or leave such rows out with data.bad_rows=drop")
     return table.select([i for i in range(len(table)) if i not in bad])
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _joined(tables: list[Table], text_columns: list[str], labels: list[np.ndarray]) -> Rows:

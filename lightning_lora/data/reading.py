@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import UserError
-from lightning_lora.locations import Location, resolve
+from lightning_lora.locations import resolve
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val"}
@@ -53,18 +53,11 @@ class Table:
         return Table(self.origin, columns, [self.rows[i] for i in keep], self.unit, self.label_names)
 
 
-def read_source(
-    source: str | Mapping[str, str], columns: Sequence[str], label_column: str | None
-) -> dict[str, list[Table]]:
-    """The tables of each split ("train", "val", "test") that the source has.
-
-    Args:
-        source: A location (file, folder, package resource, Hub id), or a mapping from split to location.
-        columns: The columns to read; all must exist.
-        label_column: The one of them that holds labels (its declared class names are kept).
+def source_files(source: str | Mapping[str, str]) -> dict[str, list[Path]] | None:
+    """The local files of each split, or None for a Hub source.
 
     Raises:
-        UserError: The source cannot be found or read, or lacks a column.
+        UserError: There are none, or none for training.
     """
     if not isinstance(source, str):
         files: dict[str, list[Path]] = {}
@@ -78,10 +71,29 @@ def read_source(
     else:
         location = resolve(source, "data.source")
         if location.path is None:
-            return _read_hub(location, columns, label_column)
+            return None
         files = _split_files(location.path) if location.path.is_dir() else {"train": [location.path]}
     if "train" not in files:
         raise UserError(f"data.source: {source} has no train split (found: {', '.join(files)})")
+    return files
+
+
+def read_source(
+    source: str | Mapping[str, str], columns: Sequence[str], label_column: str | None
+) -> dict[str, list[Table]]:
+    """The tables of each split ("train", "val", "test") that the source has.
+
+    Args:
+        source: A location (file, folder, package resource, Hub id), or a mapping from split to location.
+        columns: The columns to read; all must exist.
+        label_column: The one of them that holds labels (its declared class names are kept).
+
+    Raises:
+        UserError: The source cannot be found or read, or lacks a column.
+    """
+    files = source_files(source)
+    if files is None:
+        return _read_hub(str(source), columns, label_column)
     return {split: [read_file(p, columns, label_column) for p in paths] for split, paths in files.items()}
 
 
@@ -231,28 +243,28 @@ def _declared_names(schema: Any, label_column: str | None) -> list[str] | None:
     return feature.get("names") if feature.get("_type") == "ClassLabel" else None
 
 
-def _read_hub(location: Location, columns: Sequence[str], label_column: str | None) -> dict[str, list[Table]]:
+def _read_hub(source: str, columns: Sequence[str], label_column: str | None) -> dict[str, list[Table]]:
     import datasets
 
-    name, _, config = location.name.partition(":")
+    name, _, config = source.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"data.source: cannot load '{location.name}' from the Hub ({_first_line(error)}); check the name "
+            f"data.source: cannot load '{source}' from the Hub ({_first_line(error)}); check the name "
             "and the network, or give a local file or folder (HF_HUB_OFFLINE=1 uses only what is cached)"
         ) from error
     found: dict[str, list[Table]] = {}
     for split, rows in loaded.items():
         if str(split) in _SPLIT_NAMES:
-            origin = f"{location.name} ({split})"
+            origin = f"{source} ({split})"
             _require_columns(rows.column_names, columns, origin)
             feature = rows.features.get(label_column) if label_column else None
             names = feature.names if isinstance(feature, datasets.ClassLabel) else None
             values = {column: list(rows[column]) for column in columns}
             found[_SPLIT_NAMES[str(split)]] = [Table(origin, values, range(1, len(rows) + 1), "row", names)]
     if "train" not in found:
-        raise UserError(f"data.source: {location.name} has no train split (it has {', '.join(map(str, loaded))})")
+        raise UserError(f"data.source: {source} has no train split (it has {', '.join(map(str, loaded))})")
     return found
 
 

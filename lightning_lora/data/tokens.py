@@ -8,7 +8,6 @@ the share of truncated texts is known exactly.
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_lora.errors import UserError
+from lightning_lora.files import atomic_folder
 
 Truncation = Literal["head", "tail", "both"]
 CACHE_FORMAT = 1
@@ -164,8 +164,8 @@ def cached_tokens(
 ) -> tuple[Tokens, bool]:
     """The tokens of the texts, and whether they came from the cache.
 
-    An entry is made in a folder beside its place and renamed into it, so that one is either there whole or
-    not there at all, also when two runs make it at once. An unreadable entry is made again.
+    An entry is there whole or not there at all, also when two runs make it at once. An unreadable one is
+    made again.
     """
     entry = cache_dir / "tokens" / cache_key(texts, tokenizer)
     if entry.is_dir():
@@ -192,17 +192,8 @@ def _read_entry(entry: Path, texts: int) -> Tokens:
 
 
 def _write_entry(entry: Path, tokens: Tokens) -> None:
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name}-"))
-    try:
+    with atomic_folder(entry) as staging:
         np.save(staging / "ids.npy", tokens.ids)
         np.save(staging / "offsets.npy", tokens.offsets)
         manifest = {"texts": len(tokens), "tokens": len(tokens.ids)}
         (staging / "manifest.json").write_text(json.dumps(manifest))
-        try:
-            staging.rename(entry)
-        except OSError:
-            if not entry.is_dir():  # else another process was first with the same content
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

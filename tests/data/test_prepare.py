@@ -104,6 +104,13 @@ def test_numbers_in_the_text_column_are_refused(tmp_path: Path) -> None:
         prepare(SourceOptions(str(path)))
 
 
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine", "label": "a"}\n{"text": "\\ud800 half", "label": "b"}\n')
+    with pytest.raises(UserError, match="line 2, column 'text': half of a surrogate pair"):
+        prepare(SourceOptions(str(path)))
+
+
 def test_a_train_split_that_is_all_in_test_is_refused(tmp_path: Path) -> None:
     for name in ("train", "test"):
         write_csv(tmp_path / f"{name}.csv", make_rows(20))

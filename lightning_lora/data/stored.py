@@ -1,0 +1,90 @@
+"""Prepared splits kept for reuse: a second run neither reads nor splits the source again."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from lightning_lora.data import labels, prepare, reading, specs, splits
+from lightning_lora.data.prepare import Prepared, Rows, SourceOptions
+from lightning_lora.data.reading import source_files
+from lightning_lora.errors import UserError
+from lightning_lora.files import atomic_folder
+
+#: The code that decides which row goes where; when it changes, stored splits are made anew.
+_CODE = (labels, prepare, reading, specs, splits)
+
+
+def stored_splits(options: SourceOptions, cache_dir: Path) -> Prepared:
+    """The splits that the options describe, from the store where they are, else prepared and stored.
+
+    A Hub source is always read again: ``datasets`` keeps it, and knows when it has changed.
+
+    Raises:
+        UserError: As ``prepare``; or the store cannot be written.
+    """
+    key = store_key(options)
+    if key is None:
+        return prepare.prepare(options)
+    entry = cache_dir / "splits" / key
+    if entry.is_dir():
+        try:
+            return _read(entry)
+        except (OSError, ValueError, KeyError, TypeError):
+            shutil.rmtree(entry, ignore_errors=True)
+    prepared = prepare.prepare(options)
+    try:
+        _write(entry, prepared)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: cannot write {entry} ({error.strerror or error}); set another folder"
+        ) from error
+    return prepared
+
+
+def store_key(options: SourceOptions) -> str | None:
+    """A key of all that the splits depend on: options, the files' names and bytes, the code; None for the Hub."""
+    files = source_files(prepare.source_of(options))
+    if files is None:
+        return None
+    digest = hashlib.sha256(json.dumps(dataclasses.asdict(options), sort_keys=True, default=dict).encode())
+    for path in [*(path for paths in files.values() for path in paths), *(Path(str(m.__file__)) for m in _CODE)]:
+        digest.update(f"\n{path}\n".encode())
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return digest.hexdigest()[:32]
+
+
+def _write(entry: Path, prepared: Prepared) -> None:
+    import pyarrow.parquet as pq
+
+    facts = {
+        field.name: getattr(prepared, field.name) for field in dataclasses.fields(prepared) if field.name != "splits"
+    }
+    with atomic_folder(entry) as staging:
+        pq.write_table(prepared.table(texts=True), staging / "rows.parquet")
+        (staging / "facts.json").write_text(json.dumps(facts))
+
+
+def _read(entry: Path) -> Prepared:
+    import pyarrow.parquet as pq
+
+    facts = json.loads((entry / "facts.json").read_text())
+    table = pq.read_table(entry / "rows.parquet")
+    split = table.column("split").to_numpy()
+    found = {}
+    for name in dict.fromkeys(split.tolist()):
+        part = table.filter(split == name)
+        found[name] = Rows(
+            part.column("text").to_pylist(),
+            np.array(part.column("label").to_numpy()),
+            part.column("origin").to_pylist(),
+            np.array(part.column("row").to_numpy()),
+        )
+    return Prepared(splits=found, **facts)
