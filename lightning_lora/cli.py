@@ -38,7 +38,7 @@ USAGE = "usage: python main.py COMMAND [OPTIONS]"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and gives the exit status: 0, 2 for a wrong input, 130 for Ctrl-C."""
+    """Runs one command and gives the exit status: 0, 1 for a fault, 2 for a wrong input, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in words or bool(os.environ.get("LIGHTNING_LORA_TRACEBACK"))
     words = [word for word in words if word != "--traceback"]
@@ -60,10 +60,19 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns Ctrl-C into SystemExit(1), which callers could not tell from a failure.
+        if type(error).__name__ == "SIGTERMException":
+            return 143
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        # Not foreseen: a fault of this program, or of the machine; still one line, and the record has it too.
+        if show_traceback:
+            traceback.print_exc()
+        first = (str(error).strip().splitlines() or [""])[0]
+        print(f"error: {type(error).__name__}: {first} (--traceback shows where it comes from)", file=sys.stderr)
+        return 1
 
 
 def help_page() -> str:

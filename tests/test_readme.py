@@ -30,6 +30,10 @@ def test_make_targets_exist() -> None:
             assert re.search(rf"^{command.split()[1]}:", makefile, flags=re.MULTILINE), command
 
 
+def test_no_figure_is_still_to_be_filled_in() -> None:
+    assert "@@" not in README
+
+
 def test_linked_files_exist() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

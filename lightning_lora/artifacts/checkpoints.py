@@ -117,12 +117,21 @@ def load_checkpoint(module: LightningModule, path: Path) -> None:
     Raises:
         UserError: The checkpoint is damaged or does not belong to the module.
     """
+    module.load_state_dict(checked_checkpoint(module, path)["state_dict"], strict=False)
+
+
+def checked_checkpoint(module: LightningModule, path: Path) -> dict[str, Any]:
+    """The content of a checkpoint that belongs to the module, which is left as it is.
+
+    Raises:
+        UserError: The checkpoint is damaged or does not belong to the module.
+    """
     checkpoint = read_checkpoint(path)
     try:
         module.on_load_checkpoint(checkpoint)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    return checkpoint
 
 
 def stored_labels(checkpoint: Mapping[str, Any], path: Path) -> Sequence[str]:

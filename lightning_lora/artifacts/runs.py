@@ -5,6 +5,7 @@ A run folder holds ``config.yaml`` (resolved), ``checkpoints/best.ckpt`` and ``l
 ``run.json``: the record.
 """
 
+import itertools
 import json
 import math
 import os
@@ -60,10 +61,13 @@ class RunFolder:
         if name is not None and not _NAME.fullmatch(name):
             raise UserError(f"--name: '{name}' is no folder name; use letters, digits, '.', '_' and '-' (at most 100)")
         wanted = name or f"{re.sub(r'[^A-Za-z0-9.]+', '-', stem).strip('-.') or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+        try:
+            logs_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--logs_dir: cannot make {logs_dir} ({error.strerror or error})") from error
         for number in range(1000):
             path = logs_dir / (f"{wanted}-{number}" if number else wanted)
             try:
-                logs_dir.mkdir(parents=True, exist_ok=True)
                 path.mkdir()
             except FileExistsError:
                 if name is not None:
@@ -104,10 +108,13 @@ class RunFolder:
         path = self.checkpoints / f"{which}.ckpt" if which in ("best", "last") else Path(which)
         if not path.is_file():
             status = self.read().get("status", "unfinished") if self.record.is_file() else "unfinished"
-            raise UserError(
-                f"--run: {self.path} has no checkpoint {path.name} (the run's status: {status}); "
-                "an untrained model is not evaluated: run fit again"
+            last = which == "best" and (self.checkpoints / "last.ckpt").is_file()
+            remedy = (
+                "no validation pass ended, so none is best; --checkpoint last takes the last state"
+                if last
+                else "an untrained model is not evaluated; run fit again"
             )
+            raise UserError(f"--run: {self.path} has no checkpoint {path.name} (the run's status: {status}); {remedy}")
         return path
 
     @property
@@ -122,10 +129,10 @@ class RunFolder:
             UserError: It is missing or damaged.
         """
         try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
+            record = dict(json.loads(self.record.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise UserError(f"{self.path}: no run.json: the run has not ended, or was killed") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{self.record}: cannot be read ({error})") from error
         if record.get("format") != RECORD_FORMAT:
             raise UserError(f"{self.record}: format {record.get('format')}; this version reads {RECORD_FORMAT}")
@@ -134,6 +141,20 @@ class RunFolder:
     def write(self, record: dict[str, Any]) -> None:
         """Writes the record, whole; numbers that are not finite become null, which JSON has."""
         write_text(self.record, json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    @property
+    def splits(self) -> Path:
+        """Which row of the source went to which split."""
+        return self.path / "splits.parquet"
+
+    def new_evaluation(self, split: str) -> str:
+        """A name for a further evaluation of a split ("test", then "test-2", ...); none is overwritten."""
+        done = self.read().get("evaluations", {}) if self.record.is_file() else {}
+        return next(
+            name
+            for name in (split if number == 1 else f"{split}-{number}" for number in itertools.count(1))
+            if name not in done and not (self.path / f"{name}.md").exists()
+        )
 
     def add_evaluation(self, name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
         """Adds what a later command measured (such as "test") to the record, and gives the whole."""

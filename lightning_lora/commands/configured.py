@@ -2,13 +2,14 @@
 
 import inspect
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import yaml
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
@@ -35,6 +36,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "log_every_n_steps": 10,
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
+    "devices": 1,
 }
 #: Options that belong to one command and not to what is trained; they are left out of ``config.yaml``.
 COMMAND_KEYS = frozenset(
@@ -91,6 +93,16 @@ class ConfiguredRun(LightningCLI):
         except (jsonargparse.ArgumentError, TypeError) as error:
             raise UserError(one_line(str(error))) from error
         trainer = self.config.trainer
+        if not 0 <= self.config.seed_everything < 2**32:
+            raise UserError(
+                f"seed_everything: a number from 0 to 2^32 - 1 is needed, got {self.config.seed_everything}"
+            )
+        if trainer.num_nodes != 1 or str(trainer.devices) not in ("1", "auto"):
+            raise UserError("trainer.devices: this version trains on one device; leave it at 1")
+        if trainer.default_root_dir is not None:
+            raise UserError(
+                "trainer.default_root_dir: a run writes into its own folder only; use --logs_dir and --name"
+            )
         if trainer.precision is None:
             trainer.precision = auto_precision(str(trainer.accelerator))
 
@@ -105,13 +117,21 @@ class ConfiguredRun(LightningCLI):
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule = self.config_init.data
         self.model = self.config_init.model
+        limit = position_limit(self.model.model.config)
+        if self.datamodule.max_length > limit:
+            raise UserError(
+                f"data.max_length: {self.datamodule.max_length}, but the base model takes at most {limit} tokens"
+            )
         self.trainer = self.make_trainer(folder)
 
     def make_trainer(self, folder: RunFolder | None) -> Trainer:
         """The trainer of the config; without a folder it logs and saves nothing."""
         config = dict((self.config_init if hasattr(self, "config_init") else self.config).trainer)
         own: list[Callback] = [self.collector, self.costs]
-        if config["enable_progress_bar"] is not False:
+        # What a config adds (early stopping and the like) is about fitting; predict does not even make them.
+        extra = (config["callbacks"] or []) if self.command == "fit" else []
+        extra = extra if isinstance(extra, list) else [extra]
+        if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in extra):
             own.append(Progress())
         checkpointing = folder is not None and self.command == "fit" and config["enable_checkpointing"] is not False
         if folder is None:
@@ -124,8 +144,9 @@ class ConfiguredRun(LightningCLI):
                 own.append(LearningRateMonitor(logging_interval="step"))
         if checkpointing and folder is not None:
             own += checkpoint_callbacks(folder)
-        extra = config["callbacks"] or []
-        config["callbacks"] = own + (extra if isinstance(extra, list) else [extra])
+        config["callbacks"] = own + extra
+        if self.command == "predict":  # whose config is not instantiated
+            config |= {"plugins": None, "profiler": None}
         config["enable_checkpointing"] = checkpointing
         plugins = config["plugins"] or []
         config["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
@@ -154,22 +175,45 @@ class ConfiguredRun(LightningCLI):
         return loggers
 
 
+def position_limit(config: Any) -> int:
+    """The longest input, in tokens, that a base model's position embeddings take."""
+    limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    # RoBERTa and its kin number positions from padding_idx + 1 (transformers: create_position_ids_from_input_ids).
+    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
+    return int(limit) - offset
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """A class of its own, so that its state cannot be taken for that of a checkpoint callback in a config."""
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """As ``BestCheckpoint``."""
+
+
 def checkpoint_callbacks(folder: RunFolder) -> list[Callback]:
     """The best weights on validation, and the last state from which training can go on."""
     common: dict[str, Any] = {"dirpath": folder.checkpoints, "save_top_k": 1, "enable_version_counter": False}
     return [
-        ModelCheckpoint(filename="best", monitor=MONITOR, mode="max", save_weights_only=True, **common),
-        ModelCheckpoint(filename="last", monitor=None, **common),
+        BestCheckpoint(filename="best", monitor=MONITOR, mode="max", save_weights_only=True, **common),
+        # At the end of each epoch of training, whether or not a validation pass ran in it.
+        LastCheckpoint(filename="last", monitor=None, save_on_train_epoch_end=True, **common),
     ]
 
 
 def with_base_config(command: str, words: list[str]) -> list[str]:
     """The words with the config in front that they change: the run's own, or for fit the embedded default."""
     if command == "fit":
+        if not DEFAULT_CONFIG.is_file() and not {"-h", "--help"} & set(words):
+            raise UserError(
+                "fit needs --config FILE: the embedded default lies in the project's folder, not in the package"
+            )
         given = any(word in ("-c", "--config") or word.startswith("--config=") for word in words)
         return words if given else ["--config", str(DEFAULT_CONFIG), *words]
     if {"-h", "--help"} & set(words):
         return words
+    if command != "predict" and words and not words[0].startswith("-"):
+        words = ["--run", *words]  # the folder alone is clear enough where no texts are given
     run = option_value(words, "--run")
     if run is None:
         raise UserError(

@@ -1,14 +1,17 @@
 """``main.py validate`` and ``main.py test``: metrics of a run's checkpoint, before and after fine-tuning."""
 
+import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightning_lora.artifacts.checkpoints import load_checkpoint
+from lightning_lora.artifacts.checkpoints import checked_checkpoint, load_checkpoint
 from lightning_lora.artifacts.runs import RunFolder, now
 from lightning_lora.commands.configured import ConfiguredRun
+from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import peak_memory_mb
 from lightning_lora.files import write_text
@@ -30,14 +33,16 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
     folder = RunFolder.open(Path(cli.config.run))
     path = folder.checkpoint(cli.config.checkpoint)
     cli.build(folder)
+    checked_checkpoint(cli.model, path)  # before minutes are spent on it
     cli.datamodule.setup(command)
     rows = cli.datamodule.rows(split)
+    refuse_trained_rows(rows.texts, folder, ("train",) if split == "val" else ("train", "val"))
+    name = folder.new_evaluation(split)
     evaluation: dict[str, Any] = {
         "measured": now(),
-        "checkpoint": path.name,
-        "rows": len(rows),
+        "command": shlex.join(["python", "main.py", command, *words]),
+        "checkpoint": str(path),
         "fingerprint": rows.fingerprint(),
-        "majority_accuracy": majority_accuracy(cli.datamodule.rows("train").labels, rows.labels),
     }
     if cli.config.get("before"):
         print(f"{split} rows before fine-tuning (base model with a fresh head): {len(rows):,}")
@@ -45,19 +50,47 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
     load_checkpoint(cli.model, path)
     print(f"{split} rows after fine-tuning ({path}): {len(rows):,}")
     evaluation["after"], evaluation["after_s"] = _run_pass(cli, command, split, cli.trainer)
+    predictions = cli.collector.last[split]
+    evaluation["rows"] = len(predictions)
+    train_labels = cli.datamodule.rows("train").labels
+    evaluation["majority_accuracy"] = majority_accuracy(train_labels, rows.labels[predictions.rows])
     evaluation |= peak_memory_mb()
-    predictions = folder.path / "predictions" / f"{split}.parquet"
-    cli.collector.last[split].write_parquet(predictions, row=rows.numbers, origin=rows.origins)
-    record = folder.add_evaluation(split, evaluation)
+    file = folder.path / "predictions" / f"{name}.parquet"
+    if name == "val":
+        file = file.with_name("val-best.parquet")  # val.parquet is what fit's last pass said
+    predictions.write_parquet(file, row=rows.numbers, origin=rows.origins)
+    record = folder.add_evaluation(name, evaluation)
     metrics, costs = metric_rows(evaluation), cost_rows(record, evaluation)
-    summary = f"# {folder.path.name}: {split}\n\n{markdown(metrics)}\n\n{markdown([['', ''], *costs])}\n"
-    write_text(folder.path / f"{split}.md", summary)
+    summary = f"# {folder.path.name}: {name}\n\n{markdown(metrics)}\n\n{markdown([['', ''], *costs])}\n"
+    write_text(folder.path / f"{name}.md", summary)
     print()
-    print_tables(f"{split}: {len(rows):,} rows", metrics, costs)
-    print(f"\nrun folder:    {folder.path} (this table: {split}.md, every row: predictions/{split}.parquet)")
+    print_tables(f"{split}: {len(predictions):,} rows", metrics, costs)
+    print(f"\nrun folder:    {folder.path} (this table: {name}.md, every row: predictions/{file.name})")
     print(f"curves:        tensorboard --logdir {folder.path.parent}")
     print(f"your own text: python main.py predict --run {folder.path} 'What a film!'")
     return 0
+
+
+def refuse_trained_rows(texts: Sequence[str], folder: RunFolder, seen: Sequence[str]) -> None:
+    """Refuses to evaluate on texts that the run has learnt from or was chosen by.
+
+    The source may have changed since, or another ``data.split_seed`` may have been given.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        stored = pq.read_table(folder.splits, columns=["split", "key"]).to_pydict()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder.splits}: cannot be read ({error}); without it nobody knows what was trained on"
+        ) from error
+    known = {key for split, key in zip(stored["split"], stored["key"], strict=True) if split in seen}
+    count = sum(key in known for key in text_keys(texts))
+    if count:
+        raise UserError(
+            f"{count} of the {len(texts)} rows to evaluate are rows that {folder.path} was trained or chosen on; "
+            "use the source and the data.split_seed of the run, or other rows"
+        )
 
 
 def _run_pass(cli: ConfiguredRun, command: str, split: str, trainer: Any) -> tuple[dict[str, float], float]:

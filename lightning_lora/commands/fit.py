@@ -36,7 +36,7 @@ def run(words: list[str]) -> int:
         model: TextClassifier = cli.model
         cli.datamodule.setup("fit")
         record["data"] = cli.datamodule.describe()
-        cli.datamodule.prepared.write_parquet(folder.path / "splits.parquet")
+        cli.datamodule.prepared.write_parquet(folder.splits)
         record["costs"] = parameter_counts(model.model)
         record["model"] = {
             "architecture": model.model.config.model_type,
@@ -60,7 +60,9 @@ def run(words: list[str]) -> int:
             record["best"] = scores
         if "val" in cli.collector.last:
             rows = cli.datamodule.rows("val")
-            cli.collector.last["val"].write_parquet(folder.path / "predictions" / "val.parquet", row=rows.numbers)
+            cli.collector.last["val"].write_parquet(
+                folder.path / "predictions" / "val.parquet", row=rows.numbers, origin=rows.origins
+            )
     finish(folder, record)
     return 0
 
@@ -114,6 +116,8 @@ def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
     share = costs["trainable_params"] / costs["total_params"]
     print(f"trainable parameters: {costs['trainable_params']:,} of {costs['total_params']:,} ({share:.2%})")
     device = type(trainer.accelerator).__name__.removesuffix("Accelerator")
+    if record["method"] != "full" and not record["config"]["model"]["frozen_dropout"]:
+        print("dropout: off in the frozen encoder (model.frozen_dropout), on in head and adapter as configured")
     print(f"learning rate {model['learning_rate']:g}, {device}, precision {trainer.precision}", flush=True)
 
 
@@ -125,3 +129,8 @@ def finish(folder: RunFolder, record: dict[str, Any]) -> None:
     print(f"run folder: {folder.path}")
     if (folder.checkpoints / "best.ckpt").is_file():
         print(f"next: python main.py test --run {folder.path}")
+    elif (folder.checkpoints / "last.ckpt").is_file():
+        print("no validation pass ended, so no checkpoint is the best one")
+        print(f"next: python main.py test --run {folder.path} --checkpoint last")
+    else:
+        print("no checkpoint was kept (trainer.enable_checkpointing or fast_dev_run); the weights are gone")

@@ -15,7 +15,8 @@ from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.commands.configured import ConfiguredRun
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
 from lightning_lora.data.datamodule import make_loader
-from lightning_lora.data.reading import Table, read_file
+from lightning_lora.data.prepare import is_unicode
+from lightning_lora.data.reading import READERS, Table, read_file, read_text
 from lightning_lora.data.tokens import InputFormat, load_tokenizer, tokenize
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.predictions import Predictions, in_row_order
@@ -37,6 +38,10 @@ def run(words: list[str]) -> int:
         raise UserError(f"--output: '{output.name}' must end in one of {', '.join(OUTPUTS)}")
     if config.format not in FORMATS:
         raise UserError(f"--format: '{config.format}' is not one of {', '.join(FORMATS)}")
+    if output and config.format != "table":
+        raise UserError("--format: the format of --output is that of its ending; leave --format out")
+    if config.text_column and (config.texts or config.input in (None, "-")):
+        raise UserError("--text_column: only an --input file has columns; leave it out")
     texts = gather_texts(config.texts, config.input, config.text_column or config.data.text_column)
     path = RunFolder.open(Path(config.run)).checkpoint(config.checkpoint)
     labels = stored_labels(read_checkpoint(path), path)
@@ -62,8 +67,7 @@ def predict_texts(cli: ConfiguredRun, model: TextClassifier, texts: list[str]) -
     loader = make_loader(dataset, LengthBatchSampler(dataset.lengths, data.eval_batch_size, None))
     with torch.inference_mode():
         batches: Any = cli.make_trainer(None).predict(model, loader)
-    logits, _ = in_row_order(batches)
-    return Predictions(logits, None, model.label_names)
+    return in_row_order(batches, model.label_names)
 
 
 def gather_texts(given: Sequence[str], source: str | None, text_column: str | list[str] | None) -> list[str]:
@@ -79,14 +83,19 @@ def gather_texts(given: Sequence[str], source: str | None, text_column: str | li
     elif source in (None, "-"):
         if sys.stdin.isatty():
             raise UserError("no texts: give them as words in quotes, with --input FILE, or on standard input")
-        table = _lines("standard input", sys.stdin.read())
+        try:
+            table = _lines("standard input", sys.stdin.read())
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start})") from None
     else:
         path = Path(str(source)).expanduser()
         if not path.is_file():
             raise UserError(f"--input: no file '{source}'")
         if path.suffix.lower() in (".txt", ""):
-            table = _lines(str(path), path.read_text(encoding="utf-8"))
+            table = _lines(str(path), read_text(path))
         else:
+            if path.suffix.lower() not in READERS:
+                raise UserError(f"--input: '{path.name}' must end in one of .txt, {', '.join(READERS)}")
             columns = [text_column] if isinstance(text_column, str) else (text_column or ["text"])
             read = read_file(path, columns)
             table = Table(read.origin, {}, read.rows, read.unit)
@@ -100,13 +109,14 @@ def gather_texts(given: Sequence[str], source: str | None, text_column: str | li
 
 
 def _lines(origin: str, content: str) -> Table:
-    numbered = [(i, line) for i, line in enumerate(content.splitlines(), start=1) if line.strip()]
-    return Table(origin, {"text": [line for _, line in numbered]}, [i for i, _ in numbered], "line")
+    # Only \n ends a line: splitlines() would also cut at a form feed or U+2028 inside a text.
+    lines = content.removesuffix("\n").split("\n") if content else []
+    return Table(origin, {"text": [line.removesuffix("\r") for line in lines]}, range(1, len(lines) + 1), "line")
 
 
 def _check_texts(table: Table, column: str) -> None:
     for i, cell in enumerate(table.columns[column]):
-        if not isinstance(cell, str) or not cell.strip():
+        if not isinstance(cell, str) or not cell.strip() or not is_unicode(cell):
             got = "null" if cell is None else repr(cell)[:40]
             raise UserError(f"{table.where(i, column)}: a text is needed, got {got}")
 

@@ -82,6 +82,8 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
+        # Lightning tells the epoch to ``loader.batch_sampler.sampler``, as torch's own batch samplers have one.
+        self.sampler = self
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer, so that each epoch has its own order."""

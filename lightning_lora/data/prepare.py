@@ -85,7 +85,10 @@ class Prepared:
     citation: str = ""
 
     def table(self, texts: bool) -> Any:
-        """An Arrow table of which row of the source is in which split, with or without text and label."""
+        """An Arrow table of which row of the source is in which split, with or without text and label.
+
+        ``key`` is equal for texts that are repeats of each other (``text_keys``).
+        """
         import pyarrow as pa
 
         parts = self.splits.values()
@@ -93,6 +96,7 @@ class Prepared:
             "split": np.concatenate([np.full(len(rows), name) for name, rows in self.splits.items()]),
             "origin": [origin for rows in parts for origin in rows.origins],
             "row": np.concatenate([rows.numbers for rows in parts]),
+            "key": [key for rows in parts for key in text_keys(rows.texts)],
         }
         if texts:
             columns["text"] = [text for rows in parts for text in rows.texts]
@@ -191,7 +195,7 @@ def _without_bad_rows(table: Table, text_columns: list[str], label_column: str, 
                     f"{table.where(i, column)}: a text is needed, got {type(cell).__name__} {cell!r:.40}; "
                     "is it the text? Set data.text_column"
                 )
-            elif not _is_unicode(cell):
+            elif not is_unicode(cell):
                 raise UserError(f"{table.where(i, column)}: half of a surrogate pair is no character; correct the row")
     for i, cell in enumerate(table.columns[label_column]):
         if cell is None or canonical(cell) == "" or (isinstance(cell, float) and math.isnan(cell)):
@@ -204,7 +208,8 @@ def _without_bad_rows(table: Table, text_columns: list[str], label_column: str, 
     return table.select([i for i in range(len(table)) if i not in bad])
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written down: half of a surrogate pair cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -245,6 +250,7 @@ def _split(read: dict[str, Rows], options: SourceOptions) -> tuple[dict[str, Row
     keys = {split: text_keys(splits[split].texts) for split in ("train", "val")}
     take_out_repeats("train", "val")
 
+    origin["train"] += ", less what was carved from it" if len(read["train"]) > len(splits["train"]) else ""
     for split, size in (("train", options.train_rows), ("test", options.test_rows)):
         if size is not None:
             rows = splits[split]
@@ -253,6 +259,8 @@ def _split(read: dict[str, Rows], options: SourceOptions) -> tuple[dict[str, Row
                 stratified_sample(rows.labels, number, options.split_seed, f"subsample/{split}")
             )
             origin[split] += f", {number} of {len(rows)} rows (stratified)"
+    if len(np.unique(splits["train"].labels)) < 2:
+        raise UserError("data.train_rows: the rows to train on are all of one class; take more rows")
     return {split: splits[split] for split in SPLITS}, origin, removed
 
 

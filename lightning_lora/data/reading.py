@@ -137,10 +137,9 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _require_columns(have: Sequence[str], wanted: Sequence[str], origin: object) -> None:
-    if len(set(have)) != len(have):
-        twice = next(name for name in have if list(have).count(name) > 1)
-        raise UserError(f"{origin}: column '{twice}' stands there twice; rename one")
     for column in wanted:
+        if list(have).count(column) > 1:
+            raise UserError(f"{origin}: column '{column}' stands there twice; rename one")
         if column not in have:
             hint = ""
             if len(have) == 1 and (";" in have[0] or "\t" in have[0]):
@@ -151,7 +150,12 @@ def _require_columns(have: Sequence[str], wanted: Sequence[str], origin: object)
             )
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        UserError: It is in another encoding; the line is named.
+    """
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -167,7 +171,7 @@ def _read_delimited(path: Path, columns: Sequence[str], label_column: str | None
     del label_column  # a text file declares no class names
     csv.field_size_limit(2**31 - 1)
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=separator, strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=separator, strict=True)
     values: dict[str, list[Any]] = {name: [] for name in columns}
     lines: list[int] = []
     start = 1
@@ -195,7 +199,7 @@ def _read_delimited(path: Path, columns: Sequence[str], label_column: str | None
 
 def _read_json(path: Path, columns: Sequence[str], label_column: str | None) -> Table:
     del label_column
-    text = _read_text(path)
+    text = read_text(path)
     unit, records = "line", []
     if text.lstrip().startswith("["):
         unit = "record"

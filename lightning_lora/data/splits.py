@@ -1,6 +1,6 @@
 """Which row goes where: pure functions of labels, texts and a seed."""
 
-import re
+import unicodedata
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -9,7 +9,7 @@ import numpy as np
 from lightning_lora.errors import UserError
 from lightning_lora.seeding import stream_seed
 
-_NOT_LETTER_OR_DIGIT = re.compile(r"[\W_]+")
+SHORT = 20
 _NOT_ASCII_LETTER_OR_DIGIT = bytes(i for i in range(128) if not chr(i).isalnum())
 
 
@@ -21,6 +21,8 @@ def count_of(size: int | float, total: int, key: str) -> int:
     Raises:
         UserError: A fraction outside 0 to 1, a count under 1, or more rows than there are.
     """
+    if size == 1:
+        raise UserError(f"{key}: 1 could be one row or all of them; leave it out for all, or give 2 or more")
     fraction = not float(size).is_integer()
     rows = round(size * total) if fraction else int(size)
     if fraction and not 0 < size < 1:
@@ -61,16 +63,24 @@ def text_keys(texts: Sequence[str]) -> list[bytes]:
     """A key for each text, equal for texts with the same letters and digits in the same order.
 
     Case, spaces and punctuation do not count, so a review that was copied with another line break is
-    found; a text without any letter or digit is compared as it stands.
+    found. Vowel signs and symbols such as emoji do, and in a text of less than ``SHORT`` letters and digits
+    the punctuation too: "nice :)" is not "nice :(".
     """
     keys = []
     for text in texts:
         if text.isascii():  # the same, ten times as fast
             plain = text.lower().encode().translate(None, _NOT_ASCII_LETTER_OR_DIGIT)
         else:
-            plain = _NOT_LETTER_OR_DIGIT.sub("", text.casefold()).encode("utf-8", "surrogatepass")
-        keys.append(blake2b(plain or text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+            plain = "".join(filter(_counts, text.casefold())).encode()
+        if len(plain) < SHORT:
+            plain = "".join(text.casefold().split()).encode()
+        keys.append(blake2b(plain, digest_size=16).digest())
     return keys
+
+
+def _counts(character: str) -> bool:
+    kind = unicodedata.category(character)[0]
+    return kind in "LNM" or (kind == "S" and not character.isascii())
 
 
 def not_in(keys: Sequence[bytes], others: Sequence[bytes]) -> np.ndarray:

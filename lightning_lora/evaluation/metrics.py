@@ -59,5 +59,7 @@ def label_tags(label_names: Sequence[str]) -> list[str]:
     tags: list[str] = []
     for i, label in enumerate(label_names):
         tag = re.sub(r"[^\w\-]+", "_", label).strip("_") or f"class_{i}"
-        tags.append(f"{tag}_{i}" if tag in tags else tag)
+        while tag in tags:
+            tag += f"_{i}"
+        tags.append(tag)
     return tags

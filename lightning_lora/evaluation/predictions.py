@@ -20,11 +20,17 @@ class Predictions:
         logits: float32, shape (rows, C).
         labels: True class numbers, shape (rows,), or None when unknown.
         label_names: Names of the C classes.
+        rows: Position of each row in its split, ascending, shape (rows,): all of them, or fewer when the
+            pass was limited.
     """
 
     logits: np.ndarray
     labels: np.ndarray | None
     label_names: Sequence[str]
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -51,23 +57,24 @@ class Predictions:
         return columns
 
     def write_parquet(self, path: Path, **extra: Any) -> None:
-        """Writes the columns, any extra ones first, and the logits, whole or not at all."""
+        """Writes the columns and the logits, whole or not at all; extra columns are of the whole split."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = {**extra, **self.columns()}
+        columns = {name: [values[i] for i in self.rows] for name, values in extra.items()} | self.columns()
         columns |= {f"logit({name})": self.logits[:, i] for i, name in enumerate(self.label_names)}
         with atomic_path(path) as staging:
             pq.write_table(pa.table(columns), staging)
 
 
-def in_row_order(batches: Sequence[dict[str, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Logits and labels of all batches, sorted by each batch's ``rows``."""
-    order = np.argsort(torch.cat([batch["rows"] for batch in batches]).numpy(), kind="stable")
+def in_row_order(batches: Sequence[dict[str, torch.Tensor]], label_names: Sequence[str]) -> Predictions:
+    """The predictions of all batches, sorted by each batch's ``rows``."""
+    rows = torch.cat([batch["rows"] for batch in batches]).numpy()
+    order = np.argsort(rows, kind="stable")
     logits = torch.cat([batch["logits"] for batch in batches]).float().numpy()[order]
-    if "labels" not in batches[0]:
-        return logits, None
-    return logits, torch.cat([batch["labels"] for batch in batches]).numpy()[order]
+    known = "labels" in batches[0]
+    labels = torch.cat([batch["labels"] for batch in batches]).numpy()[order] if known else None
+    return Predictions(logits, labels, label_names, rows[order])
 
 
 class PredictionCollector(Callback):
@@ -122,6 +129,6 @@ class PredictionCollector(Callback):
         self._batches.append({name: value.detach().cpu() for name, value in values.items()})
 
     def _finish(self, split: str, module: Any) -> None:
-        logits, labels = in_row_order(self._batches)
-        self.last[split] = Predictions(logits, labels, module.label_names)
+        if self._batches:
+            self.last[split] = in_row_order(self._batches, module.label_names)
         self._batches = []

@@ -21,6 +21,8 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+#: The first that is there holds the token numbers.
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "spm.model")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Base:
         model: A ``...ForSequenceClassification`` model of transformers (its classes are made at run time).
         architecture: Its entry in the table, or None when it has none.
         head_modules: Modules to train and save whole: the head, and what else was newly initialised.
-        fingerprint: SHA-256 of the pretrained weights' bytes.
+        fingerprint: SHA-256 of the pretrained weights and the tokenizer.
     """
 
     model: Any
@@ -66,7 +68,7 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int) -> Base:
                 ignore_mismatched_sizes=True,
                 dtype="float32",
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # a damaged file raises kinds of several libraries
             raise UserError(
                 f"model.base_model: cannot load '{base_model}' for sequence classification ({_first_line(error)})"
             ) from error
@@ -77,9 +79,12 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int) -> Base:
 
 
 def weights_fingerprint(location: Location) -> str:
-    """SHA-256 over the bytes of the pretrained weight files, whatever they are named after."""
+    """SHA-256 over the bytes of the pretrained weights and of the tokenizer, wherever they lie.
+
+    The tokenizer belongs to it: with other token numbers the same weights read other words.
+    """
     digest = hashlib.sha256()
-    for path in _weight_files(location):
+    for path in [*_weight_files(location), *_tokenizer_file(location)]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -105,7 +110,7 @@ def _load_config(location: Location, label_names: Sequence[str]) -> Any:
         return AutoConfig.from_pretrained(
             location.target, num_labels=len(names), id2label=names, label2id={n: i for i, n in names.items()}
         )
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a damaged config raises many kinds
         what = "in that folder" if location.path else "check the name and the network, or give a local folder"
         raise UserError(
             f"model.base_model: no usable model '{location.name}' ({_first_line(error)}); {what}"
@@ -130,21 +135,23 @@ def _head_modules(model: Any, arch: Architecture | None, fresh: set[str], name: 
     return head
 
 
+def _find(location: Location, name: str) -> Path | None:
+    """A file of the base model, from its folder or the Hub's cache; None when it has none of that name."""
+    if location.path is not None:
+        return location.path / name if (location.path / name).is_file() else None
+    from transformers.utils import cached_file
+
+    found = cached_file(location.name, name, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
+
+
+def _tokenizer_file(location: Location) -> list[Path]:
+    return [path for name in _TOKENIZER_FILES if (path := _find(location, name))][:1]
+
+
 def _weight_files(location: Location) -> list[Path]:
-    if location.path is None:
-        from transformers.utils import cached_file
-
-        def find(name: str) -> Path | None:
-            found = cached_file(location.name, name, _raise_exceptions_for_missing_entries=False)
-            return Path(found) if found else None
-    else:
-        folder = location.path
-
-        def find(name: str) -> Path | None:
-            return folder / name if (folder / name).is_file() else None
-
     for name in _WEIGHT_FILES:
-        if (path := find(name)) is not None:
+        if (path := _find(location, name)) is not None:
             if name.endswith(".index.json"):
                 import json
 

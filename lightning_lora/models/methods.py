@@ -1,5 +1,6 @@
 """The ways to fine-tune a base model. A new PEFT method is one entry in ``METHODS``."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -83,6 +84,8 @@ def tune(base: Base, method: str, options: AdapterOptions, seed: int, frozen_dro
     """
     entry = find_method(method)
     check_options(method, options)
+    if method == "full" and frozen_dropout:
+        raise UserError("model.frozen_dropout: with method 'full' nothing is frozen, and dropout is on; leave it out")
     with torch_stream(seed, "adapter"):
         tuned = entry.apply(base, options)
     encoder = getattr(base.model, base.model.base_model_prefix)
@@ -118,6 +121,8 @@ def check_options(method: str, options: AdapterOptions) -> None:
             )
     if options.rank < 1:
         raise UserError(f"model.adapter.rank: a number of at least 1 is needed, got {options.rank}")
+    if not (math.isfinite(options.alpha) and options.alpha > 0):
+        raise UserError(f"model.adapter.alpha: a number above 0 is needed, got {options.alpha}")
     if not 0 <= options.dropout < 1:
         raise UserError(f"model.adapter.dropout: a number from 0 up to 1 is needed, got {options.dropout}")
 
@@ -130,7 +135,7 @@ def match_targets(base: Base, target_modules: str | Sequence[str]) -> list[str]:
             this architecture.
     """
     linear = linear_modules(base)
-    if target_modules == "all_linear":
+    if target_modules == "all_linear" and linear:
         return linear
     if target_modules in ("attention", "query_value"):
         if base.architecture is None:
@@ -142,6 +147,9 @@ def match_targets(base: Base, target_modules: str | Sequence[str]) -> list[str]:
         endings: Sequence[str] = getattr(base.architecture, str(target_modules))
     else:
         endings = [target_modules] if isinstance(target_modules, str) else target_modules
+    if not endings or not linear:
+        what = "no layer is named" if linear else "the encoder has no plain linear layer"
+        raise UserError(f"model.adapter.target_modules: {what}; use {_candidates(linear) or 'another base model'}")
     for ending in endings:
         if not any(_ends_with(name, ending) for name in linear):
             raise UserError(

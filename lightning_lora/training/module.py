@@ -1,5 +1,6 @@
 """The LightningModule: a base model, a method, one shared step."""
 
+import math
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
@@ -159,8 +160,18 @@ class TextClassifier(LightningModule):
         return {"logits": logits.cpu(), "rows": batch["rows"].cpu()}
 
     def on_train_epoch_end(self) -> None:
-        """Logs the epoch's training loss and metrics."""
+        """Logs the epoch's training loss and metrics.
+
+        Raises:
+            UserError: The loss is not finite: what was learnt is lost.
+        """
+        loss = self._counters("train")[1].compute().item()
         self._log_epoch("train")
+        if not math.isfinite(loss):
+            raise UserError(
+                f"training diverged: the loss of epoch {self.current_epoch} is {loss}; "
+                "lower model.learning_rate or raise model.warmup_ratio"
+            )
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation loss and metrics."""
@@ -193,6 +204,8 @@ class TextClassifier(LightningModule):
             weights = counts.sum() / (len(counts) * counts.clamp(min=1))
         else:
             weights = torch.tensor(self.class_weights, dtype=torch.float32)
+        if not (weights.isfinite() & (weights > 0)).all():
+            raise UserError(f"model.class_weights: numbers above 0 are needed, got {self.class_weights}")
         if len(weights) != len(self.label_names):
             raise UserError(f"model.class_weights: {len(weights)} weights for {len(self.label_names)} classes")
         self.loss_weights = weights.to(self.device)
@@ -231,6 +244,6 @@ class TextClassifier(LightningModule):
 
 def check_range(key: str, value: float, low: float, high: float | None) -> None:
     """Refuses a number under ``low``, or not under ``high``."""
-    if not value >= low or (high is not None and value >= high):
+    if not (math.isfinite(value) and value >= low) or (high is not None and value >= high):
         limits = f"from {low}" + (f" up to {high}" if high is not None else "")
         raise UserError(f"{key}: a number {limits} is needed, got {value}")

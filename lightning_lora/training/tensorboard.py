@@ -95,7 +95,12 @@ def confusion_figure(predictions: Predictions) -> Any:
 
 
 def wrong_texts(predictions: Predictions, texts: list[str]) -> str:
-    """A Markdown table of the wrongly classified texts that the model was surest of."""
+    """A Markdown table of the wrongly classified texts that the model was surest of.
+
+    Args:
+        predictions: Of some or all rows of a split.
+        texts: The texts of the whole split.
+    """
     labels = predictions.labels
     assert labels is not None
     classes, probabilities = predictions.classes, predictions.probabilities
@@ -104,7 +109,7 @@ def wrong_texts(predictions: Predictions, texts: list[str]) -> str:
     wrong = wrong[np.argsort(-sureness[wrong], kind="stable")][:WRONG_TEXTS]
     lines = ["| true | predicted | probability | text |", "| --- | --- | --- | --- |"]
     for i in wrong:
-        text = " ".join(texts[i].split())
+        text = " ".join(texts[predictions.rows[i]].split())
         text = text if len(text) <= _TEXT_CHARS else f"{text[:_TEXT_CHARS]} ..."
         for sign, entity in (("&", "&amp;"), ("<", "&lt;"), ("|", "&#124;")):
             text = text.replace(sign, entity)

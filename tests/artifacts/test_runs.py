@@ -66,3 +66,13 @@ def test_the_record_says_which_code_made_it() -> None:
     if (root / ".git").exists():
         head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         assert commit()["commit"] == head.stdout.strip()
+        status = subprocess.run(
+            ["git", "-C", root, "status", "--porcelain"], capture_output=True, text=True, check=True
+        )
+        assert commit()["dirty"] == bool(status.stdout.strip())
+
+
+def test_a_logs_folder_that_is_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    with pytest.raises(UserError, match="--logs_dir: cannot make"):
+        RunFolder.create(tmp_path / "logs", "a", "x")

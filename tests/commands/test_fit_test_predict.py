@@ -31,7 +31,7 @@ def fitted(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFold
             "cache_dir": str(place / "cache"),
             "batch_size": 8,
         },
-        "trainer": {"max_epochs": 4, "accelerator": "cpu", "precision": "32-true"},
+        "trainer": {"max_epochs": 6, "accelerator": "cpu", "precision": "32-true"},
     }
     (place / "tiny.yaml").write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", str(place / "tiny.yaml"), "--name", "run", "--logs_dir", str(place / "logs")]) == 0
@@ -113,7 +113,7 @@ def test_before_is_the_model_that_training_started_from(fitted: RunFolder, tiny_
 def test_the_best_checkpoint_is_of_the_best_validation_epoch(fitted: RunFolder) -> None:
     with (fitted.path / "metrics.csv").open() as file:
         scores = [float(row["val/f1_macro"]) for row in csv.DictReader(file) if row["val/f1_macro"]]
-    assert len(scores) == 4
+    assert len(scores) == 6
     assert fitted.read()["best"]["value"] == pytest.approx(max(scores), abs=1e-6)
 
 
@@ -195,7 +195,7 @@ def test_words_on_the_command_line_are_texts_and_nothing_else(fitted: RunFolder,
 def test_texts_from_standard_input_a_line_each(fitted: RunFolder, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "sys.stdin",
-        io.StringIO("the film was a story brilliant charming deep\n\nthe film was a story awful dull boring\n"),
+        io.StringIO("the film was a story brilliant charming deep\nthe film was a story awful dull boring\n"),
     )
     out = predict(capsys, "--run", str(fitted.path), "--format", "csv")
     assert [row["prediction"] for row in csv.DictReader(out.splitlines())] == ["pos", "neg"]
@@ -217,8 +217,93 @@ def test_prediction_needs_only_the_run_folder(copy: RunFolder, capsys) -> None:
 
 def test_explicit_flags_win_over_the_run(copy: RunFolder) -> None:
     assert main(["test", "--run", str(copy.path), "--data.test_rows", "10", "--before", "false"]) == 0
-    evaluation = copy.read()["evaluations"]["test"]
-    assert evaluation["rows"] == 10 and "before" not in evaluation
+    evaluations = copy.read()["evaluations"]
+    assert evaluations["test-2"]["rows"] == 10 and "before" not in evaluations["test-2"]
+    assert "--data.test_rows 10" in evaluations["test-2"]["command"]
+
+
+def test_a_second_test_overwrites_nothing(copy: RunFolder) -> None:
+    kept = {name: (copy.path / name).read_bytes() for name in ("test.md", "predictions/test.parquet")}
+    first = copy.read()["evaluations"]["test"]
+    assert main(["test", str(copy.path), "--checkpoint", "last"]) == 0  # the folder alone will do
+    assert copy.read()["evaluations"]["test"] == first
+    assert copy.read()["evaluations"]["test-2"]["checkpoint"].endswith("last.ckpt")
+    assert kept == {name: (copy.path / name).read_bytes() for name in kept}
+
+
+@pytest.mark.parametrize("change", ["source", "seed"])
+def test_rows_that_were_trained_on_are_not_tested_on(copy: RunFolder, tmp_path: Path, change: str, capsys) -> None:
+    words = ["--data.split_seed", "1"]
+    if change == "source":
+        rows = make_rows(260)  # begins with the run's own rows: carving again would mix them
+        words = ["--data.source", str(write_csv(tmp_path / "more.csv", rows))]
+    before = copy.record.read_bytes()
+    assert main(["test", "--run", str(copy.path), *words]) == 2
+    assert "was trained or chosen on" in capsys.readouterr().err
+    assert copy.record.read_bytes() == before
+
+
+def test_a_pass_over_some_rows_names_those_rows(copy: RunFolder) -> None:
+    words = ["--trainer.limit_test_batches", "0.2", "--data.eval_batch_size", "7", "--before", "false"]
+    assert main(["test", "--run", str(copy.path), *words]) == 0
+    assert copy.read()["evaluations"]["test-2"]["rows"] == 7
+    whole = {row["row"]: row for row in rows_of(copy.path / "predictions" / "test.parquet")}
+    for row in rows_of(copy.path / "predictions" / "test-2.parquet"):
+        assert row["label"] == whole[row["row"]]["label"] and row["prediction"] == whole[row["row"]]["prediction"]
+
+
+def refit(fitted: RunFolder, *words: str) -> tuple[int, RunFolder]:
+    status = main(["fit", "--config", str(fitted.path.parents[1] / "tiny.yaml"), "--name", "other", *words])
+    return status, RunFolder(Path("logs/other"))
+
+
+@pytest.mark.parametrize("stop", [["--trainer.max_steps", "3"], ["--trainer.limit_val_batches", "0.0"]])
+def test_a_run_without_validation_keeps_its_weights_and_says_so(fitted: RunFolder, stop: list[str], capsys) -> None:
+    status, folder = refit(fitted, *stop)
+    assert status == 0 and "--checkpoint last" in capsys.readouterr().out
+    assert main(["test", str(folder.path)]) == 2
+    assert "--checkpoint last" in capsys.readouterr().err
+    assert main(["test", str(folder.path), "--checkpoint", "last"]) == 0
+
+
+def test_fast_dev_run_runs_and_keeps_nothing(fitted: RunFolder, capsys) -> None:
+    status, folder = refit(fitted, "--trainer.fast_dev_run", "true")
+    assert status == 0 and not folder.checkpoints.exists()
+    assert "no checkpoint was kept" in capsys.readouterr().out
+
+
+def test_callbacks_of_a_config_serve_fit_and_harm_nothing_later(fitted: RunFolder, tmp_path: Path) -> None:
+    callbacks = [
+        {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss"}},
+        {"class_path": "lightning.pytorch.callbacks.RichProgressBar"},
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "own")}},
+    ]
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks, "max_epochs": 1}}))
+    status, folder = refit(fitted, "--config", str(tmp_path / "more.yaml"))
+    assert status == 0 and list((tmp_path / "own").glob("*.ckpt"))
+    assert main(["test", str(folder.path)]) == 0
+    assert main(["predict", "--run", str(folder.path), "a fine film"]) == 0
+
+
+def test_a_run_that_diverges_has_failed(fitted: RunFolder, capsys) -> None:
+    status, folder = refit(fitted, "--model.learning_rate", "1e30", "--trainer.gradient_clip_val", "null")
+    assert status == 2 and "training diverged" in capsys.readouterr().err
+    assert folder.read()["status"] == "failed"
+
+
+def test_its_own_config_does_a_run_again(fitted: RunFolder) -> None:
+    assert main(["fit", "--config", str(fitted.config), "--name", "same"]) == 0
+    assert RunFolder.open(Path("logs/same")).read()["metrics"] == fitted.read()["metrics"]
+
+
+def test_checkpoints_are_written_by_the_atomic_writer_and_gradients_are_clipped(fitted: RunFolder) -> None:
+    from lightning_lora.artifacts.checkpoints import AtomicCheckpointIO
+    from lightning_lora.commands.configured import ConfiguredRun
+
+    run = ConfiguredRun("fit", ["--config", str(fitted.config)])
+    run.build(RunFolder.create(Path("logs"), None, "x"))
+    assert isinstance(run.trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+    assert run.trainer.gradient_clip_val == 1.0
 
 
 def test_a_failed_run_leaves_a_record(tiny_base: Path, tmp_path: Path, capsys) -> None:
@@ -266,6 +351,8 @@ def test_an_interrupted_run_leaves_a_record(tiny_base: Path, reviews: Path, monk
     [
         (["test"], "test needs a trained run: --run"),
         (["predict", "a text"], "predict needs a trained run: --run"),
+        (["predict", "--run", "RUN", "x", "--text_column", "a"], "only an --input file has columns"),
+        (["predict", "--run", "RUN", "x", "--output", "o.csv", "--format", "csv"], "leave --format out"),
         (["test", "--run", "nowhere"], "nowhere is no run folder"),
         (["predict", "--run", "RUN", "--input", "nowhere.csv"], "--input: no file 'nowhere.csv'"),
         (["predict", "--run", "RUN", "x", "--output", "out.xlsx"], "must end in one of"),

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -43,3 +45,23 @@ def test_the_sampler_follows_the_epoch_and_knows_its_length() -> None:
     assert len(first) == len(sampler)
     sampler.set_epoch(1)
     assert list(sampler) != first
+
+
+def test_the_trainer_gives_each_epoch_an_order_of_its_own(tiny_base: Path, reviews: Path) -> None:
+    from lightning import Callback, Trainer
+
+    from lightning_lora.data.datamodule import TextDataModule
+    from lightning_lora.training.module import TextClassifier
+
+    orders: dict[int, list[int]] = {}
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            orders.setdefault(trainer.current_epoch, []).extend(batch["rows"].tolist())
+
+    data = TextDataModule(str(reviews), str(tiny_base), max_length=32)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=3, accelerator="cpu", callbacks=[Watch()], limit_val_batches=0, **quiet)
+    trainer.fit(TextClassifier(str(tiny_base), data.label_names), data)
+    assert len({tuple(order) for order in orders.values()}) == 3
+    assert len({frozenset(order) for order in orders.values()}) == 1

@@ -56,6 +56,16 @@ def test_repeats_are_taken_out_of_the_training_side_only_and_counted(tmp_path: P
     assert sum(len(prepared.splits[s]) for s in ("train", "val")) == 100
 
 
+def test_a_row_that_stands_twice_in_train_is_never_in_train_and_val(tmp_path: Path) -> None:
+    rows = make_rows(100)
+    write_csv(tmp_path / "train.csv", [*rows, *((text.upper(), label) for text, label in rows)])
+    write_csv(tmp_path / "test.csv", make_rows(20, seed=1))
+    prepared = prepare(SourceOptions(str(tmp_path)))
+    held_out = {text.lower() for text in prepared.splits["val"].texts}
+    assert not held_out & {text.lower() for text in prepared.splits["train"].texts}
+    assert prepared.repeats_removed["train_in_val"] > 10
+
+
 def test_other_seeds_of_the_split_give_other_rows_and_the_same_seed_the_same(reviews: Path) -> None:
     first, again, other = (prepare(SourceOptions(str(reviews), split_seed=s)) for s in (0, 0, 1))
     assert first.describe() == again.describe()
@@ -102,6 +112,12 @@ def test_numbers_in_the_text_column_are_refused(tmp_path: Path) -> None:
     path.write_text('{"text": 5, "label": "a"}\n')
     with pytest.raises(UserError, match="a text is needed, got int 5"):
         prepare(SourceOptions(str(path)))
+
+
+def test_rows_to_train_on_that_are_all_of_one_class_are_refused(tmp_path: Path) -> None:
+    rows = [row for row in make_rows(400) if row[1] == "neg"] + [row for row in make_rows(20) if row[1] == "pos"]
+    with pytest.raises(UserError, match="all of one class"):
+        prepare(SourceOptions(str(write_csv(tmp_path / "a.csv", rows)), train_rows=4))
 
 
 def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:

@@ -69,6 +69,27 @@ def test_sharded_weights_have_a_fingerprint_too(tiny_base: Path, tmp_path: Path)
     assert len(weights_fingerprint(resolve(str(tmp_path / "shards"), "k"))) == 64
 
 
+@pytest.mark.parametrize("damage", ["truncated", "pointer", "config"])
+def test_a_damaged_model_is_one_line(copy: Path, damage: str) -> None:
+    weights, config = copy / "model.safetensors", copy / "config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:500])
+    elif damage == "pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    else:
+        config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": "wide"'))
+    with pytest.raises(UserError, match=r"model\.base_model") as raised:
+        load_base(str(copy), ["a", "b"], 0)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_fingerprint_follows_the_tokenizer_too(copy: Path) -> None:
+    before = weights_fingerprint(resolve(str(copy), "k"))
+    path = copy / "tokenizer.json"
+    path.write_text(path.read_text().replace('"awful": ', '"awfull": '))
+    assert weights_fingerprint(resolve(str(copy), "k")) != before
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

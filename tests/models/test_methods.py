@@ -44,6 +44,8 @@ def test_every_architecture_adapts_its_layers_and_never_its_head(make_base, mode
     heads = tuple(f"base_model.model.{module}." for module in base.head_modules)
     assert all(name.startswith(heads) for name in trainable - adapted)
     assert not any(name.startswith(heads) for name in adapted)
+    for head in heads:  # each of them is trained, not only those that PEFT knows
+        assert any(name.startswith(head) for name in trainable), head
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -29,7 +29,7 @@ def trainer(*callbacks: Callback, **settings) -> Trainer:
 
 def test_training_learns_the_rows(tiny_base: Path, reviews: Path) -> None:
     model, data = make(tiny_base, reviews)
-    fit = trainer(max_epochs=6)
+    fit = trainer(max_epochs=10)
     before = fit.validate(model, data, verbose=False)[0]
     fit.fit(model, data)
     after = fit.validate(model, data, verbose=False)[0]
