@@ -97,8 +97,9 @@ class ConfiguredRun(LightningCLI):
             raise UserError(
                 f"seed_everything: a number from 0 to 2^32 - 1 is needed, got {self.config.seed_everything}"
             )
-        if trainer.num_nodes != 1 or str(trainer.devices) not in ("1", "auto"):
-            raise UserError("trainer.devices: this version trains on one device; leave it at 1")
+        one_device = str(trainer.devices) == "1" or (isinstance(trainer.devices, list) and len(trainer.devices) == 1)
+        if trainer.num_nodes != 1 or not one_device:
+            raise UserError("trainer.devices: this version trains on one device; give 1, or the one to use as [INDEX]")
         if trainer.default_root_dir is not None:
             raise UserError(
                 "trainer.default_root_dir: a run writes into its own folder only; use --logs_dir and --name"
@@ -204,12 +205,13 @@ def checkpoint_callbacks(folder: RunFolder) -> list[Callback]:
 def with_base_config(command: str, words: list[str]) -> list[str]:
     """The words with the config in front that they change: the run's own, or for fit the embedded default."""
     if command == "fit":
-        if not DEFAULT_CONFIG.is_file() and not {"-h", "--help"} & set(words):
+        if any(word in ("-c", "--config", "-h", "--help") or word.startswith("--config=") for word in words):
+            return words
+        if not DEFAULT_CONFIG.is_file():
             raise UserError(
                 "fit needs --config FILE: the embedded default lies in the project's folder, not in the package"
             )
-        given = any(word in ("-c", "--config") or word.startswith("--config=") for word in words)
-        return words if given else ["--config", str(DEFAULT_CONFIG), *words]
+        return ["--config", str(DEFAULT_CONFIG), *words]
     if {"-h", "--help"} & set(words):
         return words
     if command != "predict" and words and not words[0].startswith("-"):

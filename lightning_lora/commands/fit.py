@@ -14,6 +14,7 @@ from lightning_lora.commands.configured import MONITOR, ConfiguredRun
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
 from lightning_lora.files import write_text
+from lightning_lora.models.methods import find_method
 from lightning_lora.reports.tables import duration
 from lightning_lora.training.module import TextClassifier
 
@@ -116,7 +117,7 @@ def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
     share = costs["trainable_params"] / costs["total_params"]
     print(f"trainable parameters: {costs['trainable_params']:,} of {costs['total_params']:,} ({share:.2%})")
     device = type(trainer.accelerator).__name__.removesuffix("Accelerator")
-    if record["method"] != "full" and not record["config"]["model"]["frozen_dropout"]:
+    if find_method(record["method"]).frozen_encoder and not record["config"]["model"]["frozen_dropout"]:
         print("dropout: off in the frozen encoder (model.frozen_dropout), on in head and adapter as configured")
     print(f"learning rate {model['learning_rate']:g}, {device}, precision {trainer.precision}", flush=True)
 

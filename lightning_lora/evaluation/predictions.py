@@ -88,33 +88,15 @@ class PredictionCollector(Callback):
         """Forgets the pass before."""
         self._batches = []
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets the pass before."""
-        self._batches = []
-
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        *args: Any,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Takes the batch's logits to the CPU."""
-        self._take(outputs, batch)
+        values = {"logits": outputs["logits"], "rows": batch["rows"], "labels": batch["labels"]}
+        self._batches.append({name: value.detach().cpu() for name, value in values.items()})
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        *args: Any,
-    ) -> None:
-        """Takes the batch's logits to the CPU."""
-        self._take(outputs, batch)
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]  # *args takes dataloader_idx
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the rows in order."""
@@ -123,10 +105,6 @@ class PredictionCollector(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the rows in order."""
         self._finish("test", pl_module)
-
-    def _take(self, outputs: Any, batch: Any) -> None:
-        values = {"logits": outputs["logits"], "rows": batch["rows"], "labels": batch["labels"]}
-        self._batches.append({name: value.detach().cpu() for name, value in values.items()})
 
     def _finish(self, split: str, module: Any) -> None:
         if self._batches:

@@ -58,12 +58,14 @@ class Method:
     Args:
         summary: One line for people.
         learning_rate: What is used when ``model.learning_rate`` is not set.
+        frozen_encoder: Whether the pretrained weights of the encoder stay as they are.
         options: The fields of ``AdapterOptions`` that the method takes; others must keep their default.
         apply: Gives the tuned model from the base and the options.
     """
 
     summary: str
     learning_rate: float
+    frozen_encoder: bool
     options: tuple[str, ...]
     apply: Callable[[Base, AdapterOptions], Tuned]
 
@@ -84,12 +86,12 @@ def tune(base: Base, method: str, options: AdapterOptions, seed: int, frozen_dro
     """
     entry = find_method(method)
     check_options(method, options)
-    if method == "full" and frozen_dropout:
-        raise UserError("model.frozen_dropout: with method 'full' nothing is frozen, and dropout is on; leave it out")
+    if frozen_dropout and not entry.frozen_encoder:
+        raise UserError(f"model.frozen_dropout: method '{method}' freezes nothing, and dropout is on; leave it out")
     with torch_stream(seed, "adapter"):
         tuned = entry.apply(base, options)
     encoder = getattr(base.model, base.model.base_model_prefix)
-    if method != "full" and not frozen_dropout:
+    if entry.frozen_encoder and not frozen_dropout:
         for name, module in encoder.named_modules():
             if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
                 module.p = 0.0
@@ -212,7 +214,7 @@ def _full(base: Base, options: AdapterOptions) -> Tuned:
 _LORA_OPTIONS = tuple(field.name for field in fields(AdapterOptions))
 
 METHODS: dict[str, Method] = {
-    "lora": Method("low-rank adapters on a frozen base", 5e-4, _LORA_OPTIONS, _lora),
-    "full": Method("full fine-tuning", 5e-5, (), _full),
-    "head": Method("a trained head on a frozen base", 1e-3, (), _head),
+    "lora": Method("low-rank adapters on a frozen base", 5e-4, True, _LORA_OPTIONS, _lora),
+    "full": Method("full fine-tuning", 5e-5, False, (), _full),
+    "head": Method("a trained head on a frozen base", 1e-3, True, (), _head),
 }
