@@ -51,7 +51,7 @@ def test_the_python_commands_run(tiny_base: Path, tmp_path: Path, monkeypatch: p
     Path("reviews.txt").write_text("a fine film\na dull one\n")
     ran = 0
     for command in COMMANDS:
-        words = shlex.split(command.split(" | ")[-1].replace("path/to/", ""))
+        words = shlex.split(command.split(" | ")[-1].replace("path/to/", "./"))
         if words[:1] != ["python"]:
             continue
         if words[1] != "main.py":

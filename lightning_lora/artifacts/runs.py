@@ -189,8 +189,8 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of this code and whether its tree had changes; null values outside a git checkout."""
-    here = Path(__file__).parent
+    """The commit of this code and whether code or configs differed from it; nulls outside a git checkout."""
+    here = Path(__file__).parents[2]
 
     def git(*words: str) -> str | None:
         try:
@@ -203,7 +203,8 @@ def commit() -> dict[str, Any]:
 
     if git("ls-files", "--error-unmatch", str(Path(__file__))) is None:
         return {"commit": None, "dirty": None}  # a copy that another repository happens to contain
-    changes = git("status", "--porcelain")
+    # Data and runs of a user may lie in the same folder; they do not change what the code does.
+    changes = git("status", "--porcelain", "--", "main.py", "lightning_lora", "configs")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
