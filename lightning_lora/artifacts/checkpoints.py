@@ -26,12 +26,14 @@ class CheckpointIdentity:
         base_fingerprint: SHA-256 of its pretrained weights.
         label_names: Names of the classes in the order of their numbers.
         method: How it was fine-tuned.
+        quantization: How the frozen weights were stored ("none", "int8", "nf4", ...).
     """
 
     base_model: str
     base_fingerprint: str
     label_names: list[str]
     method: str
+    quantization: str = "none"
 
     def write_to(self, checkpoint: dict[str, Any]) -> None:
         """Stores the identity in a checkpoint."""
@@ -60,6 +62,11 @@ class CheckpointIdentity:
             )
         if stored["method"] != self.method:
             raise UserError(f"the checkpoint was trained with method '{stored['method']}', not '{self.method}'")
+        if stored.get("quantization", "none") != self.quantization:
+            raise UserError(
+                f"the checkpoint was trained on a base model stored as '{stored.get('quantization', 'none')}', "
+                f"not '{self.quantization}'; the same adapter says other things on other weights"
+            )
 
     @staticmethod
     def check_keys(state: Mapping[str, Tensor], expected: set[str], own: Mapping[str, Tensor]) -> None:

@@ -62,7 +62,7 @@ def predict_texts(cli: ConfiguredRun, model: TextClassifier, texts: list[str]) -
     """Predictions of the texts, in their order."""
     data = cli.config.data
     tokenizer = load_tokenizer(resolve(data.base_model, "model.base_model").target, "model.base_model")
-    frame = InputFormat.of(tokenizer, data.max_length, data.truncation)
+    frame = InputFormat.of(tokenizer, data.max_length, data.truncation, data.window_overlap)
     dataset = TokenDataset(tokenize(texts, tokenizer), frame, None, data.padding == "max_length")
     loader = make_loader(dataset, LengthBatchSampler(dataset.lengths, data.eval_batch_size, None))
     with torch.inference_mode():

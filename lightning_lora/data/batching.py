@@ -1,7 +1,7 @@
 """Batches of texts of similar length."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,29 @@ from lightning_lora.seeding import stream_seed
 POOL_BATCHES = 50
 
 
+class StepPart(list[int]):
+    """Positions of the rows of one batch: an optimizer step's, or a part of it.
+
+    Args:
+        rows: The positions.
+        share: What the mean loss of these rows is multiplied by, so that the average over the parts of the
+            step is the mean over the rows of the step.
+        epoch: The epoch that they are seen in.
+    """
+
+    def __init__(self, rows: Iterable[int], share: float = 1.0, epoch: int = 0) -> None:
+        super().__init__(rows)
+        self.share = share
+        self.epoch = epoch
+
+
 class TokenDataset(Dataset):
     """Rows of one split as the model sees them; a batch is asked for whole, by its positions.
 
     A batch is a dict: ``input_ids`` and ``attention_mask`` (int64, (B, T)), ``labels`` (int64, (B,), absent
-    when unknown), ``rows`` (int64, (B,), position in the split) and ``num_tokens`` (int, without padding).
+    when unknown), ``rows`` (int64, (B,), position in the split), ``num_tokens`` (int, without padding) and
+    ``share`` (float, see ``StepPart``). Where long texts are split, ``input_ids`` and ``attention_mask`` hold
+    W windows instead of B texts, and ``documents`` (int64, (W,)) says to which of the B rows each belongs.
     """
 
     def __init__(self, tokens: Tokens, frame: InputFormat, labels: np.ndarray | None, pad_to_max: bool) -> None:
@@ -32,20 +50,32 @@ class TokenDataset(Dataset):
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def ids(self, rows: Sequence[int], epoch: int) -> list[np.ndarray]:
+        """Token ids of the rows' whole texts; the same in every epoch."""
+        del epoch
+        return [self.tokens[row] for row in rows]
+
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Any]:
-        """The batch of the given rows, padded to its longest text, or to ``max_length`` if asked for."""
+        """The batch of the given rows, padded to its longest input, or to ``max_length`` if asked for."""
         frame = self.frame
-        lengths = self.lengths[rows]
+        part = rows if isinstance(rows, StepPart) else StepPart(rows)
+        documents = [frame.inputs(ids) for ids in self.ids(part, part.epoch)]
+        inputs = [ids for windows in documents for ids in windows]
+        lengths = np.array([len(ids) for ids in inputs])
         width = frame.max_length if self.pad_to_max else int(lengths.max())
-        input_ids = np.full((len(rows), width), frame.pad_id, dtype=np.int64)
-        for i, row in enumerate(rows):
-            input_ids[i, : lengths[i]] = frame.input_ids(self.tokens[row])
+        input_ids = np.full((len(inputs), width), frame.pad_id, dtype=np.int64)
+        for i, ids in enumerate(inputs):
+            input_ids[i, : len(ids)] = ids
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
             "rows": torch.as_tensor(np.asarray(rows, dtype=np.int64)),
             "num_tokens": int(lengths.sum()),
+            "share": part.share,
         }
+        if frame.keep == "windows":
+            counts = torch.tensor([len(windows) for windows in documents])
+            batch["documents"] = torch.repeat_interleave(torch.arange(len(documents)), counts)
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[rows])
         return batch
@@ -55,7 +85,7 @@ def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int
     """Every position once, in random batches of similar length; a fixed function of its arguments.
 
     Positions are shuffled, cut into pools of ``POOL_BATCHES`` batches, sorted by length within each pool,
-    cut into batches, and the batches shuffled.
+    cut into batches, and the batches shuffled; one that is not full comes last.
     """
     rng = np.random.Generator(np.random.PCG64(stream_seed(seed, f"order/{epoch}")))
     order = rng.permutation(len(lengths))
@@ -65,7 +95,8 @@ def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int
         part = order[start : start + pool]
         part = part[np.argsort(lengths[part], kind="stable")]
         batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
+    full = len(order) // batch_size
+    return [batches[i] for i in rng.permutation(full)] + batches[full:]
 
 
 def evaluation_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -75,12 +106,17 @@ def evaluation_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]
 
 
 class LengthBatchSampler(Sampler[list[int]]):
-    """Batches of similar length: shuffled anew each epoch with a seed, sorted by length without one."""
+    """Batches of similar length: shuffled anew each epoch with a seed, sorted by length without one.
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int | None) -> None:
+    With ``accumulate`` parts a step, what one step sees is cut into parts of ``batch_size``: the rows of a
+    step are those of a batch of ``accumulate * batch_size``.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int | None, accumulate: int = 1) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
+        self.accumulate = accumulate
         self.epoch = 0
         # Lightning tells the epoch to ``loader.batch_sampler.sampler``, as torch's own batch samplers have one.
         self.sampler = self
@@ -94,7 +130,9 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.seed is None:
-            batches = evaluation_batches(self.lengths, self.batch_size)
-        else:
-            batches = training_batches(self.lengths, self.batch_size, self.seed, self.epoch)
-        return (batch.tolist() for batch in batches)
+            yield from (batch.tolist() for batch in evaluation_batches(self.lengths, self.batch_size))
+            return
+        for step in training_batches(self.lengths, self.accumulate * self.batch_size, self.seed, self.epoch):
+            for start in range(0, len(step), self.batch_size):
+                part = step[start : start + self.batch_size]
+                yield StepPart(part.tolist(), len(part) * self.accumulate / len(step), self.epoch)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import numpy as np
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from lightning_lora.data.augment import Augmentation, AugmentedDataset
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
 from lightning_lora.data.prepare import Prepared, Rows, SourceOptions
 from lightning_lora.data.stored import stored_splits
@@ -32,7 +34,9 @@ class TextDataModule(LightningDataModule):
         label_names: Names of the classes in the order of their numbers; by default those of the data.
         max_length: Tokens of a text that the model sees, special tokens included; the rest is cut.
         truncation: What stays of a longer text: its "head", its "tail", or "both" (a quarter and three
-            quarters).
+            quarters); or "windows": all of it is read in pieces of ``max_length``, whose probabilities are
+            averaged.
+        window_overlap: Tokens that two windows share, by default a quarter of one.
         padding: Pad a batch to its "longest" text, or to "max_length".
         batch_size: Texts a training batch.
         eval_batch_size: Texts a batch in validation, test and prediction.
@@ -42,6 +46,7 @@ class TextDataModule(LightningDataModule):
             the source has no test split of its own.
         train_rows: Train on a stratified subsample of so many rows (or fraction).
         test_rows: Test on a stratified subsample of so many rows (or fraction).
+        augmentation: Words of training texts that are left out or swapped.
         bad_rows: What to do with rows without text or label: stop with an "error", or "drop" and count.
         split_seed: Seed of carving and subsampling; kept apart from the run's seed, so that runs with other
             seeds are tested on the same rows.
@@ -58,6 +63,7 @@ class TextDataModule(LightningDataModule):
         label_names: list[str] | None = None,
         max_length: int = 256,
         truncation: Truncation = "head",
+        window_overlap: int | None = None,
         padding: Literal["longest", "max_length"] = "longest",
         batch_size: int = 16,
         eval_batch_size: int = 32,
@@ -65,6 +71,7 @@ class TextDataModule(LightningDataModule):
         test_size: int | float | None = None,
         train_rows: int | float | None = None,
         test_rows: int | float | None = None,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008  # never changed; the parser reads it
         bad_rows: Literal["error", "drop"] = "error",
         split_seed: int = 0,
         seed: int = 42,
@@ -78,6 +85,7 @@ class TextDataModule(LightningDataModule):
         ):
             if value < 1:
                 raise UserError(f"data.{key}: a number of at least 1 is needed, got {value}")
+        augmentation.check()
         self.options = SourceOptions(
             source=source,
             text_column=text_column,
@@ -93,6 +101,8 @@ class TextDataModule(LightningDataModule):
         self.base_model = base_model
         self.max_length = max_length
         self.truncation: Truncation = truncation
+        self.window_overlap = window_overlap
+        self.augmentation = augmentation
         self.padding = padding
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -130,15 +140,19 @@ class TextDataModule(LightningDataModule):
         if not splits:
             return
         tokenizer = load_tokenizer(resolve(self.base_model, "model.base_model").target, "model.base_model")
-        frame = InputFormat.of(tokenizer, self.max_length, self.truncation)
+        frame = InputFormat.of(tokenizer, self.max_length, self.truncation, self.window_overlap)
         for split in splits:
             rows = self.rows(split)
             with tokenizing_progress(split, len(rows)) as advance:
                 tokens, cached = cached_tokens(rows.texts, tokenizer, self.cache_dir, advance)
-            self._datasets[split] = TokenDataset(tokens, frame, rows.labels, self.padding == "max_length")
+            common = (tokens, frame, rows.labels, self.padding == "max_length")
+            if split == "train" and self.augmentation.active:
+                self._datasets[split] = AugmentedDataset(*common, rows.texts, tokenizer, self.augmentation, self.seed)
+            else:
+                self._datasets[split] = TokenDataset(*common)
             self._token_report[split] = {
                 "tokens": int(self._datasets[split].lengths.sum()),
-                "truncated_share": float((tokens.lengths > frame.room).mean()),
+                "truncated_share": float((tokens.lengths > frame.room).mean()) if frame.keep != "windows" else 0.0,
                 "from_cache": cached,
             }
 
@@ -163,11 +177,14 @@ class TextDataModule(LightningDataModule):
         }
         for split, report in self._token_report.items():
             described["splits"][split].update(report)
-        return {**described, "max_length": self.max_length, "truncation": self.truncation}
+        described |= {"max_length": self.max_length, "truncation": self.truncation}
+        return described | ({"augmentation": asdict(self.augmentation)} if self.augmentation.active else {})
 
     def _loader(self, split: str, batch_size: int, seed: int | None) -> DataLoader:
         dataset = self._datasets[split]
-        sampler = LengthBatchSampler(dataset.lengths, batch_size, seed)
+        # The trainer is there once it has taken the module on; by itself the module makes whole steps.
+        accumulate = getattr(self.trainer, "accumulate_grad_batches", 1) if seed is not None else 1
+        sampler = LengthBatchSampler(dataset.lengths, batch_size, seed, accumulate)
         return make_loader(dataset, sampler)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_folder
 
-Truncation = Literal["head", "tail", "both"]
+Truncation = Literal["head", "tail", "both", "windows"]
 CACHE_FORMAT = 1
 _CHUNK = 512
 
@@ -57,7 +57,9 @@ class InputFormat:
         pad_id: The padding token.
         max_length: Tokens that the model sees at most, special tokens included.
         keep: What stays of a text that is longer: its "head", its "tail", or "both" (the first quarter and
-            the last three quarters of the room, the shares of Sun et al. 2019, arXiv:1905.05583).
+            the last three quarters of the room, the shares of Sun et al. 2019, arXiv:1905.05583); or all of
+            it, in "windows".
+        overlap: Tokens that two windows share.
     """
 
     prefix: tuple[int, ...]
@@ -65,13 +67,17 @@ class InputFormat:
     pad_id: int
     max_length: int
     keep: Truncation = "head"
+    overlap: int = 0
 
     @classmethod
-    def of(cls, tokenizer: Any, max_length: int, keep: Truncation = "head") -> "InputFormat":
+    def of(
+        cls, tokenizer: Any, max_length: int, keep: Truncation = "head", overlap: int | None = None
+    ) -> "InputFormat":
         """The frame of a tokenizer, read off what it adds to one text.
 
         Raises:
-            UserError: ``max_length`` leaves no room for a token, or exceeds what the model can take.
+            UserError: ``max_length`` leaves no room for a token, or exceeds what the model can take; or there
+                is an overlap without windows, or one as large as a window.
         """
         limit = tokenizer.model_max_length
         if max_length > limit:
@@ -80,7 +86,13 @@ class InputFormat:
         framed = tokenizer("a")["input_ids"]
         start = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
         prefix, suffix = tuple(framed[:start]), tuple(framed[start + len(bare) :])
-        frame = cls(prefix, suffix, tokenizer.pad_token_id, max_length, keep)
+        room = max_length - len(framed) + len(bare)
+        if overlap is not None and keep != "windows":
+            raise UserError(f"data.window_overlap: {overlap}, but only truncation: windows uses it")
+        overlap = (room // 4 if overlap is None else overlap) if keep == "windows" else 0
+        frame = cls(prefix, suffix, tokenizer.pad_token_id, max_length, keep, overlap)
+        if room >= 1 and not 0 <= overlap < room:
+            raise UserError(f"data.window_overlap: a number from 0 up to the {room} tokens of a window, got {overlap}")
         if frame.room < 1:
             raise UserError(f"data.max_length: {max_length} leaves no room beside {len(framed) - 1} special tokens")
         return frame
@@ -90,16 +102,26 @@ class InputFormat:
         """Tokens of a text that fit."""
         return self.max_length - len(self.prefix) - len(self.suffix)
 
-    def input_ids(self, ids: np.ndarray) -> np.ndarray:
-        """The ids of one text as the model sees them: cut and framed."""
+    def inputs(self, ids: np.ndarray) -> list[np.ndarray]:
+        """The ids of one text as the model sees them: cut and framed; or its windows, the last at its end."""
+        if self.keep != "windows" or len(ids) <= self.room:
+            return [self._cut(ids)]
+        starts = [*range(0, len(ids) - self.room, self.room - self.overlap), len(ids) - self.room]
+        return [np.concatenate((self.prefix, ids[start : start + self.room], self.suffix)) for start in starts]
+
+    def _cut(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) > self.room:
             head = {"head": self.room, "tail": 0, "both": self.room // 4}[self.keep]
             ids = np.concatenate((ids[:head], ids[len(ids) - (self.room - head) :]))
         return np.concatenate((self.prefix, ids, self.suffix))
 
     def input_lengths(self, tokens: Tokens) -> np.ndarray:
-        """Tokens of each text as the model sees it, with special tokens and after the cut; shape (texts,)."""
-        return np.minimum(tokens.lengths, self.room) + len(self.prefix) + len(self.suffix)
+        """Tokens of each text as the model sees it, with special tokens, in all its windows; shape (texts,)."""
+        special = len(self.prefix) + len(self.suffix)
+        if self.keep != "windows":
+            return np.minimum(tokens.lengths, self.room) + special
+        windows = 1 + np.maximum(np.ceil((tokens.lengths - self.room) / (self.room - self.overlap)), 0).astype(np.int64)
+        return np.where(windows == 1, tokens.lengths + special, windows * self.max_length)
 
 
 def load_tokenizer(target: str, key: str) -> Any:

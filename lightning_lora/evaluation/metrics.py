@@ -7,10 +7,13 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
+    MulticlassCalibrationError,
     MulticlassF1Score,
     MulticlassPrecision,
     MulticlassRecall,
 )
+
+CALIBRATION_BINS = 15
 
 #: Metric by name, as a function of the number of classes. The average is part of the name.
 #: "_per_class" gives one value for each label, logged as "<metric>/<label>".
@@ -19,6 +22,8 @@ METRICS: dict[str, Callable[[int], Metric]] = {
     "f1_macro": lambda c: MulticlassF1Score(c, average="macro"),
     "precision_macro": lambda c: MulticlassPrecision(c, average="macro"),
     "recall_macro": lambda c: MulticlassRecall(c, average="macro"),
+    # Naeini et al. 2015: 15 bins of equal width over the probability of the predicted class.
+    "calibration_error": lambda c: MulticlassCalibrationError(c, n_bins=CALIBRATION_BINS, norm="l1"),
     "f1_per_class": lambda c: MulticlassF1Score(c, average="none"),
     "precision_per_class": lambda c: MulticlassPrecision(c, average="none"),
     "recall_per_class": lambda c: MulticlassRecall(c, average="none"),
@@ -29,7 +34,7 @@ PER_CLASS = "_per_class"
 
 
 def make_metrics(num_classes: int) -> MetricCollection:
-    """All metrics as one collection that counts each batch once; takes logits (B, C) and labels (B,)."""
+    """All metrics as one collection that counts each batch once; takes probabilities (B, C) and labels (B,)."""
     metrics = {name: make(num_classes) for name, make in METRICS.items()}
     return MetricCollection(metrics, compute_groups=True)  # type: ignore[arg-type]
 

@@ -16,12 +16,16 @@ class Architecture:
             saved when newly initialised, else left as pretrained.
         query_value: Linear layers that project queries and values, as endings of module names.
         attention: All linear layers of the attention.
+        key: The linear layer that projects keys, as the ending of its name.
+        feed_forward_out: The second linear layer of the feed-forward block, as its path inside a numbered layer.
     """
 
     head: tuple[str, ...]
     pooler: tuple[str, ...] = ()
     query_value: tuple[str, ...] = ("query", "value")
     attention: tuple[str, ...] = ("query", "key", "value", "attention.output.dense")
+    key: str = "key"
+    feed_forward_out: str = "output.dense"
 
 
 _BERT = Architecture(head=("classifier",), pooler=("bert.pooler",))
@@ -38,21 +42,27 @@ ARCHITECTURES: dict[str, Architecture] = {
         head=("pre_classifier", "classifier"),
         query_value=("q_lin", "v_lin"),
         attention=("q_lin", "k_lin", "v_lin", "out_lin"),
+        key="k_lin",
+        feed_forward_out="ffn.lin2",
     ),
     "deberta-v2": Architecture(
         head=("pooler", "classifier"),
         query_value=("query_proj", "value_proj"),
         attention=("query_proj", "key_proj", "value_proj", "attention.output.dense"),
+        key="key_proj",
     ),
     "modernbert": Architecture(
         head=("classifier",),
         pooler=("head",),
         query_value=("Wqkv",),
         attention=("Wqkv", "attn.Wo"),
+        key="Wqkv",
+        feed_forward_out="mlp.Wo",
     ),
     "albert": Architecture(
         head=("classifier",),
         pooler=("albert.pooler",),
         attention=("query", "key", "value", "attention.dense"),
+        feed_forward_out="ffn_output",
     ),
 }

@@ -13,6 +13,12 @@ from torch import nn
 from lightning_lora.errors import UserError
 from lightning_lora.locations import Location, resolve
 from lightning_lora.models.architectures import ARCHITECTURES, Architecture
+from lightning_lora.models.quantization import (
+    Quantization,
+    check_not_quantized,
+    keep_differentiable,
+    quantization_config,
+)
 from lightning_lora.seeding import torch_stream
 
 _WEIGHT_FILES = (
@@ -42,22 +48,31 @@ class Base:
     fingerprint: str
 
 
-def load_base(base_model: str, label_names: Sequence[str], seed: int) -> Base:
+def load_base(base_model: str, label_names: Sequence[str], seed: int, quantization: Quantization | None = None) -> Base:
     """The base model with a head for the labels; anything newly initialised is a function of the seed.
 
     Args:
         base_model: A Hub id, a local folder, or ``package:NAME/path``.
         label_names: Names of the classes in the order of their numbers.
         seed: The run's seed; the head has a stream of its own.
+        quantization: How the encoder's linear layers are stored; full precision by default.
 
     Raises:
-        UserError: There is no such model, it is no encoder for classification, or it lacks weights
-            outside the head.
+        UserError: There is no such model, the machine cannot quantize it, it is no encoder for classification,
+            or it lacks weights outside the head.
     """
     location = resolve(base_model, "model.base_model")
     config = _load_config(location, label_names)
     from transformers import AutoModelForSequenceClassification
 
+    quantization = quantization or Quantization()
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is None and quantization.bits is not None:
+        raise UserError(
+            f"model.quantization: the head of architecture '{config.model_type}' is not known, and must not be "
+            f"quantized; known are {', '.join(ARCHITECTURES)}"
+        )
+    not_quantized = [*architecture.head, *architecture.pooler] if architecture else []
     with torch_stream(seed, "head"), _quiet_loading():
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -67,13 +82,18 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int) -> Base:
                 # A head of other labels is replaced; anything else that does not fit is refused below.
                 ignore_mismatched_sizes=True,
                 dtype="float32",
+                quantization_config=quantization_config(quantization, not_quantized, base_model),
             )
+        except UserError:
+            raise
         except Exception as error:  # a damaged file raises kinds of several libraries
             raise UserError(
                 f"model.base_model: cannot load '{base_model}' for sequence classification ({_first_line(error)})"
             ) from error
     fresh = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
-    architecture = ARCHITECTURES.get(config.model_type)
+    if quantization.bits == 4:
+        keep_differentiable(model)
+    check_not_quantized(model, [name for name in not_quantized if _has_module(model, name)])
     head_modules = _head_modules(model, architecture, fresh, base_model)
     return Base(model, architecture, head_modules, weights_fingerprint(location))
 
@@ -100,6 +120,16 @@ def linear_modules(base: Base) -> list[str]:
         and name.startswith(backbone)
         and any(part.isdecimal() for part in name.split("."))
     ]
+
+
+def below_layer(name: str) -> str:
+    """The part of a module's name after the numbered layer: "attention.self.query" and the like."""
+    parts = name.split(".")
+    return ".".join(parts[max(i for i, part in enumerate(parts) if part.isdecimal()) + 1 :])
+
+
+def _has_module(model: Any, name: str) -> bool:
+    return any(module == name for module, _ in model.named_modules())
 
 
 def _load_config(location: Location, label_names: Sequence[str]) -> Any:

@@ -1,38 +1,39 @@
-"""The ways to fine-tune a base model. A new PEFT method is one entry in ``METHODS``."""
+"""The ways to fine-tune a base model. A new one is one entry in ``METHODS``."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from torch import nn
 
 from lightning_lora.errors import UserError
-from lightning_lora.models.base import Base, linear_modules
+from lightning_lora.models.adalora import AdaLoraSteps
+from lightning_lora.models.base import Base, below_layer, linear_modules
 from lightning_lora.seeding import torch_stream
 
 
 @dataclass
 class AdapterOptions:
-    """Options of PEFT methods, in the field's words.
+    """Options of PEFT methods, in the field's words. One that a method does not take is refused.
 
     Args:
-        rank: Rank r of the update, a number of at least 1.
-        alpha: The update is scaled by alpha / rank (alpha / sqrt(rank) with rsLoRA).
+        rank: Rank r of the update, at least 1; by default 8 (vera 256). The mean rank that adalora ends with.
+        alpha: The update is scaled by alpha / rank (rslora: alpha / sqrt(rank)).
         dropout: Dropout on the adapter's input, from 0 up to 1. On a CPU drawing its random numbers for
             every adapted layer takes half of a step or more (docs/LOG.md).
         target_modules: "all_linear", "attention", "query_value", or endings of module names.
         bias: Train "none" of the biases, those of the adapted layers ("lora_only"), or "all".
-        use_rslora: Scale by alpha / sqrt(rank), for high ranks (Kalajdzievski 2023, arXiv:2312.03732).
+        lora_plus_ratio: Learning rate of B over that of A, for lora_plus.
         modules_to_save: Further modules to train and save whole, besides the head.
     """
 
-    rank: int = 8
+    rank: int | None = None
     alpha: float = 16
     dropout: float = 0.0
     target_modules: str | list[str] = "all_linear"
     bias: Literal["none", "all", "lora_only"] = "none"
-    use_rslora: bool = False
+    lora_plus_ratio: float = 16
     modules_to_save: list[str] | None = None
 
 
@@ -44,11 +45,15 @@ class Tuned:
         model: The model to call: the base itself, or PEFT's wrapper around it.
         target_modules: Full names of the adapted layers.
         head_modules: Names of the modules that are trained whole.
+        lr_factors: The learning rate of parameters whose name holds the key is multiplied by the value.
+        steps: What the method does beside the gradient step, for one that does.
     """
 
     model: Any
     target_modules: list[str]
     head_modules: list[str]
+    lr_factors: Mapping[str, float] = field(default_factory=dict)
+    steps: AdaLoraSteps | None = None
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,13 @@ class Method:
     Args:
         summary: One line for people.
         learning_rate: What is used when ``model.learning_rate`` is not set.
-        frozen_encoder: Whether the pretrained weights of the encoder stay as they are.
+        frozen_encoder: Whether the pretrained weight matrices of the encoder stay as they are.
         options: The fields of ``AdapterOptions`` that the method takes; others must keep their default.
         apply: Gives the tuned model from the base and the options.
+        rank: What is used when ``adapter.rank`` is not set.
+        bits: Bits in which the encoder may be stored, if it is quantized.
+        cpu_bits: The same without a GPU.
+        trains: Whether there is anything to train.
     """
 
     summary: str
@@ -68,6 +77,10 @@ class Method:
     frozen_encoder: bool
     options: tuple[str, ...]
     apply: Callable[[Base, AdapterOptions], Tuned]
+    rank: int = 8
+    bits: tuple[int, ...] = (8, 4)
+    cpu_bits: tuple[int, ...] = (8, 4)
+    trains: bool = True
 
 
 def tune(base: Base, method: str, options: AdapterOptions, seed: int, frozen_dropout: bool) -> Tuned:
@@ -88,16 +101,23 @@ def tune(base: Base, method: str, options: AdapterOptions, seed: int, frozen_dro
     check_options(method, options)
     if frozen_dropout and not entry.frozen_encoder:
         raise UserError(f"model.frozen_dropout: method '{method}' freezes nothing, and dropout is on; leave it out")
+    encoder = getattr(base.model, base.model.base_model_prefix)
+    if entry.frozen_encoder and not frozen_dropout:  # before the adapter brings dropout of its own
+        for module in encoder.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
     with torch_stream(seed, "adapter"):
         tuned = entry.apply(base, options)
-    encoder = getattr(base.model, base.model.base_model_prefix)
-    if entry.frozen_encoder and not frozen_dropout:
-        for name, module in encoder.named_modules():
-            if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
-                module.p = 0.0
     # Hugging Face models load in eval mode and the trainer keeps the mode it finds.
     tuned.model.train()
     return tuned
+
+
+def merged(tuned: Tuned) -> Any:
+    """The tuned model as a plain transformers model, adapters folded into the weights; in place."""
+    from peft import PeftModel
+
+    return tuned.model.merge_and_unload() if isinstance(tuned.model, PeftModel) else tuned.model
 
 
 def find_method(method: str) -> Method:
@@ -114,17 +134,19 @@ def find_method(method: str) -> Method:
 def check_options(method: str, options: AdapterOptions) -> None:
     """Refuses values out of range and options that the method would ignore."""
     takes = METHODS[method].options
-    for field in fields(AdapterOptions):
-        value = getattr(options, field.name)
-        if field.name not in takes and value != field.default:
+    for option in fields(AdapterOptions):
+        value = getattr(options, option.name)
+        if option.name not in takes and value != option.default:
             allowed = ", ".join(takes) or "no adapter options"
             raise UserError(
-                f"model.adapter.{field.name}: {value}, but method '{method}' does not use it (it takes {allowed})"
+                f"model.adapter.{option.name}: {value}, but method '{method}' does not use it (it takes {allowed})"
             )
-    if options.rank < 1:
+    if options.rank is not None and options.rank < 1:
         raise UserError(f"model.adapter.rank: a number of at least 1 is needed, got {options.rank}")
-    if not (math.isfinite(options.alpha) and options.alpha > 0):
-        raise UserError(f"model.adapter.alpha: a number above 0 is needed, got {options.alpha}")
+    for name in ("alpha", "lora_plus_ratio"):
+        value = getattr(options, name)
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"model.adapter.{name}: a number above 0 is needed, got {value}")
     if not 0 <= options.dropout < 1:
         raise UserError(f"model.adapter.dropout: a number from 0 up to 1 is needed, got {options.dropout}")
 
@@ -167,32 +189,128 @@ def _ends_with(name: str, ending: str) -> bool:
 
 def _candidates(linear: Sequence[str]) -> str:
     # The path below the numbered layer is the shortest unambiguous ending.
-    endings = [name[max(i for i, part in enumerate(name) if part.isdecimal()) + 2 :] for name in linear]
-    return ", ".join(dict.fromkeys(endings))
+    return ", ".join(dict.fromkeys(below_layer(name) for name in linear))
 
 
-def _lora(base: Base, options: AdapterOptions) -> Tuned:
-    """LoRA (Hu et al. 2021, arXiv:2106.09685) through PEFT."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    targets = match_targets(base, options.target_modules)
+def _saved_modules(base: Base, options: AdapterOptions) -> list[str]:
+    """The head, and what the user names besides."""
     extra = options.modules_to_save or []
     have = {name for name, _ in base.model.named_modules()}
     for name in extra:
         if not any(_ends_with(module, name) for module in have):
             raise UserError(f"model.adapter.modules_to_save: the model has no module '{name}'")
-    config = LoraConfig(
+    return [*base.head_modules, *extra]
+
+
+def _wrapped(base: Base, config: Any, targets: list[str], head: list[str], **more: Any) -> Tuned:
+    from peft import get_peft_model
+
+    return Tuned(get_peft_model(base.model, config), targets, head, **more)
+
+
+def _lora(**variant: Any) -> Callable[[Base, AdapterOptions], Tuned]:
+    """LoRA (Hu et al. 2021, arXiv:2106.09685) through PEFT, with the settings of a variant."""
+
+    def apply(base: Base, options: AdapterOptions) -> Tuned:
+        from peft import LoraConfig, TaskType
+
+        targets, head = match_targets(base, options.target_modules), _saved_modules(base, options)
+        config = LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=METHODS["lora"].rank if options.rank is None else options.rank,
+            lora_alpha=options.alpha,  # type: ignore[arg-type]  # annotated int, but only used as a factor
+            lora_dropout=options.dropout,
+            target_modules=list(targets),
+            bias=options.bias,
+            modules_to_save=list(head),
+            **variant,
+        )
+        return _wrapped(base, config, targets, head)
+
+    return apply
+
+
+def _lora_plus(base: Base, options: AdapterOptions) -> Tuned:
+    """LoRA whose B learns faster than its A (Hayou et al. 2024, arXiv:2402.12354)."""
+    tuned = _lora()(base, options)
+    return Tuned(tuned.model, tuned.target_modules, tuned.head_modules, {"lora_B": options.lora_plus_ratio})
+
+
+def _adalora(base: Base, options: AdapterOptions) -> Tuned:
+    """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): ranks move to the layers that need them.
+
+    It starts with one and a half times the rank it ends with, as in the paper's experiments.
+    """
+    from peft import AdaLoraConfig, TaskType
+
+    targets, head = match_targets(base, options.target_modules), _saved_modules(base, options)
+    rank = METHODS["adalora"].rank if options.rank is None else options.rank
+    config = AdaLoraConfig(
         task_type=TaskType.SEQ_CLS,
-        r=options.rank,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]  # annotated int, but only used as a factor
+        init_r=math.ceil(1.5 * rank),
+        target_r=rank,
+        total_step=1,  # set when the trainer knows it
+        tinit=0,
+        tfinal=0,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]
         lora_dropout=options.dropout,
         target_modules=list(targets),
-        bias=options.bias,
-        use_rslora=options.use_rslora,
-        modules_to_save=[*base.head_modules, *extra],
+        modules_to_save=list(head),
     )
-    model = get_peft_model(base.model, config)
-    return Tuned(model, targets, [*base.head_modules, *extra])
+    tuned = _wrapped(base, config, targets, head)
+    return Tuned(tuned.model, targets, head, steps=AdaLoraSteps(tuned.model))
+
+
+def _ia3(base: Base, options: AdapterOptions) -> Tuned:
+    """(IA)^3 (Liu et al. 2022, arXiv:2205.05638): keys, values and the feed-forward activations are rescaled."""
+    from peft import IA3Config, TaskType
+
+    arch = base.architecture
+    if arch is None:
+        raise UserError(f"model.method: ia3 is not known for architecture '{base.model.config.model_type}'")
+    linear = linear_modules(base)
+    attention = (arch.key, arch.query_value[-1])
+    feed_forward = [name for name in linear if below_layer(name) == arch.feed_forward_out]
+    targets = [name for name in linear if name in feed_forward or any(_ends_with(name, end) for end in attention)]
+    head = _saved_modules(base, options)
+    config = IA3Config(
+        task_type=TaskType.SEQ_CLS,
+        target_modules=list(targets),
+        feedforward_modules=feed_forward,
+        modules_to_save=list(head),
+    )
+    return _wrapped(base, config, targets, head)
+
+
+def _vera(base: Base, options: AdapterOptions) -> Tuned:
+    """VeRA (Kopiczko et al. 2024, arXiv:2310.11454): vectors are trained around random matrices that all share."""
+    import torch
+    from peft import TaskType, VeraConfig
+
+    targets, head = match_targets(base, options.target_modules), _saved_modules(base, options)
+    config = VeraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=METHODS["vera"].rank if options.rank is None else options.rank,
+        # From the adapter's stream, so that it is the seed's; PEFT draws the matrices with it.
+        projection_prng_key=int(torch.randint(2**31 - 1, ())),
+        vera_dropout=options.dropout,
+        target_modules=list(targets),
+        modules_to_save=list(head),
+    )
+    return _wrapped(base, config, targets, head)
+
+
+def _bitfit(base: Base, options: AdapterOptions) -> Tuned:
+    """BitFit (Ben Zaken et al. 2022, arXiv:2106.10199): the biases and the head are trained."""
+    del options
+    tuned = _head(base, AdapterOptions())
+    encoder = getattr(base.model, base.model.base_model_prefix)
+    biases = [parameter for name, parameter in encoder.named_parameters() if name.endswith("bias")]
+    if not biases:
+        raise UserError(f"model.method: bitfit trains biases, and '{base.model.config.model_type}' has none")
+    for bias in biases:
+        bias.requires_grad_(True)
+    return tuned
 
 
 def _head(base: Base, options: AdapterOptions) -> Tuned:
@@ -204,6 +322,13 @@ def _head(base: Base, options: AdapterOptions) -> Tuned:
     return Tuned(base.model, [], base.head_modules)
 
 
+def _none(base: Base, options: AdapterOptions) -> Tuned:
+    """Nothing is trained: what the base model says with the fresh head."""
+    del options
+    base.model.requires_grad_(False)
+    return Tuned(base.model, [], base.head_modules)
+
+
 def _full(base: Base, options: AdapterOptions) -> Tuned:
     """Every weight is trained."""
     del options
@@ -211,10 +336,52 @@ def _full(base: Base, options: AdapterOptions) -> Tuned:
     return Tuned(base.model, [], base.head_modules)
 
 
-_LORA_OPTIONS = tuple(field.name for field in fields(AdapterOptions))
+_LORA = ("rank", "alpha", "dropout", "target_modules", "bias", "modules_to_save")
 
+# Learning rates are starting points near those of the papers' experiments on classification, not tuned here: an
+# ablation over model.learning_rate is what settles one.
 METHODS: dict[str, Method] = {
-    "lora": Method("low-rank adapters on a frozen base", 5e-4, True, _LORA_OPTIONS, _lora),
-    "full": Method("full fine-tuning", 5e-5, False, (), _full),
+    "lora": Method("low-rank adapters on a frozen base", 5e-4, True, _LORA, _lora()),
+    # Kalajdzievski 2023, arXiv:2312.03732
+    "rslora": Method("LoRA scaled by alpha / sqrt(rank), for high ranks", 5e-4, True, _LORA, _lora(use_rslora=True)),
+    # Liu et al. 2024, arXiv:2402.09353
+    "dora": Method(
+        "LoRA on the direction, with a trained magnitude",
+        5e-4,
+        True,
+        _LORA,
+        _lora(use_dora=True),
+        # Reading an 8-bit weight on the CPU loses its scales (PEFT 0.21.2, dequantize_module_weight).
+        cpu_bits=(4,),
+    ),
+    "lora_plus": Method("LoRA whose B learns faster", 2e-4, True, (*_LORA, "lora_plus_ratio"), _lora_plus),
+    # Meng et al. 2024, arXiv:2404.02948
+    "pissa": Method(
+        "LoRA started from the weights' principal components",
+        2e-4,
+        True,
+        _LORA,
+        _lora(init_lora_weights="pissa"),
+        bits=(),
+    ),
+    "adalora": Method(
+        "LoRA that moves rank to the layers that need it",
+        1e-3,
+        True,
+        ("rank", "alpha", "dropout", "target_modules", "modules_to_save"),
+        _adalora,
+    ),
+    "ia3": Method("trained rescaling of keys, values and activations", 5e-3, True, ("modules_to_save",), _ia3),
+    "vera": Method(
+        "vectors around shared random matrices",
+        5e-3,
+        True,
+        ("rank", "dropout", "target_modules", "modules_to_save"),
+        _vera,
+        rank=256,
+    ),
+    "bitfit": Method("only biases and head", 1e-3, True, (), _bitfit, bits=()),
+    "full": Method("full fine-tuning", 5e-5, False, (), _full, bits=()),
     "head": Method("a trained head on a frozen base", 1e-3, True, (), _head),
+    "none": Method("the base model with a fresh head, untouched", 0.0, True, (), _none, trains=False),
 }

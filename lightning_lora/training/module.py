@@ -16,6 +16,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metrics import make_metrics, metric_values
 from lightning_lora.models.base import load_base
 from lightning_lora.models.methods import AdapterOptions, check_options, find_method, tune
+from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.seeding import stream_seed
 from lightning_lora.training.optim import Schedule, make_optimizer, make_schedule
 
@@ -28,8 +29,10 @@ class TextClassifier(LightningModule):
     Args:
         base_model: The pretrained encoder: a Hub id, a local folder, or ``package:NAME/path``.
         label_names: Names of the classes in the order of their numbers; linked to the data.
-        method: "lora", "full" (every weight) or "head" (frozen base, trained head).
+        method: "lora" or a variant ("rslora", "dora", "lora_plus", "pissa", "adalora"), "ia3", "vera", "bitfit"
+            (biases), "head" (frozen base, trained head), "full" (every weight), or "none" (nothing is trained).
         adapter: Options of the adapter, for methods that have one.
+        quantization: How the weights of the frozen encoder are stored.
         learning_rate: Peak of the schedule; by default what suits the method (lora 5e-4, head 1e-3, full
             5e-5).
         schedule: How the learning rate falls after warm-up: "linear", "cosine" or "constant".
@@ -37,9 +40,11 @@ class TextClassifier(LightningModule):
         weight_decay: AdamW's, not on biases and norms.
         label_smoothing: From 0 up to 1; in training only.
         class_weights: Weights of the classes in the training loss: "balanced" (inverse to their share of
-            the training rows) or one number a class.
+            the training rows) or one number a class; they are scaled so that a row weighs 1 on average.
         attention: Implementation of the attention: "auto" (what transformers chooses, but "eager" for
             training without a GPU, where the backward pass of "sdpa" is slower), "eager" or "sdpa".
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them: less
+            memory, about a third more time, the same gradients.
         frozen_dropout: Keep the dropout of a frozen encoder. Drawing its random numbers takes up to half of
             the time on a CPU; dropout of the adapter, the head, and a base that is trained is always kept.
         seed: Seed of everything newly initialised and of dropout; linked to ``seed_everything``.
@@ -51,6 +56,7 @@ class TextClassifier(LightningModule):
         label_names: list[str],
         method: str = "lora",
         adapter: AdapterOptions = AdapterOptions(),  # noqa: B008  # never changed; the parser reads it
+        quantization: Quantization = Quantization(),  # noqa: B008
         learning_rate: float | None = None,
         schedule: Schedule = "linear",
         warmup_ratio: float = 0.06,
@@ -58,14 +64,18 @@ class TextClassifier(LightningModule):
         label_smoothing: float = 0.0,
         class_weights: Literal["balanced"] | list[float] | None = None,
         attention: Literal["auto", "eager", "sdpa"] = "auto",
+        gradient_checkpointing: bool = False,
         frozen_dropout: bool = False,
         seed: int = 42,
     ) -> None:
         super().__init__()
         if isinstance(adapter, dict):  # from a checkpoint, which holds plain types only
             adapter = AdapterOptions(**adapter)
+        if isinstance(quantization, dict):
+            quantization = Quantization(**quantization)
         entry = find_method(method)
         check_options(method, adapter)
+        check_quantization(quantization, method, entry.bits, entry.cpu_bits)
         check_range("model.warmup_ratio", warmup_ratio, 0, 1)
         check_range("model.label_smoothing", label_smoothing, 0, 1)
         check_range("model.weight_decay", weight_decay, 0, None)
@@ -77,6 +87,7 @@ class TextClassifier(LightningModule):
                 "label_names": list(label_names),
                 "method": method,
                 "adapter": asdict(adapter),
+                "quantization": asdict(quantization),
                 "learning_rate": self.learning_rate,
                 "schedule": schedule,
                 "warmup_ratio": warmup_ratio,
@@ -84,6 +95,7 @@ class TextClassifier(LightningModule):
                 "label_smoothing": label_smoothing,
                 "class_weights": class_weights,
                 "attention": attention,
+                "gradient_checkpointing": gradient_checkpointing,
                 "frozen_dropout": frozen_dropout,
                 "seed": seed,
             },
@@ -97,13 +109,15 @@ class TextClassifier(LightningModule):
         self.class_weights = class_weights
         self.attention = attention
         self.seed = seed
-        base = load_base(base_model, self.label_names, seed)
-        tuned = tune(base, method, adapter, seed, frozen_dropout)
+        base = load_base(base_model, self.label_names, seed, quantization)
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(base.model)
+        self.tuned = tuned = tune(base, method, adapter, seed, frozen_dropout)
         self.model: Any = tuned.model
         self.loaded_attention: str = tuned.model.config._attn_implementation
         self.target_modules = tuned.target_modules
         self.head_modules = tuned.head_modules
-        self.identity = CheckpointIdentity(base_model, base.fingerprint, self.label_names, method)
+        self.identity = CheckpointIdentity(base_model, base.fingerprint, self.label_names, method, quantization.label)
         # A checkpoint holds what is trained; the frozen rest comes from the base model.
         self.strict_loading = False
         self.stage_metrics = nn.ModuleDict({f"{s}_metrics": make_metrics(len(self.label_names)) for s in STAGES})
@@ -123,20 +137,30 @@ class TextClassifier(LightningModule):
         """Logits, float32 (B, C), of token ids (B, T) and their mask."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
 
+    def document_logits(self, batch: dict[str, Any]) -> Tensor:
+        """Logits, float32 (B, C), of the batch's documents; those of several windows are pooled."""
+        logits = self(batch["input_ids"], batch["attention_mask"])
+        return pooled(logits, batch["documents"], len(batch["rows"])) if "documents" in batch else logits
+
     def shared_step(self, batch: dict[str, Any], stage: str) -> dict[str, Tensor]:
         """Loss and logits of a batch; counts the metrics of the stage ("train", "val" or "test").
 
         The training loss has label smoothing and class weights; elsewhere it is the plain cross-entropy, so
         that it can be compared between runs.
         """
-        logits = self(batch["input_ids"], batch["attention_mask"])
+        logits = self.document_logits(batch)
         labels = batch["labels"]
         if stage == "train":
-            loss = F.cross_entropy(logits, labels, self.loss_weights, label_smoothing=self.label_smoothing)
+            # The mean over rows, also with class weights, so that it does not depend on how a step is cut up.
+            loss = F.cross_entropy(
+                logits, labels, self.loss_weights, label_smoothing=self.label_smoothing, reduction="none"
+            ).mean()
         else:
             loss = F.cross_entropy(logits, labels)
         metrics, mean_loss = self._counters(stage)
-        metrics.update(logits.detach(), labels)
+        # Probabilities, as the calibration error would take logits that happen to lie between 0 and 1 for such; in
+        # double precision, so that the largest is the largest logit.
+        metrics.update(logits.detach().double().softmax(dim=-1), labels)
         mean_loss.update(loss.detach(), len(labels))
         return {"loss": loss, "logits": logits}
 
@@ -144,7 +168,15 @@ class TextClassifier(LightningModule):
         """The loss to step on."""
         loss = self.shared_step(batch, "train")["loss"]
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=len(batch["rows"]))
-        return loss
+        # The trainer gives each part of an accumulated step the same weight; its rows say what it should have.
+        loss = loss * batch["share"]
+        return loss if self.tuned.steps is None else loss + self.tuned.steps.penalty()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps, and lets the method do what it does after a step."""
+        super().optimizer_step(*args, **kwargs)
+        if self.tuned.steps is not None:
+            self.tuned.steps.after_step(self.trainer.global_step + 1)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Loss and logits."""
@@ -156,7 +188,7 @@ class TextClassifier(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Logits and the rows they belong to."""
-        logits = self(batch["input_ids"], batch["attention_mask"])
+        logits = self.document_logits(batch)
         return {"logits": logits.cpu(), "rows": batch["rows"].cpu()}
 
     def on_train_epoch_end(self) -> None:
@@ -199,16 +231,16 @@ class TextClassifier(LightningModule):
         """Takes the class weights of the training loss."""
         if stage != "fit" or self.class_weights is None:
             return
+        counts = torch.tensor(self.trainer.datamodule.class_counts, dtype=torch.float32)  # type: ignore[attr-defined]
         if self.class_weights == "balanced":
-            counts = torch.tensor(self.trainer.datamodule.class_counts, dtype=torch.float32)  # type: ignore[attr-defined]
-            weights = counts.sum() / (len(counts) * counts.clamp(min=1))
+            weights = 1 / counts.clamp(min=1)
         else:
             weights = torch.tensor(self.class_weights, dtype=torch.float32)
         if not (weights.isfinite() & (weights > 0)).all():
             raise UserError(f"model.class_weights: numbers above 0 are needed, got {self.class_weights}")
         if len(weights) != len(self.label_names):
             raise UserError(f"model.class_weights: {len(weights)} weights for {len(self.label_names)} classes")
-        self.loss_weights = weights.to(self.device)
+        self.loss_weights = (weights * counts.sum() / (weights * counts).sum()).to(self.device)
 
     def on_fit_start(self) -> None:
         """Starts dropout's random stream, wherever building the model has left the generator."""
@@ -220,8 +252,10 @@ class TextClassifier(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and its schedule, which moves on each optimizer step."""
-        optimizer = make_optimizer(self.model, self.learning_rate, self.weight_decay)
+        optimizer = make_optimizer(self.model, self.learning_rate, self.weight_decay, self.tuned.lr_factors)
         total_steps = int(self.trainer.estimated_stepping_batches)
+        if self.tuned.steps is not None:
+            self.tuned.steps.plan(total_steps)
         scheduler = make_schedule(optimizer, self.schedule, self.warmup_ratio, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -237,9 +271,40 @@ class TextClassifier(LightningModule):
         self.identity.check_keys(checkpoint["state_dict"], self.checkpoint_keys(), self.state_dict())
 
     def checkpoint_keys(self) -> set[str]:
-        """Names of the weights that training changes, and of the buffers: what a checkpoint must hold."""
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-        return set(self.state_dict()) - frozen
+        """Names of the weights that training changes, the head's and the buffers': what a checkpoint must hold.
+
+        What a quantized weight is stored with is none of it.
+        """
+        kept = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        kept |= {name for name, _ in self.named_buffers(remove_duplicate=False)}
+        if not kept & {name for name, _ in self.named_parameters()}:  # nothing is trained, but the head is new
+            kept |= {f"model.{m}.{n}" for m in self.head_modules for n in self.model.get_submodule(m).state_dict()}
+        return kept & set(self.state_dict())
+
+
+def pooled(logits: Tensor, documents: Tensor, count: int) -> Tensor:
+    """Logits (B, C) whose softmax is the mean of the probabilities of each document's windows.
+
+    Args:
+        logits: Of all windows, (W, C).
+        documents: The document of each window, (W,), from 0 to ``count`` - 1.
+        count: Documents B.
+    """
+    probabilities = logits.double().softmax(dim=-1)  # double: the log of a small mean stays exact
+    sums = probabilities.new_zeros(count, logits.shape[-1]).index_add(0, documents, probabilities)
+    means = sums / torch.bincount(documents, minlength=count).unsqueeze(-1)
+    return means.clamp_min(torch.finfo(means.dtype).tiny).log().float()
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Makes a transformers model compute activations again in the backward pass.
+
+    Raises:
+        UserError: Its architecture cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"model.gradient_checkpointing: architecture '{model.config.model_type}' cannot; leave it out")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def check_range(key: str, value: float, low: float, high: float | None) -> None:

@@ -1,5 +1,7 @@
 """AdamW with warm-up."""
 
+import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -9,14 +11,30 @@ Schedule = Literal["linear", "cosine", "constant"]
 _TRANSFORMERS_NAMES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
-    """AdamW over the trainable parameters; no weight decay on biases and norms (all that is one-dimensional)."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return AdamW([group for group in groups if group["params"]], lr=learning_rate)
+def make_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float, lr_factors: Mapping[str, float] | None = None
+) -> AdamW:
+    """AdamW over the trainable parameters; no weight decay on biases and norms (all that is one-dimensional).
+
+    Args:
+        model: Of its parameters those that require a gradient are taken.
+        learning_rate: The peak.
+        weight_decay: Of the matrices.
+        lr_factors: The learning rate of parameters whose name holds the key is multiplied by the value.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = math.prod(value for part, value in (lr_factors or {}).items() if part in name)
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((factor, decay), []).append(parameter)
+    return AdamW(
+        [
+            {"params": parameters, "lr": learning_rate * factor, "weight_decay": decay}
+            for (factor, decay), parameters in groups.items()
+        ],
+        lr=learning_rate,
+    )
 
 
 def make_schedule(optimizer: AdamW, schedule: Schedule, warmup_ratio: float, total_steps: int) -> Any:

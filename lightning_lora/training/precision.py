@@ -2,6 +2,8 @@
 
 import torch
 
+from lightning_lora.devices import has_bf16
+
 
 def auto_precision(accelerator: str) -> str:
     """``bf16-mixed`` where the device multiplies bfloat16 matrices natively, else ``32-true``.
@@ -10,9 +12,7 @@ def auto_precision(accelerator: str) -> str:
         accelerator: The trainer's accelerator setting; "auto" means CUDA where there is one.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        return "bf16-mixed" if has_bf16("cuda") else "32-true"
     if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
-        # Without native instructions bfloat16 is emulated, and slower than float32.
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        return "bf16-mixed" if native else "32-true"
+        return "bf16-mixed" if has_bf16("cpu") else "32-true"
     return "32-true"

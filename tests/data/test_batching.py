@@ -39,6 +39,21 @@ def test_length_says_nothing_of_a_batch_s_place_in_the_epoch() -> None:
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.25
 
 
+@pytest.mark.parametrize("rows", [100, 96, 97, 3])
+def test_the_parts_of_an_accumulated_step_are_those_of_the_large_batch(rows: int) -> None:
+    whole = LengthBatchSampler(LENGTHS[:rows], 16, seed=0)
+    parts = LengthBatchSampler(LENGTHS[:rows], 4, seed=0, accumulate=4)
+    steps, pieces = list(whole), list(parts)
+    assert len(pieces) == len(parts)
+    for i, step in enumerate(steps):
+        of_step = pieces[4 * i : 4 * i + 4]
+        assert [row for part in of_step for row in part] == list(step)
+        # The trainer divides each part's loss by 4: what is left must be the mean over the rows of the step.
+        assert sum(part.share / 4 * 1.0 for part in of_step) == pytest.approx(1)
+        for part in of_step:
+            assert part.share / 4 / len(part) == pytest.approx(1 / len(step))
+
+
 def test_the_sampler_follows_the_epoch_and_knows_its_length() -> None:
     sampler = LengthBatchSampler(LENGTHS, 16, seed=0)
     first = list(sampler)

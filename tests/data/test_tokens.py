@@ -1,10 +1,11 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lightning_lora.data.batching import TokenDataset
-from lightning_lora.data.tokens import InputFormat, cached_tokens, load_tokenizer, tokenize
+from lightning_lora.data.tokens import InputFormat, Tokens, cached_tokens, load_tokenizer, tokenize
 from lightning_lora.errors import UserError
 
 TEXTS = ["the film was fine", "dull", "a long story of two people " * 20, "unknown wörds!"]
@@ -48,8 +49,41 @@ def test_other_framings_of_a_text(tmp_path: Path, tokenizer, framing: str) -> No
 )
 def test_what_stays_of_a_long_text(keep: str, expected: list[int]) -> None:
     frame = InputFormat(prefix=(2,), suffix=(3,), pad_id=0, max_length=7, keep=keep)
-    assert frame.input_ids(np.arange(10, 20)).tolist() == [2, *expected, 3]
-    assert frame.input_ids(np.arange(10, 15)).tolist() == [2, 10, 11, 12, 13, 14, 3]  # fits: nothing is cut
+    assert [ids.tolist() for ids in frame.inputs(np.arange(10, 20))] == [[2, *expected, 3]]
+    assert [ids.tolist() for ids in frame.inputs(np.arange(10, 15))] == [[2, 10, 11, 12, 13, 14, 3]]  # fits
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 4])
+@pytest.mark.parametrize("length", [1, 5, 6, 7, 10, 23])
+def test_windows_cover_a_text_with_full_windows_that_share_the_overlap(overlap: int, length: int) -> None:
+    frame = InputFormat(prefix=(2,), suffix=(3,), pad_id=0, max_length=7, keep="windows", overlap=overlap)
+    ids = np.arange(10, 10 + length)
+    windows = [window.tolist() for window in frame.inputs(ids)]
+    assert all(window[0] == 2 and window[-1] == 3 for window in windows)
+    bare = [window[1:-1] for window in windows]
+    assert set().union(*bare) == set(ids.tolist())
+    assert bare == [ids.tolist()] if length <= 5 else all(len(window) == 5 for window in bare)
+    for left, right in itertools.pairwise(bare[:-1]):  # the last one is moved back to the end of the text
+        assert len(set(left) & set(right)) == overlap
+    tokens = Tokens(ids.astype(np.int32), np.array([0, length]))
+    assert frame.input_lengths(tokens)[0] == sum(map(len, windows))
+
+
+def test_a_batch_of_windows_says_which_document_each_belongs_to(tokenizer) -> None:
+    texts = [" ".join(["film"] * n) for n in (3, 12, 5)]
+    frame = InputFormat.of(tokenizer, 7, "windows", 1)
+    batch = TokenDataset(tokenize(texts, tokenizer), frame, None, pad_to_max=False).__getitems__([2, 0, 1])
+    assert batch["documents"].tolist() == [0, 1, 2, 2, 2]
+    assert batch["rows"].tolist() == [2, 0, 1] and batch["input_ids"].shape == (5, 7)
+    assert batch["num_tokens"] == int(batch["attention_mask"].sum())
+
+
+@pytest.mark.parametrize(
+    ("keep", "overlap", "said"), [("head", 3, "only truncation: windows"), ("windows", 5, "up to")]
+)
+def test_an_overlap_that_makes_no_sense_is_refused(tokenizer, keep: str, overlap: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        InputFormat.of(tokenizer, 7, keep, overlap)
 
 
 def test_padding_to_max_length_on_request(tokenizer) -> None:

@@ -14,7 +14,7 @@ def test_every_metric_is_scikit_learns(num_classes: int, seed: int) -> None:
     logits = rng.normal(size=(203, num_classes)) + np.eye(num_classes)[labels]
     metrics = make_metrics(num_classes)
     for part in np.array_split(np.arange(203), 5):  # batches of unequal size
-        metrics.update(torch.from_numpy(logits[part]), torch.from_numpy(labels[part]))
+        metrics.update(torch.from_numpy(logits[part]).softmax(-1), torch.from_numpy(labels[part]))
     names = [f"class{i}" for i in range(num_classes)]
     ours = metric_values(metrics.compute(), names)
 
@@ -33,6 +33,23 @@ def test_every_metric_is_scikit_learns(num_classes: int, seed: int) -> None:
         )
     else:
         assert "f1_binary" not in ours
+
+
+def test_the_calibration_error_is_that_of_a_hand_computation() -> None:
+    """Mean distance between confidence and accuracy over 15 equal bins, weighted by the rows in them."""
+    rng = np.random.default_rng(3)
+    probabilities = rng.dirichlet(np.ones(3), size=500)
+    labels = rng.integers(3, size=500)
+    metrics = make_metrics(3)
+    for part in np.array_split(np.arange(500), 7):
+        metrics.update(torch.from_numpy(probabilities[part]), torch.from_numpy(labels[part]))
+    confidence, hit = probabilities.max(1), probabilities.argmax(1) == labels
+    error = 0.0
+    for i in range(15):
+        inside = (confidence > i / 15) & (confidence <= (i + 1) / 15)
+        if inside.any():
+            error += inside.mean() * abs(confidence[inside].mean() - hit[inside].mean())
+    assert metric_values(metrics.compute(), ["a", "b", "c"])["calibration_error"] == pytest.approx(error, abs=1e-5)
 
 
 def test_averages_differ_on_unbalanced_classes() -> None:

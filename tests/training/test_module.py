@@ -11,7 +11,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import CostMeter
 from lightning_lora.evaluation.predictions import PredictionCollector
 from lightning_lora.models.methods import AdapterOptions
-from lightning_lora.training.module import TextClassifier
+from lightning_lora.training.module import TextClassifier, pooled
 from lightning_lora.training.optim import make_optimizer, make_schedule
 
 SETTINGS = {"learning_rate": 5e-3, "adapter": AdapterOptions(dropout=0.1)}
@@ -127,6 +127,115 @@ def test_weights_of_another_number_of_classes_are_refused(tiny_base: Path, revie
     model, data = make(tiny_base, reviews, class_weights=[1.0, 2.0, 3.0])
     with pytest.raises(UserError, match="3 weights for 2 classes"):
         trainer().fit(model, data)
+
+
+@pytest.mark.parametrize("option", ["plain", "weights"])
+def test_accumulated_steps_teach_what_whole_ones_do(tiny_base: Path, reviews: Path, option: str) -> None:
+    """Also when the last step of an epoch is a smaller one, and with class weights."""
+
+    def weights(batch_size: int, accumulate: int) -> dict[str, torch.Tensor]:
+        extra = {"class_weights": [1.0, 3.0]} if option == "weights" else {}
+        model, data = make(
+            tiny_base, reviews, batch_size, adapter=AdapterOptions(), method="lora", learning_rate=1e-3, **extra
+        )
+        no_dropout(model)
+        trainer(accumulate_grad_batches=accumulate, max_epochs=2).fit(model, data)
+        return model.state_dict()
+
+    whole, parts = weights(16, 1), weights(4, 4)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=3e-5)
+
+
+def no_dropout(model: TextClassifier) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "head"])
+def test_gradient_checkpointing_changes_no_gradient(tiny_base: Path, reviews: Path, method: str) -> None:
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+        model, data = make(
+            tiny_base, reviews, adapter=AdapterOptions(), method=method, gradient_checkpointing=checkpointing
+        )
+        data.setup("fit")
+        calls = 0
+
+        def count(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        layer = next(m for n, m in model.named_modules() if n.endswith("encoder.layer.0.intermediate"))
+        layer.register_forward_hook(count)
+        torch.manual_seed(0)  # dropout included: the same random numbers are drawn again
+        model.shared_step(next(iter(data.train_dataloader())), "train")["loss"].backward()
+        assert calls == (2 if checkpointing and method != "head" else 1) or method == "head"
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, again = gradients(False), gradients(True)
+    assert plain.keys() == again.keys() and plain
+    for name, value in plain.items():
+        torch.testing.assert_close(again[name], value)
+
+
+def test_windows_are_pooled_to_the_mean_probability_of_their_document() -> None:
+    logits, documents = torch.randn(5, 3), torch.tensor([0, 0, 1, 2, 2])
+    got = pooled(logits, documents, 3).softmax(-1)
+    means = [logits[documents == i].softmax(-1).mean(0) for i in range(3)]
+    torch.testing.assert_close(got, torch.stack(means))
+    assert pooled(torch.tensor([[900.0, 0.0], [900.0, 0.0]]), torch.tensor([0, 0]), 1).isfinite().all()
+
+
+def test_long_documents_are_read_whole_and_counted_once(tiny_base: Path, reviews: Path) -> None:
+    """The logits of each document are those of its windows, one at a time, pooled by hand."""
+    data = TextDataModule(str(reviews), str(tiny_base), max_length=10, truncation="windows", window_overlap=2)
+    model = TextClassifier(str(tiny_base), data.label_names, **SETTINGS)
+    collector = PredictionCollector()
+    fit = trainer(collector, max_epochs=1)
+    fit.fit(model, data)
+    values = fit.validate(model, data, verbose=False)[0]
+    predictions, rows = collector.last["val"], data.rows("val")
+    assert len(predictions) == len(rows)
+    assert values["val/accuracy"] == pytest.approx((predictions.classes == rows.labels).mean())
+    dataset = data._datasets["val"]
+    model.eval()
+    some_long = 0
+    for i in range(len(rows)):
+        windows = dataset.frame.inputs(dataset.tokens[i])
+        some_long += len(windows) > 1
+        with torch.no_grad():
+            each = [model(torch.tensor(w)[None], torch.ones(1, len(w), dtype=torch.long)) for w in windows]
+        mean = torch.cat(each).softmax(-1).mean(0).numpy()
+        np.testing.assert_allclose(predictions.probabilities[i], mean, atol=1e-5)
+    assert some_long > 5
+
+
+def test_adalora_moves_ranks_and_keeps_to_its_budget(tiny_base: Path, reviews: Path) -> None:
+    options = AdapterOptions(rank=4)
+    model, data = make(tiny_base, reviews, method="adalora", adapter=options, learning_rate=1e-2)
+    penalties: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+            penalties.append(pl_module.tuned.steps.penalty().item())
+
+    trainer(Watch(), max_epochs=5).fit(model, data)
+    kept = [int((p != 0).sum()) for n, p in model.named_parameters() if "lora_E" in n]
+    assert sum(kept) <= 4 * len(kept)  # the mean rank is at most the one asked for
+    assert len(set(kept)) > 1  # and not all layers have the same
+    assert penalties[-1] < penalties[0]
+
+
+def test_adalora_refuses_a_run_too_short_to_move_ranks_in(tiny_base: Path, reviews: Path) -> None:
+    model, data = make(tiny_base, reviews, method="adalora", adapter=AdapterOptions())
+    with pytest.raises(UserError, match="too few"):
+        trainer(max_steps=5).fit(model, data)
+
+
+def test_an_untouched_model_has_nothing_to_train(tiny_base: Path, reviews: Path) -> None:
+    model, _ = make(tiny_base, reviews, method="none", adapter=AdapterOptions())
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

@@ -1,0 +1,86 @@
+"""Training texts with words left out or swapped, anew each epoch (after Wei and Zou 2019, arXiv:1901.11196)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lightning_lora.data.batching import TokenDataset
+from lightning_lora.data.tokens import InputFormat, Tokens, tokenize
+from lightning_lora.errors import UserError
+from lightning_lora.seeding import stream_seed
+
+
+@dataclass
+class Augmentation:
+    """What happens to the words of a training text; validation and test texts are never changed.
+
+    Args:
+        delete: Probability that a word is left out; one always stays.
+        swap: Pairs of words that change places, as a share of the number of words.
+    """
+
+    delete: float = 0.0
+    swap: float = 0.0
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is changed."""
+        return bool(self.delete or self.swap)
+
+    def check(self) -> None:
+        """Refuses shares outside 0 to 1."""
+        for name in ("delete", "swap"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f"data.augmentation.{name}: a number from 0 up to 1 is needed, got {getattr(self, name)}"
+                )
+
+
+def augmented(text: str, options: Augmentation, rng: np.random.Generator) -> str:
+    """The text with some words left out and some swapped; words are what stands between spaces."""
+    words = text.split()
+    if options.swap and len(words) > 1:
+        for _ in range(round(options.swap * len(words))):
+            i, j = rng.choice(len(words), size=2, replace=False)
+            words[i], words[j] = words[j], words[i]
+    if options.delete:
+        stay = rng.random(len(words)) >= options.delete
+        if not stay.any():
+            stay[rng.integers(len(words))] = True
+        words = [word for word, kept in zip(words, stay, strict=True) if kept]
+    return " ".join(words)
+
+
+class AugmentedDataset(TokenDataset):
+    """Training rows whose words change from epoch to epoch, as a function of seed, epoch and row.
+
+    Batches are still put together by the lengths of the unchanged texts.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        frame: InputFormat,
+        labels: np.ndarray,
+        pad_to_max: bool,
+        texts: Sequence[str],
+        tokenizer: Any,
+        options: Augmentation,
+        seed: int,
+    ) -> None:
+        super().__init__(tokens, frame, labels, pad_to_max)
+        self.texts = texts
+        self.tokenizer = tokenizer
+        self.options = options
+        self.seed = seed
+
+    def ids(self, rows: Sequence[int], epoch: int) -> list[np.ndarray]:
+        """Token ids of the rows' texts as this epoch has them."""
+        texts = []
+        for row in rows:
+            rng = np.random.Generator(np.random.PCG64(stream_seed(self.seed, f"augment/{epoch}/{row}")))
+            texts.append(augmented(self.texts[row], self.options, rng))
+        changed = tokenize(texts, self.tokenizer)
+        return [changed[i] for i in range(len(changed))]

@@ -1,0 +1,57 @@
+"""What AdaLoRA does beside the gradient step (Zhang et al. 2023, arXiv:2303.10512)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lora.errors import UserError
+
+#: Shares of all steps before ranks begin to move, and after they have settled.
+WARM_UP, SETTLED = 0.1, 0.3
+MIN_STEPS = 10
+
+
+class AdaLoraSteps:
+    """Keeps the factors orthogonal and moves the rank budget; PEFT's allocator does the counting.
+
+    Args:
+        model: PEFT's wrapper around the base model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.config = model.peft_config["default"]
+
+    def plan(self, total_steps: int) -> None:
+        """Lays the budget's schedule out over the steps of the run.
+
+        Raises:
+            UserError: There are too few steps to move ranks in.
+        """
+        if total_steps < MIN_STEPS:
+            raise UserError(
+                f"model.method: adalora moves ranks over the steps of a run, and {total_steps} steps are too few "
+                f"(at least {MIN_STEPS}); train longer or use lora"
+            )
+        self.config.total_step = total_steps
+        self.config.tinit = round(WARM_UP * total_steps)
+        self.config.tfinal = round(SETTLED * total_steps)
+        self.config.deltaT = max(1, total_steps // 100)
+
+    def penalty(self) -> Tensor:
+        """The mean distance of the factors from orthogonality (equation 4), weighted as in PEFT."""
+        distances = []
+        for name, factor in self.model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                gram = factor @ factor.T if "lora_A" in name else factor.T @ factor
+                distances.append(torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)))
+        return self.config.orth_reg_weight * torch.stack(distances).mean()
+
+    def after_step(self, step: int) -> None:
+        """Updates the importance of each rank and drops the least ones; gradients must still be there.
+
+        Args:
+            step: Optimizer steps done, from 1.
+        """
+        self.model.base_model.update_and_allocate(step)

@@ -1,0 +1,140 @@
+"""A base model stored in 8 or 4 bits by bitsandbytes; what is trained on it stays in full precision."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_lora.devices import has_bf16
+from lightning_lora.errors import UserError
+
+
+@dataclass
+class Quantization:
+    """How the linear layers of a frozen encoder are stored; the head never is.
+
+    Args:
+        bits: 8 (LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339), 4 (QLoRA, Dettmers et al. 2023,
+            arXiv:2305.14314), or nothing for full precision.
+        quant_type: Of 4 bits: "nf4" or "fp4".
+        double_quant: Of 4 bits: quantize the scales too.
+        compute_dtype: Of 4 bits: what the weights are turned into to multiply; "auto" is bfloat16 where
+            the device has it, else float32.
+    """
+
+    bits: Literal[4, 8] | None = None
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @property
+    def label(self) -> str:
+        """A short name: "none", "int8", "nf4", "fp4"; with "-single" where scales are not quantized."""
+        if self.bits is None:
+            return "none"
+        return "int8" if self.bits == 8 else self.quant_type + ("" if self.double_quant else "-single")
+
+
+def check_quantization(options: Quantization, method: str, bits: Sequence[int], cpu_bits: Sequence[int]) -> None:
+    """Refuses what would be ignored, and what the method cannot do.
+
+    Args:
+        options: What is asked for.
+        method: The method's name.
+        bits: What it can do on a GPU.
+        cpu_bits: What it can do without one.
+
+    Raises:
+        UserError: As said.
+    """
+    if options.bits != 4:
+        for field in fields(Quantization):
+            value = getattr(options, field.name)
+            if field.name != "bits" and value != field.default:
+                raise UserError(f"model.quantization.{field.name}: {value}, but only bits: 4 uses it")
+    if options.bits is None:
+        return
+    if options.bits in bits and options.bits not in cpu_bits and not torch.cuda.is_available():
+        raise UserError(
+            f"model.quantization.bits: method '{method}' on {options.bits} bits works on a GPU only; here it takes "
+            f"{', '.join(map(str, cpu_bits))}"
+        )
+    if options.bits not in bits:
+        raise UserError(
+            f"model.quantization: method '{method}' changes the base model's weights, which cannot be quantized then"
+        )
+
+
+def quantization_config(options: Quantization, not_quantized: Sequence[str], base_model: str) -> Any:
+    """The config that makes transformers quantize while loading, or None for full precision.
+
+    Args:
+        options: What is asked for.
+        not_quantized: Names of modules that stay as they are: the head, and what may be newly initialised.
+        base_model: Its name, for messages.
+
+    Raises:
+        UserError: This machine cannot do it.
+    """
+    if options.bits is None:
+        return None
+    _require_backend(options, base_model)
+    from transformers import BitsAndBytesConfig
+
+    common = {"llm_int8_skip_modules": list(not_quantized)}
+    if options.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, **common)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.quant_type,
+        bnb_4bit_use_double_quant=options.double_quant,
+        bnb_4bit_compute_dtype=_compute_dtype(options),
+        **common,
+    )
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keeps 4-bit layers from being repacked for inference, which they do in eval mode on some CPUs.
+
+    A repacked layer stays so when training goes on, and then passes no gradient to the layers below it, or
+    fails (bitsandbytes 0.50.2, ``Linear4bit.forward``).
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_not_quantized(model: nn.Module, names: Sequence[str]) -> None:
+    """Raises RuntimeError when a module that has to stay in full precision does not."""
+    for name in names:
+        for parameter in model.get_submodule(name).parameters():
+            if not parameter.is_floating_point():
+                raise RuntimeError(f"{name} was quantized, though it was to stay in full precision")
+
+
+def _require_backend(options: Quantization, base_model: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        from bitsandbytes import functional as bnb
+
+        probe = torch.ones(64, 64, device=device)
+        if options.bits == 4:
+            bnb.quantize_4bit(probe, quant_type=options.quant_type, compress_statistics=options.double_quant)
+        else:
+            bnb.int8_vectorwise_quant(probe.to(torch.float16))
+    except Exception as error:  # a missing library raises kinds of its own
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"model.quantization: bitsandbytes cannot quantize '{base_model}' to {options.bits} bits on this "
+            f"machine's {device} ({first:.120}); leave model.quantization out"
+        ) from error
+
+
+def _compute_dtype(options: Quantization) -> torch.dtype:
+    if options.compute_dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.compute_dtype]
+    return torch.bfloat16 if has_bf16("cuda" if torch.cuda.is_available() else "cpu") else torch.float32
