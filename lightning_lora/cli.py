@@ -31,6 +31,9 @@ COMMANDS: dict[str, Command] = {
     "fit": Command("train; without --config the embedded default", "lightning_lora.commands.fit:run"),
     "validate": Command("metrics of a run on its validation rows", "lightning_lora.commands.evaluate:validate"),
     "test": Command("metrics before and after, on the test rows", "lightning_lora.commands.evaluate:test"),
+    "compare": Command(
+        "train and test several arms on the same rows: one table", "lightning_lora.commands.compare:run"
+    ),
     "predict": Command("labels and probabilities for your own texts", "lightning_lora.commands.predict:run"),
 }
 

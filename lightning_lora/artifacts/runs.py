@@ -58,8 +58,8 @@ class RunFolder:
         Raises:
             UserError: The name is taken or not usable, or the folder cannot be made.
         """
-        if name is not None and not _NAME.fullmatch(name):
-            raise UserError(f"--name: '{name}' is no folder name; use letters, digits, '.', '_' and '-' (at most 100)")
+        if name is not None:
+            folder_name(name)
         wanted = name or f"{re.sub(r'[^A-Za-z0-9.]+', '-', stem).strip('-.') or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
         try:
             logs_dir.mkdir(parents=True, exist_ok=True)
@@ -163,6 +163,17 @@ class RunFolder:
         record.setdefault("evaluations", {})[name] = evaluation
         self.write(record)
         return record
+
+
+def folder_name(name: str) -> str:
+    """The name, if a folder may be called so.
+
+    Raises:
+        UserError: It may not.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"--name: '{name}' is no folder name; use letters, digits, '.', '_' and '-' (at most 100)")
+    return name
 
 
 def new_record(command: list[str], seed: int) -> dict[str, Any]:

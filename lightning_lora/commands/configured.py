@@ -77,6 +77,9 @@ class ConfiguredRun(LightningCLI):
             default=DEFAULT_SEED,
             help="Seed of head, adapter, order and dropout.",
         )
+        parser.add_argument(
+            "--keep_every_epoch", type=bool, default=False, help="Also keep a checkpoint of each epoch."
+        )
         COMMAND_OPTIONS[self.command](parser)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -91,6 +94,10 @@ class ConfiguredRun(LightningCLI):
         try:
             self.config = parser.parse_args(with_base_config(self.command, args))
         except (jsonargparse.ArgumentError, TypeError) as error:
+            if "'arms" in str(error):
+                raise UserError(
+                    "the config describes arms, which are for: python main.py compare --config FILE"
+                ) from error
             raise UserError(one_line(str(error))) from error
         trainer = self.config.trainer
         if not 0 <= self.config.seed_everything < 2**32:
@@ -144,7 +151,7 @@ class ConfiguredRun(LightningCLI):
             if self.command == "fit":
                 own.append(LearningRateMonitor(logging_interval="step"))
         if checkpointing and folder is not None:
-            own += checkpoint_callbacks(folder)
+            own += checkpoint_callbacks(folder, self.config.keep_every_epoch)
         config["callbacks"] = own + extra
         if self.command == "predict":  # whose config is not instantiated
             config |= {"plugins": None, "profiler": None}
@@ -192,14 +199,23 @@ class LastCheckpoint(ModelCheckpoint):
     """As ``BestCheckpoint``."""
 
 
-def checkpoint_callbacks(folder: RunFolder) -> list[Callback]:
-    """The best weights on validation, and the last state from which training can go on."""
-    common: dict[str, Any] = {"dirpath": folder.checkpoints, "save_top_k": 1, "enable_version_counter": False}
-    return [
-        BestCheckpoint(filename="best", monitor=MONITOR, mode="max", save_weights_only=True, **common),
-        # At the end of each epoch of training, whether or not a validation pass ran in it.
-        LastCheckpoint(filename="last", monitor=None, save_on_train_epoch_end=True, **common),
+class EpochCheckpoint(ModelCheckpoint):
+    """As ``BestCheckpoint``."""
+
+
+def checkpoint_callbacks(folder: RunFolder, keep_every_epoch: bool) -> list[Callback]:
+    """The best weights on validation, the last state from which training can go on, and those of each epoch."""
+    common: dict[str, Any] = {"dirpath": folder.checkpoints, "enable_version_counter": False}
+    # At the end of each epoch of training, whether or not a validation pass ran in it.
+    each_epoch: dict[str, Any] = {"monitor": None, "save_on_train_epoch_end": True, **common}
+    callbacks: list[Callback] = [
+        BestCheckpoint(filename="best", monitor=MONITOR, mode="max", save_weights_only=True, save_top_k=1, **common),
+        LastCheckpoint(filename="last", save_top_k=1, **each_epoch),
     ]
+    if keep_every_epoch:
+        each_epoch |= {"filename": "epoch-{epoch}", "auto_insert_metric_name": False}
+        callbacks.append(EpochCheckpoint(save_top_k=-1, save_weights_only=True, **each_epoch))
+    return callbacks
 
 
 def with_base_config(command: str, words: list[str]) -> list[str]:

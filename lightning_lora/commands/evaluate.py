@@ -14,6 +14,7 @@ from lightning_lora.commands.configured import ConfiguredRun
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import peak_memory_mb
+from lightning_lora.evaluation.intervals import intervals
 from lightning_lora.files import write_text
 from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, print_tables
 
@@ -52,6 +53,8 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
     evaluation["after"], evaluation["after_s"] = _run_pass(cli, command, split, cli.trainer)
     predictions = cli.collector.last[split]
     evaluation["rows"] = len(predictions)
+    if predictions.labels is not None:
+        evaluation["after_interval"] = intervals(predictions.logits, predictions.labels)
     train_labels = cli.datamodule.rows("train").labels
     evaluation["majority_accuracy"] = majority_accuracy(train_labels, rows.labels[predictions.rows])
     evaluation |= peak_memory_mb()

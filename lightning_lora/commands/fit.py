@@ -45,10 +45,15 @@ def run(words: list[str]) -> int:
             "target_modules": model.target_modules,
             "head_modules": model.head_modules,
             "learning_rate": model.learning_rate,
+            "quantization": model.identity.quantization,
         }
         describe_run(record, cli.trainer)
         started = time.perf_counter()
-        cli.trainer.fit(model, datamodule=cli.datamodule)
+        if find_method(config.model.method).trains:
+            cli.trainer.fit(model, datamodule=cli.datamodule)
+        else:  # what the fresh head says is kept as it is, so that it is tested like any other
+            cli.trainer.validate(model, datamodule=cli.datamodule, verbose=False)
+            cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)
         record["costs"] |= {"fit_s": time.perf_counter() - started, **cli.costs.costs(), **peak_memory_mb()}
         record["metrics"] = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
         record["steps"] = cli.trainer.global_step
@@ -110,7 +115,8 @@ def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
     if data["bad_rows_dropped"]:
         print(f"rows without text or label left out: {data['bad_rows_dropped']}")
     print(f"labels: {', '.join(data['label_names'])}")
-    print(f"base model: {record['base_model']} ({model['architecture']}), method {record['method']}")
+    stored = "" if model["quantization"] == "none" else f", stored as {model['quantization']}"
+    print(f"base model: {record['base_model']} ({model['architecture']}{stored}), method {record['method']}")
     if targets := model["target_modules"]:
         kinds = dict.fromkeys(name.split(".")[-1] for name in targets)
         print(f"adapted: {len(targets)} layers ({', '.join(kinds)}); trained whole: {', '.join(model['head_modules'])}")
@@ -125,7 +131,8 @@ def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
 def finish(folder: RunFolder, record: dict[str, Any]) -> None:
     """Prints what came out and what to type next."""
     metrics = record["metrics"]
-    print(f"\ntrained in {duration(record['costs']['train_s'])}: ", end="")
+    took = record["costs"]["train_s"]
+    print(f"\n{f'trained in {duration(took)}' if took else 'nothing to train'}: ", end="")
     print(", ".join(f"{name} {metrics[name]:.4f}" for name in ("val/accuracy", MONITOR, "val/loss") if name in metrics))
     print(f"run folder: {folder.path}")
     if (folder.checkpoints / "best.ckpt").is_file():

@@ -13,13 +13,19 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Trainable parameters, and all that the model is made of.
 
     PEFT keeps an untouched copy of each module that it saves whole (the head); these copies are not part
-    of the model and not counted.
+    of the model and not counted. Weights of 4 bits are counted as the weights that they stand for.
     """
     counted = {n: p for n, p in model.named_parameters() if ".original_module." not in n}
     return {
         "trainable_params": sum(p.numel() for p in counted.values() if p.requires_grad),
-        "total_params": sum(p.numel() for p in counted.values()),
+        "total_params": sum(_weights(p) for p in counted.values()),
     }
+
+
+def _weights(parameter: nn.Parameter) -> int:
+    # bitsandbytes packs 4-bit weights into a tensor of bytes (Params4bit), two in each.
+    packed = 2 * parameter.itemsize if type(parameter).__name__ == "Params4bit" else 1
+    return parameter.numel() * packed
 
 
 def peak_memory_mb() -> dict[str, float]:

@@ -14,7 +14,7 @@ class Architecture:
         head: Modules of the classification head: always trained and saved.
         pooler: Modules between encoder and head that some checkpoints hold and others lack: trained and
             saved when newly initialised, else left as pretrained.
-        query_value: Linear layers that project queries and values, as endings of module names.
+        query_value: Linear layers that project queries and values, in this order, as endings of module names.
         attention: All linear layers of the attention.
         key: The linear layer that projects keys, as the ending of its name.
         feed_forward_out: The second linear layer of the feed-forward block, as its path inside a numbered layer.

@@ -22,7 +22,7 @@ class AdapterOptions:
         alpha: The update is scaled by alpha / rank (rslora: alpha / sqrt(rank)).
         dropout: Dropout on the adapter's input, from 0 up to 1. On a CPU drawing its random numbers for
             every adapted layer takes half of a step or more (docs/LOG.md).
-        target_modules: "all_linear", "attention", "query_value", or endings of module names.
+        target_modules: "all_linear", "attention", "query_value", "query", or endings of module names.
         bias: Train "none" of the biases, those of the adapted layers ("lora_only"), or "all".
         lora_plus_ratio: Learning rate of B over that of A, for lora_plus.
         modules_to_save: Further modules to train and save whole, besides the head.
@@ -161,14 +161,16 @@ def match_targets(base: Base, target_modules: str | Sequence[str]) -> list[str]:
     linear = linear_modules(base)
     if target_modules == "all_linear" and linear:
         return linear
-    if target_modules in ("attention", "query_value"):
-        if base.architecture is None:
+    if target_modules in ("attention", "query_value", "query"):
+        arch = base.architecture
+        if arch is None:
             kind = base.model.config.model_type
             raise UserError(
                 f"model.adapter.target_modules: '{target_modules}' is not known for architecture '{kind}'; use "
                 f"all_linear or names among {_candidates(linear)}"
             )
-        endings: Sequence[str] = getattr(base.architecture, str(target_modules))
+        known: dict[Any, Sequence[str]] = {"attention": arch.attention, "query_value": arch.query_value}
+        endings = known.get(target_modules, arch.query_value[:1])
     else:
         endings = [target_modules] if isinstance(target_modules, str) else target_modules
     if not endings or not linear:
@@ -178,7 +180,7 @@ def match_targets(base: Base, target_modules: str | Sequence[str]) -> list[str]:
         if not any(_ends_with(name, ending) for name in linear):
             raise UserError(
                 f"model.adapter.target_modules: '{ending}' matches no linear layer of the encoder; candidates: "
-                f"{_candidates(linear)}, or all_linear, attention, query_value"
+                f"{_candidates(linear)}, or all_linear, attention, query_value, query"
             )
     return [name for name in linear if any(_ends_with(name, ending) for ending in endings)]
 

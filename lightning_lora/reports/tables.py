@@ -10,15 +10,19 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ("precision_macro", "precision (macro)"),
     ("recall_macro", "recall (macro)"),
     ("loss", "loss"),
+    ("calibration_error", "calibration error"),
 )
 
 
 def metric_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """The table's rows, heading first: before (where measured) and after fine-tuning."""
+    """The table's rows, heading first: before (where measured) and after fine-tuning, with its interval."""
     rows = [["", *(heading for _, heading in COLUMNS)]]
     for key, title in (("before", "before"), ("after", "after")):
         if metrics := evaluation.get(key):
             rows.append([title, *(_number(metrics.get(name)) for name, _ in COLUMNS)])
+    if intervals := evaluation.get("after_interval"):
+        cells = [f"{_number(low)} to {_number(high)}" for low, high in (intervals[name] for name, _ in COLUMNS)]
+        rows.append(["95% interval", *cells])
     return rows
 
 
@@ -33,9 +37,9 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
     if splits := data.get("splits"):
         sizes = ", ".join(f"{name} {split['rows']:,}" for name, split in splits.items())
         rows.append(["rows", sizes])
-    if "train_s" in costs:
-        rate = f" ({costs['train_rows_per_s']:.1f} texts/s, {costs['train_tokens_per_s']:,.0f} tokens/s)"
-        rows.append(["training time", f"{duration(costs['train_s'])}{rate if costs['train_s'] else ''}"])
+    if costs.get("train_s"):
+        rate = f"{costs['train_rows_per_s']:.1f} texts/s, {costs['train_tokens_per_s']:,.0f} tokens/s"
+        rows.append(["training time", f"{duration(costs['train_s'])} ({rate})"])
     if seconds := evaluation.get("after_s"):
         rows.append(["test time", f"{duration(seconds)} ({evaluation['rows'] / seconds:.1f} texts/s)"])
     if "peak_gpu_memory_mb" in costs:

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import torch
+
+from lightning_lora.evaluation.intervals import METRICS, RowSums, difference_interval, interval, intervals
+from lightning_lora.evaluation.metrics import make_metrics, metric_values
+
+
+def sample(seed: int, rows: int = 400, classes: int = 3, skill: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(classes, size=rows, p=[0.6, 0.3, 0.1][:classes] if classes == 3 else None)
+    return rng.normal(size=(rows, classes)) + skill * np.eye(classes)[labels], labels
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_values_are_those_of_torchmetrics(seed: int) -> None:
+    logits, labels = sample(seed, rows=37 if seed == 0 else 400)
+    metrics = make_metrics(3)
+    metrics.update(torch.from_numpy(logits).softmax(-1), torch.from_numpy(labels))
+    expected = metric_values(metrics.compute(), ["a", "b", "c"])
+    expected["loss"] = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item()
+    rows = RowSums(logits, labels)
+    for name in METRICS:
+        assert rows.value(name) == pytest.approx(expected[name], abs=1e-5), name
+
+
+def test_a_class_that_is_not_there_is_not_averaged() -> None:
+    logits, labels = sample(0)
+    logits[:, 2] = -50
+    keep = labels != 2
+    metrics = make_metrics(3)
+    metrics.update(torch.from_numpy(logits[keep]).softmax(-1), torch.from_numpy(labels[keep]))
+    value = metric_values(metrics.compute(), ["a", "b", "c"])["f1_macro"]
+    assert RowSums(logits[keep], labels[keep]).value("f1_macro") == pytest.approx(value, abs=1e-6)
+
+
+def test_a_resample_is_the_metric_of_the_rows_drawn() -> None:
+    logits, labels = sample(1)
+    drawn = np.random.default_rng(0).integers(len(labels), size=len(labels))
+    counts = np.bincount(drawn, minlength=len(labels))[None].astype(float)
+    for name in METRICS:
+        assert RowSums(logits, labels).metric(name, counts)[0] == pytest.approx(
+            RowSums(logits[drawn], labels[drawn]).value(name)
+        ), name
+
+
+def test_the_interval_of_accuracy_is_that_of_the_binomial() -> None:
+    """Against the exact (Clopper-Pearson) interval of scipy, up to the noise of 1,000 resamples."""
+    from scipy.stats import binomtest
+
+    logits, labels = sample(2, rows=1000)
+    hits = int((logits.argmax(1) == labels).sum())
+    exact = binomtest(hits, 1000).proportion_ci(0.95)
+    low, high = interval(RowSums(logits, labels), "accuracy")
+    assert low == pytest.approx(exact.low, abs=0.005) and high == pytest.approx(exact.high, abs=0.005)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    """On 200 samples of a population whose values are known from 400,000 rows."""
+    population = RowSums(*sample(99, rows=400_000))
+    for name in ("accuracy", "loss", "f1_macro"):
+        truth = population.value(name)
+        held = 0
+        for seed in range(200):
+            low, high = interval(RowSums(*sample(seed, rows=300)), name)
+            held += low <= truth <= high
+        assert held >= 200 * 0.95 - 3 * np.sqrt(200 * 0.95 * 0.05), name  # three standard errors below nominal
+
+
+def test_a_paired_difference_is_told_apart_where_two_intervals_overlap() -> None:
+    logits, labels = sample(3, rows=1000)
+    worse = logits.copy()
+    worse[:40] = -worse[:40]  # the same model but for 40 rows
+    first, second = RowSums(logits, labels), RowSums(worse, labels)
+    low, high = difference_interval(first, second, "accuracy")
+    assert 0 < low < first.value("accuracy") - second.value("accuracy") < high
+    assert interval(first, "accuracy")[0] < interval(second, "accuracy")[1]
+    assert difference_interval(first, first, "accuracy") == (0, 0)
+
+
+def test_every_metric_has_an_interval_around_its_value() -> None:
+    logits, labels = sample(4)
+    found = intervals(logits, labels)
+    assert found.keys() == METRICS.keys()
+    for name, (low, high) in found.items():
+        value = RowSums(logits, labels).value(name)
+        assert low < high and (low <= value <= high or name == "calibration_error"), name
