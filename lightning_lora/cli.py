@@ -34,6 +34,8 @@ COMMANDS: dict[str, Command] = {
     "compare": Command(
         "train and test several arms on the same rows: one table", "lightning_lora.commands.compare:run"
     ),
+    "export": Command("adapter, merged model and ONNX for other software", "lightning_lora.commands.export:run"),
+    "sample": Command("random test rows with truth and prediction", "lightning_lora.commands.sample:run"),
     "predict": Command("labels and probabilities for your own texts", "lightning_lora.commands.predict:run"),
 }
 

@@ -23,9 +23,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield staging
         with staging.open("rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        staging.chmod(0o666 & ~umask)  # mkstemp makes files for their owner only
+        staging.chmod(0o666 & ~_umask())  # mkstemp makes files for their owner only
         staging.replace(path)
     finally:
         staging.unlink(missing_ok=True)
@@ -41,6 +39,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     try:
         yield staging
+        # mkdtemp makes a folder for its owner only, and some libraries do so with files.
+        for part in (staging, *staging.rglob("*")):
+            part.chmod((0o777 if part.is_dir() else 0o666) & ~_umask())
         try:
             staging.rename(path)
         except OSError:
@@ -48,6 +49,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write_text(path: Path, text: str) -> None:

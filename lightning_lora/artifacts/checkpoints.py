@@ -118,13 +118,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_checkpoint(module: LightningModule, path: Path) -> None:
+def load_checkpoint(module: LightningModule, path: Path, any_quantization: bool = False) -> None:
     """Puts the trained weights of a checkpoint into a module that was built alike.
+
+    Args:
+        module: The module.
+        path: The checkpoint.
+        any_quantization: Take weights that were trained on a base stored otherwise, as merging does.
 
     Raises:
         UserError: The checkpoint is damaged or does not belong to the module.
     """
-    module.load_state_dict(checked_checkpoint(module, path)["state_dict"], strict=False)
+    checkpoint = read_checkpoint(path)
+    if any_quantization and isinstance(checkpoint.get(_KEY), dict):
+        checkpoint[_KEY]["quantization"] = module.identity.quantization  # type: ignore[union-attr]
+    module.load_state_dict(_checked(module, checkpoint, path)["state_dict"], strict=False)
 
 
 def checked_checkpoint(module: LightningModule, path: Path) -> dict[str, Any]:
@@ -133,7 +141,10 @@ def checked_checkpoint(module: LightningModule, path: Path) -> dict[str, Any]:
     Raises:
         UserError: The checkpoint is damaged or does not belong to the module.
     """
-    checkpoint = read_checkpoint(path)
+    return _checked(module, read_checkpoint(path), path)
+
+
+def _checked(module: LightningModule, checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         module.on_load_checkpoint(checkpoint)
     except UserError as error:

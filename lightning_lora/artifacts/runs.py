@@ -100,13 +100,13 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def checkpoint(self, which: str) -> Path:
-        """The checkpoint "best" or "last", or a path.
+        """The checkpoint "best" or "last", or a path to a file or an exported adapter's folder.
 
         Raises:
             UserError: It does not exist; the reason is looked up in the record.
         """
         path = self.checkpoints / f"{which}.ckpt" if which in ("best", "last") else Path(which)
-        if not path.is_file():
+        if not (path.is_file() or (which not in ("best", "last") and path.is_dir())):
             status = self.read().get("status", "unfinished") if self.record.is_file() else "unfinished"
             last = which == "best" and (self.checkpoints / "last.ckpt").is_file()
             remedy = (

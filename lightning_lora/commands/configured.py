@@ -40,7 +40,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 #: Options that belong to one command and not to what is trained; they are left out of ``config.yaml``.
 COMMAND_KEYS = frozenset(
-    "config name logs_dir run checkpoint before texts input text_column output format".split()  # noqa: SIM905
+    "config name logs_dir run checkpoint before texts input text_column output format "  # noqa: SIM905
+    "formats rows licence base_model_id push_to_hub private".split()
 )
 
 
@@ -48,7 +49,7 @@ class ConfiguredRun(LightningCLI):
     """One parsed command line; ``build`` makes the objects, once there is a run folder for them.
 
     Args:
-        command: "fit", "validate", "test" or "predict".
+        command: "fit", "validate", "test", "predict" or "export".
         words: What stands after the command.
     """
 
@@ -275,12 +276,28 @@ def _fit_options(parser: LightningArgumentParser) -> None:
 
 def _run_options(parser: LightningArgumentParser) -> None:
     parser.add_argument("--run", type=str, help="The run folder, such as logs/NAME.")
-    parser.add_argument("--checkpoint", type=str, default="best", help="'best', 'last', or a checkpoint file.")
+    parser.add_argument(
+        "--checkpoint", type=str, default="best", help="'best', 'last', a file, or an exported adapter folder."
+    )
 
 
 def _test_options(parser: LightningArgumentParser) -> None:
     _run_options(parser)
     parser.add_argument("--before", type=bool, default=True, help="Also test the model as it was before training.")
+
+
+def _export_options(parser: LightningArgumentParser) -> None:
+    _run_options(parser)
+    parser.add_argument("--output", type=str | None, default=None, help="A new folder; by default RUN/export.")
+    formats = "Of adapter, merged, onnx, onnx-int8; by default all that the method has."
+    parser.add_argument("--formats", type=list[str] | None, default=None, help=formats)
+    parser.add_argument("--rows", type=int, default=1000, help="Test rows that the certificate is made on.")
+    licence = "Licence for the card; by default that of the base model's card."
+    parser.add_argument("--licence", type=str | None, default=None, help=licence)
+    base = "The base model's name on the Hub, where it was loaded from a folder or package."
+    parser.add_argument("--base_model_id", type=str | None, default=None, help=base)
+    parser.add_argument("--push_to_hub", type=str | None, default=None, help="Upload as NAME or OWNER/NAME.")
+    parser.add_argument("--private", type=bool, default=True, help="Whether a new repository on the Hub is private.")
 
 
 def _predict_options(parser: LightningArgumentParser) -> None:
@@ -299,4 +316,5 @@ COMMAND_OPTIONS = {
     "validate": _run_options,
     "test": _test_options,
     "predict": _predict_options,
+    "export": _export_options,
 }

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lora.artifacts.checkpoints import checked_checkpoint, load_checkpoint
 from lightning_lora.artifacts.runs import RunFolder, now
+from lightning_lora.artifacts.weights import check_weights, load_weights
 from lightning_lora.commands.configured import ConfiguredRun
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
@@ -34,7 +34,7 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
     folder = RunFolder.open(Path(cli.config.run))
     path = folder.checkpoint(cli.config.checkpoint)
     cli.build(folder)
-    checked_checkpoint(cli.model, path)  # before minutes are spent on it
+    check_weights(cli.model, path)  # before minutes are spent on it
     cli.datamodule.setup(command)
     rows = cli.datamodule.rows(split)
     refuse_trained_rows(rows.texts, folder, ("train",) if split == "val" else ("train", "val"))
@@ -48,7 +48,7 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
     if cli.config.get("before"):
         print(f"{split} rows before fine-tuning (base model with a fresh head): {len(rows):,}")
         evaluation["before"], evaluation["before_s"] = _run_pass(cli, command, split, cli.make_trainer(None))
-    load_checkpoint(cli.model, path)
+    load_weights(cli.model, path)
     print(f"{split} rows after fine-tuning ({path}): {len(rows):,}")
     evaluation["after"], evaluation["after_s"] = _run_pass(cli, command, split, cli.trainer)
     predictions = cli.collector.last[split]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lightning_lora.artifacts.checkpoints import load_checkpoint, read_checkpoint, stored_labels
 from lightning_lora.artifacts.runs import RunFolder
+from lightning_lora.artifacts.weights import load_weights, weights_labels
 from lightning_lora.commands.configured import ConfiguredRun
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
 from lightning_lora.data.datamodule import make_loader
@@ -44,9 +44,9 @@ def run(words: list[str]) -> int:
         raise UserError("--text_column: only an --input file has columns; leave it out")
     texts = gather_texts(config.texts, config.input, config.text_column or config.data.text_column)
     path = RunFolder.open(Path(config.run)).checkpoint(config.checkpoint)
-    labels = stored_labels(read_checkpoint(path), path)
+    labels = weights_labels(path)
     model = TextClassifier(**config.model.as_dict(), label_names=list(labels))
-    load_checkpoint(model, path)
+    load_weights(model, path)
     columns = {"text": texts, **predict_texts(cli, model, texts).columns()}
     if output:
         write_output(output, columns)

@@ -1,6 +1,5 @@
 """The LightningDataModule: any source of labelled texts as batches of token ids."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_lora.data.augment import Augmentation, AugmentedDataset
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
 from lightning_lora.data.prepare import Prepared, Rows, SourceOptions
-from lightning_lora.data.stored import stored_splits
+from lightning_lora.data.stored import default_cache_dir, stored_splits
 from lightning_lora.data.tokens import InputFormat, Truncation, cached_tokens, load_tokenizer
 from lightning_lora.errors import UserError
 from lightning_lora.locations import resolve
@@ -133,6 +132,10 @@ class TextDataModule(LightningDataModule):
         """The texts and labels of a split ("train", "val" or "test"), in the order of ``batch["rows"]``."""
         return self.prepared.splits[split]
 
+    def dataset(self, split: str) -> TokenDataset:
+        """The tokenized rows of a split, after ``setup``."""
+        return self._datasets[split]
+
     def setup(self, stage: str) -> None:
         """Tokenizes the splits that the stage needs, or takes them from the cache."""
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
@@ -195,11 +198,6 @@ def make_loader(dataset: TokenDataset, sampler: LengthBatchSampler) -> DataLoade
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/lightning_lora``, or ``~/.cache/lightning_lora``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_lora"
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from lightning_lora.files import atomic_folder
 
 #: The code that decides which row goes where; when it changes, stored splits are made anew.
 _CODE = (labels, prepare, reading, specs, splits)
+
+
+def default_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/lightning_lora``, or ``~/.cache/lightning_lora``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_lora"
 
 
 def stored_splits(options: SourceOptions, cache_dir: Path) -> Prepared:

@@ -1,9 +1,7 @@
 """A Hugging Face encoder with a classification head, loaded and checked."""
 
 import hashlib
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from lightning_lora.models.quantization import (
     keep_differentiable,
     quantization_config,
 )
+from lightning_lora.quiet import quiet_loading
 from lightning_lora.seeding import torch_stream
 
 _WEIGHT_FILES = (
@@ -73,7 +72,7 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int, quantizati
             f"quantized; known are {', '.join(ARCHITECTURES)}"
         )
     not_quantized = [*architecture.head, *architecture.pooler] if architecture else []
-    with torch_stream(seed, "head"), _quiet_loading():
+    with torch_stream(seed, "head"), quiet_loading():
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 location.target,
@@ -189,23 +188,6 @@ def _weight_files(location: Location) -> list[Path]:
                 return [path.parent / shard for shard in shards]
             return [path]
     raise UserError(f"model.base_model: '{location.name}' holds none of {', '.join(_WEIGHT_FILES)}")
-
-
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Holds back the loader's report of a fresh head: that is expected here, and checked by this module."""
-    from transformers.utils import logging as hf_logging
-
-    level = hf_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.ERROR)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,308 @@
+"""Exports of tiny runs, loaded again by the software they are for."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from lightning_lora.artifacts.runs import RunFolder
+from lightning_lora.cli import main
+from lightning_lora.models.methods import METHODS
+from tests.conftest import make_rows, save_tokenizer, write_csv
+from tests.hub_stand_in import stand_in
+
+ROOT = Path(__file__).parents[2]
+LABELS = ("mixed", "neg", "pos")  # as the data gives them: sorted
+
+
+def fit(place: Path, base: Path, name: str, *words: str, **model: object) -> RunFolder:
+    if not (place / "rows.csv").exists():
+        write_csv(place / "rows.csv", make_rows(240, LABELS))
+    config = {
+        "model": {"base_model": str(base), "learning_rate": 5e-3, **model},
+        "data": {"source": str(place / "rows.csv"), "max_length": 24, "cache_dir": str(place / "cache")},
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
+    }
+    (place / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    path = place / "logs" / name
+    assert (
+        main(["fit", "--config", str(place / f"{name}.yaml"), "--name", name, "--logs_dir", str(path.parent), *words])
+        == 0
+    )
+    return RunFolder.open(path)
+
+
+@pytest.fixture(scope="module")
+def base(make_base) -> Path:
+    return make_base("bert", hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("exported")
+    run = fit(place, base, "run", "--trainer.max_epochs", "6")
+    assert main(["test", "--run", str(run.path), "--before", "false"]) == 0
+    assert main(["export", "--run", str(run.path)]) == 0
+    return run.path / "export"
+
+
+def outside(export: Path, texts: list[str], place: Path) -> dict:
+    """What other software says of the texts, in a process that imports nothing of this project."""
+    (place / "texts.txt").write_text("\n".join(texts) + "\n")
+    words = [
+        sys.executable,
+        str(ROOT / "examples" / "load_anywhere.py"),
+        export,
+        place / "texts.txt",
+        place / "out.json",
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=place, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((place / "out.json").read_text())
+
+
+def test_other_software_says_what_the_trained_model_says(exported: Path, tmp_path: Path) -> None:
+    texts = [text for text, _ in make_rows(50, LABELS, seed=5)]
+    said = outside(exported, texts, tmp_path)
+    assert list(said) == ["merged", "adapter", "onnx", "onnx-int8"]
+    assert all(each["labels"] == list(LABELS) for each in said.values())
+    run = str(exported.parent)
+    Path("texts.txt").write_text("\n".join(texts) + "\n")
+    assert main(["predict", "--run", run, "--input", "texts.txt", "--output", "p.parquet"]) == 0
+    import pyarrow.parquet as pq
+
+    ours = pq.read_table("p.parquet").to_pydict()
+    expected = np.array([ours[f"p({label})"] for label in LABELS]).T
+    for name in ("merged", "adapter", "onnx"):
+        got = torch.tensor(said[name]["logits"]).softmax(-1).numpy()
+        np.testing.assert_allclose(got, expected, atol=2e-5, err_msg=name)
+    assert len(set(ours["prediction"])) > 1  # the model says something
+
+
+def test_each_folder_brings_what_it_needs(exported: Path) -> None:
+    held = {p.name for p in (exported / "adapter").iterdir()}
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "README.md",
+        "lightning_lora.json",
+    } <= held
+    assert "config.json" not in held  # beside an adapter it would break its loading
+    identity = json.loads((exported / "adapter" / "lightning_lora.json").read_text())
+    assert identity["label_names"] == list(LABELS) and len(identity["base_fingerprint"]) == 64
+    assert identity["max_length"] == 24
+    for name in ("adapter", "merged", "onnx", "onnx-int8"):
+        assert json.loads((exported / name / "tokenizer_config.json").read_text())["model_max_length"] == 24
+    merged = json.loads((exported / "merged" / "config.json").read_text())
+    assert merged["id2label"] == {"0": "mixed", "1": "neg", "2": "pos"} and "quantization_config" not in merged
+    assert (exported / "onnx-int8" / "model.onnx.data").stat().st_size < (
+        exported / "onnx" / "model.onnx.data"
+    ).stat().st_size
+    for path in exported.rglob("*"):  # readable by others, as any file a person makes
+        assert path.stat().st_mode & 0o044 == 0o044 or os.umask(os.umask(0)) & 0o044, path
+
+
+def test_the_certificate_says_what_was_measured(exported: Path) -> None:
+    certificate = json.loads((exported / "certificate.json").read_text())
+    assert list(certificate) == ["trained", "adapter", "merged", "onnx", "onnx-int8"]
+    accuracy = RunFolder(exported.parent).read()["evaluations"]["test"]["after"]["accuracy"]
+    assert certificate["trained"]["accuracy"] == pytest.approx(accuracy)
+    for name in ("adapter", "merged", "onnx"):
+        assert certificate[name]["max_logit_difference"] < 1e-4 and certificate[name]["labels_flipped"] == 0
+    assert certificate["onnx-int8"]["max_logit_difference"] > 1e-5  # it was indeed quantized
+    assert all(row["latency_ms"] > 0 and row["texts_per_s"] > 0 and row["rows"] == 48 for row in certificate.values())
+
+
+def test_the_card_s_metadata_is_what_the_hub_reads(exported: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    for place, library in (("", "peft"), ("adapter", "peft"), ("merged", "transformers"), ("onnx", "onnx")):
+        card = ModelCard.load(exported / place / "README.md")
+        assert card.data.library_name == library and card.data.pipeline_tag == "text-classification"
+        assert card.data.license == "unknown" and card.data.metrics == ["accuracy", "f1", "precision", "recall"]
+        result = next(each for each in card.data.eval_results if each.metric_type == "accuracy")
+        after = RunFolder(exported.parent).read()["evaluations"]["test"]["after"]
+        assert result.metric_value == pytest.approx(after["accuracy"], abs=1e-6)
+        assert "| `merged` | 48 |" in card.text
+
+
+def test_the_card_s_code_runs_as_it_stands(exported: Path, monkeypatch, capsys) -> None:
+    for place in ("", "adapter", "merged", "onnx"):
+        blocks = re.findall(r"```python\n(.*?)```", (exported / place / "README.md").read_text(), flags=re.DOTALL)
+        assert len(blocks) == (3 if not place else 1)
+        monkeypatch.chdir(exported / place)
+        for block in blocks:
+            exec(compile(block, f"{place}/README.md", "exec"), {})
+            said = capsys.readouterr().out
+            assert any(label in said for label in LABELS)
+
+
+def test_an_export_is_not_overwritten(exported: Path, capsys) -> None:
+    assert main(["export", "--run", str(exported.parent)]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+
+
+def test_an_adapter_folder_is_taken_for_a_checkpoint_and_says_the_same(exported: Path) -> None:
+    import pyarrow.parquet as pq
+
+    for name, more in (("a", []), ("b", ["--checkpoint", str(exported / "adapter")])):
+        words = ["predict", "--run", str(exported.parent), "a fine film", "a dull dog", "--output", f"{name}.parquet"]
+        assert main([*words, *more]) == 0
+    assert pq.read_table("a.parquet").to_pydict() == pq.read_table("b.parquet").to_pydict()
+
+
+@pytest.mark.parametrize("change", ["base", "labels", "order", "format", "weights", "identity"])
+def test_an_adapter_of_something_else_is_refused_with_the_reason(exported, make_base, tmp_path, capsys, change) -> None:
+    adapter = Path(shutil.copytree(exported / "adapter", tmp_path / "adapter"))
+    identity = json.loads((adapter / "lightning_lora.json").read_text())
+    words = []
+    if change == "base":  # the same shape, other weights
+        words = ["--model.base_model", str(make_base("bert", seed=1, hidden_size=64, intermediate_size=128))]
+        said = "other weights"
+    elif change == "labels":
+        identity["label_names"] = ["a", "b", "c"]
+        said = "labels are ['a', 'b', 'c']"
+    elif change == "order":
+        identity["label_names"] = ["pos", "neg", "mixed"]
+        said = "names and order must be the same"
+    elif change == "format":
+        identity["format"] = 99
+        said = "format 99"
+    elif change == "weights":
+        (adapter / "adapter_model.safetensors").write_bytes(b"\0" * 100)
+        said = "does not fit"
+    (adapter / "lightning_lora.json").write_text(json.dumps(identity))
+    if change == "identity":
+        (adapter / "lightning_lora.json").unlink()
+        said = "nobody knows which base model"
+    assert main(["test", "--run", str(exported.parent), "--checkpoint", str(adapter), "--before", "false", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_exports_what_it_learnt(base: Path, tmp_path: Path, method: str) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    run = fit(place, base, "run", method=method)
+    formats = "[merged]" if method in ("bitfit", "full", "head", "none") else "[adapter, merged]"
+    assert main(["export", "--run", str(run.path), "--formats", formats]) == 0
+    certificate = json.loads((run.path / "export" / "certificate.json").read_text())
+    for name in set(certificate) - {"trained"}:
+        assert certificate[name]["max_logit_difference"] < 1e-4, (method, name)
+        assert certificate[name]["labels_flipped"] == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_run_merges_into_the_full_base_and_says_what_that_changes(
+    base, tmp_path, capsys, bits: int
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    run = fit(place, base, "run", quantization={"bits": bits})
+    assert main(["export", "--run", str(run.path), "--formats", "[adapter, merged]"]) == 0
+    warned = "careful: adapter, merged differ from the trained model" in capsys.readouterr().out
+    config = json.loads((run.path / "export" / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    from safetensors import safe_open
+
+    with safe_open(run.path / "export" / "merged" / "model.safetensors", "pt") as merged:
+        name = "bert.encoder.layer.0.attention.self.query.weight"
+        with safe_open(base / "model.safetensors", "pt") as original:
+            start = original.get_tensor(name.removeprefix("bert."))
+        checkpoint = torch.load(run.checkpoints / "best.ckpt", weights_only=True)["state_dict"]
+        a, b = (
+            checkpoint[f"model.base_model.model.{name.removesuffix('weight')}lora_{x}.default.weight"] for x in "AB"
+        )
+        # W + alpha / rank * B A, on the weights in full precision
+        torch.testing.assert_close(merged.get_tensor(name), start + 16 / 8 * b @ a)
+    certificate = json.loads((run.path / "export" / "certificate.json").read_text())
+    difference = certificate["merged"]["max_logit_difference"]
+    assert difference > 1e-6 and warned == (difference > 1e-4)  # 8 bits of so small a model change almost nothing
+    assert difference == pytest.approx(certificate["adapter"]["max_logit_difference"], abs=1e-4)
+    assert warned or bits == 8
+
+
+def test_windows_are_pooled_in_the_certificate_too(base: Path, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    run = fit(place, base, "run", "--data.truncation", "windows", "--data.max_length", "10")
+    assert main(["export", "--run", str(run.path), "--formats", "[merged]"]) == 0
+    certificate = json.loads((run.path / "export" / "certificate.json").read_text())
+    assert certificate["merged"]["max_logit_difference"] < 1e-4 and certificate["merged"]["rows"] == 48
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--formats", "[gguf]"], "no format 'gguf'"),
+        (["--rows", "0"], "--rows: a number of at least 1"),
+        (["--push_to_hub", "../x"], "no name on the Hub"),
+        (["--push_to_hub", "me/x"], "give its name on the Hub with --base_model_id"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    exported: Path, capsys, words: list[str], said: str
+) -> None:
+    assert main(["export", "--run", str(exported.parent), "--output", "other", *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("other").exists()
+
+
+def test_a_method_without_adapter_says_so(base: Path, tmp_path: Path, capsys) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    run = fit(place, base, "run", method="head")
+    assert main(["export", "--run", str(run.path), "--formats", "[adapter]"]) == 2
+    assert "method 'head' has no adapter; use merged" in capsys.readouterr().err
+
+
+def push(run: Path, url: str, place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ, "HF_ENDPOINT": url, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    words = ("export", "--run", str(run), "--formats", "[adapter, merged]", "--output", str(place / "out"), *words)
+    code = "import sys; from lightning_lora.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_folder_is_uploaded_whole_and_names_the_base_as_the_hub_does(exported: Path, tmp_path: Path) -> None:
+    with stand_in() as (url, hub):
+        done = push(exported.parent, url, tmp_path, "--push_to_hub", "me/reviews", "--base_model_id", "owner/base")
+    assert done.returncode == 0, done.stderr
+    assert hub.repos == {"me/reviews": "private"} and hub.tokens == {"Bearer hf_test"}
+    files = hub.files["me/reviews"]
+    written = {
+        str(p.relative_to(tmp_path / "out")): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()
+    }
+    assert files == written
+    assert json.loads(files["adapter/adapter_config.json"])["base_model_name_or_path"] == "owner/base"
+    assert b"base_model: owner/base" in files["README.md"]
+    for name, content in files.items():  # no path of this machine leaves it
+        assert str(tmp_path).encode() not in content and b"/tmp/" not in content, name
+
+
+def test_an_upload_that_fails_leaves_the_folder_and_says_how_to_go_on(exported: Path, capsys) -> None:
+    words = ["--formats", "[adapter]", "--output", "out", "--push_to_hub", "me/x", "--base_model_id", "o/b"]
+    assert main(["export", "--run", str(exported.parent), *words]) == 2  # the tests are offline
+    error = capsys.readouterr().err
+    assert error.strip().splitlines()[-1].startswith("error: --push_to_hub: 'me/x' was not uploaded")
+    assert "hf upload me/x out" in error and Path("out/adapter/adapter_config.json").is_file()
+
+
+def test_the_tokenizer_is_the_base_s(exported: Path, base: Path, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "own")
+    ours = json.loads((exported / "adapter" / "tokenizer.json").read_text())
+    assert ours["model"] == json.loads((base / "tokenizer.json").read_text())["model"]
