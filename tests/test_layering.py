@@ -37,7 +37,9 @@ def test_a_room_imports_only_what_comes_before_it(path: Path) -> None:
     assert rooms <= allowed
 
 
-@pytest.mark.parametrize("name", ["cli.py", "errors.py", "artifacts/runs.py", "reports/tables.py"])
+@pytest.mark.parametrize(
+    "name", ["cli.py", "artifacts/runs.py", "reports/tables.py", "reports/comparison.py", "evaluation/intervals.py"]
+)
 def test_what_needs_no_torch_imports_none(name: str) -> None:
     heavy = {"torch", "lightning", "transformers", "peft", "datasets", "torchmetrics"}
     assert not {module.split(".")[0] for module in imported(ROOT / name)} & heavy
