@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help quickstart test test-slow lint tensorboard clean
+.PHONY: help quickstart test test-slow lint tensorboard outside clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -33,5 +33,10 @@ lint: $(INSTALLED)  ## ruff and mypy
 tensorboard: $(INSTALLED)  ## curves of all runs, on this machine only
 	$(BIN)/tensorboard --logdir logs --host 127.0.0.1
 
+outside: $(INSTALLED)  ## compare an export in an environment without this project: EXPORT=logs/NAME/export TEXTS=file
+	$(PYTHON) -m venv .venv-outside
+	.venv-outside/bin/python -m pip install --quiet -c constraints.txt torch transformers peft safetensors tokenizers onnxruntime
+	.venv-outside/bin/python examples/load_anywhere.py $(EXPORT) $(TEXTS)
+
 clean:  ## remove the environment and caches of tools (runs stay)
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-outside .pytest_cache .mypy_cache .ruff_cache build *.egg-info

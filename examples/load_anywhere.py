@@ -60,7 +60,9 @@ def with_onnx(folder: Path, texts: list[str]) -> tuple[np.ndarray, list[str]]:
     """The same from ONNX Runtime and the tokenizers library alone."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = json.loads((folder / "config.json").read_text())
-    tokenizer.enable_truncation(facts(folder)["max_length"])
+    tokenizer.enable_truncation(
+        facts(folder)["max_length"], direction="left" if facts(folder)["truncation"] == "tail" else "right"
+    )
     tokenizer.enable_padding(pad_id=config["pad_token_id"])
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     logits = []
@@ -77,7 +79,7 @@ def with_onnx(folder: Path, texts: list[str]) -> tuple[np.ndarray, list[str]]:
 def main() -> int:
     """Prints how far each form is from the merged model."""
     export = Path(sys.argv[1])
-    texts = Path(sys.argv[2]).read_text(encoding="utf-8").splitlines()
+    texts = Path(sys.argv[2]).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     clients = {"merged": with_pipeline, "adapter": with_peft, "onnx": with_onnx, "onnx-int8": with_onnx}
     said = {name: run(export / name, texts) for name, run in clients.items() if (export / name).is_dir()}
     logits, names = said["merged"]

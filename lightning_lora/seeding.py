@@ -17,9 +17,9 @@ def stream_seed(seed: int, stream: str) -> int:
 
 @contextmanager
 def torch_stream(seed: int, stream: str) -> Iterator[None]:
-    """Runs the block with torch's CPU generator at the start of the named stream, then puts it back."""
+    """Runs the block with torch's generators at the start of the named stream, then puts them back."""
     import torch
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(stream_seed(seed, stream))
         yield

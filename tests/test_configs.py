@@ -84,7 +84,7 @@ def test_a_shipped_config_parses_builds_and_trains(path: Path, arm: str, make_ba
     size = ["--data.val_size", "20"] if "val_size" in config["data"] else []
     source = small_rows(tmp_path / "rows", config)
     words = ["--model.base_model", str(base), "--data.source", str(source), *SMALL, *size, "--trainer.max_steps", "3"]
-    settings = resolve(config, words, arms_of(path)[arm])
+    settings = resolve([config], words, arms_of(path)[arm])
     Path("resolved.yaml").write_text(yaml.safe_dump(settings))
     run = ConfiguredRun("fit", ["--config", "resolved.yaml"])
     run.build(RunFolder.create(tmp_path / "logs", None, path.stem))
@@ -92,8 +92,9 @@ def test_a_shipped_config_parses_builds_and_trains(path: Path, arm: str, make_ba
     if METHODS[settings["model"]["method"]].trains:
         run.trainer.fit(run.model, datamodule=run.datamodule)
         assert run.trainer.global_step == 3
-        assert all(value.isfinite().all() for value in before.values())
-        changed = [n for n, p in run.model.named_parameters() if n in before and not torch.equal(p, before[n])]
+        after = {name: p for name, p in run.model.named_parameters() if name in before}
+        assert all(value.isfinite().all() for value in after.values())
+        changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
         assert len(changed) == len(before)  # everything that may learn does
     else:
         assert not before
@@ -113,7 +114,7 @@ def test_a_shipped_config_says_its_question_command_and_score_and_holds_only_dif
     defaults = ConfiguredRun("fit", ["--config", str(bare), "--data.source", "x"]).settings()
     for arm, change in (arms or {"": {}}).items():
         for part in (config, change or {}):
-            settings = resolve(config, [], change or {})
+            settings = resolve([config], [], change or {})
             assert_differs(part, settings, defaults, f"{path.stem} {arm}")
 
 
@@ -147,10 +148,11 @@ FULL_SIZE = {
 def at_full_size(name: str, arm: str, num_labels: int) -> tuple[Any, dict[str, Any]]:
     """The tuned model of a recipe from its config alone, without weights, and the settings."""
     config, arms = read(ROOT / "configs" / "experiment" / f"{name}.yaml")
-    settings = resolve(config, [], (arms or {"": {}})[arm] or {})["model"]
+    settings = resolve([config], [], (arms or {"": {}})[arm] or {})["model"]
     kind = KINDS[settings["base_model"]]
+    layers = {"num_hidden_layers": 6} if "distilroberta" in settings["base_model"] else {}
     with torch.device("meta"):
-        shape = AutoConfig.for_model(kind, num_labels=num_labels, **FULL_SIZE[kind])
+        shape = AutoConfig.for_model(kind, num_labels=num_labels, **FULL_SIZE[kind], **layers)
         model = AutoModelForSequenceClassification.from_config(shape)
         base = Base(model, ARCHITECTURES[kind], list(ARCHITECTURES[kind].head), "")
         options = AdapterOptions(**settings["adapter"])
@@ -166,6 +168,7 @@ def at_full_size(name: str, arm: str, num_labels: int) -> tuple[Any, dict[str, A
         # The same formula for the others: 2 r (in + out) a layer, and the head.
         ("ag_news_bert_kbit_published", "", 4, 297_988, 109_783_304),
         ("ag_news_roberta_nf4_published", "lora-nf4", 4, 888_580, 125_537_288),
+        ("imdb_10k_published", "", 2, 739_586, 82_858_756),
         ("imdb_distilbert_published", "", 2, 628_994, 67_584_004),
     ],
 )
@@ -189,6 +192,8 @@ def test_full_fine_tuning_of_roberta_trains_all_of_it() -> None:
         ("imdb_bert", "", 12, 768 * 2 + 2),
         ("ag_news_bert_kbit", "lora-nf4", 12, 768 * 4 + 4),
         ("ag_news_roberta", "lora", 12, 768 * 768 + 768 + 768 * 4 + 4),
+        ("ag_news_roberta_nf4", "lora-nf4", 12, 768 * 768 + 768 + 768 * 4 + 4),
+        ("imdb_10k", "", 6, 768 * 768 + 768 + 768 * 2 + 2),
         ("imdb_distilbert", "", 6, 768 * 768 + 768 + 768 * 2 + 2),
     ],
 )

@@ -91,7 +91,7 @@ def metadata(facts: CardFacts, place: str) -> str:
         library_name=library,
         pipeline_tag="text-classification",
         datasets=[dataset_id] if dataset_id else None,
-        metrics=[kind for _, kind, _ in METRICS],
+        metrics=[kind for key, kind, _ in METRICS if key in facts.metrics],
         license=facts.licence,
         model_name=facts.name,
         eval_results=results or None,
@@ -220,6 +220,7 @@ print(classify(["your text"], truncation=True))
     graph = place if place.startswith("onnx") else "onnx"
     if place in ("", "onnx", "onnx-int8") and graph in facts.formats:
         folder = "onnx/" if not place else ""
+        direction = ', direction="left"' if facts.truncation == "tail" else ""
         blocks.append(f"""With ONNX Runtime, without torch:
 
 ```python
@@ -229,7 +230,7 @@ from tokenizers import Tokenizer
 
 labels = {names!r}
 tokenizer = Tokenizer.from_file("{folder}tokenizer.json")
-tokenizer.enable_truncation({facts.max_length})
+tokenizer.enable_truncation({facts.max_length}{direction})
 session = onnxruntime.InferenceSession("{folder}model.onnx")
 encoded = tokenizer.encode("your text")
 inputs = {{"input_ids": np.array([encoded.ids]), "attention_mask": np.array([encoded.attention_mask])}}

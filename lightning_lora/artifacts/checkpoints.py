@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, and only loaded where they belong."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class CheckpointIdentity:
         label_names: Names of the classes in the order of their numbers.
         method: How it was fine-tuned.
         quantization: How the frozen weights were stored ("none", "int8", "nf4", ...).
+        adapter: Options that say how the adapter's weights are applied, such as alpha.
     """
 
     base_model: str
@@ -34,6 +35,7 @@ class CheckpointIdentity:
     label_names: list[str]
     method: str
     quantization: str = "none"
+    adapter: dict[str, Any] = field(default_factory=dict)
 
     def write_to(self, checkpoint: dict[str, Any]) -> None:
         """Stores the identity in a checkpoint."""
@@ -67,6 +69,12 @@ class CheckpointIdentity:
                 f"the checkpoint was trained on a base model stored as '{stored.get('quantization', 'none')}', "
                 f"not '{self.quantization}'; the same adapter says other things on other weights"
             )
+        for name, value in stored.get("adapter", {}).items():
+            if self.adapter.get(name) != value:
+                raise UserError(
+                    f"the checkpoint was trained with adapter.{name} {value}, not {self.adapter.get(name)}: its "
+                    "weights would be applied otherwise than they were learnt"
+                )
 
     @staticmethod
     def check_keys(state: Mapping[str, Tensor], expected: set[str], own: Mapping[str, Tensor]) -> None:

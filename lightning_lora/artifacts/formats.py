@@ -90,18 +90,7 @@ def write_merged(model: Any, folder: Path) -> None:
 
 
 def write_onnx(model: Any, folder: Path, int8: bool) -> None:
-    """Writes a plain transformers model as an ONNX graph for any batch size and length.
-
-    Raises:
-        UserError: The packages for it are missing.
-    """
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"--formats: onnx needs the package '{error.name}': pip install -e '.[export]' in this project's folder"
-        ) from error
+    """Writes a plain transformers model as an ONNX graph for any batch size and length (extra "export")."""
     from transformers.exporters import OnnxConfig, OnnxExporter
     from transformers.exporters.quantizers import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
@@ -196,6 +185,11 @@ def checked_adapter(module: Any, folder: Path) -> None:
         module.identity.check({"lightning_lora": read_identity(folder)})
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
+    if module.identity.method == "pissa":
+        raise UserError(
+            f"{folder}: a PiSSA adapter is exported as plain LoRA on the unchanged base model, for PEFT; here, give "
+            "the run's own checkpoint"
+        )
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: no adapter_model.safetensors in it; give the folder 'adapter' of an export")
 
@@ -219,7 +213,7 @@ def load_adapter(module: Any, folder: Path) -> None:
             f"{folder}: the adapter does not fit ({first:.150}); model settings such as adapter.rank must be those "
             "it was trained with"
         ) from error
-    trained = {name.removeprefix("model.") for name in module.checkpoint_keys()}
+    trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
     missing = sorted(set(result.missing_keys) & trained)
     if missing or result.unexpected_keys:
         raise UserError(

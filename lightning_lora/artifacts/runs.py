@@ -165,14 +165,18 @@ class RunFolder:
         return record
 
 
-def folder_name(name: str) -> str:
+def folder_name(name: str, key: str = "--name") -> str:
     """The name, if a folder may be called so.
+
+    Args:
+        name: What is asked for.
+        key: Where it was given, for the message.
 
     Raises:
         UserError: It may not.
     """
     if not _NAME.fullmatch(name):
-        raise UserError(f"--name: '{name}' is no folder name; use letters, digits, '.', '_' and '-' (at most 100)")
+        raise UserError(f"{key}: '{name}' is no folder name; use letters, digits, '.', '_' and '-' (at most 100)")
     return name
 
 

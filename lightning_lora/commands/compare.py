@@ -8,11 +8,15 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +25,21 @@ import pyarrow.parquet as pq
 import yaml
 
 from lightning_lora.artifacts.runs import RunFolder, folder_name, now
-from lightning_lora.commands.configured import DEFAULT_CONFIG, ConfiguredRun
+from lightning_lora.commands.configured import DEFAULT_CONFIG, ConfiguredRun, flat
+from lightning_lora.data.augment import Augmentation
+from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.intervals import METRICS, RowSums, difference_interval
+from lightning_lora.evaluation.intervals import RowSums, difference_interval
 from lightning_lora.files import atomic_path, write_text
-from lightning_lora.models.methods import METHODS
+from lightning_lora.models.methods import METHODS, AdapterOptions, check_options, find_method
+from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.reports import comparison as report
 from lightning_lora.reports.tables import duration
 
 DEFAULT_ARMS = ("none", "head", "lora", "full")
 #: What may follow a method's name after a hyphen, and the setting that it means.
 STORED: dict[str, dict[str, Any]] = {
+    "": {},
     "int8": {"bits": 8},
     "nf4": {"bits": 4},
     "fp4": {"bits": 4, "quant_type": "fp4"},
@@ -42,29 +50,21 @@ ARMS_KEY = "arms"
 def run(words: list[str]) -> int:
     """Runs what is missing of the arms and writes the tables; 1 if an arm failed."""
     options, overrides = _parser().parse_known_args(words)
-    config_path = Path(options.config) if options.config else DEFAULT_CONFIG
-    base = _read_config(config_path)
-    arms = choose_arms(options.arms, base.pop(ARMS_KEY, None))
-    settings = {name: resolve(base, overrides, change) for name, change in arms.items()}  # before anything is run
-    logs_dir = Path(options.logs_dir)
-    name = folder_name(options.name) if options.name else f"compare-{config_path.stem}-{_key(settings)}"
-    folder = logs_dir / name
+    paths = [Path(each) for each in options.config or [DEFAULT_CONFIG]]
+    configs = [_read_config(path) for path in paths]
+    described = [config.pop(ARMS_KEY) for config in configs if ARMS_KEY in config]
+    arms = choose_arms(options.arms, described[-1] if described else None)
+    settings = resolve_arms(configs, overrides, arms)  # all of them before any is run
+    name = folder_name(options.name) if options.name else f"compare-{paths[-1].stem}-{_key(configs, overrides)}"
+    folder = Path(options.logs_dir) / name
     if (folder / "config.yaml").exists():
         raise UserError(f"--name: {folder} is the folder of a run; choose another name")
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"comparison: {folder}\narms: {', '.join(arms)}")
-    started = time.perf_counter()
-    ran = 0
-    failed: dict[str, str] = {}
-    for number, (arm, resolved) in enumerate(settings.items(), 1):
-        print(f"\n== arm {number} of {len(settings)}: {arm}{_time_left(started, ran, len(settings) - number + 1)}")
-        try:
-            ran += run_arm(folder, arm, resolved)
-        except ArmError as error:
-            failed[arm] = str(error)
-            print(f"arm {arm} failed: {error}", file=sys.stderr)
-    results = gather(folder, list(settings), failed)
-    write_reports(folder, name, results, ["python", "main.py", "compare", *words])
+    with _only_here(folder) as lock:
+        print(f"comparison: {folder}\narms: {', '.join(arms)}")
+        failed = run_arms(folder, settings, lock)
+        names = [*_earlier(folder, list(settings)), *settings]
+        write_reports(folder, gather(folder, names, failed), ["python", "main.py", "compare", *words])
     return 1 if failed else 0
 
 
@@ -86,6 +86,7 @@ def choose_arms(names: Sequence[str] | None, described: Any) -> dict[str, dict[s
     described = {} if described is None else described
     if not isinstance(described, dict) or not all(isinstance(v or {}, dict) for v in described.values()):
         raise UserError(f"{ARMS_KEY}: a mapping of each arm's name to its settings is needed")
+    described = {str(name): change or {} for name, change in described.items()}  # a rank may be a name
     wanted = list(names or described or DEFAULT_ARMS)
     if len(set(wanted)) < len(wanted):
         raise UserError(f"--arms: '{next(n for n in wanted if wanted.count(n) > 1)}' stands there twice")
@@ -93,62 +94,133 @@ def choose_arms(names: Sequence[str] | None, described: Any) -> dict[str, dict[s
     for name in wanted:
         method, _, stored = name.partition("-")
         if name in described:
-            arms[folder_name(name)] = described[name] or {}
-        elif method in METHODS and (not stored or stored in STORED):
-            change: dict[str, Any] = {"method": method}
-            arms[name] = {"model": change | ({"quantization": STORED[stored]} if stored else {})}
+            arms[folder_name(name, ARMS_KEY)] = described[name]
+        elif method in METHODS and stored in STORED:
+            arms[name] = {"model": method_settings(method, STORED[stored])}
         else:
             raise UserError(
                 f"--arms: no arm '{name}'; there are {', '.join([*described, *METHODS])}, and a method followed by "
-                f"-{', -'.join(STORED)}"
+                f"-{', -'.join(filter(None, STORED))}"
             )
     return arms
 
 
-def resolve(base: dict[str, Any], overrides: Sequence[str], change: dict[str, Any]) -> dict[str, Any]:
-    """All settings of an arm: the config, the command line's, the arm's own, each winning over those before.
+def method_settings(method: str, quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make any config one of a method: what the method does not take has its default."""
+    entry = METHODS[method]
+    settings: dict[str, Any] = {"method": method}
+    settings["adapter"] = {
+        option.name: option.default for option in fields(AdapterOptions) if option.name not in entry.options
+    }
+    settings["quantization"] = {option.name: option.default for option in fields(Quantization)} | dict(quantization)
+    return settings | ({} if entry.frozen_encoder else {"frozen_dropout": False})
+
+
+def resolve_arms(
+    configs: Sequence[dict[str, Any]], overrides: Sequence[str], arms: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """All settings of each arm.
+
+    Raises:
+        UserError: They cannot be parsed, a method cannot do what is asked, or two arms are the same.
+    """
+    settings: dict[str, dict[str, Any]] = {}
+    for name, change in arms.items():
+        try:
+            settings[name] = resolve(configs, overrides, change)
+            model = settings[name]["model"]
+            entry = find_method(model["method"])
+            check_options(model["method"], AdapterOptions(**model["adapter"]))
+            check_quantization(Quantization(**model["quantization"]), model["method"], entry.bits, entry.cpu_bits)
+        except UserError as error:
+            raise UserError(f"arm {name}: {error}") from error
+        for other in list(settings)[:-1]:
+            if settings[other] == settings[name]:
+                raise UserError(f"arms {other} and {name} have the same settings; does a flag override both?")
+    return settings
+
+
+def resolve(configs: Sequence[dict[str, Any]], overrides: Sequence[str], change: dict[str, Any]) -> dict[str, Any]:
+    """All settings of an arm: the configs', the arm's own, the command line's, each winning over those before.
 
     Raises:
         UserError: They cannot be parsed.
     """
     with tempfile.TemporaryDirectory() as directory:
-        first, last = Path(directory) / "config.yaml", Path(directory) / "arm.yaml"
-        first.write_text(yaml.safe_dump(base))
-        last.write_text(yaml.safe_dump(change))
-        return ConfiguredRun("fit", ["--config", str(first), *overrides, "--config", str(last)]).settings()
+        words: list[str] = []
+        for number, content in enumerate([*configs, change]):
+            file = Path(directory) / f"{number}.yaml"
+            file.write_text(yaml.safe_dump(content), encoding="utf-8")
+            words += ["--config", str(file)]
+        return ConfiguredRun("fit", [*words, *overrides]).settings()
 
 
-def run_arm(folder: Path, arm: str, settings: dict[str, Any]) -> int:
-    """Fits and tests an arm unless that is done; gives how much there was to do, from 0 to 1.
+def run_arms(folder: Path, settings: Mapping[str, dict[str, Any]], lock: int | None) -> dict[str, str]:
+    """Runs what is missing; gives the reason of each arm that failed."""
+    started = time.perf_counter()
+    ran = 0
+    failed: dict[str, str] = {}
+    if any(not (folder / arm).exists() for arm in settings):
+        prepare_data(list(settings.values()))
+    for number, (arm, resolved) in enumerate(settings.items(), 1):
+        print(f"\n== arm {number} of {len(settings)}: {arm}{_time_left(started, ran, len(settings) - number + 1)}")
+        try:
+            ran += run_arm(folder, arm, resolved, lock)
+        except ArmError as error:
+            failed[arm] = str(error)
+            print(f"arm {arm} failed: {error}", file=sys.stderr)
+    return failed
+
+
+def prepare_data(settings: Sequence[dict[str, Any]]) -> None:
+    """Reads, splits and tokenizes once, so that no arm's memory or time holds it.
+
+    What is wrong with an arm's data is said by the arm.
+    """
+    done: list[Any] = []
+    for each in settings:
+        data = {**each["data"], "base_model": each["model"]["base_model"]}
+        if data in done:
+            continue
+        done.append(data)
+        try:
+            module = TextDataModule(**{**data, "augmentation": Augmentation(**data["augmentation"])})
+            module.setup("fit")
+            module.setup("test")
+        except UserError:
+            continue
+
+
+def run_arm(folder: Path, arm: str, settings: dict[str, Any], lock: int | None = None) -> int:
+    """Fits and tests an arm unless that is done; gives whether there was anything to do, 0 or 1.
 
     Raises:
         ArmError: A command failed; its own message has been printed.
         UserError: The arm's folder holds a run with other settings.
     """
     path = folder / arm
-    ran = 0
     if path.exists() and not _finished(path):
         _move_aside(path)
     test = ["test", "--run", str(path), "--before", "false"]
+    commands = [test]
+    config = folder / f".{arm}.yaml"
     if not path.exists():
-        config = folder / f"{arm}.yaml"
         write_text(config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        fit = ["fit", "--config", str(config), "--logs_dir", str(folder), "--name", arm]
-        if status := run_commands(fit, test):
-            raise ArmError(_reason(path, status))
-        ran += 1
+        commands.insert(0, ["fit", "--config", str(config), "--logs_dir", str(folder), "--name", arm])
     else:
-        done = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        if different := [key for key in {*done, *settings} if done.get(key) != settings.get(key)]:
-            raise UserError(
-                f"{path} was made with other settings ({', '.join(sorted(different))}); choose another --name"
-            )
+        done = flat(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+        asked = flat(settings)
+        if different := sorted(key for key in {*done, *asked} if done.get(key) != asked.get(key)):
+            raise UserError(f"{path} was made with other settings ({', '.join(different)}); choose another --name")
         print(f"{path}: trained already")
-    if "test" not in RunFolder(path).read().get("evaluations", {}):
-        if status := run_commands(test):
+        if "test" in RunFolder(path).read().get("evaluations", {}):
+            return 0
+    try:
+        if status := run_commands(*commands, lock=lock):
             raise ArmError(_reason(path, status))
-        ran += 1
-    return ran
+    finally:
+        config.unlink(missing_ok=True)
+    return 1
 
 
 #: Runs commands one after another, each given as JSON, until one fails.
@@ -162,67 +234,85 @@ for command in map(json.loads, sys.argv[1:]):
 """
 
 
-def run_commands(*commands: list[str]) -> int:
+def run_commands(*commands: list[str], lock: int | None = None) -> int:
     """Runs commands of this program in one process of their own; gives the exit status of the first that failed.
 
+    Args:
+        commands: The words of each.
+        lock: A file that the process holds open too: should this one be killed, the lock stays until the
+            other ends.
+
     Raises:
-        KeyboardInterrupt: It was interrupted.
+        KeyboardInterrupt: It was interrupted; the process has ended by itself and left its record.
     """
     here = str(Path(__file__).parents[2])  # also where the package is not installed
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])}
     words = [sys.executable, "-c", _STARTER, *map(json.dumps, commands)]
-    status = subprocess.run(words, check=False, env=environment).returncode
-    if status in (130, -2):
+    process = subprocess.Popen(words, env=environment, pass_fds=() if lock is None else (lock,))
+    try:
+        status = process.wait()
+    except BaseException as error:
+        # Ctrl-C reaches the process by itself; anything else that ends this one has to be passed on.
+        if not isinstance(error, KeyboardInterrupt):
+            process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+    if status in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     return status
 
 
-def gather(folder: Path, names: Sequence[str], failed: dict[str, str]) -> list[dict[str, Any]]:
+def gather(folder: Path, names: Sequence[str], failed: Mapping[str, str]) -> list[dict[str, Any]]:
     """What each arm came to, with which arms cannot be told from the best.
 
     Raises:
-        UserError: Arms were tested on different rows.
+        UserError: Arms were tested on different rows, or learnt from different ones by the same settings.
     """
     arms: list[dict[str, Any]] = []
     sums: dict[str, RowSums] = {}
-    fingerprints = set()
     for name in names:
         if name in failed:
             arms.append({"name": name, "status": failed[name], "metrics": {}, "costs": {}})
             continue
         record = RunFolder(folder / name).read()
         test = record["evaluations"]["test"]
-        fingerprints.add(test["fingerprint"])
         rows = pq.read_table(folder / name / "predictions" / "test.parquet")
         labels = record["data"]["label_names"]
         logits = np.stack([rows.column(f"logit({label})").to_numpy() for label in labels], axis=1)
         truth = np.array([labels.index(label) for label in rows.column("label").to_pylist()])
         sums[name] = RowSums(logits, truth)
+        splits = record["data"]["splits"]
         arms.append(
             {
                 "name": name,
                 "status": "finished",
                 "metrics": test["after"],
-                "intervals": test["after_interval"],
+                "intervals": test.get("after_interval", {}),
                 "costs": record["costs"],
                 "rows": test["rows"],
-                "train_rows": record["data"]["splits"]["train"]["rows"],
+                "train_rows": splits["train"]["rows"],
                 "seed": record["seed"],
                 "learning_rate": record["model"]["learning_rate"],
                 "code": record["code"],
                 "machine": record["machine"],
-                "fingerprint": test["fingerprint"],
-                "train_fingerprint": record["data"]["splits"]["train"]["fingerprint"],
+                "fingerprints": {"test": test["fingerprint"]}
+                | {split: splits[split]["fingerprint"] for split in ("train", "val")},
+                "data": record["config"]["data"],
                 "ties": {},
             }
         )
-    if len(fingerprints) > 1:
-        raise UserError(
-            f"{folder}: the arms were tested on different rows (the source has changed); use another --name"
-        )
     finished = [arm for arm in arms if arm["status"] == "finished"]
+    for arm in finished[1:]:
+        first = finished[0]
+        same_settings = arm["data"] == first["data"]
+        for split, fingerprint in arm["fingerprints"].items():
+            if fingerprint != first["fingerprints"][split] and (split == "test" or same_settings):
+                raise UserError(
+                    f"{folder}: arms {first['name']} and {arm['name']} have different {split} rows (the source has "
+                    "changed, or an arm's settings change it); use another --name"
+                )
     for column in report.COLUMNS:
-        if column.key in METRICS and (best := report.best_arm(finished, column)):
+        if column.is_metric and (best := report.best_arm(finished, column)):
             for arm in finished:
                 if arm is not best:
                     low, high = difference_interval(sums[arm["name"]], sums[best["name"]], column.key)
@@ -230,30 +320,35 @@ def gather(folder: Path, names: Sequence[str], failed: dict[str, str]) -> list[d
     return arms
 
 
-def write_reports(folder: Path, name: str, arms: list[dict[str, Any]], command: list[str]) -> None:
+def write_reports(folder: Path, arms: list[dict[str, Any]], command: list[str]) -> None:
     """Writes the comparison as Markdown, CSV, JSON and a picture, and prints it."""
-    facts = [f"command: `{' '.join(command)}`"]
+    facts = [f"command: `{shlex.join(command)}`"]
     finished = [arm for arm in arms if arm["status"] == "finished"]
-    title = name
+    title = folder.name
     if finished:
         first = finished[0]
-        title = f"{name}: {first['train_rows']:,} rows to train, {first['rows']:,} to test, seed {first['seed']}"
-        machine = first["machine"]
-        facts.append(f"machine: {machine['cores']} cores, {machine['processor']}")
+        title += f": {first['train_rows']:,} rows to train, {first['rows']:,} to test, seed {first['seed']}"
+        facts.append(f"machine: {first['machine']['cores']} cores, {first['machine']['processor']}")
         rates = ", ".join(f"{a['name']} {a['learning_rate']:g}" for a in finished if a["learning_rate"])
         facts.append(f"learning rates: {rates}")
-        if len({arm["train_fingerprint"] for arm in finished}) > 1:
-            facts.append("careful: the arms were trained on different rows")
-        if len({json.dumps(arm["code"]) for arm in finished}) > 1:
-            facts.append("careful: the code changed between arms (see `code` in comparison.json)")
+        facts += [
+            f"careful: {what} (see comparison.json)"
+            for what, values in (
+                ("the code changed between arms", [arm["code"] for arm in finished]),
+                ("arms ran on different machines", [arm["machine"] for arm in finished]),
+                ("arms were trained on different rows", [arm["fingerprints"]["train"] for arm in finished]),
+                ("arms have different seeds", [arm["seed"] for arm in finished]),
+            )
+            if any(value != values[0] for value in values)
+        ]
         with atomic_path(folder / "comparison.png") as staging:
             report.write_picture(staging, title, finished)
     write_text(folder / "comparison.md", report.markdown_page(title, arms, facts))
     write_text(folder / "comparison.csv", report.as_csv(arms))
-    document = {"name": name, "written": now(), "command": command, "arms": arms}
+    document = {"name": folder.name, "written": now(), "command": command, "arms": arms}
     write_text(folder / "comparison.json", json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     print()
-    report.print_comparison(title, arms)
+    report.print_comparison(title, arms, facts[1:])
     print(f"\nwritten: {folder / 'comparison'}.md, .csv, .json, .png (each arm's run is in a folder beside them)")
 
 
@@ -262,9 +357,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="main.py compare",
         allow_abbrev=False,
         description="Trains and tests several arms on the same rows and puts them into one table. A second call "
-        "finishes what is missing. Every other option is one of fit's, for all arms.",
+        "finishes what is missing. Every other option is one of fit's, for all arms; it wins over an arm's own.",
     )
-    parser.add_argument("-c", "--config", help="As for fit; may hold 'arms': each name with its settings.")
+    described = "As for fit, and as often; may hold 'arms': each name with its settings."
+    parser.add_argument("-c", "--config", action="append", help=described)
     parser.add_argument(
         "--arms",
         nargs="+",
@@ -291,8 +387,46 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _key(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:8]
+def _key(configs: Sequence[dict[str, Any]], overrides: Sequence[str]) -> str:
+    """Of what all arms share, so that a call with one arm more finds those that are done."""
+    shared = json.dumps([*configs, list(overrides)], sort_keys=True, default=str)
+    return hashlib.sha256(shared.encode()).hexdigest()[:8]
+
+
+@contextmanager
+def _only_here(folder: Path) -> Iterator[int | None]:
+    """Holds the folder's lock, and gives its file; where another process has it, that is said.
+
+    Raises:
+        UserError: Another process works in the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield None
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"--name: another process works in {folder}; wait for it, or choose another name"
+            ) from error
+        yield file.fileno()
+
+
+def _earlier(folder: Path, names: Sequence[str]) -> list[str]:
+    """Arms of the comparison that is there already, which this call does not name: they stay in the table."""
+    try:
+        arms = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["arms"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    known = [arm["name"] for arm in arms if arm["name"] not in names]
+    return [
+        arm
+        for arm in known
+        if _finished(folder / arm) and "test" in RunFolder(folder / arm).read().get("evaluations", {})
+    ]
 
 
 def _finished(path: Path) -> bool:

@@ -61,7 +61,7 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
     file = folder.path / "predictions" / f"{name}.parquet"
     if name == "val":
         file = file.with_name("val-best.parquet")  # val.parquet is what fit's last pass said
-    predictions.write_parquet(file, row=rows.numbers, origin=rows.origins)
+    predictions.write_parquet(file, row=rows.numbers, origin=rows.origins, key=text_keys(rows.texts))
     record = folder.add_evaluation(name, evaluation)
     metrics, costs = metric_rows(evaluation), cost_rows(record, evaluation)
     summary = f"# {folder.path.name}: {name}\n\n{markdown(metrics)}\n\n{markdown([['', ''], *costs])}\n"

@@ -1,6 +1,8 @@
 """``main.py export``: a run as files that other software loads, each compared with the trained model first."""
 
+import importlib.util
 import json
+import math
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,10 +26,12 @@ from lightning_lora.artifacts.formats import (
 )
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.commands.configured import ConfiguredRun
+from lightning_lora.commands.evaluate import refuse_trained_rows
 from lightning_lora.data.batching import TokenDataset, evaluation_batches
 from lightning_lora.data.specs import find_spec
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.certificate import LATENCY_TEXTS, TOLERANCE, compare, measure
+from lightning_lora.evaluation.certificate import BROKEN, LATENCY_TEXTS, TOLERANCE, compare, measure
+from lightning_lora.evaluation.intervals import METRICS, RowSums
 from lightning_lora.files import atomic_folder
 from lightning_lora.locations import PACKAGE_PREFIX, resolve
 from lightning_lora.models.methods import merged
@@ -47,32 +51,26 @@ def run(words: list[str]) -> int:
     if output.exists():
         raise UserError(f"--output: {output} exists, and nothing is overwritten; give another folder")
     checkpoint = folder.checkpoint(config.checkpoint)
+    if checkpoint.is_dir():
+        raise UserError(f"--checkpoint: {checkpoint} is an export already; give 'best', 'last' or a checkpoint file")
     location = resolve(config.model.base_model, "model.base_model")
+    target = str(location.path.resolve()) if location.path else location.name
     base_id = config.base_model_id or (location.name if location.is_hub else None)
     if config.push_to_hub:
-        check_push(config.push_to_hub, base_id, location.target)
+        check_push(config.push_to_hub, base_id, target)
     cli.build(folder)
     model: TextClassifier = cli.model
     checked_checkpoint(model, checkpoint)
     load_checkpoint(model, checkpoint)
     formats = choose_formats(config.formats, model)
-    cli.datamodule.setup("test")
-    dataset: TokenDataset = cli.datamodule.dataset("test")
-    chosen = some_rows(len(dataset), config.rows)
-    labels = cli.datamodule.rows("test").labels[chosen]
-    batches = [
-        dataset.__getitems__(chosen[part].tolist())
-        for part in evaluation_batches(dataset.lengths[chosen], config.data.eval_batch_size)
-    ]
-    singles = [dataset.__getitems__([int(row)]) for row in chosen[:LATENCY_TEXTS]]
-
+    batches, singles, labels = compared_rows(cli)
     print(f"export of {checkpoint} to {output}: {', '.join(formats)}")
     model.cpu().eval()
     said = measure(lambda batch: trained_logits(model, batch), batches, singles)
     reference = said.logits
     certificate = {"trained": compare(said, reference, labels).plain}
     with atomic_folder(output) as staging:
-        write_formats(staging, formats, model, checkpoint, config, location.target)
+        write_formats(staging, formats, model, checkpoint, config, target)
         for name in formats:
             with quiet_loading():
                 client = CLIENTS[name](staging / name, model.label_names)
@@ -84,16 +82,34 @@ def run(words: list[str]) -> int:
             )
         if config.base_model_id and "adapter" in formats:
             rename_base(staging / "adapter", config.base_model_id)
-        facts = card_facts(cli, folder, model, formats, certificate, base_id, location)
+        refuse_broken(certificate, model.identity.quantization)
+        measured = RowSums(reference, labels)
+        metrics = tested_metrics(folder, checkpoint, cli.datamodule.rows("test").fingerprint())
+        metrics = metrics or ({name: measured.value(name) for name in METRICS}, len(labels))
+        facts = card_facts(cli, folder, model, formats, certificate, base_id, metrics)
         for place in ("", *formats):
             (staging / place / "README.md").write_text(card(facts, place), encoding="utf-8")
-        (staging / "certificate.json").write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
+        content = json.dumps(certificate, indent=2, allow_nan=False)
+        (staging / "certificate.json").write_text(content + "\n", encoding="utf-8")
     print(f"\n{certificate_table(certificate)}\n\nwritten: {output} (README.md says how to load each)")
     if (what := beyond_tolerance(certificate, model.identity.quantization)) is not None:
         print(f"careful: {what}")
     if config.push_to_hub:
         push(output, config.push_to_hub, config.private)
     return 0
+
+
+def compared_rows(cli: ConfiguredRun) -> tuple[list[dict[str, Any]], list[dict[str, Any]], NDArray]:
+    """Test rows to compare on: batches of them, the first few alone, and the true labels of all."""
+    cli.datamodule.setup("test")
+    rows = cli.datamodule.rows("test")
+    refuse_trained_rows(rows.texts, RunFolder.open(Path(cli.config.run)), ("train", "val"))
+    dataset: TokenDataset = cli.datamodule.dataset("test")
+    chosen = some_rows(len(dataset), cli.config.rows)
+    parts = evaluation_batches(dataset.lengths[chosen], cli.config.data.eval_batch_size)
+    batches = [dataset.__getitems__(chosen[part].tolist()) for part in parts]
+    singles = [dataset.__getitems__([int(row)]) for row in chosen[:LATENCY_TEXTS]]
+    return batches, singles, rows.labels[chosen]
 
 
 def choose_formats(wanted: list[str] | None, model: TextClassifier) -> list[str]:
@@ -107,7 +123,14 @@ def choose_formats(wanted: list[str] | None, model: TextClassifier) -> list[str]
         raise UserError(f"--formats: no format '{min(unknown)}'; there are {', '.join(FORMATS)}")
     if wanted and "adapter" in wanted and not has_adapter:
         raise UserError(f"--formats: method '{model.identity.method}' has no adapter; use merged")
-    return [name for name in FORMATS if (name in wanted if wanted else has_adapter or name != "adapter")]
+    chosen = [name for name in FORMATS if (name in wanted if wanted else has_adapter or name != "adapter")]
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing and any(name.startswith("onnx") for name in chosen):
+        raise UserError(
+            f"--formats: onnx needs the package '{missing[0]}': pip install -e '.[export]' in this project's folder, "
+            "or --formats '[adapter, merged]'"
+        )
+    return chosen
 
 
 def some_rows(total: int, wanted: int) -> NDArray:
@@ -182,14 +205,13 @@ def card_facts(
     formats: list[str],
     certificate: dict[str, dict[str, Any]],
     base_id: str | None,
-    location: Any,
+    metrics: tuple[dict[str, float], int],
 ) -> CardFacts:
     """What the cards say, from the run's record and the certificate."""
     config, record = cli.config, folder.read()
     source = config.data.source
     spec = find_spec(source) if isinstance(source, str) else None
-    test = record.get("evaluations", {}).get("test")
-    metrics = test["after"] if test else {"accuracy": certificate["trained"]["accuracy"]}
+    location = resolve(config.model.base_model, "model.base_model")
     name = spec.names[0] if spec else Path(source).stem if isinstance(source, str) else "local files"
     costs = record.get("costs") or {"trainable_params": 0, "total_params": 0}
     return CardFacts(
@@ -203,9 +225,9 @@ def card_facts(
         max_length=config.data.max_length,
         truncation=config.data.truncation,
         licence=config.licence or licence_of(location),
-        dataset=(name, spec.source if spec and "/" in spec.source and ":" not in spec.source else None),
-        metrics=metrics,
-        test_rows=test["rows"] if test else certificate["trained"]["rows"],
+        dataset=(name, hub_dataset(source)),
+        metrics=metrics[0],
+        test_rows=metrics[1],
         certificate=certificate,
         formats=formats,
         trained_params=(costs["trainable_params"], costs["total_params"]),
@@ -219,6 +241,25 @@ def public_name(config: Any) -> str:
     return config.base_model_id or (Path(name).name if local else name)
 
 
+def hub_dataset(source: Any) -> str | None:
+    """The Hub id of a data source, where it has one."""
+    if not isinstance(source, str):
+        return None
+    spec = find_spec(source)
+    location = resolve(spec.source if spec else source, "data.source")
+    return location.name.partition(":")[0] if location.is_hub else None
+
+
+def tested_metrics(folder: RunFolder, checkpoint: Path, fingerprint: str) -> tuple[dict[str, float], int] | None:
+    """Metrics and rows of the latest test of this checkpoint on these rows, or None where there was none."""
+    done = folder.read().get("evaluations", {}) if folder.record.is_file() else {}
+    for name, evaluation in reversed(list(done.items())):
+        same = evaluation["fingerprint"] == fingerprint and Path(evaluation["checkpoint"]).samefile(checkpoint)
+        if name.startswith("test") and same:
+            return evaluation["after"], evaluation["rows"]
+    return None
+
+
 def licence_of(location: Any) -> str:
     """The licence that the base model's own card names, else "unknown"."""
     from huggingface_hub import ModelCard
@@ -230,9 +271,25 @@ def licence_of(location: Any) -> str:
         return "unknown"
 
 
+def refuse_broken(certificate: dict[str, dict[str, Any]], quantization: str) -> None:
+    """Refuses an export that is not the trained model.
+
+    Raises:
+        UserError: A form says nothing that is a number, or one in full precision says something else.
+    """
+    for name, row in certificate.items():
+        exact = name != "onnx-int8" and quantization == "none"
+        difference = row["max_logit_difference"]
+        if not math.isfinite(difference) or (exact and difference > BROKEN):
+            raise UserError(
+                f"export: {name} differs from the trained model by {difference:.2g} in a logit; nothing was written "
+                "(leave it out with --formats, and please report it)"
+            )
+
+
 def beyond_tolerance(certificate: dict[str, dict[str, Any]], quantization: str) -> str | None:
     """What a person should know of forms that are not the trained model itself, or None."""
-    off = [n for n, row in certificate.items() if n != "onnx-int8" and row["max_logit_difference"] > TOLERANCE]
+    off = [n for n, row in certificate.items() if n != "onnx-int8" and not row["max_logit_difference"] <= TOLERANCE]
     if not off:
         return None
     why = f"; the run's base was stored as {quantization}, the export's is not" if quantization != "none" else ""

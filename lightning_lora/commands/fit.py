@@ -11,6 +11,7 @@ from lightning import Trainer
 
 from lightning_lora.artifacts.runs import RunFolder, new_record, now
 from lightning_lora.commands.configured import MONITOR, ConfiguredRun
+from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
 from lightning_lora.files import write_text
@@ -67,7 +68,10 @@ def run(words: list[str]) -> int:
         if "val" in cli.collector.last:
             rows = cli.datamodule.rows("val")
             cli.collector.last["val"].write_parquet(
-                folder.path / "predictions" / "val.parquet", row=rows.numbers, origin=rows.origins
+                folder.path / "predictions" / "val.parquet",
+                row=rows.numbers,
+                origin=rows.origins,
+                key=text_keys(rows.texts),
             )
     finish(folder, record)
     return 0

@@ -12,6 +12,7 @@ import yaml
 
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.data.prepare import SourceOptions
+from lightning_lora.data.splits import text_keys
 from lightning_lora.data.stored import default_cache_dir, stored_splits
 from lightning_lora.errors import UserError
 
@@ -40,21 +41,24 @@ def run(words: list[str]) -> int:
 
 
 def read_predictions(folder: RunFolder, split: str) -> dict[str, np.ndarray]:
-    """Columns label, prediction, probability, origin and row of the latest evaluation of a split.
+    """Columns label, prediction, probability, origin, row and key of the test or validation rows.
+
+    Of the validation rows what the best checkpoint said where ``validate`` was run, else fit's last pass.
 
     Raises:
         UserError: There is none.
     """
     import pyarrow.parquet as pq
 
-    file = folder.path / "predictions" / f"{split}.parquet"
+    files = {name: folder.path / "predictions" / f"{name}.parquet" for name in ("test", "val", "val-best")}
+    file = files["val-best"] if split == "val" and files["val-best"].is_file() else files[split]
     if not file.is_file():
         raise UserError(f"--split: {file} is not there; run first: python main.py {_maker(split)} --run {folder.path}")
     try:
-        table = pq.read_table(file, columns=["label", "prediction", "probability", "origin", "row"])
+        table = pq.read_table(file, columns=["label", "prediction", "probability", "origin", "row", "key"])
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from error
-    return {name: np.asarray(table.column(name).to_pylist()) for name in table.column_names}
+    return {name: np.asarray(table.column(name).to_pylist(), dtype=object) for name in table.column_names}
 
 
 def texts_of(folder: RunFolder, split: str, predictions: dict[str, np.ndarray], chosen: np.ndarray) -> list[str]:
@@ -73,10 +77,11 @@ def texts_of(folder: RunFolder, split: str, predictions: dict[str, np.ndarray], 
     texts = []
     for i in chosen:
         found = place.get((str(predictions["origin"][i]), int(predictions["row"][i])))
-        if found is None or prepared.label_names[rows.labels[found]] != predictions["label"][i]:
+        same = found is not None and text_keys([rows.texts[found]])[0] == predictions["key"][i]
+        if found is None or not same or prepared.label_names[rows.labels[found]] != predictions["label"][i]:
             raise UserError(
-                f"{predictions['origin'][i]}, row {predictions['row'][i]}: not the row that was tested; the source "
-                "has changed since"
+                f"{predictions['origin'][i]}, row {predictions['row'][i]}: not the row that was evaluated; the source "
+                "has changed since, or it was evaluated with other data settings than the run's"
             )
         texts.append(rows.texts[found])
     return texts

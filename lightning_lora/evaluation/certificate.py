@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 #: An export in full precision is the same model where no logit is further off than this.
 TOLERANCE = 1e-4
+#: And is another one where some logit is further off than this.
+BROKEN = 1e-2
 LATENCY_TEXTS = 30
 
 

@@ -32,6 +32,8 @@ class RowSums:
         confidence = np.exp(log_p[np.arange(rows), predicted])
         bins = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
         self.classes = classes
+        self.confidence = confidence
+        self.bins = bins
         self.sums = np.concatenate(
             [
                 hit[:, None].astype(float),
@@ -61,27 +63,52 @@ class RowSums:
 def interval(rows: RowSums, name: str) -> tuple[float, float]:
     """The interval that holds the metric of the population in ``LEVEL`` of all samples.
 
-    The calibration error of a sample is too large on average, and that of a resample again: for it the
-    interval is the one that takes the difference off ("basic"), not under 0.
+    The calibration error of a sample is too large on average, and that of a resample again. Its interval is
+    a careful one: the lower end takes that excess off ("basic"), and is 0 where a perfectly calibrated model
+    would often have as large an error (``calibrated_errors``); the upper end leaves it on.
     """
-    basic = name == "calibration_error"
-    low, high = _bootstrap(lambda counts: rows.metric(name, counts), len(rows), "basic" if basic else "percentile")
-    return (max(low, 0.0), max(high, 0.0)) if basic else (low, high)
+    low, high = _bootstrap(lambda counts: rows.metric(name, counts), len(rows))
+    if name != "calibration_error":
+        return low, high
+    value = rows.value(name)
+    by_chance = np.quantile(calibrated_errors(rows), (1 + LEVEL) / 2)
+    return (0.0 if value <= by_chance else max(2 * value - high, 0.0)), high
+
+
+def calibrated_errors(rows: RowSums) -> NDArray:
+    """Calibration errors that chance alone gives a model with these confidences; shape (resamples,).
+
+    Whether a prediction is right is drawn with the confidence as its probability (consistency resampling,
+    Broecker and Smith 2007, https://doi.org/10.1175/WAF993.1).
+    """
+    rng = np.random.default_rng(_SEED)
+    errors = []
+    for _ in range(RESAMPLES):
+        gap = rows.confidence - (rng.random(len(rows)) < rows.confidence)
+        errors.append(np.abs(np.bincount(rows.bins, gap, minlength=_BINS)).sum() / len(rows))
+    return np.array(errors)
 
 
 def difference_interval(first: RowSums, second: RowSums, name: str) -> tuple[float, float]:
-    """The interval of first minus second, on the same rows: what both find hard cancels out."""
+    """The interval of first minus second, on the same rows: what both find hard cancels out.
+
+    Not for the calibration error, whose excess in a sample depends on how sure each model is and does not
+    cancel.
+    """
+    assert name != "calibration_error"
     assert len(first) == len(second)
-    return _bootstrap(lambda counts: first.metric(name, counts) - second.metric(name, counts), len(first), "percentile")
+    return _bootstrap(lambda counts: first.metric(name, counts) - second.metric(name, counts), len(first))
 
 
 def intervals(logits: NDArray, labels: NDArray) -> dict[str, list[float]]:
-    """The interval of each metric, as ``{name: [low, high]}``."""
+    """The interval of each metric, as ``{name: [low, high]}``; none where there is one row only."""
     rows = RowSums(logits, labels)
+    if len(rows) < 2:
+        return {}
     return {name: list(interval(rows, name)) for name in METRICS}
 
 
-def _bootstrap(statistic: Callable[[NDArray], NDArray], rows: int, method: str) -> tuple[float, float]:
+def _bootstrap(statistic: Callable[[NDArray], NDArray], rows: int) -> tuple[float, float]:
     from scipy.stats import bootstrap
 
     def of_positions(positions: NDArray, axis: int = -1) -> NDArray:
@@ -97,7 +124,7 @@ def _bootstrap(statistic: Callable[[NDArray], NDArray], rows: int, method: str) 
         batch=max(1, 2_000_000 // rows),
         vectorized=True,
         confidence_level=LEVEL,
-        method=method,
+        method="percentile",
         rng=_SEED,  # the same resamples for every metric and model
     ).confidence_interval
     return float(found.low), float(found.high)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_lora.errors import UserError
@@ -72,27 +73,36 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int, quantizati
             f"quantized; known are {', '.join(ARCHITECTURES)}"
         )
     not_quantized = [*architecture.head, *architecture.pooler] if architecture else []
-    with torch_stream(seed, "head"), quiet_loading():
-        try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(
+
+    def load(stored: Any) -> tuple[Any, dict[str, Any]]:
+        with torch_stream(seed, "head"), quiet_loading():
+            return AutoModelForSequenceClassification.from_pretrained(
                 location.target,
                 config=config,
                 output_loading_info=True,
                 # A head of other labels is replaced; anything else that does not fit is refused below.
                 ignore_mismatched_sizes=True,
                 dtype="float32",
-                quantization_config=quantization_config(quantization, not_quantized, base_model),
+                quantization_config=stored,
             )
-        except UserError:
-            raise
-        except Exception as error:  # a damaged file raises kinds of several libraries
-            raise UserError(
-                f"model.base_model: cannot load '{base_model}' for sequence classification ({_first_line(error)})"
-            ) from error
+
+    stored = quantization_config(quantization, not_quantized, base_model)
+    try:
+        model, info = load(stored)
+    except Exception as error:  # a damaged file raises kinds of several libraries
+        raise UserError(
+            f"model.base_model: cannot load '{base_model}' for sequence classification ({_first_line(error)})"
+        ) from error
     fresh = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    kept = [name for name in not_quantized if _has_module(model, name)]
+    if stored is not None and torch.cuda.is_available():
+        # There a quantized base is made on the GPU, and a new head drawn by the GPU's generator: take the CPU's.
+        plain, _ = load(None)
+        for name in kept:
+            model.get_submodule(name).load_state_dict(plain.get_submodule(name).state_dict())
     if quantization.bits == 4:
         keep_differentiable(model)
-    check_not_quantized(model, [name for name in not_quantized if _has_module(model, name)])
+    check_not_quantized(model, kept)
     head_modules = _head_modules(model, architecture, fresh, base_model)
     return Base(model, architecture, head_modules, weights_fingerprint(location))
 

@@ -151,6 +151,11 @@ def check_options(method: str, options: AdapterOptions) -> None:
         raise UserError(f"model.adapter.dropout: a number from 0 up to 1 is needed, got {options.dropout}")
 
 
+def applied(options: AdapterOptions, method: str) -> dict[str, Any]:
+    """The options of a method that change what trained weights do and do not show in their shapes."""
+    return {"alpha": options.alpha} if "alpha" in METHODS[method].options else {}
+
+
 def match_targets(base: Base, target_modules: str | Sequence[str]) -> list[str]:
     """Full names of the linear layers of the encoder that the option means, in the model's order.
 

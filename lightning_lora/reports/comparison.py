@@ -43,7 +43,8 @@ COLUMNS: tuple[Column, ...] = (
     Column("precision_macro", "precision (macro)", "max", True, digits=4),
     Column("recall_macro", "recall (macro)", "max", True, digits=4),
     Column("loss", "loss", "min", True, digits=4),
-    Column("calibration_error", "calibration error", "min", True, digits=4),
+    # Not ranked: how much too large it comes out depends on how sure a model is (evaluation/intervals.py).
+    Column("calibration_error", "calibration error", None, True, digits=4),
     Column("trainable_params", "trainable parameters", "min"),
     Column("total_params", "all parameters", None),
     Column("train_s", "training s", "min", digits=1),
@@ -53,9 +54,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("checkpoint_bytes", "checkpoint MB", "min", scale=1e6, digits=2),
 )
 LEGEND = (
-    "**Bold**: best of the column. ≈: cannot be told from the best on these rows (the 95% interval of the paired "
-    "difference holds 0). In brackets: 95% interval, from resampling the test rows. Training's own noise, which "
-    "only more seeds show, is in none of them; times and memory were measured once."
+    "**Bold**: best of the column (calibration errors are not ranked). ≈: cannot be told from the best on these "
+    "rows (the 95% interval of the paired difference holds 0). In brackets: 95% interval, from resampling the test "
+    "rows. Training's own noise, which only more seeds show, is in none of them; times and memory were measured once."
 )
 
 
@@ -78,7 +79,7 @@ def best_arm(arms: Sequence[Arm], column: Column) -> Arm | None:
     return max(candidates, key=lambda arm: sign * (value_of(arm, column) or 0))
 
 
-def table(arms: Sequence[Arm], bold: str = "**{}**") -> list[list[str]]:
+def table(arms: Sequence[Arm]) -> list[list[str]]:
     """The rows of the table, heading first; columns that no arm has are left out."""
     columns = [column for column in COLUMNS if any(value_of(arm, column) is not None for arm in arms)]
     rows = [["arm", *(column.heading for column in columns)]]
@@ -91,7 +92,7 @@ def table(arms: Sequence[Arm], bold: str = "**{}**") -> list[list[str]]:
         for column in columns:
             text = _cell(arm, column)
             if arm is best[column.key]:
-                text = bold.format(text)
+                text = f"**{text}**"
             elif column.is_metric and arm.get("ties", {}).get(column.key):
                 text += " ≈"
             cells.append(text)
@@ -135,21 +136,23 @@ def as_csv(arms: Sequence[Arm]) -> str:
     return out.getvalue()
 
 
-def print_comparison(title: str, arms: Sequence[Arm]) -> None:
-    """Prints the table to the terminal, arms as columns where they are too many numbers for a line."""
+def print_comparison(title: str, arms: Sequence[Arm], facts: Sequence[str]) -> None:
+    """Prints the table to the terminal, an arm a column."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
-    rows = table(arms, bold="[bold green]{}[/]")
+    rows = table(arms)
     turned = [list(cells) for cells in zip(*rows, strict=True)]
     shown = Table(title=title, title_justify="left")
     for i, heading in enumerate(turned[0]):
-        shown.add_column(heading, justify="right" if i else "left")
+        shown.add_column(Text(heading), justify="right" if i else "left")
     for cells in turned[1:]:
-        shown.add_row(*(cell.replace(" [", " \\[") for cell in cells))
+        shown.add_row(*(Text(c.strip("*"), style="bold green" if c.startswith("**") else "") for c in cells))
     console.print(shown)
-    console.print(LEGEND.replace("**Bold**", "Green"), markup=False, style="dim")
+    for line in (LEGEND.replace("**Bold**", "Green"), *facts):
+        console.print(line, markup=False, highlight=False, style="bold red" if line.startswith("careful") else "dim")
 
 
 def write_picture(path: Path, title: str, arms: Sequence[Arm]) -> None:
@@ -165,7 +168,10 @@ def write_picture(path: Path, title: str, arms: Sequence[Arm]) -> None:
     accuracy = COLUMNS[0]
     best = best_arm(arms, accuracy)
     for place, arm in zip(places, arms, strict=True):
-        value, (low, high) = arm["metrics"][accuracy.key], arm["intervals"][accuracy.key]
+        value, (low, high) = (
+            arm["metrics"][accuracy.key],
+            arm["intervals"].get(accuracy.key, (arm["metrics"][accuracy.key],) * 2),
+        )
         color = "tab:green" if arm is best or arm["ties"].get(accuracy.key) else "tab:blue"
         axes[0].errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", capsize=4, color=color)
         axes[0].annotate(f"{value:.3f}", (value, place), (0, 7), textcoords="offset points", ha="center", size=8)

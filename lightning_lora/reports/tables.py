@@ -21,7 +21,7 @@ def metric_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
         if metrics := evaluation.get(key):
             rows.append([title, *(_number(metrics.get(name)) for name, _ in COLUMNS)])
     if intervals := evaluation.get("after_interval"):
-        cells = [f"{_number(low)} to {_number(high)}" for low, high in (intervals[name] for name, _ in COLUMNS)]
+        cells = ["{} to {}".format(*map(_number, intervals.get(name, (None, None)))) for name, _ in COLUMNS]
         rows.append(["95% interval", *cells])
     return rows
 

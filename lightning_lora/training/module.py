@@ -15,7 +15,7 @@ from lightning_lora.artifacts.checkpoints import CheckpointIdentity
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metrics import make_metrics, metric_values
 from lightning_lora.models.base import load_base
-from lightning_lora.models.methods import AdapterOptions, check_options, find_method, tune
+from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
 from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.seeding import stream_seed
 from lightning_lora.training.optim import Schedule, make_optimizer, make_schedule
@@ -117,7 +117,9 @@ class TextClassifier(LightningModule):
         self.loaded_attention: str = tuned.model.config._attn_implementation
         self.target_modules = tuned.target_modules
         self.head_modules = tuned.head_modules
-        self.identity = CheckpointIdentity(base_model, base.fingerprint, self.label_names, method, quantization.label)
+        self.identity = CheckpointIdentity(
+            base_model, base.fingerprint, self.label_names, method, quantization.label, applied(adapter, method)
+        )
         # A checkpoint holds what is trained; the frozen rest comes from the base model.
         self.strict_loading = False
         self.stage_metrics = nn.ModuleDict({f"{s}_metrics": make_metrics(len(self.label_names)) for s in STAGES})
@@ -169,8 +171,7 @@ class TextClassifier(LightningModule):
         loss = self.shared_step(batch, "train")["loss"]
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=len(batch["rows"]))
         # The trainer gives each part of an accumulated step the same weight; its rows say what it should have.
-        loss = loss * batch["share"]
-        return loss if self.tuned.steps is None else loss + self.tuned.steps.penalty()
+        return (loss if self.tuned.steps is None else loss + self.tuned.steps.penalty()) * batch["share"]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the method do what it does after a step."""

@@ -21,12 +21,24 @@ from tests.conftest import make_rows, write_csv
 ARMS = ["none", "head", "lora", "full"]
 
 
+RUN_COMMANDS = compare.run_commands
+
+
+def test_commands_run_in_a_process_of_their_own_until_one_fails(monkeypatch, tmp_path: Path, capfd) -> None:
+    monkeypatch.chdir(tmp_path)  # where the package could not be found by chance
+    assert RUN_COMMANDS(["--version"], ["--help"]) == 0
+    assert "usage: python main.py" in capfd.readouterr().out
+    assert RUN_COMMANDS(["nonsense"], ["--help"]) == 2
+    captured = capfd.readouterr()
+    assert "no command 'nonsense'" in captured.err and not captured.out
+
+
 @pytest.fixture(autouse=True)
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands that were run, each in this process instead of one of its own."""
     commands: list[list[str]] = []
 
-    def run_here(*words: list[str]) -> int:
+    def run_here(*words: list[str], lock: int | None = None) -> int:
         for each in words:
             commands.append(each)
             if status := main(each):
@@ -53,7 +65,7 @@ def write_config(place: Path, base: Path, **more: object) -> Path:
 def compared(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "run_commands", lambda *words: next((s for s in map(main, words) if s), 0))
+        patch.setattr(compare, "run_commands", lambda *words, lock: next((s for s in map(main, words) if s), 0))
         config = write_config(place, make_base("bert"))
         words = ["--config", str(config), "--logs_dir", str(place / "logs"), "--name", "four", "--arms", *ARMS]
         assert main(["compare", *words, "--data.batch_size", "8"]) == 0

@@ -56,15 +56,33 @@ def test_the_interval_of_accuracy_is_that_of_the_binomial() -> None:
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
-    """On 200 samples of a population whose values are known from 400,000 rows."""
+    """On 100 samples of a population whose values are known from 400,000 rows."""
     population = RowSums(*sample(99, rows=400_000))
     for name in ("accuracy", "loss", "f1_macro"):
         truth = population.value(name)
         held = 0
-        for seed in range(200):
+        for seed in range(100):
             low, high = interval(RowSums(*sample(seed, rows=300)), name)
             held += low <= truth <= high
-        assert held >= 200 * 0.95 - 3 * np.sqrt(200 * 0.95 * 0.05), name  # three standard errors below nominal
+        assert held >= 100 * 0.95 - 3 * np.sqrt(100 * 0.95 * 0.05), name  # three standard errors below nominal
+
+
+def scaled(seed: int, rows: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Logits that are calibrated at a scale of 1: those of the true posterior of normal classes."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(3, size=rows)
+    return scale * (rng.normal(size=(rows, 3)) + np.eye(3)[labels]), labels
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5, 3.0])
+def test_the_interval_of_the_calibration_error_holds_it_whether_there_is_one_or_not(scale: float) -> None:
+    truth = RowSums(*scaled(9999, 1_000_000, scale)).value("calibration_error")
+    assert truth < 0.002 if scale == 1 else truth > 0.05
+    held = 0
+    for seed in range(60):
+        low, high = interval(RowSums(*scaled(seed, 400, scale)), "calibration_error")
+        held += low <= truth <= high
+    assert held >= 60 * 0.95 - 3 * np.sqrt(60 * 0.95 * 0.05)
 
 
 def test_a_paired_difference_is_told_apart_where_two_intervals_overlap() -> None:
@@ -85,3 +103,4 @@ def test_every_metric_has_an_interval_around_its_value() -> None:
     for name, (low, high) in found.items():
         value = RowSums(logits, labels).value(name)
         assert low < high and (low <= value <= high or name == "calibration_error"), name
+    assert intervals(logits[:1], labels[:1]) == {}

@@ -144,9 +144,13 @@ def test_ia3_rescales_keys_values_and_the_feed_forward_activations(make_base, mo
     tuned = tune(load(make_base(model_type)), "ia3", AdapterOptions(), 0, False)
     layers = 1 if model_type == "albert" else 2
     assert len(tuned.target_modules) == layers * (2 if model_type == "modernbert" else 3)
-    # Activations of width 48 go into the second feed-forward layer, and are what is scaled there.
-    sizes = sorted(p.numel() for n, p in tuned.model.named_parameters() if "ia3_l" in n)
-    assert sizes[-layers:] == [96 if model_type == "modernbert" else 48] * layers or model_type == "modernbert"
+    # The activations that go into the second feed-forward layer are scaled, and what comes out of the others.
+    scales = {n.split(".ia3_l")[0]: p.numel() for n, p in tuned.model.named_parameters() if "ia3_l" in n}
+    for name, size in scales.items():
+        layer = tuned.model.get_submodule(name)
+        wide = layer.in_features if layer.is_feedforward else layer.out_features
+        assert size == wide and layer.is_feedforward == (layer.in_features == 48 and layer.out_features == 32), name
+    assert sum(tuned.model.get_submodule(name).is_feedforward for name in scales) == layers
 
 
 def test_bitfit_trains_the_biases_of_the_encoder_and_the_head(tiny_base: Path) -> None:

@@ -170,7 +170,8 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_base: Path, reviews: Pa
         layer.register_forward_hook(count)
         torch.manual_seed(0)  # dropout included: the same random numbers are drawn again
         model.shared_step(next(iter(data.train_dataloader())), "train")["loss"].backward()
-        assert calls == (2 if checkpointing and method != "head" else 1) or method == "head"
+        # A frozen layer below everything that learns is not gone through backwards.
+        assert calls == (2 if checkpointing and method != "head" else 1)
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     plain, again = gradients(False), gradients(True)
