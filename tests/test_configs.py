@@ -168,7 +168,7 @@ def at_full_size(name: str, arm: str, num_labels: int) -> tuple[Any, dict[str, A
         # The same formula for the others: 2 r (in + out) a layer, and the head.
         ("ag_news_bert_kbit_published", "", 4, 297_988, 109_783_304),
         ("ag_news_roberta_nf4_published", "lora-nf4", 4, 888_580, 125_537_288),
-        ("imdb_10k_published", "", 2, 739_586, 82_858_756),
+        ("imdb_10k_published", "", 2, 739_586, 82_859_524),
         ("imdb_distilbert_published", "", 2, 628_994, 67_584_004),
     ],
 )

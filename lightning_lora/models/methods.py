@@ -345,8 +345,8 @@ def _full(base: Base, options: AdapterOptions) -> Tuned:
 
 _LORA = ("rank", "alpha", "dropout", "target_modules", "bias", "modules_to_save")
 
-# Learning rates are starting points near those of the papers' experiments on classification, not tuned here: an
-# ablation over model.learning_rate is what settles one.
+# Learning rates are starting points near those of the papers' experiments on classification (head: a sweep of this
+# project, docs/LOG.md): an ablation over model.learning_rate is what settles one.
 METHODS: dict[str, Method] = {
     "lora": Method("low-rank adapters on a frozen base", 5e-4, True, _LORA, _lora()),
     # Kalajdzievski 2023, arXiv:2312.03732
@@ -389,6 +389,6 @@ METHODS: dict[str, Method] = {
     ),
     "bitfit": Method("only biases and head", 1e-3, True, (), _bitfit, bits=()),
     "full": Method("full fine-tuning", 5e-5, False, (), _full, bits=()),
-    "head": Method("a trained head on a frozen base", 1e-3, True, (), _head),
+    "head": Method("a trained head on a frozen base", 1e-2, True, (), _head),
     "none": Method("the base model with a fresh head, untouched", 0.0, True, (), _none, trains=False),
 }

@@ -33,7 +33,7 @@ class TextClassifier(LightningModule):
             (biases), "head" (frozen base, trained head), "full" (every weight), or "none" (nothing is trained).
         adapter: Options of the adapter, for methods that have one.
         quantization: How the weights of the frozen encoder are stored.
-        learning_rate: Peak of the schedule; by default what suits the method (lora 5e-4, head 1e-3, full
+        learning_rate: Peak of the schedule; by default what suits the method (lora 5e-4, head 1e-2, full
             5e-5).
         schedule: How the learning rate falls after warm-up: "linear", "cosine" or "constant".
         warmup_ratio: Share of all optimizer steps over which the learning rate rises.
@@ -305,7 +305,9 @@ def enable_gradient_checkpointing(model: Any) -> None:
     """
     if not model.supports_gradient_checkpointing:
         raise UserError(f"model.gradient_checkpointing: architecture '{model.config.model_type}' cannot; leave it out")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    # It also makes the embeddings ask for gradients, with which even a frozen encoder would be gone through backwards.
+    model.disable_input_require_grads()
 
 
 def check_range(key: str, value: float, low: float, high: float | None) -> None:

@@ -2,7 +2,12 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +195,7 @@ def test_a_second_call_finishes_what_is_missing(compared: Path, tmp_path: Path, 
 def test_other_settings_under_the_same_name_are_refused(compared: Path, tmp_path: Path, ran: list, capsys) -> None:
     status, _ = again(compared, tmp_path, "--data.batch_size", "4")
     assert status == 2 and ran == []
-    assert "was made with other settings (data); choose another --name" in capsys.readouterr().err
+    assert "was made with other settings (data.batch_size); choose another --name" in capsys.readouterr().err
 
 
 def test_without_a_name_the_settings_make_it(make_base, tmp_path: Path, ran: list) -> None:
@@ -227,7 +232,7 @@ def test_arms_tested_on_different_rows_are_not_put_into_one_table(compared: Path
     record = run.read()
     record["evaluations"]["test"]["fingerprint"] = "0" * 64
     run.write(record)
-    with pytest.raises(UserError, match="tested on different rows"):
+    with pytest.raises(UserError, match="arms none and head have different test rows"):
         compare.gather(folder, ARMS, {})
 
 
@@ -247,14 +252,98 @@ def test_names_that_are_no_arms_are_refused(names, described, said: str) -> None
 
 
 def test_a_method_and_how_its_base_is_stored_is_an_arm() -> None:
-    assert compare.choose_arms(["dora-nf4", "full"], None) == {
-        "dora-nf4": {"model": {"method": "dora", "quantization": {"bits": 4}}},
-        "full": {"model": {"method": "full"}},
-    }
+    arms = compare.choose_arms(["dora-nf4", "full"], None)
+    assert arms["dora-nf4"]["model"]["method"] == "dora" and arms["dora-nf4"]["model"]["quantization"]["bits"] == 4
+    assert arms["full"]["model"]["method"] == "full" and arms["full"]["model"]["quantization"]["bits"] is None
     assert list(compare.choose_arms(None, None)) == ARMS
+    assert list(compare.choose_arms(None, {8: {}, 16: {"model": {"adapter": {"rank": 16}}}})) == ["8", "16"]
 
 
-def test_an_arm_that_cannot_be_is_refused_before_any_is_trained(make_base, tmp_path: Path, ran: list, capsys) -> None:
-    config = write_config(tmp_path, make_base("bert"), arms={"a": {}, "b": {"model": {"adapter": {"rnk": 2}}}})
-    assert main(["compare", "--config", str(config)]) == 2
-    assert "rnk" in capsys.readouterr().err and ran == []
+def test_method_arms_take_over_only_what_they_can_use(make_base, tmp_path: Path) -> None:
+    """A recipe for LoRA on 8 bits is compared with methods that know neither."""
+    model = {"base_model": str(make_base("bert")), "adapter": {"alpha": 32, "target_modules": "query_value"}}
+    config = {"model": {**model, "quantization": {"bits": 8}, "frozen_dropout": True}, "data": {"source": "x.csv"}}
+    settings = compare.resolve_arms([config], [], compare.choose_arms(["none", "lora", "vera", "full"], None))
+    assert settings["lora"]["model"]["adapter"]["alpha"] == 32
+    assert settings["vera"]["model"]["adapter"]["target_modules"] == "query_value"
+    assert all(each["model"]["quantization"]["bits"] is None for each in settings.values())
+    assert settings["lora"]["model"]["frozen_dropout"] and not settings["full"]["model"]["frozen_dropout"]
+
+
+@pytest.mark.parametrize(
+    ("arms", "flags", "said"),
+    [
+        ({"a": {}, "b": {"model": {"adapter": {"rnk": 2}}}}, [], "rnk"),
+        ({"a": {}, "b": {"model": {"method": "full", "adapter": {"rank": 2}}}}, [], "arm b: model.adapter.rank"),
+        ({"a": {}, "b": {"model": {"method": "pissa", "quantization": {"bits": 4}}}}, [], "arm b: model.quantization"),
+        ({"a": {}, "b": {"model": {"method": "loora"}}}, [], "no method 'loora'"),
+        ({"a": {}, "b": {"model": {"method": "head"}}}, ["--model.method", "full"], "arms a and b have the same"),
+    ],
+)
+def test_arms_that_cannot_be_are_refused_before_any_is_trained(
+    make_base, tmp_path, ran, capsys, arms, flags, said
+) -> None:
+    config = write_config(tmp_path, make_base("bert"), arms=arms)
+    assert main(["compare", "--config", str(config), *flags]) == 2
+    assert said in capsys.readouterr().err and ran == []
+
+
+def test_a_flag_wins_over_an_arm_and_configs_add_up(make_base, tmp_path: Path) -> None:
+    config = {"model": {"base_model": str(make_base("bert"))}, "data": {"source": "x.csv"}}
+    arms = {"a": {"model": {"learning_rate": 1e-3}}, "b": {"model": {"method": "full"}}}
+    settings = compare.resolve_arms([config, {"data": {"batch_size": 4}}], ["--model.learning_rate", "2e-4"], arms)
+    assert [each["model"]["learning_rate"] for each in settings.values()] == [2e-4, 2e-4]
+    assert all(each["data"]["batch_size"] == 4 for each in settings.values())
+
+
+def test_one_arm_more_trains_one_arm_and_keeps_the_others_in_the_table(
+    compared: Path, tmp_path: Path, ran: list
+) -> None:
+    folder = Path(shutil.copytree(compared, tmp_path / "logs" / "four"))
+    config = str(compared.parents[1] / "tiny.yaml")
+    words = ["compare", "--config", config, "--logs_dir", str(tmp_path / "logs"), "--name", "four"]
+    assert main([*words, "--arms", "bitfit", "--data.batch_size", "8"]) == 0
+    assert [each[0] for each in ran] == ["fit", "test"]
+    names = [arm["name"] for arm in json.loads((folder / "comparison.json").read_text())["arms"]]
+    assert names == [*ARMS, "bitfit"]
+
+
+def test_the_folder_s_name_is_that_of_what_the_arms_share() -> None:
+    assert compare._key([{"a": 1}], ["--x", "1"]) == compare._key([{"a": 1}], ["--x", "1"])
+    assert compare._key([{"a": 1}], ["--x", "1"]) != compare._key([{"a": 1}], ["--x", "2"])
+
+
+def test_two_comparisons_do_not_work_in_one_folder(compared: Path, tmp_path: Path, capsys) -> None:
+    folder = Path(shutil.copytree(compared, tmp_path / "logs" / "four"))
+    with compare._only_here(folder):
+        assert again(compared, tmp_path)[0] == 2
+    assert "another process works in" in capsys.readouterr().err
+    assert again(compared, tmp_path)[0] == 0
+
+
+def test_ctrl_c_waits_for_the_arm_to_leave_its_record(make_base, tmp_path: Path) -> None:
+    """The whole program in a process group of its own, interrupted while an arm is training."""
+    config = write_config(tmp_path, make_base("bert"))
+    code = "import sys; from lightning_lora.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = [
+        "compare",
+        "--config",
+        str(config),
+        "--arms",
+        "lora",
+        "full",
+        "--name",
+        "cut",
+        "--trainer.max_epochs",
+        "5000",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, "-c", code, *words], env=environment, start_new_session=True)
+    metrics = Path("logs/cut/lora/metrics.csv")
+    deadline = time.monotonic() + 120
+    while not metrics.is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert RunFolder(Path("logs/cut/lora")).read()["status"] == "interrupted"
+    assert not Path("logs/cut/full").exists() and not Path("logs/cut/.lora.yaml").exists()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -77,8 +78,6 @@ def test_other_software_says_what_the_trained_model_says(exported: Path, tmp_pat
     run = str(exported.parent)
     Path("texts.txt").write_text("\n".join(texts) + "\n")
     assert main(["predict", "--run", run, "--input", "texts.txt", "--output", "p.parquet"]) == 0
-    import pyarrow.parquet as pq
-
     ours = pq.read_table("p.parquet").to_pydict()
     expected = np.array([ours[f"p({label})"] for label in LABELS]).T
     for name in ("merged", "adapter", "onnx"):
@@ -151,16 +150,7 @@ def test_an_export_is_not_overwritten(exported: Path, capsys) -> None:
     assert "nothing is overwritten" in capsys.readouterr().err
 
 
-def test_an_adapter_folder_is_taken_for_a_checkpoint_and_says_the_same(exported: Path) -> None:
-    import pyarrow.parquet as pq
-
-    for name, more in (("a", []), ("b", ["--checkpoint", str(exported / "adapter")])):
-        words = ["predict", "--run", str(exported.parent), "a fine film", "a dull dog", "--output", f"{name}.parquet"]
-        assert main([*words, *more]) == 0
-    assert pq.read_table("a.parquet").to_pydict() == pq.read_table("b.parquet").to_pydict()
-
-
-@pytest.mark.parametrize("change", ["base", "labels", "order", "format", "weights", "identity"])
+@pytest.mark.parametrize("change", ["base", "labels", "order", "format", "alpha", "weights", "identity"])
 def test_an_adapter_of_something_else_is_refused_with_the_reason(exported, make_base, tmp_path, capsys, change) -> None:
     adapter = Path(shutil.copytree(exported / "adapter", tmp_path / "adapter"))
     identity = json.loads((adapter / "lightning_lora.json").read_text())
@@ -177,6 +167,9 @@ def test_an_adapter_of_something_else_is_refused_with_the_reason(exported, make_
     elif change == "format":
         identity["format"] = 99
         said = "format 99"
+    elif change == "alpha":
+        words = ["--model.adapter.alpha", "64"]
+        said = "adapter.alpha 16, not 64"
     elif change == "weights":
         (adapter / "adapter_model.safetensors").write_bytes(b"\0" * 100)
         said = "does not fit"
@@ -190,7 +183,7 @@ def test_an_adapter_of_something_else_is_refused_with_the_reason(exported, make_
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_exports_what_it_learnt(base: Path, tmp_path: Path, method: str) -> None:
+def test_every_method_exports_what_it_learnt(base: Path, tmp_path: Path, capsys, method: str) -> None:
     place = tmp_path / "place"
     place.mkdir()
     run = fit(place, base, "run", method=method)
@@ -200,6 +193,17 @@ def test_every_method_exports_what_it_learnt(base: Path, tmp_path: Path, method:
     for name in set(certificate) - {"trained"}:
         assert certificate[name]["max_logit_difference"] < 1e-4, (method, name)
         assert certificate[name]["labels_flipped"] == 0
+    if "adapter" not in formats:
+        return
+    # The adapter's folder is taken for a checkpoint and says the same; PiSSA's is plain LoRA, for other software.
+    adapter = run.path / "export" / "adapter"
+    texts = ["predict", "--run", str(run.path), "a fine film", "a dull dog"]
+    assert main([*texts, "--output", "a.parquet"]) == 0
+    status = main([*texts, "--output", "b.parquet", "--checkpoint", str(adapter)])
+    if method == "pissa":
+        assert status == 2 and "exported as plain LoRA" in capsys.readouterr().err
+    else:
+        assert status == 0 and pq.read_table("a.parquet").to_pydict() == pq.read_table("b.parquet").to_pydict()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -256,6 +260,52 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert main(["export", "--run", str(exported.parent), "--output", "other", *words]) == 2
     assert said in capsys.readouterr().err
     assert not Path("other").exists()
+
+
+def test_a_checkpoint_with_another_alpha_is_refused_too(exported: Path, capsys) -> None:
+    assert main(["test", "--run", str(exported.parent), "--model.adapter.alpha", "64", "--before", "false"]) == 2
+    assert "adapter.alpha 16, not 64" in capsys.readouterr().err
+
+
+def test_the_card_of_another_checkpoint_has_that_one_s_metrics(exported: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    words = ["--checkpoint", "last", "--formats", "[adapter]", "--output", "last"]
+    assert main(["export", "--run", str(exported.parent), *words]) == 0
+    certificate = json.loads(Path("last/certificate.json").read_text())
+    results = ModelCard.load(Path("last/README.md")).data.eval_results
+    accuracy = next(each.metric_value for each in results if each.metric_type == "accuracy")
+    assert accuracy == pytest.approx(certificate["trained"]["accuracy"], abs=1e-6)
+    assert not (exported.parent / "test-2.md").exists()
+
+
+@pytest.mark.parametrize("difference", [0.5, float("nan")])
+def test_an_export_that_is_not_the_trained_model_is_not_written(exported, monkeypatch, capsys, difference) -> None:
+    from lightning_lora.commands import export
+
+    monkeypatch.setitem(
+        export.CLIENTS, "merged", lambda folder, names: lambda ids, mask: np.full((len(ids), 3), difference)
+    )
+    assert main(["export", "--run", str(exported.parent), "--formats", "[merged]", "--output", "out"]) == 2
+    assert "merged differs from the trained model" in capsys.readouterr().err
+    assert not Path("out").exists() and not list(Path().glob(".out*"))
+
+
+def test_the_graph_of_a_run_that_reads_the_tail_is_given_the_tail(
+    base: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    run = fit(place, base, "run", "--data.truncation", "tail", "--data.max_length", "8")
+    assert main(["export", "--run", str(run.path), "--formats", "[merged, onnx]"]) == 0
+    text = "the film was a story of two people in town and their dog with some music dull awful"
+    said = outside(run.path / "export", [text], tmp_path)
+    assert main(["predict", "--run", str(run.path), text, "--output", "p.parquet"]) == 0
+    ours = pq.read_table("p.parquet").to_pydict()
+    for name in ("merged", "onnx"):
+        got = torch.tensor(said[name]["logits"][0]).softmax(-1).numpy()
+        np.testing.assert_allclose(got, [ours[f"p({label})"][0] for label in LABELS], atol=2e-5)
+    assert 'direction="left"' in (run.path / "export" / "onnx" / "README.md").read_text()
 
 
 def test_a_method_without_adapter_says_so(base: Path, tmp_path: Path, capsys) -> None:

@@ -33,6 +33,16 @@ def test_a_sample_shows_rows_as_they_are_and_counts_the_hits(fitted: RunFolder, 
     assert shown == 12
 
 
+def test_validation_rows_are_those_of_the_best_checkpoint_where_it_was_validated(fitted, tmp_path, capsys) -> None:  # noqa: F811
+    run = Path(shutil.copytree(fitted.path, tmp_path / "run"))
+    table = pq.read_table(run / "predictions" / "val.parquet")
+    index = table.column_names.index("prediction")
+    wrong = ["neg" if label == "pos" else "pos" for label in table.column("label").to_pylist()]
+    pq.write_table(table.set_column(index, "prediction", [wrong]), run / "predictions" / "val-best.parquet")
+    assert main(["sample", "--run", str(run), "--split", "val"]) == 0
+    assert f"of all {len(table)} val rows 0 are right" in capsys.readouterr().out
+
+
 def test_another_seed_shows_other_rows_and_the_same_seed_the_same(fitted: RunFolder, wide, capsys) -> None:  # noqa: F811
     def sample(seed: int) -> str:
         capsys.readouterr()

@@ -180,6 +180,18 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_base: Path, reviews: Pa
         torch.testing.assert_close(again[name], value)
 
 
+def test_bf16_teaches_what_float32_does_beyond_rounding(tiny_base: Path, reviews: Path) -> None:
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        model, data = make(tiny_base, reviews, adapter=AdapterOptions())
+        fit = trainer(precision=precision, max_epochs=4)
+        fit.fit(model, data)
+        losses[precision] = fit.validate(model, data, verbose=False)[0]["val/loss"]
+        assert all(p.dtype == torch.float32 for p in model.parameters())  # the weights keep full precision
+    assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.05)
+    assert losses["bf16-mixed"] != losses["32-true"]
+
+
 def test_windows_are_pooled_to_the_mean_probability_of_their_document() -> None:
     logits, documents = torch.randn(5, 3), torch.tensor([0, 0, 1, 2, 2])
     got = pooled(logits, documents, 3).softmax(-1)
