@@ -162,7 +162,7 @@ class TextClassifier(LightningModule):
         metrics, mean_loss = self._counters(stage)
         # Probabilities, as the calibration error would take logits that happen to lie between 0 and 1 for such; in
         # double precision, so that the largest is the largest logit.
-        metrics.update(logits.detach().double().softmax(dim=-1), labels)
+        metrics.update(logits.detach().softmax(dim=-1, dtype=wide(logits)), labels)
         mean_loss.update(loss.detach(), len(labels))
         return {"loss": loss, "logits": logits}
 
@@ -283,6 +283,11 @@ class TextClassifier(LightningModule):
         return kept & set(self.state_dict())
 
 
+def wide(values: Tensor) -> torch.dtype:
+    """The widest number format of the values' device: Apple's GPUs have no double precision."""
+    return torch.float32 if values.device.type == "mps" else torch.float64
+
+
 def pooled(logits: Tensor, documents: Tensor, count: int) -> Tensor:
     """Logits (B, C) whose softmax is the mean of the probabilities of each document's windows.
 
@@ -291,7 +296,7 @@ def pooled(logits: Tensor, documents: Tensor, count: int) -> Tensor:
         documents: The document of each window, (W,), from 0 to ``count`` - 1.
         count: Documents B.
     """
-    probabilities = logits.double().softmax(dim=-1)  # double: the log of a small mean stays exact
+    probabilities = logits.softmax(dim=-1, dtype=wide(logits))  # the log of a small mean stays exact
     sums = probabilities.new_zeros(count, logits.shape[-1]).index_add(0, documents, probabilities)
     means = sums / torch.bincount(documents, minlength=count).unsqueeze(-1)
     return means.clamp_min(torch.finfo(means.dtype).tiny).log().float()
