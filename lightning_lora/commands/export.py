@@ -164,9 +164,9 @@ def write_formats(
     """Writes each format into its folder, with tokenizer and identity."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    tokenizer.model_max_length = config.data.max_length
-    tokenizer.truncation_side = "left" if config.data.truncation == "tail" else "right"
+    # Given here, both are saved with it: truncation=True then cuts as it was cut in training.
+    side = "left" if config.data.truncation == "tail" else "right"
+    tokenizer = AutoTokenizer.from_pretrained(target, model_max_length=config.data.max_length, truncation_side=side)
     more = {key: config.data[key] for key in ("max_length", "truncation", "window_overlap")}
     if "adapter" in formats:
         method = config.model.method

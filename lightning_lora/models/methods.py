@@ -153,7 +153,7 @@ def check_options(method: str, options: AdapterOptions) -> None:
 
 def applied(options: AdapterOptions, method: str) -> dict[str, Any]:
     """The options of a method that change what trained weights do and do not show in their shapes."""
-    return {"alpha": options.alpha} if "alpha" in METHODS[method].options else {}
+    return {"alpha": float(options.alpha)} if "alpha" in METHODS[method].options else {}
 
 
 def match_targets(base: Base, target_modules: str | Sequence[str]) -> list[str]:

@@ -66,7 +66,7 @@ def outside(export: Path, texts: list[str], place: Path) -> dict:
         place / "out.json",
     ]
     done = subprocess.run(words, capture_output=True, text=True, cwd=place, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((place / "out.json").read_text())
 
 
@@ -169,7 +169,7 @@ def test_an_adapter_of_something_else_is_refused_with_the_reason(exported, make_
         said = "format 99"
     elif change == "alpha":
         words = ["--model.adapter.alpha", "64"]
-        said = "adapter.alpha 16, not 64"
+        said = "adapter.alpha 16.0, not 64.0"
     elif change == "weights":
         (adapter / "adapter_model.safetensors").write_bytes(b"\0" * 100)
         said = "does not fit"
@@ -264,7 +264,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 
 def test_a_checkpoint_with_another_alpha_is_refused_too(exported: Path, capsys) -> None:
     assert main(["test", "--run", str(exported.parent), "--model.adapter.alpha", "64", "--before", "false"]) == 2
-    assert "adapter.alpha 16, not 64" in capsys.readouterr().err
+    assert "adapter.alpha 16.0, not 64.0" in capsys.readouterr().err
 
 
 def test_the_card_of_another_checkpoint_has_that_one_s_metrics(exported: Path) -> None:

@@ -6,9 +6,14 @@ from lightning_lora.reports.tables import cost_rows, duration, markdown, metric_
 def test_a_table_has_a_row_before_and_after_and_no_invented_numbers() -> None:
     evaluation = {"before": {"accuracy": 0.5, "loss": 0.7}, "after": {"accuracy": 0.9, "f1_macro": 0.875, "loss": 0.2}}
     rows = metric_rows(evaluation)
-    assert rows[1] == ["before", "0.5000", "-", "-", "-", "0.7000"]
+    assert rows[1] == ["before", "0.5000", "-", "-", "-", "0.7000", "-"]
     assert rows[2][:3] == ["after", "0.9000", "0.8750"]
-    assert markdown(rows).splitlines()[2] == "| before | 0.5000 | - | - | - | 0.7000 |"
+    assert markdown(rows).splitlines()[2] == "| before | 0.5000 | - | - | - | 0.7000 | - |"
+
+
+def test_the_interval_stands_below_what_it_is_of() -> None:
+    evaluation = {"after": {"accuracy": 0.9}, "after_interval": {"accuracy": [0.85, 0.95]}}
+    assert metric_rows(evaluation)[-1][:3] == ["95% interval", "0.8500 to 0.9500", "- to -"]
 
 
 def test_a_run_that_was_killed_has_fewer_lines() -> None:
