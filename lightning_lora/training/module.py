@@ -297,9 +297,9 @@ def pooled(logits: Tensor, documents: Tensor, count: int) -> Tensor:
         count: Documents B.
     """
     probabilities = logits.softmax(dim=-1, dtype=wide(logits))  # the log of a small mean stays exact
+    # The sum is the mean but for a factor, and the softmax of its log is the same.
     sums = probabilities.new_zeros(count, logits.shape[-1]).index_add(0, documents, probabilities)
-    means = sums / torch.bincount(documents, minlength=count).unsqueeze(-1)
-    return means.clamp_min(torch.finfo(means.dtype).tiny).log().float()
+    return sums.clamp_min(torch.finfo(sums.dtype).tiny).log().float()
 
 
 def enable_gradient_checkpointing(model: Any) -> None:

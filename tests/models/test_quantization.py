@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_lora.artifacts.checkpoints import load_checkpoint
 from lightning_lora.errors import UserError
+from lightning_lora.evaluation.costs import parameter_counts
 from lightning_lora.models.base import load_base
 from lightning_lora.models.methods import METHODS, AdapterOptions
 from lightning_lora.models.quantization import Quantization
@@ -135,6 +136,12 @@ def test_the_compute_dtype_is_what_was_asked_for(base_path: Path) -> None:
     model = load_base(str(base_path), LABELS, 0, options).model
     assert model.bert.encoder.layer[0].attention.self.query.compute_dtype == torch.bfloat16
     assert model(**INPUTS).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_counted_as_what_they_stand_for(base_path: Path, kind: str) -> None:
+    counts = [parameter_counts(load_base(str(base_path), LABELS, 0, stored).model) for stored in (None, KINDS[kind])]
+    assert counts[0]["total_params"] == counts[1]["total_params"]
 
 
 def test_adapter_options_stay_what_they_are_on_a_quantized_base(base_path: Path) -> None:
