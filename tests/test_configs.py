@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.cli import main
-from lightning_lora.commands.compare import ARMS_KEY, choose_arms, resolve
+from lightning_lora.commands.arms import ARMS_KEY, choose_arms, resolve
 from lightning_lora.commands.configured import ConfiguredRun
 from lightning_lora.evaluation.costs import parameter_counts
 from lightning_lora.models.architectures import ARCHITECTURES

@@ -145,13 +145,10 @@ def certificate_table(certificate: Mapping[str, Mapping[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in certificate.items():
-        compared = name != "trained"
+        against = ("-", "-") if name == "trained" else (f"{row['max_logit_difference']:.1e}", row["labels_flipped"])
         lines.append(
-            f"| {_TITLES[name]} | {row['rows']:,} | {row['max_logit_difference']:.1e} | {row['labels_flipped']} | "
-            f"{row['accuracy']:.4f} | {row['texts_per_s']:.0f} | {row['latency_ms']:.1f} ms |"
-            if compared
-            else f"| {_TITLES[name]} | {row['rows']:,} | - | - | {row['accuracy']:.4f} | {row['texts_per_s']:.0f} | "
-            f"{row['latency_ms']:.1f} ms |"
+            f"| {_TITLES[name]} | {row['rows']:,} | {against[0]} | {against[1]} | {row['accuracy']:.4f} | "
+            f"{row['texts_per_s']:.0f} | {row['latency_ms']:.1f} ms |"
         )
     return "\n".join(lines)
 
