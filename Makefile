@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help quickstart test test-slow lint tensorboard outside clean
+.PHONY: help quickstart test test-slow lint benchmark benchmark-smoke tensorboard outside clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -29,6 +29,12 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+benchmark: $(INSTALLED)  ## this project and its peers on the same rows, half an hour: DATA=folder BENCHMARK='more options'
+	$(BIN)/python benchmarks/suite.py --out logs/benchmark $(if $(DATA),--data $(DATA)) $(BENCHMARK)
+
+benchmark-smoke: $(INSTALLED)  ## the same with a few rows: does it still run?
+	$(BIN)/python benchmarks/suite.py --smoke --out logs/benchmark-smoke
 
 tensorboard: $(INSTALLED)  ## curves of all runs, on this machine only
 	$(BIN)/tensorboard --logdir logs --host 127.0.0.1

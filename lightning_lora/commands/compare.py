@@ -128,6 +128,8 @@ def run_arm(folder: Path, arm: str, settings: dict[str, Any], lock: int | None =
     return 1
 
 
+#: Seconds that an interrupted arm has to write its record before it is interrupted again.
+_PATIENCE_S = 30
 #: Runs commands one after another, each given as JSON, until one fails.
 _STARTER = """
 import json, sys
@@ -160,8 +162,13 @@ def run_commands(*commands: list[str], lock: int | None = None) -> int:
         # Ctrl-C reaches the process by itself; anything else that ends this one has to be passed on.
         if not isinstance(error, KeyboardInterrupt):
             process.send_signal(signal.SIGTERM)
-        process.wait()
-        raise
+        while True:
+            try:
+                process.wait(timeout=_PATIENCE_S)
+                raise
+            except subprocess.TimeoutExpired:
+                # Python drops an interrupt that arrives inside a callback which cannot raise (a finalizer, say).
+                process.send_signal(signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
     if status in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     return status

@@ -17,6 +17,7 @@ from lightning_lora.artifacts.checkpoints import AtomicCheckpointIO
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.commands.console import Progress, quiet_libraries
 from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import CostMeter
 from lightning_lora.evaluation.predictions import PredictionCollector
@@ -123,6 +124,7 @@ class ConfiguredRun(LightningCLI):
 
     def build(self, folder: RunFolder) -> None:
         """Makes the data module, the model and the trainer; the trainer writes into the folder."""
+        keep_freed_memory()
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule = self.config_init.data
         self.model = self.config_init.model

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning import Trainer
 
@@ -48,6 +49,7 @@ def run(words: list[str]) -> int:
             "learning_rate": model.learning_rate,
             "quantization": model.identity.quantization,
         }
+        record["speed"] = speed_choices(model, cli.trainer)
         describe_run(record, cli.trainer)
         started = time.perf_counter()
         if find_method(config.model.method).trains:
@@ -106,6 +108,12 @@ def recorded(folder: RunFolder, record: dict[str, Any]) -> Iterator[None]:
         folder.write(record)
 
 
+def speed_choices(model: TextClassifier, trainer: Trainer) -> dict[str, Any]:
+    """What was chosen for speed, in words, and the threads."""
+    choices = [f"{model.attention_for(training=True)} attention", *model.speed_choices(str(trainer.precision))]
+    return {"choices": choices, "precision": str(trainer.precision), "threads": torch.get_num_threads()}
+
+
 def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
     """Prints what is about to be done: data, model, device."""
     data, model, costs = record["data"], record["model"], record["costs"]
@@ -129,7 +137,9 @@ def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
     device = type(trainer.accelerator).__name__.removesuffix("Accelerator")
     if find_method(record["method"]).frozen_encoder and not record["config"]["model"]["frozen_dropout"]:
         print("dropout: off in the frozen encoder (model.frozen_dropout), on in head and adapter as configured")
-    print(f"learning rate {model['learning_rate']:g}, {device}, precision {trainer.precision}", flush=True)
+    print(f"learning rate {model['learning_rate']:g}, {device}, precision {trainer.precision}")
+    speed = record["speed"]
+    print(f"speed: {', '.join(speed['choices'])}; {speed['threads']} threads", flush=True)
 
 
 def finish(folder: RunFolder, record: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from torch.utils.data import Dataset, Sampler
 from lightning_lora.data.tokens import InputFormat, Tokens
 from lightning_lora.seeding import stream_seed
 
+#: A batch is padded to a multiple of so many tokens: few different shapes, each of which costs a set-up once.
+WIDTH_STEP = 8
 #: So many batches are sorted by length together: enough for little padding, few enough for a random order.
 POOL_BATCHES = 50
 
@@ -56,13 +58,14 @@ class TokenDataset(Dataset):
         return [self.tokens[row] for row in rows]
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, Any]:
-        """The batch of the given rows, padded to its longest input, or to ``max_length`` if asked for."""
+        """The batch of the given rows, padded to about its longest input, or to ``max_length`` if asked for."""
         frame = self.frame
         part = rows if isinstance(rows, StepPart) else StepPart(rows)
         documents = [frame.inputs(ids) for ids in self.ids(part, part.epoch)]
         inputs = [ids for windows in documents for ids in windows]
         lengths = np.array([len(ids) for ids in inputs])
-        width = frame.max_length if self.pad_to_max else int(lengths.max())
+        longest = math.ceil(lengths.max() / WIDTH_STEP) * WIDTH_STEP
+        width = frame.max_length if self.pad_to_max else min(longest, frame.max_length)
         input_ids = np.full((len(inputs), width), frame.pad_id, dtype=np.int64)
         for i, ids in enumerate(inputs):
             input_ids[i, : len(ids)] = ids

@@ -4,6 +4,7 @@ import sys
 import time
 from typing import Any
 
+import psutil
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
@@ -50,6 +51,7 @@ class CostMeter(Callback):
         self.train_s = 0.0
         self.train_tokens = 0
         self.train_rows = 0
+        self.startup_s: float | None = None
         self._mark = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,6 +62,8 @@ class CostMeter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts what the batch held."""
+        if self.startup_s is None:
+            self.startup_s = time.time() - psutil.Process().create_time()
         self.train_tokens += batch["num_tokens"]
         self.train_rows += len(batch["rows"])
 
@@ -77,8 +81,14 @@ class CostMeter(Callback):
         self.train_s += time.perf_counter() - self._mark
 
     def costs(self) -> dict[str, float]:
-        """Seconds of training, tokens (padding not counted) and rows, and their rates."""
-        costs = {"train_s": self.train_s, "train_tokens": self.train_tokens, "train_rows": self.train_rows}
+        """Seconds of training, tokens (padding not counted) and rows, their rates, and seconds to the first step."""
+        costs: dict[str, float] = {
+            "train_s": self.train_s,
+            "train_tokens": self.train_tokens,
+            "train_rows": self.train_rows,
+        }
+        if self.startup_s is not None:
+            costs["startup_s"] = self.startup_s
         if self.train_s > 0:
             costs["train_tokens_per_s"] = self.train_tokens / self.train_s
             costs["train_rows_per_s"] = self.train_rows / self.train_s

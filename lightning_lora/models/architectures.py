@@ -18,6 +18,9 @@ class Architecture:
         attention: All linear layers of the attention.
         key: The linear layer that projects keys, as the ending of its name.
         feed_forward_out: The second linear layer of the feed-forward block, as its path inside a numbered layer.
+        attention_end: The module of a numbered layer behind which states are no longer mixed between tokens, and
+            whose inputs are states of all tokens; None where there is none, or where the head reads more than the
+            first token.
     """
 
     head: tuple[str, ...]
@@ -26,10 +29,11 @@ class Architecture:
     attention: tuple[str, ...] = ("query", "key", "value", "attention.output.dense")
     key: str = "key"
     feed_forward_out: str = "output.dense"
+    attention_end: str | None = None
 
 
-_BERT = Architecture(head=("classifier",), pooler=("bert.pooler",))
-_ROBERTA = Architecture(head=("classifier",))
+_BERT = Architecture(head=("classifier",), pooler=("bert.pooler",), attention_end="attention.output")
+_ROBERTA = Architecture(head=("classifier",), attention_end="attention.output")
 
 #: By ``model_type`` of the base model's config. MiniLM checkpoints are of type bert, roberta or xlm-roberta.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -37,19 +41,21 @@ ARCHITECTURES: dict[str, Architecture] = {
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
-    "electra": Architecture(head=("classifier",)),
+    "electra": _ROBERTA,
     "distilbert": Architecture(
         head=("pre_classifier", "classifier"),
         query_value=("q_lin", "v_lin"),
         attention=("q_lin", "k_lin", "v_lin", "out_lin"),
         key="k_lin",
         feed_forward_out="ffn.lin2",
+        attention_end="sa_layer_norm",
     ),
     "deberta-v2": Architecture(
         head=("pooler", "classifier"),
         query_value=("query_proj", "value_proj"),
         attention=("query_proj", "key_proj", "value_proj", "attention.output.dense"),
         key="key_proj",
+        attention_end="attention.output",
     ),
     "modernbert": Architecture(
         head=("classifier",),

@@ -14,9 +14,11 @@ from torchmetrics import MeanMetric, MetricCollection
 from lightning_lora.artifacts.checkpoints import CheckpointIdentity
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metrics import make_metrics, metric_values
+from lightning_lora.models.attention import EXACT
 from lightning_lora.models.base import load_base
 from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
 from lightning_lora.models.quantization import Quantization, check_quantization
+from lightning_lora.models.speedups import Speedups, install, lower_frozen
 from lightning_lora.seeding import stream_seed
 from lightning_lora.training.optim import Schedule, make_optimizer, make_schedule
 
@@ -41,12 +43,14 @@ class TextClassifier(LightningModule):
         label_smoothing: From 0 up to 1; in training only.
         class_weights: Weights of the classes in the training loss: "balanced" (inverse to their share of
             the training rows) or one number a class; they are scaled so that a row weighs 1 on average.
-        attention: Implementation of the attention: "auto" (what transformers chooses, but "eager" for
-            training without a GPU, where the backward pass of "sdpa" is slower), "eager" or "sdpa".
+        attention: Implementation of the attention: "auto" (what transformers chooses, but "exact" for training
+            without a GPU, where the backward pass of "sdpa" is slower), "eager", "sdpa", or "exact", this
+            project's own (``models/attention.py``).
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them: less
             memory, about a third more time, the same gradients.
         frozen_dropout: Keep the dropout of a frozen encoder. Drawing its random numbers takes up to half of
             the time on a CPU; dropout of the adapter, the head, and a base that is trained is always kept.
+        speedups: What is done for speed.
         seed: Seed of everything newly initialised and of dropout; linked to ``seed_everything``.
     """
 
@@ -63,9 +67,10 @@ class TextClassifier(LightningModule):
         weight_decay: float = 0.01,
         label_smoothing: float = 0.0,
         class_weights: Literal["balanced"] | list[float] | None = None,
-        attention: Literal["auto", "eager", "sdpa"] = "auto",
+        attention: Literal["auto", "eager", "sdpa", "exact"] = "auto",
         gradient_checkpointing: bool = False,
         frozen_dropout: bool = False,
+        speedups: Speedups = Speedups(),  # noqa: B008
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -73,6 +78,8 @@ class TextClassifier(LightningModule):
             adapter = AdapterOptions(**adapter)
         if isinstance(quantization, dict):
             quantization = Quantization(**quantization)
+        if isinstance(speedups, dict):
+            speedups = Speedups(**speedups)
         entry = find_method(method)
         check_options(method, adapter)
         check_quantization(quantization, method, entry.bits, entry.cpu_bits)
@@ -97,6 +104,7 @@ class TextClassifier(LightningModule):
                 "attention": attention,
                 "gradient_checkpointing": gradient_checkpointing,
                 "frozen_dropout": frozen_dropout,
+                "speedups": asdict(speedups),
                 "seed": seed,
             },
             logger=False,
@@ -113,6 +121,9 @@ class TextClassifier(LightningModule):
         if gradient_checkpointing:
             enable_gradient_checkpointing(base.model)
         self.tuned = tuned = tune(base, method, adapter, seed, frozen_dropout)
+        self.speedups = speedups
+        self.speed_notes = install(base, speedups)
+        self.known_architecture = base.architecture is not None
         self.model: Any = tuned.model
         self.loaded_attention: str = tuned.model.config._attn_implementation
         self.target_modules = tuned.target_modules
@@ -129,11 +140,27 @@ class TextClassifier(LightningModule):
     def train(self, mode: bool = True) -> "TextClassifier":
         """Sets training or evaluation mode, and with it the attention that is faster in that mode."""
         super().train(mode)
-        implementation: str = self.attention
-        if implementation == "auto":
-            implementation = "eager" if mode and not torch.cuda.is_available() else self.loaded_attention
-        self.model.set_attn_implementation(implementation)
+        self.model.set_attn_implementation(self.attention_for(mode))
         return self
+
+    def attention_for(self, training: bool) -> str:
+        """As configured; "auto" is what transformers chose, but ``EXACT`` for training without a GPU."""
+        if self.attention != "auto":
+            return self.attention
+        if not training or torch.cuda.is_available():
+            return self.loaded_attention
+        return EXACT if self.known_architecture and self.loaded_attention == "sdpa" else "eager"
+
+    def speed_choices(self, precision: str) -> list[str]:
+        """What is done for speed in a run of this precision, in words."""
+        lowered = ["frozen weights in bfloat16"] if self.lowers_frozen(precision) else []
+        return [*lowered, *self.speed_notes]
+
+    def lowers_frozen(self, precision: str) -> bool:
+        """Whether frozen weights are kept in bfloat16."""
+        kind = self.speedups.frozen_weights
+        wanted = kind == "bfloat16" or (kind == "auto" and precision == "bf16-mixed")
+        return wanted and not all(p.requires_grad for p in self.model.parameters())
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits, float32 (B, C), of token ids (B, T) and their mask."""
@@ -229,7 +256,9 @@ class TextClassifier(LightningModule):
         return cast(MetricCollection, metrics), cast(MeanMetric, mean_loss)
 
     def setup(self, stage: str) -> None:
-        """Takes the class weights of the training loss."""
+        """Puts the frozen weights into their number format, and takes the class weights of the training loss."""
+        if self.lowers_frozen(str(self.trainer.precision)):
+            lower_frozen(self.model, torch.bfloat16)
         if stage != "fit" or self.class_weights is None:
             return
         counts = torch.tensor(self.trainer.datamodule.class_counts, dtype=torch.float32)  # type: ignore[attr-defined]

