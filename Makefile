@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help quickstart test test-slow lint benchmark benchmark-smoke tensorboard outside clean
+.PHONY: help quickstart test test-slow lint benchmark benchmark-smoke scaling tensorboard outside clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -35,6 +35,9 @@ benchmark: $(INSTALLED)  ## this project and its peers on the same rows, half an
 
 benchmark-smoke: $(INSTALLED)  ## the same with a few rows: does it still run?
 	$(BIN)/python benchmarks/suite.py --smoke --out logs/benchmark-smoke
+
+scaling: $(INSTALLED)  ## how cost grows with rows, length, rank and batch
+	$(BIN)/python benchmarks/scaling.py --out logs/scaling
 
 tensorboard: $(INSTALLED)  ## curves of all runs, on this machine only
 	$(BIN)/tensorboard --logdir logs --host 127.0.0.1
