@@ -1,4 +1,4 @@
-"""Exact replacements that make a step cheaper. Each stands here alone and can be switched off.
+"""Replacements that make a step cheaper and are the same but for rounding. Each stands alone and has a switch.
 
 What each is worth, and what did not help, is in docs/LOG.md, with its figures.
 """
@@ -21,13 +21,13 @@ class Speedups:
 
     Args:
         frozen_weights: Number format in which frozen weights are kept: "auto" (bfloat16 where the run computes in
-            bf16-mixed, else float32), "float32" or "bfloat16". Trained weights are always kept in float32.
+            bf16-mixed, else float32) or "float32". Trained weights are always kept in float32.
         first_token_only: Compute the last layer, from its attention on, for the first token alone, where the head
             reads no other (bert, roberta, electra, distilbert, deberta).
         fused_lora: Compute a LoRA layer that has no dropout in one step with a backward pass of its own.
     """
 
-    frozen_weights: Literal["auto", "float32", "bfloat16"] = "auto"
+    frozen_weights: Literal["auto", "float32"] = "auto"
     first_token_only: bool = True
     fused_lora: bool = True
 

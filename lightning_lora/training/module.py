@@ -158,8 +158,7 @@ class TextClassifier(LightningModule):
 
     def lowers_frozen(self, precision: str) -> bool:
         """Whether frozen weights are kept in bfloat16."""
-        kind = self.speedups.frozen_weights
-        wanted = kind == "bfloat16" or (kind == "auto" and precision == "bf16-mixed")
+        wanted = self.speedups.frozen_weights == "auto" and precision == "bf16-mixed"
         return wanted and not all(p.requires_grad for p in self.model.parameters())
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
