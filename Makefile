@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help quickstart test test-slow lint benchmark benchmark-smoke scaling tensorboard outside clean
+.PHONY: help quickstart test test-slow faults audit lint benchmark benchmark-smoke scaling tensorboard outside clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -20,10 +20,17 @@ quickstart: $(INSTALLED)  ## install, fine-tune on film reviews, test before and
 	@echo "with:          source $(BIN)/activate"
 
 test: $(INSTALLED)  ## the whole test suite, offline
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(INSTALLED)  ## the embedded default at full size
 	$(BIN)/python -m pytest -m slow
+
+faults: $(INSTALLED)  ## kills, signals, damage and hostile files, all of them (a quarter of an hour)
+	$(BIN)/python -m pytest tests/faults -m "faults or not faults"
+
+audit: $(INSTALLED)  ## known vulnerabilities of the pinned packages (needs the network)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

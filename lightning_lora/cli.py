@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lightning_lora import __version__
 from lightning_lora.errors import UserError
+from lightning_lora.interrupts import Interrupted
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command("adapter, merged model and ONNX for other software", "lightning_lora.commands.export:run"),
     "sample": Command("random test rows with truth and prediction", "lightning_lora.commands.sample:run"),
+    "ablate": Command("an ablation: axes, seeds, sound comparison, report", "lightning_lora.commands.ablate:run"),
+    "report": Command("the report of an ablation again, without torch", "lightning_lora.commands.report:run"),
     "predict": Command("labels and probabilities for your own texts", "lightning_lora.commands.predict:run"),
 }
 
@@ -62,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
         if show_traceback:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
+    except Interrupted as error:
+        return error.status
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns Ctrl-C into SystemExit(1), which callers could not tell from a failure.
         if type(error).__name__ == "SIGTERMException":

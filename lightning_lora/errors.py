@@ -1,4 +1,4 @@
-"""The one exception that a user can cause."""
+"""The exceptions that a user can cause."""
 
 
 class UserError(Exception):
@@ -6,3 +6,12 @@ class UserError(Exception):
 
     The message names the file, row, column or key, what came, what is allowed and what to do.
     """
+
+    #: The exit status of a command that it ends.
+    status = 2
+
+
+class BusyError(UserError):
+    """Another process is at it: trying again later may help (EX_TEMPFAIL of sysexits.h)."""
+
+    status = 75

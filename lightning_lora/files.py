@@ -1,63 +1,181 @@
 """Files and folders that are either there whole or not there at all."""
 
+import contextlib
+import errno
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
+from lightning_lora.errors import BusyError, UserError
+
+#: What the system says when a place cannot take a file; anything else is a fault of the program.
+_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+_PARTIAL = re.compile(r"\.partial-(?P<host>[\w\-]+)-(?P<pid>\d+)-")
+
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, needed: int | None = None) -> Iterator[Path]:
     """A path to write to; when the block ends well the file is flushed to disk and takes ``path``'s place.
 
     It is staged in the same folder, so that the last step is a rename within one filesystem. When the
     block fails, what stood at ``path`` before still stands there.
+
+    Args:
+        path: The place.
+        needed: Bytes that will be written, for the message, where they are known.
+
+    Raises:
+        UserError: There is no room for it, or no right to write there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=path.suffix)
-    os.close(handle)
-    staging = Path(name)
+    staging: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_partial_prefix(path), suffix=path.suffix)
+        os.close(handle)
+        staging = Path(name)
         yield staging
         with staging.open("rb+") as file:
             os.fsync(file.fileno())
         staging.chmod(0o666 & ~_umask())  # mkstemp makes files for their owner only
         staging.replace(path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        written = staging.stat().st_size if staging is not None and staging.exists() else 0
+        raise UserError(_cannot_write(path, error, needed, written)) from error
     finally:
-        staging.unlink(missing_ok=True)
+        if staging is not None:
+            staging.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, keep_existing: bool = True) -> Iterator[Path]:
     """A folder to fill; when the block ends well it takes ``path``'s place in one step.
 
-    When another process was first with the same content, its folder stays.
+    What killed processes of this machine have left half-filled beside it is removed.
+
+    Args:
+        path: The place.
+        keep_existing: Where another process was first, its folder stays and that is well.
+
+    Raises:
+        FileExistsError: Another process was first, and that is not well.
+        UserError: There is no room for it, or no right to write there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    staging: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_partial(path.parent)
+        if not keep_existing and path.exists():
+            raise FileExistsError(str(path))  # an empty folder would be replaced
+        staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=_partial_prefix(path)))
         yield staging
         # mkdtemp makes a folder for its owner only, and some libraries do so with files.
         for part in (staging, *staging.rglob("*")):
             part.chmod((0o777 if part.is_dir() else 0o666) & ~_umask())
         try:
             staging.rename(path)
-        except OSError:
-            if not path.is_dir():
-                raise
+        except OSError as error:
+            if not (path.is_dir() and keep_existing):
+                raise FileExistsError(str(path)) if path.exists() else error from None
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        written = sum(p.stat().st_size for p in staging.rglob("*") if p.is_file()) if staging is not None else 0
+        raise UserError(_cannot_write(path, error, None, written)) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what killed processes of this machine have left half-written in a folder."""
+    for path in folder.glob(".partial-*"):
+        found = _PARTIAL.match(path.name)
+        if found is None or found["host"] != _host() or psutil.pid_exists(int(found["pid"])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked_folder(folder: Path, message: str) -> Iterator[None]:
+    """Holds a folder for this process; a lock that a killed process held is free again.
+
+    Raises:
+        BusyError: Another process holds it; says the message.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock on a folder
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(message) from None
+        except OSError:  # a filesystem without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole text file."""
+    content = text.encode()
+    with atomic_path(path, len(content)) as staging:
+        staging.write_bytes(content)
+
+
+def size_text(count: float) -> str:
+    """A number of bytes for people: "1.4 GiB"."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def _cannot_write(path: Path, error: OSError, needed: int | None, written: int) -> str:
+    wanted = f"{size_text(needed)} are needed" if needed is not None else f"more than {size_text(written)} are needed"
+    room = ""
+    with contextlib.suppress(OSError):
+        room = f", {size_text(shutil.disk_usage(path.parent).free)} are free"
+    return f"{path} cannot be written: {error.strerror or error} ({wanted}{room}); earlier files are as they were"
+
+
+def _partial_prefix(path: Path) -> str:
+    return f".partial-{_host()}-{os.getpid()}-{path.name[:60]}-"
+
+
+def _host() -> str:
+    return re.sub(r"[^\w\-]", "_", socket.gethostname())[:40] or "host"
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes a rename outlive a power failure, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file."""
-    with atomic_path(path) as staging:
-        staging.write_text(text, encoding="utf-8")

@@ -52,7 +52,11 @@ def resolve(name: str, key: str) -> Location:
     if name.startswith(PACKAGE_PREFIX):
         return Location(name, _package_path(name, key))
     path = Path(name).expanduser()
-    if name and path.exists():
+    try:
+        there = bool(name) and path.exists()
+    except OSError:  # no name that a file can have
+        there = False
+    if there:
         return Location(name, path)
     looks_local = name.startswith((".", "/", "~")) or "\\" in name or path.suffix.lower() in _FILE_SUFFIXES
     if looks_local or not _HUB_ID.fullmatch(name):

@@ -20,7 +20,8 @@ from lightning_lora.models.methods import METHODS, AdapterOptions, tune
 from tests.conftest import make_rows, write_csv
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+#: Those of fit and compare; those of ablate are tested in tests/ablation.
+CONFIGS = sorted([ROOT / "configs" / "default.yaml", *(ROOT / "configs" / "experiment").glob("*.yaml")])
 SMALL = ["--data.train_rows", "60", "--data.test_rows", "10", "--data.max_length", "32"]
 #: Architecture by base model.
 KINDS = {

@@ -12,9 +12,10 @@ MAY_IMPORT = {
     "models": set(),
     "evaluation": set(),
     "artifacts": set(),
-    "reports": {"artifacts"},
+    "ablation": {"evaluation"},
+    "reports": {"artifacts", "ablation", "evaluation"},
     "training": {"data", "models", "evaluation", "artifacts"},
-    "commands": {"data", "models", "evaluation", "artifacts", "reports", "training"},
+    "commands": {"data", "models", "evaluation", "artifacts", "ablation", "reports", "training"},
 }
 MODULES = sorted(ROOT.rglob("*.py"))
 
@@ -38,7 +39,17 @@ def test_a_room_imports_only_what_comes_before_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cli.py", "artifacts/runs.py", "reports/tables.py", "reports/comparison.py", "evaluation/intervals.py"]
+    "name",
+    [
+        "cli.py",
+        "artifacts/runs.py",
+        "reports/tables.py",
+        "reports/comparison.py",
+        "evaluation/intervals.py",
+        "commands/report.py",
+        "reports/ablation.py",
+        "ablation/results.py",
+    ],
 )
 def test_what_needs_no_torch_imports_none(name: str) -> None:
     heavy = {"torch", "lightning", "transformers", "peft", "datasets", "torchmetrics"}

@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, and only loaded where they belong."""
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_path
@@ -104,8 +106,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Writes the checkpoint; when that fails, an earlier one at this path is as it was."""
         del storage_options
-        with atomic_path(Path(path)) as staging:
-            torch.save(checkpoint, staging)
+        tensors: list[Tensor] = [value for value in tree_leaves(checkpoint) if isinstance(value, Tensor)]
+        # Through a file of Python's: where there is no room, torch's own writer says only that a write failed.
+        with (
+            atomic_path(Path(path), sum(value.nbytes for value in tensors)) as staging,
+            staging.open("wb") as file,
+        ):
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # what really went wrong; the other came on the way out
+                    raise error.__context__ from None
+                raise
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """The content of a checkpoint that is whole; nothing in it is run, whatever ``weights_only`` says."""
+        del map_location, weights_only
+        return read_checkpoint(Path(path))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -115,7 +132,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: It is missing, damaged, or no checkpoint.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load takes changed numbers for what was saved
+            if (damaged := archive.testzip()) is not None:
+                raise UserError(f"{path}: damaged: '{damaged}' in it is not what was written")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such checkpoint") from None
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -124,6 +146,63 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of a trained model")
     return checkpoint
+
+
+@dataclass(frozen=True)
+class ResumePoints:
+    """The last states of a training run, from which it can go on: the newest, and the one before.
+
+    Args:
+        folder: The run's folder of checkpoints.
+    """
+
+    folder: Path
+
+    @property
+    def newest(self) -> Path:
+        """The newest state."""
+        return self.folder / "last.ckpt"
+
+    @property
+    def before(self) -> Path:
+        """The one before, while the run has not ended."""
+        return self.folder / "last-before.ckpt"
+
+    @property
+    def next(self) -> Path:
+        """Where a new one is written before it takes the place of the newest."""
+        return self.folder / "last-next.ckpt"
+
+    def rotate(self) -> None:
+        """Makes what is at ``next`` the newest, and the newest the one before."""
+        if self.newest.exists():
+            self.newest.replace(self.before)
+        self.next.replace(self.newest)
+
+    def tidy(self) -> None:
+        """Removes what the newest state makes superfluous."""
+        self.before.unlink(missing_ok=True)
+        self.next.unlink(missing_ok=True)
+
+    def find(self) -> tuple[Path | None, str | None]:
+        """The newest state that is whole (None where there never was one), and what is to be said of a damaged one.
+
+        Raises:
+            UserError: There are some, and all are damaged.
+        """
+        damage: list[str] = []
+        for path in (self.newest, self.before):
+            if not path.exists():
+                continue
+            try:
+                read_checkpoint(path)
+            except UserError as error:
+                damage.append(str(error))
+            else:
+                return path, f"{damage[0]}; going on from the state before it, {path}" if damage else None
+        if damage:
+            raise UserError(f"no state to go on from: {'; '.join(damage)}")
+        return None, None
 
 
 def load_checkpoint(module: LightningModule, path: Path, any_quantization: bool = False) -> None:

@@ -5,6 +5,7 @@ A run folder holds ``config.yaml`` (resolved), ``checkpoints/best.ckpt`` and ``l
 ``run.json``: the record.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ from typing import Any
 
 from lightning_lora import __version__
 from lightning_lora.errors import UserError
-from lightning_lora.files import write_text
+from lightning_lora.files import atomic_folder, write_text
 
 RECORD_FORMAT = 1
 _PACKAGES = (
@@ -33,6 +34,7 @@ _PACKAGES = (
     "torchmetrics",
     "jsonargparse",
 )
+_RESULTS_COME_FROM = ("seeding.py", "devices.py", "data/*.py", "models/*.py", "training/*.py", "evaluation/metrics.py")
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,99}")
 
 
@@ -47,20 +49,23 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, logs_dir: Path, name: str | None, stem: str) -> "RunFolder":
+    def create(cls, logs_dir: Path, name: str | None, stem: str, config: str = "") -> "RunFolder":
         """A new folder; one that exists is never used again.
 
         Args:
             logs_dir: The folder of all runs.
             name: The folder's name; taken as it is, and refused when it exists.
             stem: Without a name the folder is called ``<stem>-<date>-<time>``, with a number where taken.
+            config: Its resolved config.
 
         Raises:
             UserError: The name is taken or not usable, or the folder cannot be made.
         """
         if name is not None:
             folder_name(name)
-        wanted = name or f"{re.sub(r'[^A-Za-z0-9.]+', '-', stem).strip('-.') or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+        wanted = (
+            name or f"{re.sub(r'[^A-Za-z0-9.]+', '-', stem)[:60].strip('-.') or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+        )
         try:
             logs_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -68,10 +73,15 @@ class RunFolder:
         for number in range(1000):
             path = logs_dir / (f"{wanted}-{number}" if number else wanted)
             try:
-                path.mkdir()
+                # With its config in it from the first moment on: what a killed process leaves can be gone on with.
+                with atomic_folder(path, keep_existing=False) as staging:
+                    (staging / "config.yaml").write_text(config, encoding="utf-8")
             except FileExistsError:
                 if name is not None:
-                    raise UserError(f"--name: {path} exists, and a run is never overwritten; choose another") from None
+                    raise UserError(
+                        f"--name: {path} exists, and a run is never overwritten; choose another name, or go on with "
+                        f"it: --resume {path}"
+                    ) from None
             except OSError as error:
                 raise UserError(f"--logs_dir: cannot make {path} ({error.strerror or error})") from error
             else:
@@ -79,14 +89,14 @@ class RunFolder:
         raise UserError(f"--logs_dir: {logs_dir} holds a thousand runs of this second already")
 
     @classmethod
-    def open(cls, path: Path) -> "RunFolder":
-        """The folder of an earlier run.
+    def open(cls, path: Path, option: str = "--run") -> "RunFolder":
+        """The folder of an earlier run, which was given with this option.
 
         Raises:
             UserError: It does not exist or is none.
         """
         if not (path / "config.yaml").is_file():
-            raise UserError(f"--run: {path} is no run folder (no config.yaml in it); give a folder that fit made")
+            raise UserError(f"{option}: {path} is no run folder (no config.yaml in it); give a folder that fit made")
         return cls(path)
 
     @property
@@ -204,8 +214,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """The commit of this code and whether code or configs differed from it; nulls outside a git checkout."""
+    """The commit of this code and whether code or configs differed from it; nulls outside a git checkout.
+
+    With them a fingerprint of the code that results come from, which a commit that changes a document leaves as it is.
+    """
     here = Path(__file__).parents[2]
+    digest = hashlib.sha256()
+    for path in sorted(p for room in _RESULTS_COME_FROM for p in (here / "lightning_lora").glob(room)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    code: dict[str, Any] = {"fingerprint": digest.hexdigest()}
 
     def git(*words: str) -> str | None:
         try:
@@ -217,10 +234,10 @@ def commit() -> dict[str, Any]:
         return done.stdout.strip()
 
     if git("ls-files", "--error-unmatch", str(Path(__file__))) is None:
-        return {"commit": None, "dirty": None}  # a copy that another repository happens to contain
+        return {"commit": None, "dirty": None, **code}  # a copy that another repository happens to contain
     # Data and runs of a user may lie in the same folder; they do not change what the code does.
     changes = git("status", "--porcelain", "--", "main.py", "lightning_lora", "configs")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes), **code}
 
 
 def processor() -> str:

@@ -24,6 +24,7 @@ import yaml
 
 from lightning_lora.artifacts.runs import RunFolder, folder_name, now
 from lightning_lora.commands.arms import ARMS_KEY, DEFAULT_ARMS, choose_arms, resolve_arms
+from lightning_lora.commands.config_files import read_config
 from lightning_lora.commands.configured import DEFAULT_CONFIG, flat
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule
@@ -39,7 +40,7 @@ def run(words: list[str]) -> int:
     """Runs what is missing of the arms and writes the tables; 1 if an arm failed."""
     options, overrides = _parser().parse_known_args(words)
     paths = [Path(each) for each in options.config or [DEFAULT_CONFIG]]
-    configs = [_read_config(path) for path in paths]
+    configs = [read_config(path) for path in paths]
     described = [config.pop(ARMS_KEY) for config in configs if ARMS_KEY in config]
     arms = choose_arms(options.arms, described[-1] if described else None)
     settings = resolve_arms(configs, overrides, arms)  # all of them before any is run
@@ -104,18 +105,22 @@ def run_arm(folder: Path, arm: str, settings: dict[str, Any], lock: int | None =
         UserError: The arm's folder holds a run with other settings.
     """
     path = folder / arm
-    if path.exists() and not _finished(path):
+    different = _different(path, settings) if (path / "config.yaml").is_file() else []
+    interrupted = path.exists() and not _finished(path)
+    # What failed is tried afresh, as what made it fail may have been mended.
+    goes_on = interrupted and not different and _status(path) in ("running", "interrupted")
+    if interrupted and not goes_on:
         _move_aside(path)
     test = ["test", "--run", str(path), "--before", "false"]
     commands = [test]
     config = folder / f".{arm}.yaml"
-    if not path.exists():
+    if goes_on:
+        commands.insert(0, ["fit", "--resume", str(path)])
+    elif not path.exists():
         write_text(config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         commands.insert(0, ["fit", "--config", str(config), "--logs_dir", str(folder), "--name", arm])
     else:
-        done = flat(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
-        asked = flat(settings)
-        if different := sorted(key for key in {*done, *asked} if done.get(key) != asked.get(key)):
+        if different:
             raise UserError(f"{path} was made with other settings ({', '.join(different)}); choose another --name")
         print(f"{path}: trained already")
         if "test" in RunFolder(path).read().get("evaluations", {}):
@@ -289,16 +294,6 @@ def _refuse(message: str) -> None:
     raise UserError(message)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--config: cannot read {path} ({str(error).splitlines()[0]})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"--config: {path} holds no settings")
-    return config
-
-
 def _key(configs: Sequence[dict[str, Any]], overrides: Sequence[str]) -> str:
     """Of what all arms share, so that a call with one arm more finds those that are done."""
     shared = json.dumps([*configs, list(overrides)], sort_keys=True, default=str)
@@ -341,9 +336,19 @@ def _earlier(folder: Path, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _finished(path: Path) -> bool:
+def _status(path: Path) -> str:
     folder = RunFolder(path)
-    return folder.record.is_file() and folder.read().get("status") == "finished"
+    return str(folder.read().get("status")) if folder.record.is_file() else "running"
+
+
+def _finished(path: Path) -> bool:
+    return _status(path) == "finished"
+
+
+def _different(path: Path, settings: dict[str, Any]) -> list[str]:
+    """The settings in which a run differs from what is asked for."""
+    done, asked = flat(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))), flat(settings)
+    return sorted(key for key in {*done, *asked} if done.get(key) != asked.get(key))
 
 
 def _move_aside(path: Path) -> None:

@@ -11,18 +11,21 @@ import yaml
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from lightning_lora.artifacts.checkpoints import AtomicCheckpointIO
+from lightning_lora.artifacts.checkpoints import AtomicCheckpointIO, ResumePoints
 from lightning_lora.artifacts.runs import RunFolder
+from lightning_lora.commands.config_files import ALLOW_VARIABLE, check_places, read_config, restrict_imports
 from lightning_lora.commands.console import Progress, quiet_libraries
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import CostMeter
 from lightning_lora.evaluation.predictions import PredictionCollector
+from lightning_lora.interrupts import StopRequest
+from lightning_lora.training.loggers import make_loggers
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.precision import auto_precision
+from lightning_lora.training.saving import StateSaver
 from lightning_lora.training.tensorboard import TensorBoardPages
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "default.yaml"
@@ -41,7 +44,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 #: Options that belong to one command and not to what is trained; they are left out of ``config.yaml``.
 COMMAND_KEYS = frozenset(
-    "config name logs_dir run checkpoint before texts input text_column output format "  # noqa: SIM905
+    "config name logs_dir resume run checkpoint before texts input text_column output format "  # noqa: SIM905
     "formats rows licence base_model_id push_to_hub private".split()
 )
 
@@ -56,9 +59,13 @@ class ConfiguredRun(LightningCLI):
 
     def __init__(self, command: str, words: list[str]) -> None:
         quiet_libraries()
+        restrict_imports()
         self.command = command
         self.collector = PredictionCollector()
         self.costs = CostMeter()
+        self.stop_request = StopRequest()
+        #: Steps that were done before, where a run goes on.
+        self.steps_done = 0
         super().__init__(
             TextClassifier,
             TextDataModule,
@@ -94,14 +101,25 @@ class ConfiguredRun(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses; a fault is one line."""
         try:
-            self.config = parser.parse_args(with_base_config(self.command, args))
+            words = with_base_config(self.command, args)
+            for word, following in zip(words, [*words[1:], ""], strict=True):
+                if word in ("-c", "--config") or word.startswith("--config="):
+                    read_config(Path(word.partition("=")[2] or following))
+            self.config = parser.parse_args(words)
         except (jsonargparse.ArgumentError, TypeError) as error:
             if "'arms" in str(error):
                 raise UserError(
                     "the config describes arms, which are for: python main.py compare --config FILE"
                 ) from error
+            if (denied := re.search(r"Importing '([^']*)' is not allowed", str(error))) is not None:
+                raise UserError(
+                    f"the config names '{denied[1]}', none of Lightning's callbacks, loggers, profilers, "
+                    f"plugins or strategies; code of your own is allowed by {ALLOW_VARIABLE}=PACKAGE in the environment"
+                ) from error
             raise UserError(one_line(str(error))) from error
         trainer = self.config.trainer
+        logs = Path(self.config.get("logs_dir") or "logs")
+        check_places(self.config.trainer.as_dict(), [Path.cwd(), logs])
         if not 0 <= self.config.seed_everything < 2**32:
             raise UserError(
                 f"seed_everything: a number from 0 to 2^32 - 1 is needed, got {self.config.seed_everything}"
@@ -145,16 +163,18 @@ class ConfiguredRun(LightningCLI):
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in extra):
             own.append(Progress())
         checkpointing = folder is not None and self.command == "fit" and config["enable_checkpointing"] is not False
+        checkpointing = checkpointing and not config["fast_dev_run"]
         if folder is None:
             config["logger"] = False
         elif config["logger"] in (None, True):
-            config["logger"] = self._loggers(folder)
+            config["logger"] = make_loggers(folder.path, self.command == "fit", self.steps_done)
         if config["logger"] and folder is not None:
             own.append(TensorBoardPages(self.collector, self.hyperparameters()))
             if self.command == "fit":
                 own.append(LearningRateMonitor(logging_interval="step"))
         if checkpointing and folder is not None:
             own += checkpoint_callbacks(folder, self.config.keep_every_epoch)
+            own.append(StateSaver(ResumePoints(folder.checkpoints), self.stop_request))
         config["callbacks"] = own + extra
         if self.command == "predict":  # whose config is not instantiated
             config |= {"plugins": None, "profiler": None}
@@ -177,14 +197,6 @@ class ConfiguredRun(LightningCLI):
         settings["trainer"] = {k: v for k, v in settings["trainer"].items() if v != defaults[k].default}
         return flat(settings)
 
-    def _loggers(self, folder: RunFolder) -> list[Logger]:
-        loggers: list[Logger] = [
-            TensorBoardLogger(folder.path, name="", version="tensorboard", default_hp_metric=False)
-        ]
-        if self.command == "fit":
-            loggers.append(CSVLogger(folder.path, name="", version=""))
-        return loggers
-
 
 def position_limit(config: Any) -> int:
     """The longest input, in tokens, that a base model's position embeddings take."""
@@ -197,25 +209,29 @@ def position_limit(config: Any) -> int:
 class BestCheckpoint(ModelCheckpoint):
     """A class of its own, so that its state cannot be taken for that of a checkpoint callback in a config."""
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on comparing with the best so far, also where the run's folder has been moved."""
+        here = self.dirpath or ""
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            if state_dict.get(key):
+                state_dict[key] = str(Path(here) / Path(state_dict[key]).name)
+        best = {str(Path(here) / Path(path).name): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath, "best_k_models": best})
 
-class LastCheckpoint(ModelCheckpoint):
-    """As ``BestCheckpoint``."""
 
-
-class EpochCheckpoint(ModelCheckpoint):
+class EpochCheckpoint(BestCheckpoint):
     """As ``BestCheckpoint``."""
 
 
 def checkpoint_callbacks(folder: RunFolder, keep_every_epoch: bool) -> list[Callback]:
-    """The best weights on validation, the last state from which training can go on, and those of each epoch."""
+    """The best weights on validation, and those of each epoch; the last state is kept by ``StateSaver``."""
     common: dict[str, Any] = {"dirpath": folder.checkpoints, "enable_version_counter": False}
-    # At the end of each epoch of training, whether or not a validation pass ran in it.
-    each_epoch: dict[str, Any] = {"monitor": None, "save_on_train_epoch_end": True, **common}
     callbacks: list[Callback] = [
         BestCheckpoint(filename="best", monitor=MONITOR, mode="max", save_weights_only=True, save_top_k=1, **common),
-        LastCheckpoint(filename="last", save_top_k=1, **each_epoch),
     ]
     if keep_every_epoch:
+        # At the end of each epoch of training, whether or not a validation pass ran in it.
+        each_epoch: dict[str, Any] = {"monitor": None, "save_on_train_epoch_end": True, **common}
         each_epoch |= {"filename": "epoch-{epoch}", "auto_insert_metric_name": False}
         callbacks.append(EpochCheckpoint(save_top_k=-1, save_weights_only=True, **each_epoch))
     return callbacks
@@ -224,6 +240,8 @@ def checkpoint_callbacks(folder: RunFolder, keep_every_epoch: bool) -> list[Call
 def with_base_config(command: str, words: list[str]) -> list[str]:
     """The words with the config in front that they change: the run's own, or for fit the embedded default."""
     if command == "fit":
+        if (run := option_value(words, "--resume")) is not None and not {"-h", "--help"} & set(words):
+            return resumed_words(words, run)
         if any(word in ("-c", "--config", "-h", "--help") or word.startswith("--config=") for word in words):
             return words
         if not DEFAULT_CONFIG.is_file():
@@ -242,6 +260,17 @@ def with_base_config(command: str, words: list[str]) -> list[str]:
             "an untrained model is not evaluated"
         )
     return ["--config", str(RunFolder.open(Path(run)).config), *words]
+
+
+def resumed_words(words: list[str], run: str) -> list[str]:
+    """The words that continue a run: its own config, and nothing that would make it another run.
+
+    Raises:
+        UserError: There is more.
+    """
+    if len(words) != 1 + (words[0] == "--resume"):
+        raise UserError("--resume goes on with a run as it was begun, and takes no other options; start a new run")
+    return ["--config", str(RunFolder.open(Path(run), "--resume").config), "--resume", run]
 
 
 def option_value(words: list[str], option: str) -> str | None:
@@ -274,6 +303,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _fit_options(parser: LightningArgumentParser) -> None:
     parser.add_argument("--name", type=str | None, default=None, help="Name of the run folder; it must be new.")
     parser.add_argument("--logs_dir", type=str, default="logs", help="The folder of all runs.")
+    parser.add_argument("--resume", type=str | None, default=None, help="Go on with an interrupted run: its folder.")
 
 
 def _run_options(parser: LightningArgumentParser) -> None:

@@ -1,8 +1,9 @@
-"""``main.py fit``: train, keep the best and the last checkpoint, write the record."""
+"""``main.py fit``: train or go on with training, keep the best and the last checkpoint, write the record."""
 
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +11,95 @@ import torch
 import yaml
 from lightning import Trainer
 
+from lightning_lora.artifacts.checkpoints import ResumePoints, read_checkpoint
 from lightning_lora.artifacts.runs import RunFolder, new_record, now
 from lightning_lora.commands.configured import MONITOR, ConfiguredRun
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
-from lightning_lora.files import write_text
+from lightning_lora.files import locked_folder, remove_partial
+from lightning_lora.interrupts import Interrupted, requeue, requeued
 from lightning_lora.models.methods import find_method
 from lightning_lora.reports.tables import duration
-from lightning_lora.training.module import TextClassifier
+from lightning_lora.training.module import NotFiniteError, TextClassifier
+from lightning_lora.training.saving import StateSaver
 
 
 def run(words: list[str]) -> int:
-    """Trains one run; whatever happens after the folder is made, a record is left in it."""
+    """Trains one run, or goes on with one; whatever happens after the folder is made, a record is left in it."""
     cli = ConfiguredRun("fit", words)
-    config = cli.config
-    source = config.data.source
-    stem = f"{Path(str(source)).stem if isinstance(source, str) else 'files'}-{config.model.method}"
-    folder = RunFolder.create(Path(config.logs_dir), config.name, stem)
-    record = new_record(["python", "main.py", "fit", *words], config.seed_everything)
+    if cli.config.resume is None and cli.config.name and requeued():
+        place = Path(cli.config.logs_dir) / cli.config.name
+        if (place / "config.yaml").is_file() and yaml.safe_load((place / "config.yaml").read_text()) == cli.settings():
+            cli = ConfiguredRun("fit", ["--resume", str(place)])  # the scheduler gives the same command again
+    if cli.config.resume is not None:
+        return resume(cli, words)
     settings = cli.settings()
-    write_text(folder.config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    record |= {"name": folder.path.name, "base_model": config.model.base_model, "method": config.model.method}
-    record["config"] = settings
-    print(f"run: {folder.path}")
-    with recorded(folder, record):
+    config = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    folder = RunFolder.create(Path(cli.config.logs_dir), cli.config.name, automatic_name(cli), config)
+    with locked(folder):
+        record = new_record(["python", "main.py", "fit", *words], cli.config.seed_everything)
+        record |= {"name": folder.path.name, "base_model": cli.config.model.base_model}
+        record |= {"method": cli.config.model.method, "config": settings}
+        print(f"run: {folder.path}")
+        train(cli, folder, record, None)
+    return 0
+
+
+def resume(cli: ConfiguredRun, words: list[str]) -> int:
+    """Goes on with an interrupted run from its last state that is whole; without one, from the start."""
+    folder = RunFolder(Path(cli.config.resume))
+    with locked(folder):
+        record = folder.read() if folder.record.is_file() else {}
+        if record.get("status") == "finished":
+            print(f"{folder.path} has finished already; nothing to do")
+            return 0
+        for place in (folder.path, folder.checkpoints, folder.path / "predictions"):
+            remove_partial(place)
+        settings = cli.settings()
+        begun = new_record(["python", "main.py", "fit", *words], cli.config.seed_everything)
+        if not record:  # killed before it was written
+            record = begun | {"name": folder.path.name, "base_model": cli.config.model.base_model}
+            record |= {"method": cli.config.model.method, "config": settings}
+        for key in ("versions", "code"):
+            if record[key] != begun[key]:
+                print(f"careful: {key} were {record[key]}, now {begun[key]}: the rest may differ", file=sys.stderr)
+        point, damage = ResumePoints(folder.checkpoints).find()
+        if damage:
+            print(f"careful: {damage}", file=sys.stderr)
+        if point is not None:
+            state = read_checkpoint(point)
+            cli.steps_done = int(state["global_step"])
+        where = f"{cli.steps_done} steps" if point else "the start: no state was saved"
+        print(f"run: {folder.path}, going on from {where}")
+        record.setdefault("resumed", []).append({"at": begun["started"], "steps": cli.steps_done})
+        train(cli, folder, record, point)
+    return 0
+
+
+def locked(folder: RunFolder) -> AbstractContextManager[None]:
+    """Holds the run for this process."""
+    return locked_folder(folder.path, f"{folder.path} is being trained by another process")
+
+
+def automatic_name(cli: ConfiguredRun) -> str:
+    """A name for a run from its data and method."""
+    source = cli.config.data.source
+    return f"{Path(str(source)).stem if isinstance(source, str) else 'files'}-{cli.config.model.method}"
+
+
+def train(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any], point: Path | None) -> None:
+    """Trains, from the start or from a saved state, and fills the record."""
+    config = cli.config
+    with cli.stop_request.listening(), recorded(folder, record):
         cli.build(folder)
         model: TextClassifier = cli.model
         cli.datamodule.setup("fit")
-        record["data"] = cli.datamodule.describe()
-        cli.datamodule.prepared.write_parquet(folder.splits)
+        data = cli.datamodule.describe()
+        refuse_changed_data(record.get("data"), data, folder)
+        record["data"] = data
+        if not folder.splits.is_file():
+            cli.datamodule.prepared.write_parquet(folder.splits)
         record["costs"] = parameter_counts(model.model)
         record["model"] = {
             "architecture": model.model.config.model_type,
@@ -51,32 +111,79 @@ def run(words: list[str]) -> int:
         }
         record["speed"] = speed_choices(model, cli.trainer)
         describe_run(record, cli.trainer)
+        folder.write(record)
+        rows = cli.datamodule.rows("val")
+        named: dict[str, Any] = {"row": rows.numbers, "origin": rows.origins, "key": text_keys(rows.texts)}
+        file = folder.path / "predictions" / "val.parquet"
+        cli.collector.keep = lambda split, predictions: predictions.write_parquet(file, **named)
         started = time.perf_counter()
         if find_method(config.model.method).trains:
-            cli.trainer.fit(model, datamodule=cli.datamodule)
+            fit(cli, folder, point)
         else:  # what the fresh head says is kept as it is, so that it is tested like any other
             cli.trainer.validate(model, datamodule=cli.datamodule, verbose=False)
             cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)
         record["costs"] |= {"fit_s": time.perf_counter() - started, **cli.costs.costs(), **peak_memory_mb()}
-        record["metrics"] = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
         record["steps"] = cli.trainer.global_step
+        if scores := best_score(cli.trainer):
+            record["best"] = scores
+        saved = [callback.metrics for callback in cli.trainer.checkpoint_callbacks if isinstance(callback, StateSaver)]
+        metrics: dict[str, Any] = {**(saved[0] if saved else {}), **cli.trainer.callback_metrics}
+        record["metrics"] = {name: float(value) for name, value in metrics.items()}
         for which in ("best", "last"):
             path = folder.checkpoints / f"{which}.ckpt"
             if path.is_file():
                 key = "checkpoint_bytes" if which == "best" else f"checkpoint_{which}_bytes"
                 record["costs"][key] = path.stat().st_size
-        if scores := best_score(cli.trainer):
-            record["best"] = scores
-        if "val" in cli.collector.last:
-            rows = cli.datamodule.rows("val")
-            cli.collector.last["val"].write_parquet(
-                folder.path / "predictions" / "val.parquet",
-                row=rows.numbers,
-                origin=rows.origins,
-                key=text_keys(rows.texts),
-            )
+        ResumePoints(folder.checkpoints).tidy()
     finish(folder, record)
-    return 0
+
+
+def fit(cli: ConfiguredRun, folder: RunFolder, point: Path | None) -> None:
+    """Lightning's fit, whose faults that a user can mend say how."""
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=point)
+    except NotFiniteError as error:
+        path = folder.checkpoints / "stopped.ckpt"
+        cli.trainer.save_checkpoint(path, weights_only=True)
+        rows = cli.datamodule.rows("train")
+        origins = ", ".join(dict.fromkeys(rows.origins[row] for row in error.rows))
+        numbers = ", ".join(str(rows.numbers[row]) for row in sorted(error.rows))
+        raise UserError(
+            f"{error}: look at its rows ({origins}: {numbers}), lower model.learning_rate or raise "
+            f"model.warmup_ratio; the weights before it are in {path}"
+        ) from error
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        accumulate, size = cli.trainer.accumulate_grad_batches, cli.datamodule.batch_size
+        remedy = (
+            f"the same steps with less: --data.batch_size {size // 2} --trainer.accumulate_grad_batches "
+            f"{accumulate * 2}; or --model.gradient_checkpointing true"
+            if size > 1 and size % 2 == 0
+            else "give --model.gradient_checkpointing true, or a smaller data.max_length"
+        )
+        raise UserError(f"out of memory with {size} texts a batch; {remedy}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU, whose allocator says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def refuse_changed_data(before: dict[str, Any] | None, now: dict[str, Any], folder: RunFolder) -> None:
+    """Refuses to go on with other rows than the run was begun with.
+
+    Raises:
+        UserError: The rows of a split have changed.
+    """
+    if before is None:
+        return
+    for split, report in now["splits"].items():
+        if before["splits"].get(split, {}).get("fingerprint") != report["fingerprint"]:
+            raise UserError(
+                f"--resume: the {split} rows are not those that {folder.path} was begun with; bring the data back as "
+                "it was, or start a new run"
+            )
 
 
 def best_score(trainer: Trainer) -> dict[str, Any]:
@@ -90,22 +197,36 @@ def best_score(trainer: Trainer) -> dict[str, Any]:
 
 @contextmanager
 def recorded(folder: RunFolder, record: dict[str, Any]) -> Iterator[None]:
-    """Writes the record at the end, with status finished, interrupted or failed."""
-    started = time.perf_counter()
-    record["status"] = "failed"
+    """Writes the record: at the start with status running, at the end with finished, interrupted or failed."""
+    started, before = time.perf_counter(), record.get("wall_s", 0.0)
+    record.pop("error", None)
+    record["status"] = "running"
+    folder.write(record)
     try:
         yield
         record["status"] = "finished"
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, Interrupted) as error:
         record["status"] = "interrupted"
+        if isinstance(error, Interrupted):
+            tell_interrupted(folder, record, error)
         raise
     except BaseException as error:
+        record["status"] = "failed"
         record["error"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise
     finally:
         record["ended"] = now()
-        record["wall_s"] = time.perf_counter() - started
+        record["wall_s"] = before + time.perf_counter() - started
         folder.write(record)
+
+
+def tell_interrupted(folder: RunFolder, record: dict[str, Any], error: Interrupted) -> None:
+    """Says how to go on, and where the scheduler warned, has the job begun again."""
+    record["interrupted_by"] = str(error)
+    if str(error) == "SIGUSR1":
+        record["requeue"] = requeue()
+        print(record["requeue"], file=sys.stderr)
+    print(f"{error}: go on with: python main.py fit --resume {folder.path}", file=sys.stderr)
 
 
 def speed_choices(model: TextClassifier, trainer: Trainer) -> dict[str, Any]:

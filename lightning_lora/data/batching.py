@@ -1,12 +1,12 @@
 """Batches of texts of similar length."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_lora.data.tokens import InputFormat, Tokens
 from lightning_lora.seeding import stream_seed
@@ -108,6 +108,37 @@ def evaluation_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
+class ResumableLoader(DataLoader):
+    """A loader that goes on within an epoch, with the batches that were not taken yet.
+
+    Its batches must be made in this process (``num_workers=0``): then those taken are those that were trained on.
+    """
+
+    batch_sampler: "LengthBatchSampler"
+    #: Called before each batch is taken, with the number of those that were taken in this epoch.
+    before_batch: Callable[[int], None] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            if self.before_batch is not None:
+                self.before_batch(self.batch_sampler.taken)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is."""
+        return {"position": list(self.batch_sampler.position)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where ``state_dict`` was taken."""
+        epoch, taken = state["position"]
+        self.batch_sampler.go_on_at((epoch, taken))
+
+
 class LengthBatchSampler(Sampler[list[int]]):
     """Batches of similar length: shuffled anew each epoch with a seed, sorted by length without one.
 
@@ -121,6 +152,9 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.seed = seed
         self.accumulate = accumulate
         self.epoch = 0
+        #: The epoch of the latest pass, and how many of its batches have been taken.
+        self.position = (0, 0)
+        self._go_on_at: tuple[int, int] | None = None
         # Lightning tells the epoch to ``loader.batch_sampler.sampler``, as torch's own batch samplers have one.
         self.sampler = self
 
@@ -128,10 +162,29 @@ class LengthBatchSampler(Sampler[list[int]]):
         """Called by the trainer, so that each epoch has its own order."""
         self.epoch = epoch
 
+    @property
+    def taken(self) -> int:
+        """Batches of this epoch that were taken, or that are left out as they were taken before."""
+        epoch, taken = self._go_on_at or self.position
+        return taken if epoch == self.epoch else 0
+
+    def go_on_at(self, position: tuple[int, int]) -> None:
+        """Leaves out, in that epoch, the batches that were taken before."""
+        self._go_on_at = position
+
     def __len__(self) -> int:
         return math.ceil(len(self.lengths) / self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        epoch, taken = self._go_on_at or (self.epoch, 0)
+        taken = taken if epoch == self.epoch else 0
+        self._go_on_at = None
+        for i, batch in enumerate(self._batches()):
+            if i >= taken:
+                self.position = (self.epoch, i + 1)
+                yield batch
+
+    def _batches(self) -> Iterator[list[int]]:
         if self.seed is None:
             yield from (batch.tolist() for batch in evaluation_batches(self.lengths, self.batch_size))
             return

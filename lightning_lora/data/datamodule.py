@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_lora.data.augment import Augmentation, AugmentedDataset
-from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
+from lightning_lora.data.batching import LengthBatchSampler, ResumableLoader, TokenDataset
 from lightning_lora.data.prepare import Prepared, Rows, SourceOptions
 from lightning_lora.data.stored import default_cache_dir, stored_splits
 from lightning_lora.data.tokens import InputFormat, Truncation, cached_tokens, load_tokenizer
@@ -193,7 +193,7 @@ class TextDataModule(LightningDataModule):
 
 def make_loader(dataset: TokenDataset, sampler: LengthBatchSampler) -> DataLoader:
     """A loader in this process: making a batch from flat arrays costs less than a worker's hand-over."""
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_it_is)
+    return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=_as_it_is)
 
 
 def _as_it_is(batch: Any) -> Any:

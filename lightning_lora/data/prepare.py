@@ -195,11 +195,17 @@ def _without_bad_rows(table: Table, text_columns: list[str], label_column: str, 
                     f"{table.where(i, column)}: a text is needed, got {type(cell).__name__} {cell!r:.40}; "
                     "is it the text? Set data.text_column"
                 )
+            elif "\0" in cell:
+                raise UserError(f"{table.where(i, column)}: a NUL byte is no character; correct the row")
             elif not is_unicode(cell):
                 raise UserError(f"{table.where(i, column)}: half of a surrogate pair is no character; correct the row")
     for i, cell in enumerate(table.columns[label_column]):
         if cell is None or canonical(cell) == "" or (isinstance(cell, float) and math.isnan(cell)):
             bad.setdefault(i, f"{table.where(i, label_column)}: the label is missing")
+        elif not isinstance(cell, str | int | float):
+            raise UserError(
+                f"{table.where(i, label_column)}: a label is a word or a number, got {type(cell).__name__} {cell!r:.40}"
+            )
     if not bad:
         return table
     if policy == "error":

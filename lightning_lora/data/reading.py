@@ -144,8 +144,9 @@ def _require_columns(have: Sequence[str], wanted: Sequence[str], origin: object)
             hint = ""
             if len(have) == 1 and (";" in have[0] or "\t" in have[0]):
                 hint = " (it seems to be separated by semicolons or tabs: save it with commas, or as .tsv)"
+            there = ", ".join(str(name).replace("\0", "\\0") for name in have)
             raise UserError(
-                f"{origin}: no column '{column}'; it has: {', '.join(map(str, have))}{hint}. "
+                f"{origin}: no column '{column}'; it has: {there:.200}{hint}. "
                 "Set data.text_column and data.label_column"
             )
 
@@ -207,6 +208,8 @@ def _read_json(path: Path, columns: Sequence[str], label_column: str | None) -> 
             records = list(enumerate(json.loads(text), start=1))
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+        except RecursionError:
+            raise UserError(f"{path}: nested too deeply to be rows") from None
     else:
         # Only \n ends a line of JSON Lines; splitlines() would also cut at U+2028 inside a text.
         for number, line in enumerate(text.split("\n"), start=1):
@@ -215,6 +218,8 @@ def _read_json(path: Path, columns: Sequence[str], label_column: str | None) -> 
                     records.append((number, json.loads(line)))
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}, line {number}: not a JSON object ({error.msg})") from None
+                except RecursionError:
+                    raise UserError(f"{path}, line {number}: nested too deeply to be a row") from None
     values: dict[str, list[Any]] = {name: [] for name in columns}
     for number, record in records:
         if not isinstance(record, dict):

@@ -53,10 +53,11 @@ class CostMeter(Callback):
         self.train_rows = 0
         self.startup_s: float | None = None
         self._mark = 0.0
+        self._training = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
-        self._mark = time.perf_counter()
+        self._mark, self._training = time.perf_counter(), True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -71,14 +72,26 @@ class CostMeter(Callback):
         """Stops the clock while validating."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.train_s += time.perf_counter() - self._mark
+            self._training = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Goes on."""
-        self._mark = time.perf_counter()
+        self._mark, self._training = time.perf_counter(), trainer.state.fn == "fit"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock."""
         self.train_s += time.perf_counter() - self._mark
+        self._training = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted until now."""
+        seconds = self.train_s + time.perf_counter() - self._mark if self._training else self.train_s
+        counted = {"train_tokens": self.train_tokens, "train_rows": self.train_rows, "startup_s": self.startup_s}
+        return {"train_s": seconds, **counted}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting where a state was saved."""
+        vars(self).update(state_dict)
 
     def costs(self) -> dict[str, float]:
         """Seconds of training, tokens (padding not counted) and rows, their rates, and seconds to the first step."""

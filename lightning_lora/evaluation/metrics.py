@@ -1,8 +1,10 @@
 """The metrics, all of torchmetrics. A new metric is one entry in ``METRICS``."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
@@ -37,6 +39,45 @@ def make_metrics(num_classes: int) -> MetricCollection:
     """All metrics as one collection that counts each batch once; takes probabilities (B, C) and labels (B,)."""
     metrics = {name: make(num_classes) for name, make in METRICS.items()}
     return MetricCollection(metrics, compute_groups=True)  # type: ignore[arg-type]
+
+
+def counts(counters: Iterable[Metric | MetricCollection]) -> dict[str, Any]:
+    """What the counters have counted, as tensors and lists of them."""
+    return {
+        name: {"updates": metric._update_count, "state": _copied(metric.metric_state)}
+        for name, metric in _named(counters)
+        if metric._update_count
+    }
+
+
+def set_counts(counters: Iterable[Metric | MetricCollection], counted: Mapping[str, Any]) -> None:
+    """Lets fresh counters go on from what ``counts`` gave."""
+    for name, metric in _named(counters):
+        if name in counted:
+            metric._update_count = counted[name]["updates"]
+            for key, value in _copied(counted[name]["state"]).items():
+                moved = [v.to(metric.device) for v in value] if isinstance(value, list) else value.to(metric.device)
+                setattr(metric, key, moved)
+
+
+def _named(counters: Iterable[Metric | MetricCollection]) -> Iterator[tuple[str, Metric]]:
+    for i, counter in enumerate(counters):
+        if isinstance(counter, MetricCollection):
+            for name, metric in counter.items(keep_base=True, copy_state=True):
+                yield f"{i}/{name}", metric
+        else:
+            yield str(i), counter
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists of many small tensors become one tensor: a checkpoint keeps each as a file of its own."""
+    copied: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, list):
+            copied[key] = [torch.cat(value)] if value else []
+        else:
+            copied[key] = value.clone()
+    return copied
 
 
 def metric_values(computed: dict[str, Tensor], label_names: Sequence[str]) -> dict[str, float]:

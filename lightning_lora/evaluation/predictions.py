@@ -1,6 +1,6 @@
 """Logits of every evaluated row, in the order of the rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,14 @@ def in_row_order(batches: Sequence[dict[str, torch.Tensor]], label_names: Sequen
 
 
 class PredictionCollector(Callback):
-    """Keeps the logits of the last validation and test pass."""
+    """Keeps the logits of the last validation and test pass.
+
+    ``keep``, where set, is given each pass's split and predictions.
+    """
 
     def __init__(self) -> None:
         self.last: dict[str, Predictions] = {}
+        self.keep: Callable[[str, Predictions], None] | None = None
         self._batches: list[dict[str, torch.Tensor]] = []
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,4 +113,6 @@ class PredictionCollector(Callback):
     def _finish(self, split: str, module: Any) -> None:
         if self._batches:
             self.last[split] = in_row_order(self._batches, module.label_names)
+            if self.keep is not None:
+                self.keep(split, self.last[split])
         self._batches = []

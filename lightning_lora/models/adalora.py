@@ -10,6 +10,8 @@ from lightning_lora.errors import UserError
 #: Shares of all steps before ranks begin to move, and after they have settled.
 WARM_UP, SETTLED = 0.1, 0.3
 MIN_STEPS = 10
+#: What PEFT's allocator keeps of each rank: importance, its running mean and that of its uncertainty.
+_LEARNT = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 class AdaLoraSteps:
@@ -55,3 +57,14 @@ class AdaLoraSteps:
             step: Optimizer steps done, from 1.
         """
         self.model.base_model.update_and_allocate(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the allocator has learnt of each rank's importance, and which ranks are left."""
+        allocator = self.model.base_model.rankallocator
+        return {name: dict(getattr(allocator, name)) for name in _LEARNT} | {"ranks": self.config.rank_pattern}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from where ``state_dict`` was taken."""
+        for name in _LEARNT:
+            setattr(self.model.base_model.rankallocator, name, dict(state[name]))
+        self.config.rank_pattern = state["ranks"]

@@ -84,6 +84,7 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int, quantizati
                 ignore_mismatched_sizes=True,
                 dtype="float32",
                 quantization_config=stored,
+                trust_remote_code=False,
             )
 
     stored = quantization_config(quantization, not_quantized, base_model)
@@ -147,9 +148,18 @@ def _load_config(location: Location, label_names: Sequence[str]) -> Any:
     names = dict(enumerate(label_names))
     try:
         return AutoConfig.from_pretrained(
-            location.target, num_labels=len(names), id2label=names, label2id={n: i for i, n in names.items()}
+            location.target,
+            num_labels=len(names),
+            id2label=names,
+            label2id={n: i for i, n in names.items()},
+            trust_remote_code=False,
         )
     except Exception as error:  # a damaged config raises many kinds
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"model.base_model: '{location.name}' brings code of its own, which is never run here; use a model of "
+                "an architecture that transformers has"
+            ) from error
         what = "in that folder" if location.path else "check the name and the network, or give a local folder"
         raise UserError(
             f"model.base_model: no usable model '{location.name}' ({_first_line(error)}); {what}"

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_lora.artifacts.checkpoints import CheckpointIdentity
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.metrics import make_metrics, metric_values
+from lightning_lora.evaluation.metrics import counts, make_metrics, metric_values, set_counts
 from lightning_lora.models.attention import EXACT
 from lightning_lora.models.base import load_base
 from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
@@ -23,6 +23,22 @@ from lightning_lora.seeding import stream_seed
 from lightning_lora.training.optim import Schedule, make_optimizer, make_schedule
 
 STAGES = ("train", "val", "test")
+
+
+class NotFiniteError(UserError):
+    """A step would have made the weights useless; it was not done.
+
+    Args:
+        what: What was not finite: "loss" or "gradient".
+        said: The losses of the step, in words.
+        step: The step, counted from 1.
+        rows: Positions of its rows in the training split.
+    """
+
+    def __init__(self, what: str, said: str, step: int, rows: list[int]) -> None:
+        super().__init__(f"the {what} of step {step} is not finite (loss {said}); the step was not done")
+        self.step = step
+        self.rows = rows
 
 
 class TextClassifier(LightningModule):
@@ -136,6 +152,9 @@ class TextClassifier(LightningModule):
         self.stage_metrics = nn.ModuleDict({f"{s}_metrics": make_metrics(len(self.label_names)) for s in STAGES})
         self.stage_loss = nn.ModuleDict({f"{s}_loss": MeanMetric() for s in STAGES})
         self.register_buffer("loss_weights", None, persistent=False)
+        self._counted: dict[str, Any] = {}
+        self._step_losses: list[Tensor] = []
+        self._step_rows: list[Tensor] = []
 
     def train(self, mode: bool = True) -> "TextClassifier":
         """Sets training or evaluation mode, and with it the attention that is faster in that mode."""
@@ -192,12 +211,36 @@ class TextClassifier(LightningModule):
         mean_loss.update(loss.detach(), len(labels))
         return {"loss": loss, "logits": logits}
 
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Starts dropout's random stream of this batch: a run that goes on draws what it would have drawn."""
+        torch.manual_seed(stream_seed(self.seed, f"dropout/{self.trainer.fit_loop.total_batch_idx}"))
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss to step on."""
         loss = self.shared_step(batch, "train")["loss"]
+        self._step_losses.append(loss.detach())
+        self._step_rows.append(batch["rows"])
         self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=len(batch["rows"]))
         # The trainer gives each part of an accumulated step the same weight; its rows say what it should have.
         return (loss if self.tuned.steps is None else loss + self.tuned.steps.penalty()) * batch["share"]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stops before a step that would spoil the weights.
+
+        Raises:
+            NotFiniteError: The loss or the gradient of the step is not finite.
+        """
+        losses, rows = torch.stack(self._step_losses), torch.cat(self._step_rows)
+        self._step_losses, self._step_rows = [], []
+        checked = {"loss": losses}
+        if str(self.trainer.precision) != "16-mixed":  # whose scaler meets infinite gradients, and leaves them out
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            checked["gradient"] = nn.utils.get_total_norm(gradients)
+        if bool(torch.stack([values.isfinite().all() for values in checked.values()]).all()):
+            return
+        what = next(name for name, values in checked.items() if not values.isfinite().all())
+        said = ", ".join(f"{loss:g}" for loss in losses.tolist())
+        raise NotFiniteError(what, said, self.trainer.global_step + 1, rows.cpu().tolist())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the method do what it does after a step."""
@@ -219,18 +262,8 @@ class TextClassifier(LightningModule):
         return {"logits": logits.cpu(), "rows": batch["rows"].cpu()}
 
     def on_train_epoch_end(self) -> None:
-        """Logs the epoch's training loss and metrics.
-
-        Raises:
-            UserError: The loss is not finite: what was learnt is lost.
-        """
-        loss = self._counters("train")[1].compute().item()
+        """Logs the epoch's training loss and metrics."""
         self._log_epoch("train")
-        if not math.isfinite(loss):
-            raise UserError(
-                f"training diverged: the loss of epoch {self.current_epoch} is {loss}; "
-                "lower model.learning_rate or raise model.warmup_ratio"
-            )
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation loss and metrics."""
@@ -272,12 +305,17 @@ class TextClassifier(LightningModule):
         self.loss_weights = (weights * counts.sum() / (weights * counts).sum()).to(self.device)
 
     def on_fit_start(self) -> None:
-        """Starts dropout's random stream, wherever building the model has left the generator."""
+        """Puts the model into training mode, and the counters to nought."""
         for stage in STAGES:  # a validation before may have left counters that can only be read
             for counter in self._counters(stage):
                 counter.reset()
-        torch.manual_seed(stream_seed(self.seed, "dropout"))
         self.train()
+
+    def on_train_start(self) -> None:
+        """Goes on counting where an interrupted epoch was."""
+        if self._counted:
+            set_counts(self._counters("train"), self._counted)
+            self._counted = {}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and its schedule, which moves on each optimizer step."""
@@ -293,11 +331,18 @@ class TextClassifier(LightningModule):
         kept = self.checkpoint_keys()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         self.identity.write_to(checkpoint)
+        if "optimizer_states" in checkpoint:  # a state to go on from, and not weights alone
+            checkpoint["counted"] = counts(self._counters("train"))
+            if self.tuned.steps is not None:
+                checkpoint["method_state"] = self.tuned.steps.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another base model, other labels, another method or other weights."""
         self.identity.check(checkpoint)
         self.identity.check_keys(checkpoint["state_dict"], self.checkpoint_keys(), self.state_dict())
+        self._counted = checkpoint.get("counted", {})
+        if self.tuned.steps is not None and "method_state" in checkpoint:
+            self.tuned.steps.load_state_dict(checkpoint["method_state"])
 
     def checkpoint_keys(self) -> set[str]:
         """Names of the weights that training changes, the head's and the buffers': what a checkpoint must hold.

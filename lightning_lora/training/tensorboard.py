@@ -53,7 +53,8 @@ class TensorBoardPages(Callback):
         if predictions is None or predictions.labels is None:
             return
         datamodule: Any = getattr(trainer, "datamodule", None)
-        step = trainer.global_step
+        # As Lightning counts the metrics of an epoch: the step that was done last.
+        step = max(trainer.global_step - 1, 0)
         for logger in self._loggers(trainer):
             writer = logger.experiment
             if len(predictions.label_names) <= _MATRIX_CLASSES:

@@ -22,7 +22,12 @@ def test_every_command_has_a_help_page(command: str, capsys: pytest.CaptureFixtu
         main([command, "--help"])
     assert stopped.value.code == 0
     told = capsys.readouterr().out
-    own = {"compare": "--arms", "sample": "--only"}  # commands that are not configured like a run
+    own = {
+        "compare": "--arms",
+        "sample": "--only",
+        "ablate": "--retry_failed",
+        "report": "folders",
+    }  # commands that are not configured like a run
     assert own.get(command, "--model.adapter.rank") in told and f"main.py {command}" in told
 
 

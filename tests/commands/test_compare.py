@@ -186,7 +186,8 @@ def test_a_second_call_finishes_what_is_missing(compared: Path, tmp_path: Path, 
         run.write(record)
     assert again(compared, tmp_path)[0] == 0
     assert [words[0] for words in ran] == (["test"] if lost == "test" else ["fit", "test"])
-    assert (folder / "lora.unfinished-1").exists() == (lost == "interrupted")
+    assert not (folder / "lora.unfinished-1").exists()
+    assert any("--resume" in words for words in ran) == (lost == "interrupted")
     first, second = (json.loads((f / "comparison.json").read_text())["arms"] for f in (compared, folder))
     for one, other in zip(first, second, strict=True):
         assert one["metrics"] == other["metrics"]

@@ -72,7 +72,7 @@ def test_the_record_says_what_was_done_and_what_came(fitted: RunFolder) -> None:
     assert costs["checkpoint_bytes"] == (fitted.checkpoints / "best.ckpt").stat().st_size
     assert record["config"]["trainer"]["precision"] == "32-true"
     assert record["command"].startswith("python main.py fit --config")
-    assert {"commit", "dirty"} == set(record["code"])
+    assert {"commit", "dirty", "fingerprint"} == set(record["code"])
 
 
 def test_the_table_of_before_and_after_is_scikit_learns(fitted: RunFolder) -> None:
@@ -84,7 +84,7 @@ def test_the_table_of_before_and_after_is_scikit_learns(fitted: RunFolder) -> No
     assert after["f1_macro"] == pytest.approx(f1_score(truth, preds, average="macro"), abs=1e-6)
     probabilities = [[row["p(neg)"], row["p(pos)"]] for row in rows]
     assert after["loss"] == pytest.approx(log_loss(truth, probabilities, labels=["neg", "pos"]), abs=1e-5)
-    assert after["accuracy"] > 0.9 > evaluation["before"]["accuracy"]
+    assert after["accuracy"] > evaluation["before"]["accuracy"] + 0.3
     assert evaluation["rows"] == 48 and evaluation["majority_accuracy"] == 0.5
     assert "| after |" in (fitted.path / "test.md").read_text()
 
@@ -287,7 +287,7 @@ def test_callbacks_of_a_config_serve_fit_and_harm_nothing_later(fitted: RunFolde
 
 def test_a_run_that_diverges_has_failed(fitted: RunFolder, capsys) -> None:
     status, folder = refit(fitted, "--model.learning_rate", "1e30", "--trainer.gradient_clip_val", "null")
-    assert status == 2 and "training diverged" in capsys.readouterr().err
+    assert status == 2 and "is not finite" in capsys.readouterr().err
     assert folder.read()["status"] == "failed"
 
 

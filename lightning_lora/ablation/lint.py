@@ -1,0 +1,65 @@
+"""In what every arm differs from the baseline, and what differs beside what its axis names."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+#: Keys that differ between cells by design.
+_OF_SEEDS = ("seed_everything", "data.seed", "model.seed")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting, or one thing that follows from settings, that an arm has otherwise than the baseline.
+
+    Args:
+        key: The setting, such as ``model.adapter.rank``, or what follows, such as "alpha / rank".
+        baseline: Its value in the baseline.
+        arm: Its value in the arm.
+        named: Whether an axis of the ablation names it.
+    """
+
+    key: str
+    baseline: Any
+    arm: Any
+    named: bool
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.baseline)} -> {_shown(self.arm)}"
+
+
+def changes(
+    baseline: Mapping[str, Any],
+    arm: Mapping[str, Any],
+    named: Sequence[str],
+    follows: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}),
+) -> list[Change]:
+    """What differs.
+
+    Args:
+        baseline: The baseline's resolved settings, flat.
+        arm: The arm's.
+        named: Keys that the axes name.
+        follows: What follows from the settings of each without standing there (the ratio of two of them, a
+            default that depends on the method), by name. Where a named key says the same, it is named too.
+    """
+    keys = [key for key in {**baseline, **arm} if key not in _OF_SEEDS]
+    found = [
+        Change(key, baseline.get(key), arm.get(key), key in named) for key in keys if baseline.get(key) != arm.get(key)
+    ]
+    one, other = follows
+    found += [
+        Change(name, one.get(name), other.get(name), name in named)
+        for name in {**one, **other}
+        if one.get(name) != other.get(name)
+    ]
+    return found
+
+
+def second_differences(found: Sequence[Change]) -> list[Change]:
+    """What differs although no axis names it: a reader would take its effect for that of the axis."""
+    return [change for change in found if not change.named]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -1,0 +1,211 @@
+"""What the cells of an ablation say: every one a row, also those that failed; and the arms, compared."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+
+from lightning_lora.ablation.plan import Cell, Plan, arm_label
+from lightning_lora.errors import UserError
+from lightning_lora.evaluation.significance import Difference, Estimate, corrected, difference, estimate
+
+Arm = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model said of the rows of a split, in the order of their keys.
+
+    Args:
+        keys: Fingerprint of each row's text and its place, shape (N,).
+        labels: True class numbers, (N,).
+        logits: float32, (N, C).
+    """
+
+    keys: NDArray
+    labels: NDArray
+    logits: NDArray
+
+    @property
+    def right(self) -> NDArray:
+        """1.0 where the largest logit is the label's, else 0.0; (N,)."""
+        return (self.logits.argmax(axis=1) == self.labels).astype(float)
+
+    @property
+    def loss(self) -> NDArray:
+        """Cross-entropy of each row, (N,)."""
+        return -log_softmax(self.logits.astype(float), axis=1)[np.arange(len(self.labels)), self.labels]
+
+    def values(self, metric: str) -> NDArray:
+        """The metric's value of each row, (N,): its mean is the metric."""
+        return self.right if metric == "accuracy" else self.loss
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """One cell's row.
+
+    Args:
+        cell: The cell.
+        status: "finished", "running", "interrupted", "failed", or "missing".
+        reason: Why it is not finished, or what is odd about it; empty where all is well.
+        record: Its run record.
+        val: Its answers on validation rows, where it has finished.
+        test: Its answers on test rows, where they were looked at.
+        label_names: Names of the classes.
+    """
+
+    cell: Cell
+    status: str
+    reason: str
+    record: Mapping[str, Any]
+    val: Answers | None
+    test: Answers | None
+    label_names: Sequence[str] = ()
+
+    def cost(self, name: str) -> float:
+        """A cost from the record, NaN where it has none."""
+        return float((self.record.get("costs") or {}).get(name, math.nan))
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """An arm over its seeds.
+
+    Args:
+        arm: Its values.
+        variant: The variant that is best on validation rows.
+        tried: How many variants had the chance.
+        edges: Chosen axes whose best value is the first or last of its numbers.
+        cells: Of the chosen variant, one a seed.
+        val: The metric on validation rows; None where no seed has finished.
+        test: The metric on test rows; None where they were not looked at.
+        against: Against the baseline, on test rows where there are, else on validation rows.
+        seeds: Seeds that ``against`` is over.
+    """
+
+    arm: Arm
+    variant: Arm
+    tried: int
+    edges: list[str]
+    cells: list[CellResult]
+    val: Estimate | None
+    test: Estimate | None
+    against: Difference | None = None
+    seeds: list[int] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The arm in words."""
+        return arm_label(self.arm)
+
+    def mean_cost(self, name: str) -> float:
+        """A cost's mean over the finished seeds."""
+        values = [c.cost(name) for c in self.cells if c.status == "finished" and not math.isnan(c.cost(name))]
+        return float(np.mean(values)) if values else math.nan
+
+
+def read_answers(path: Path) -> tuple[Answers, list[str]] | None:
+    """The answers in a run's predictions file and the label names, or None where there is none.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    if not path.is_file():
+        return None
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+        names = [name[6:-1] for name in table.column_names if name.startswith("logit(")]
+        logits = np.column_stack([np.asarray(table.column(f"logit({name})").to_pylist(), np.float32) for name in names])
+        number = {name: i for i, name in enumerate(names)}
+        labels = np.array([number[label] for label in table.column("label").to_pylist()])
+        keys = [
+            f"{key}\0{origin}\0{row}"
+            for key, origin, row in zip(*(table.column(c).to_pylist() for c in ("key", "origin", "row")), strict=True)
+        ]
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{path}: not a readable file of predictions ({error})") from error
+    order = np.argsort(keys, kind="stable")
+    return Answers(np.array(keys)[order], labels[order], logits[order]), names
+
+
+def compare_arms(plan: Plan, cells: Sequence[CellResult]) -> list[ArmResult]:
+    """The arms in the plan's order: each with its best variant by validation, then held against the baseline."""
+    arms = {arm: _best_variant(plan, arm, [c for c in cells if c.cell.arm == arm]) for arm in plan.arms}
+    base = arms[plan.baseline]
+    found: dict[Arm, tuple[Difference, list[int]]] = {}
+    for arm, result in arms.items():
+        if arm != plan.baseline and (paired := _paired(plan, result, base)) is not None:
+            found[arm] = paired
+    holm = dict(zip(found, corrected([each for each, _ in found.values()]), strict=True))
+    return [
+        ArmResult(**{**vars(result), "against": holm.get(arm), "seeds": found[arm][1] if arm in found else []})
+        for arm, result in arms.items()
+    ]
+
+
+def _best_variant(plan: Plan, arm: Arm, cells: Sequence[CellResult]) -> ArmResult:
+    variants = list(dict.fromkeys(c.cell.variant for c in cells))
+    sign = 1 if plan.higher_is_better else -1
+
+    def score(variant: Arm) -> float:
+        """Mean over the seeds; a variant that has not finished with all of them cannot be the best."""
+        own = [c for c in cells if c.cell.variant == variant]
+        if any(c.val is None for c in own):
+            return -math.inf
+        return sign * float(np.mean([c.val.values(plan.metric).mean() for c in own if c.val is not None]))
+
+    best = max(variants, key=score)
+    if score(best) == -math.inf:  # none is complete: what there is most of
+        best = max(variants, key=lambda v: sum(c.val is not None for c in cells if c.cell.variant == v))
+    own = [c for c in cells if c.cell.variant == best]
+    edges = []
+    for axis in plan.axes:
+        names = list(axis.values)
+        if axis.chosen and axis.numbers and len(names) > 1 and dict(best)[axis.name] in (names[0], names[-1]):
+            edges.append(f"{axis.name} {dict(best)[axis.name]}")
+    stacked = {split: _stack(plan, own, split)[0] for split in ("val", "test")}
+    estimates = {split: estimate(values) if values is not None else None for split, values in stacked.items()}
+    return ArmResult(arm, best, len(variants), edges, own, estimates["val"], estimates["test"])
+
+
+def _stack(plan: Plan, cells: Sequence[CellResult], split: str) -> tuple[NDArray | None, list[int]]:
+    """Values (seeds, rows) of the cells that have answers of the split, and their seeds."""
+    having = [(c, getattr(c, split)) for c in cells if getattr(c, split) is not None]
+    if not having:
+        return None, []
+    for cell, answers in having[1:]:
+        if not np.array_equal(answers.keys, having[0][1].keys):
+            raise UserError(f"{cell.cell.name}: its {split} rows are not those of {having[0][0].cell.name}")
+    return np.stack([a.values(plan.metric) for _, a in having]), [c.cell.seed for c, _ in having]
+
+
+def _paired(plan: Plan, arm: ArmResult, base: ArmResult) -> tuple[Difference, list[int]] | None:
+    split = "test" if arm.test is not None and base.test is not None else "val"
+    seeds = [
+        s for s in plan.seeds if s in _stack(plan, arm.cells, split)[1] and s in _stack(plan, base.cells, split)[1]
+    ]
+    if not seeds:
+        return None
+    one, other = (_stack(plan, [c for c in r.cells if c.cell.seed in seeds], split)[0] for r in (arm, base))
+    assert one is not None and other is not None
+    answers = [getattr(r.cells[0], split) for r in (arm, base) if getattr(r.cells[0], split) is not None]
+    if len(answers) == 2 and not np.array_equal(answers[0].keys, answers[1].keys):
+        # Arms of other data or lengths are still tested on the same texts, or they cannot be paired.
+        raise UserError(f"{arm.label}: its {split} rows are not those of the baseline; they cannot be compared")
+    return difference(one, other, plan.margin, plan.higher_is_better), seeds
+
+
+def one_class(answers: Answers) -> str:
+    """What is odd about answers that are all the same class; empty where they are not."""
+    classes = np.unique(answers.logits.argmax(axis=1))
+    return "predicts one class only" if len(classes) == 1 and len(np.unique(answers.labels)) > 1 else ""

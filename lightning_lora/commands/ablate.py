@@ -1,0 +1,341 @@
+"""``main.py ablate``: the cells of an ablation, each trained once; then the test rows, once; then the report.
+
+An ablation lies in ``logs/NAME``: ``ablation.json`` (what was asked), ``cells/`` (a run folder each), ``stale/`` (cells
+of other settings, code, versions or data: kept, never mixed in), ``test_looks.jsonl`` (every look at test rows) and the
+report. Several processes may work on one: a cell is held by a lock that dies with its holder.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_lora.ablation.lint import Change, changes, second_differences
+from lightning_lora.ablation.plan import Cell, Plan, arm_label, make_plan
+from lightning_lora.ablation.results import compare_arms
+from lightning_lora.artifacts.runs import RunFolder, commit, folder_name, now, versions
+from lightning_lora.commands.arms import resolve
+from lightning_lora.commands.children import run_child
+from lightning_lora.commands.config_files import read_config
+from lightning_lora.commands.configured import DEFAULT_CONFIG, flat
+from lightning_lora.commands.report import gather_cells, write_ablation_report
+from lightning_lora.data.augment import Augmentation
+from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.errors import BusyError, UserError
+from lightning_lora.files import locked_folder, write_text
+from lightning_lora.models.methods import find_method
+from lightning_lora.reports.tables import duration
+
+LEDGER = "test_looks.jsonl"
+#: Seconds between two looks at cells that another process holds.
+_POLL_S = 2.0
+
+
+def run(words: list[str]) -> int:
+    """Runs what is missing of an ablation and writes its report; 1 if a cell failed."""
+    options, overrides = _parser().parse_known_args(words)
+    path = Path(options.config)
+    content = read_config(path)
+    plan = make_plan(content, path, options.small)
+    settings = resolve_cells(plan, overrides)
+    folder = Path(options.logs_dir) / (
+        folder_name(options.name) if options.name else f"ablation-{path.stem}{'-small' if options.small else ''}"
+    )
+    if (folder / "config.yaml").exists():
+        raise UserError(f"--name: {folder} is the folder of a run; choose another name")
+    warned = lint(plan, settings)
+    show_plan(plan, folder, warned)
+    if options.plan:
+        return 0
+    asked = {
+        "format": 1,
+        "config": content,
+        "path": str(path),
+        "small": options.small,
+        "command": shlex.join(["python", "main.py", "ablate", *words]),
+        "differences": {arm: [asdict(change) for change in found] for arm, found in warned.items()},
+    }
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    write_text(folder / "ablation.json", json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
+    Worker(plan, folder, settings, options.retry_failed).run()
+    if not options.no_test:
+        look_at_test(plan, folder)
+    write_ablation_report(folder)
+    return int(any(cell.status != "finished" for cell in gather_cells(plan, folder)))
+
+
+def resolve_cells(plan: Plan, overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """All settings of each cell, by its name; cells that differ in their seed are parsed once.
+
+    Raises:
+        UserError: They cannot be parsed.
+    """
+    base = [read_config(plan.base)] if plan.base else [read_config(DEFAULT_CONFIG)]
+    known: dict[str, dict[str, Any]] = {}
+    found = {}
+    for cell in plan.cells:
+        key = json.dumps(cell.change, sort_keys=True, default=str)
+        if key not in known:
+            try:
+                known[key] = resolve(base, overrides, nested(cell.change))
+            except UserError as error:
+                raise UserError(f"cell {cell.name}: {error}") from error
+        found[cell.name] = {**known[key], "seed_everything": cell.seed}
+    return found
+
+
+def nested(change: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat keys as the tree that a config is."""
+    tree: dict[str, Any] = {}
+    for key, value in change.items():
+        *path, last = key.split(".")
+        place = tree
+        for name in path:
+            place = place.setdefault(name, {})
+        place[last] = value
+    return tree
+
+
+def lint(plan: Plan, settings: Mapping[str, dict[str, Any]]) -> dict[str, list[Change]]:
+    """In what each arm differs from the baseline."""
+    named = sorted({key for axis in plan.axes for change in axis.values.values() for key in change})
+    first = {arm: next(cell for cell in plan.cells if cell.arm == arm) for arm in plan.arms}
+    base = settings[first[plan.baseline].name]
+    return {
+        arm_label(arm): changes(
+            flat(base), flat(settings[cell.name]), named, (what_follows(base), what_follows(settings[cell.name]))
+        )
+        for arm, cell in first.items()
+        if arm != plan.baseline
+    }
+
+
+def what_follows(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What settings come to without saying so: defaults that depend on the method, and ratios."""
+    model = settings["model"]
+    method, adapter, quantization = find_method(model["method"]), model["adapter"], model["quantization"]
+    follows: dict[str, Any] = {"learning rate of the method": model["learning_rate"] or method.learning_rate}
+    if adapter["rank"] and adapter["alpha"]:
+        follows["alpha / rank"] = adapter["alpha"] / adapter["rank"]
+    follows["frozen weights stored in bits"] = quantization["bits"]
+    return follows
+
+
+def show_plan(plan: Plan, folder: Path, warned: Mapping[str, Sequence[Change]]) -> None:
+    """Prints what will be done, and what a reader would hold against it."""
+    states = [cell.status for cell in gather_cells(plan, folder)] if folder.exists() else []
+    print(f"{plan.question}\n")
+    print(f"ablation: {folder}")
+    print(f"arms: {', '.join(arm_label(arm) for arm in plan.arms)} (baseline {arm_label(plan.baseline)})")
+    variants = f" x {plan.tried} variants, the best on validation taken" if plan.tried > 1 else ""
+    print(
+        f"cells: {len(plan.arms)} arms{variants} x {len(plan.seeds)} seeds = {len(plan.cells)}; "
+        f"{states.count('finished')} are finished"
+    )
+    for arm, found in warned.items():
+        print(f"{arm} against {arm_label(plan.baseline)}: {'; '.join(map(str, found)) or 'no difference'}")
+        for change in second_differences(found):
+            print(f"  careful: {change} is named by no axis; its effect would be taken for that of the axis")
+    if len(plan.seeds) < 2:
+        print("careful: one seed; nothing can be called better")
+    print(flush=True)
+
+
+class Worker:
+    """Trains the cells that nobody has trained or is training.
+
+    Args:
+        plan: The plan.
+        folder: The ablation's folder.
+        settings: All settings of each cell.
+        retry_failed: Whether cells that failed are tried again.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, settings: Mapping[str, dict[str, Any]], retry_failed: bool) -> None:
+        self.plan = plan
+        self.cells = folder / "cells"
+        self.stale = folder / "stale"
+        self.claims = folder / ".claims"
+        self.settings = settings
+        self.retry_failed = retry_failed
+        self.code = commit()["fingerprint"]
+        self.versions = versions()
+        self._data: dict[str, dict[str, str]] = {}
+
+    def run(self) -> None:
+        """Goes through the cells until none is left, waiting for those that another process holds."""
+        open_cells = list(self.plan.cells)
+        took: list[float] = []
+        while open_cells:
+            busy = []
+            for cell in open_cells:
+                started = time.perf_counter()
+                try:
+                    with locked_folder(self._claim(cell), "another process trains this cell"):
+                        did = self.train(cell, len(took))
+                except BusyError:
+                    busy.append(cell)
+                    continue
+                if did:
+                    took.append(time.perf_counter() - started)
+                    left = sum(self._state(c) not in ("done", "failed") for c in self.plan.cells)
+                    mean = sum(took) / len(took)
+                    print(f"  {duration(took[-1])}; {left} cells left, about {duration(mean * left)}", flush=True)
+            open_cells = busy
+            if busy:
+                time.sleep(_POLL_S)
+
+    def train(self, cell: Cell, number: int) -> bool:
+        """Trains a cell, goes on with it, or leaves it where it is done; whether there was anything to do."""
+        place = self.cells / cell.name
+        if (why := self._why_stale(place, cell)) is not None:
+            self._set_aside(place, why)
+        state = self._state(cell)
+        if state == "done" or (state == "failed" and not self.retry_failed):
+            return False
+        if state == "failed":
+            self._set_aside(place, "failed, tried again")
+        print(f"{cell.name}", flush=True)
+        output = self.cells / f"{cell.name}.txt"
+        config = self.cells / f".{cell.name}.yaml"
+        if (place / "config.yaml").is_file():  # a finished one is left as it is
+            words = ["fit", "--resume", str(place)]
+        else:
+            write_text(config, yaml.safe_dump(self.settings[cell.name], sort_keys=False, allow_unicode=True))
+            words = ["fit", "--config", str(config), "--logs_dir", str(self.cells), "--name", cell.name]
+        try:
+            # The answers of the best weights, not of the last, are what is chosen by.
+            status = run_child([words, ["validate", "--run", str(place)]], output)
+        finally:
+            config.unlink(missing_ok=True)
+        if status == BusyError.status:
+            raise BusyError("another process trains this cell")
+        self._say(place, status, output)
+        return True
+
+    def _say(self, place: Path, status: int, output: Path) -> None:
+        record = RunFolder(place).read() if (place / "run.json").is_file() else {}
+        value = record.get("evaluations", {}).get("val", {}).get("after", {}).get(self.plan.metric)
+        if status == 0 and value is not None:
+            print(f"  validation {self.plan.metric} {value:.4f}", end="")
+            return
+        if not record:  # it did not get as far as a folder: leave one that says why
+            said = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("error: ")]
+            place.mkdir(exist_ok=True)
+            failed = {"format": 1, "status": "failed", "error": said[-1][7:] if said else f"ended with status {status}"}
+            RunFolder(place).write({**failed, "name": place.name, "code": commit(), "versions": versions()})
+            record = failed
+        print(f"  {record.get('status')}: {record.get('error', f'status {status}')}", end="")
+
+    def _claim(self, cell: Cell) -> Path:
+        claim = self.claims / cell.name
+        claim.mkdir(parents=True, exist_ok=True)
+        return claim
+
+    def _state(self, cell: Cell) -> str:
+        """The status of the cell's run, or "missing"; "done" where it has been validated too."""
+        place = self.cells / cell.name
+        if not (place / "run.json").is_file():
+            return "missing"
+        status = str(RunFolder(place).read().get("status"))
+        validated = (place / "predictions" / "val-best.parquet").is_file()
+        return "done" if status == "finished" and validated else status
+
+    def _why_stale(self, place: Path, cell: Cell) -> str | None:
+        """What has changed since a cell was begun; None where nothing has, or there is no such cell."""
+        if not place.exists():
+            return None
+        if not (place / "run.json").is_file():
+            return None if (place / "config.yaml").is_file() else "nothing in it"
+        record = RunFolder(place).read()
+        if record.get("code", {}).get("fingerprint") != self.code:
+            return "the code has changed"
+        if changed := [n for n, v in self.versions.items() if record.get("versions", {}).get(n) != v]:
+            return f"the version of {', '.join(changed)} has changed"
+        if not (place / "config.yaml").is_file():
+            return None  # it failed before it had one
+        done = flat(yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8")))
+        asked = flat(self.settings[cell.name])
+        if different := sorted(key for key in {*done, *asked} if done.get(key) != asked.get(key)):
+            return f"other settings: {', '.join(different)}"
+        if "data" in record:
+            now_there = self._fingerprints(self.settings[cell.name])
+            then = {split: report["fingerprint"] for split, report in record["data"]["splits"].items()}
+            if now_there and then != now_there:
+                return "the data has changed"
+        return None
+
+    def _fingerprints(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Fingerprints of the splits as the data is now; empty where it cannot be read, which fit will say."""
+        data = {**settings["data"], "base_model": settings["model"]["base_model"]}
+        key = json.dumps(data, sort_keys=True, default=str)
+        if key not in self._data:
+            try:
+                module = TextDataModule(**{**data, "augmentation": Augmentation(**data["augmentation"])})
+                splits = module.prepared.describe()["splits"]
+                self._data[key] = {split: report["fingerprint"] for split, report in splits.items()}
+            except UserError:
+                self._data[key] = {}
+        return self._data[key]
+
+    def _set_aside(self, place: Path, why: str) -> None:
+        self.stale.mkdir(exist_ok=True)
+        number = 1
+        while (target := self.stale / f"{place.name}.{number}").exists():
+            number += 1
+        place.rename(target)
+        write_text(target / "why.txt", f"{now()}: {why}\n")
+        print(f"{place.name}: {why}; set aside as {target}")
+
+
+def look_at_test(plan: Plan, folder: Path) -> None:
+    """Tests each arm's best variant that was not tested yet, once all its seeds are there; every look is written down.
+
+    What is tested was chosen before, by validation rows only.
+    """
+    for arm in compare_arms(plan, gather_cells(plan, folder)):
+        for result in arm.cells:
+            if result.status != "finished" or result.test is not None:
+                continue
+            place = folder / "cells" / result.cell.name
+            with locked_folder(place, f"{place} is being tested by another process"):
+                if "test" in RunFolder(place).read().get("evaluations", {}):
+                    continue
+                entry = {"time": now(), "cell": result.cell.name, "process": os.getpid()}
+                with (folder / LEDGER).open("a", encoding="utf-8") as ledger:  # before the look, not after
+                    ledger.write(json.dumps(entry) + "\n")
+                    ledger.flush()
+                    os.fsync(ledger.fileno())
+                words = ["test", "--run", str(place), "--before", "false"]
+                if status := run_child([words], folder / "cells" / f"{result.cell.name}.txt"):
+                    print(f"{result.cell.name}: the test ended with status {status}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="main.py ablate",
+        allow_abbrev=False,
+        description="Trains the cells of an ablation, tests once, and writes the report. The same command again goes "
+        "on. Every other option is one of fit's, for all cells.",
+    )
+    parser.add_argument("-c", "--config", required=True, help="The ablation; see configs/ablation.")
+    parser.add_argument("--small", action="store_true", help="The small size that the config describes.")
+    parser.add_argument("--plan", action="store_true", help="Show the plan and stop.")
+    parser.add_argument("--no_test", action="store_true", help="Leave the test rows closed.")
+    parser.add_argument("--retry_failed", action="store_true", help="Try cells again that failed.")
+    parser.add_argument("--name", help="The folder under --logs_dir; by default ablation-CONFIG.")
+    parser.add_argument("--logs_dir", default="logs", help="The folder of all runs.")
+    parser.error = _refuse  # type: ignore[method-assign,assignment]
+    return parser
+
+
+def _refuse(message: str) -> None:
+    raise UserError(message)

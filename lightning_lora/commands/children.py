@@ -1,0 +1,72 @@
+"""Runs commands of this program in processes of their own that begin at once: what they import is there already."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+#: Seconds that an interrupted command has to save its state before it is interrupted again.
+PATIENCE_S = 30
+
+
+def run_child(commands: list[list[str]], output: Path) -> int:
+    """Runs commands one after another in one process until one fails; gives its exit status, or 0.
+
+    Args:
+        commands: The words of each.
+        output: What they say is added to this file.
+
+    Raises:
+        KeyboardInterrupt: It was interrupted; the process has ended by itself and left its record.
+    """
+    process = _context().Process(target=_main, args=(commands, str(output)))
+    process.start()
+    try:
+        process.join()
+    except BaseException as error:
+        # Ctrl-C reaches the process by itself; anything else that ends this one has to be passed on.
+        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+        if number == signal.SIGTERM and process.pid is not None:
+            os.kill(process.pid, number)
+        while True:
+            process.join(PATIENCE_S)
+            if process.exitcode is not None:
+                raise
+            if process.pid is not None:
+                os.kill(process.pid, number)
+    status = process.exitcode or 0
+    if status in (128 + signal.SIGINT, -signal.SIGINT):
+        raise KeyboardInterrupt
+    return status
+
+
+def _context() -> Any:
+    import torch
+
+    # A process that is forked cannot use a GPU which its parent has touched, and importing libraries may touch it.
+    if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_lora.commands.fit", "lightning_lora.commands.evaluate"])
+    return context
+
+
+def _main(commands: list[list[str]], output: str) -> None:
+    from lightning_lora.cli import main
+
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+    status = 0
+    for words in commands:
+        print("$ python main.py", *words, flush=True)
+        status = main(words)
+        if status:
+            break
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(status)

@@ -1,0 +1,105 @@
+"""Signals: a wish to stop, which training grants at the end of its step."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+#: What asks a run to stop: Ctrl-C, an end that the system asks for, and a scheduler's warning that time is up.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
+
+
+class Interrupted(BaseException):
+    """The run was asked to stop, and has; not an error, so not an ``Exception``.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """The exit status that shells give a process ended by this signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + self.number
+
+
+class StopRequest:
+    """Takes the signals of a run.
+
+    While ``deferred`` a signal is kept until ``grant`` is called, and a second one ends the run at once; otherwise
+    the first one does.
+    """
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self.number: int | None = None
+        self._taken: list[int] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the signals within the block."""
+        known = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        # Only a scheduler's warning is a wish to stop; elsewhere SIGUSR1 means what it always means.
+        taken = [number for number in known if number != getattr(signal, "SIGUSR1", None) or job_id() is not None]
+        if threading.current_thread() is not threading.main_thread():
+            taken = []  # only the main thread may take signals
+        before = {number: signal.getsignal(number) for number in taken}
+        self._taken = taken
+        self.install()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Takes the signals (again: Lightning puts its own handlers in place when training begins)."""
+        for number in self._taken:
+            signal.signal(number, self._handle)
+
+    def grant(self) -> None:
+        """Ends the run, if it was asked to.
+
+        Raises:
+            Interrupted: As said.
+        """
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        del frame
+        if not self.deferred or self.number is not None:
+            raise Interrupted(number)
+        self.number = number
+        print(f"\n{signal.Signals(number).name}: stopping after this step (again: at once)", file=sys.stderr)
+
+
+def job_id() -> str | None:
+    """The SLURM job that this process belongs to, as ``scontrol`` names it."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+    return job if job and re.fullmatch(r"\d+(_\d+)?", job) else None
+
+
+def requeued() -> bool:
+    """Whether SLURM has started this job again."""
+    return job_id() is not None and os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
+def requeue() -> str:
+    """Puts this SLURM job back into the queue; what was done, in words."""
+    job = job_id()
+    assert job is not None
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"job {job} could not be requeued ({error})"
+    return f"job {job} is requeued" if done.returncode == 0 else f"job {job} was not requeued: {done.stderr.strip()}"

@@ -1,0 +1,325 @@
+"""The report of an ablation: one page that needs no network, and the same tables for papers. Imports no torch."""
+
+import csv
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lightning_lora.ablation.plan import Plan, arm_label
+from lightning_lora.ablation.results import ArmResult, CellResult
+from lightning_lora.evaluation.significance import LEVEL
+from lightning_lora.reports import ablation_pictures as pictures
+from lightning_lora.reports.tables import duration, markdown
+
+VERDICTS = {
+    "better": "better",
+    "worse": "worse",
+    "equivalent": "equivalent",
+    "not told apart": "not told apart",
+    "one seed": "one seed: nothing can be said",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report is made of.
+
+    Args:
+        name: The ablation's name.
+        plan: What was asked.
+        command: The exact command.
+        arms: The arms, compared.
+        cells: Every cell.
+        looks: How often test rows were looked at, and of how many cells.
+        differences: In what each arm differs from the baseline, by its label.
+        curves: Points (step, value) of each finished cell's validation metric and training loss, by its name.
+    """
+
+    name: str
+    plan: Plan
+    command: str
+    arms: Sequence[ArmResult]
+    cells: Sequence[CellResult]
+    looks: tuple[int, int]
+    differences: Mapping[str, Sequence[Mapping[str, Any]]]
+    curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
+
+    @property
+    def split(self) -> str:
+        """The rows that the arms are compared on."""
+        return "test" if all(arm.test is not None for arm in self.arms if arm.val is not None) else "validation"
+
+    @property
+    def baseline(self) -> ArmResult:
+        """The baseline's arm."""
+        return next(arm for arm in self.arms if arm.arm == self.plan.baseline)
+
+
+def answer(report: Report) -> str:
+    """The answer in words, with its uncertainty."""
+    base, metric = report.baseline, report.plan.metric
+    own = base.test or base.val
+    if own is None:
+        return "No answer yet: the baseline has no finished cell."
+    start = f"The baseline, {base.label}, has {report.split} {metric} {_number(own.mean)} ({_interval(own)})"
+    compared = [arm for arm in report.arms if arm.against is not None]
+    if not compared:
+        return f"{start}. No other arm has finished with a seed that the baseline has."
+    if len(base.cells) < 2:
+        return f"{start}. With one seed nothing can be called better or worse."
+    parts = []
+    for verdict in ("better", "worse", "equivalent", "not told apart"):
+        arms = [arm for arm in compared if arm.against is not None and arm.against.verdict == verdict]
+        if not arms:
+            continue
+        if verdict in ("better", "worse"):
+            named = ", ".join(f"{arm.label} by {_signed_interval(arm)}" for arm in arms)
+            parts.append(f"{verdict} than it: {named}")
+        elif verdict == "equivalent":
+            parts.append(f"equivalent to it within {report.plan.margin:g}: {', '.join(arm.label for arm in arms)}")
+        else:
+            largest = max(arm.against.detectable for arm in arms if arm.against is not None)
+            named = ", ".join(arm.label for arm in arms)
+            parts.append(f"not told apart from it: {named} (a difference of {largest:.3f} would have been seen)")
+    return f"{start}. {'; '.join(parts).capitalize()}."
+
+
+def table(report: Report) -> list[list[str]]:
+    """The main table: a header, then a row for each arm."""
+    metric = report.plan.metric
+    header = ["arm", "seeds", f"{report.split} {metric}", f"{LEVEL:.0%} interval", "SD of seeds", "against baseline"]
+    header += [f"{LEVEL:.0%} interval", "p (Holm)", "verdict", "could have seen", "seeds to settle"]
+    header += ["settings tried", "trainable", "train s", "memory MiB"]
+    rows = [header]
+    for arm in report.arms:
+        own = (arm.test if report.split == "test" else None) or arm.val
+        row = [f"**{arm.label}** (baseline)" if arm.arm == report.plan.baseline else arm.label]
+        if own is None:
+            rows.append([*row, "0", *["-"] * 6, _why_not(arm), *["-"] * (len(header) - 9)])
+            continue
+        row += [str(own.seeds), _number(own.mean), _interval(own), "-" if math.isnan(own.sd) else _number(own.sd)]
+        if (found := arm.against) is None:
+            row += ["-"] * 6
+        else:
+            settled = found.verdict in ("better", "worse", "equivalent")
+            needed = "settled" if settled else "more rows" if found.seeds_needed is None else str(found.seeds_needed)
+            row += [f"{found.estimate.mean:+.4f}", _interval(found.estimate, signed=True), f"{found.p_corrected:.3f}"]
+            row += [VERDICTS[found.verdict], f"{found.detectable:.4f}", "-" if found.estimate.seeds < 2 else needed]
+        row += [str(arm.tried), _count(arm.mean_cost("trainable_params")), _count(arm.mean_cost("train_s"), 1)]
+        rows.append([*row, _count(arm.mean_cost("peak_memory_mb"))])
+    return rows
+
+
+def cell_table(report: Report) -> list[list[str]]:
+    """Every cell, with its reason where it is not as it should be."""
+    rows = [["arm", "variant", "seed", "status", f"validation {report.plan.metric}", f"test {report.plan.metric}",
+             "train s", "startup s", "reason"]]  # fmt: skip
+    for cell in report.cells:
+        values = [
+            _number(float(answers.values(report.plan.metric).mean())) if answers is not None else "-"
+            for answers in (cell.val, cell.test)
+        ]
+        times = [_count(cell.cost("train_s"), 1), _count(cell.cost("startup_s"), 1)]
+        variant = arm_label(cell.cell.variant) if cell.cell.variant else "-"
+        seed = str(cell.cell.seed)
+        rows.append([arm_label(cell.cell.arm), variant, seed, cell.status, *values, *times, cell.reason or "-"])
+    return rows
+
+
+def seed_table(report: Report) -> list[list[str]]:
+    """McNemar's test of each seed against the baseline's model of the same seed."""
+    rows = [["arm", "seed", "p (McNemar, exact)"]]
+    for arm in report.arms:
+        if arm.against is not None:
+            for seed, p in zip(arm.seeds, arm.against.per_seed, strict=False):
+                rows.append([arm.label, str(seed), f"{p:.3f}"])
+    return rows if len(rows) > 1 else []
+
+
+def fixed_and_broken(report: Report) -> list[list[str]]:
+    """By class: rows that an arm has right and the baseline wrong, and the other way round, a mean over seeds."""
+    split = "test" if report.split == "test" else "val"
+    base = {c.cell.seed: getattr(c, split) for c in report.baseline.cells if getattr(c, split) is not None}
+    names = next((c.label_names for c in report.cells if c.label_names), [])
+    rows = [["arm", *(f"{name}: fixed / broken" for name in names)]]
+    for arm in report.arms:
+        pairs = [
+            (getattr(c, split), base[c.cell.seed])
+            for c in arm.cells
+            if getattr(c, split) is not None and c.cell.seed in base
+        ]
+        if arm.arm == report.plan.baseline or not pairs:
+            continue
+        row = [arm.label]
+        for number in range(len(names)):
+            fixed = np.mean([((a.right > b.right) & (a.labels == number)).sum() for a, b in pairs])
+            broken = np.mean([((a.right < b.right) & (a.labels == number)).sum() for a, b in pairs])
+            row.append(f"{fixed:.1f} / {broken:.1f}")
+        rows.append(row)
+    return rows if len(rows) > 1 else []
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader should know beside the numbers."""
+    looks, cells = report.looks
+    said = [
+        f"command: {report.command}",
+        f"Chosen by validation {report.plan.metric} only. Test rows were looked at {looks} times, for {cells} cells.",
+        f"Intervals and p-values are over seeds and {report.split} rows together; p-values are corrected for the "
+        "number of arms (Holm). 'Could have seen' is the smallest true difference that 80% of such experiments would "
+        "find; 'seeds to settle' is how many seeds would find a difference as large as the one seen ('more rows': no "
+        "number would).",
+    ]
+    for arm in report.arms:
+        if arm.edges:
+            said.append(f"careful: {arm.label} is best at the edge of what was tried ({', '.join(arm.edges)})")
+    for label, found in report.differences.items():
+        for change in found:
+            if not change["named"]:
+                what = f"{change['key']} ({change['baseline']} -> {change['arm']})"
+                said.append(f"careful: {label} also differs from the baseline in {what}")
+    odd = [cell for cell in report.cells if cell.status != "finished"]
+    if odd:
+        said.append(f"{len(odd)} of {len(report.cells)} cells have not finished; the table of cells says why")
+    records = [cell.record for cell in report.cells if cell.record.get("machine")]
+    machines = {f"{r['machine']['cores']} cores, {r['machine']['processor']}" for r in records}
+    said += [f"machine: {'; '.join(sorted(machines))}"] if machines else []
+    seconds = sum(c.record.get("wall_s", 0.0) for c in report.cells)
+    said.append(f"{len(report.cells)} cells, {duration(seconds)} in all")
+    if records:
+        found_versions = ", ".join(f"{name} {value}" for name, value in records[0]["versions"].items())
+        said.append(f"versions: {found_versions}; code {str(records[0]['code'].get('commit'))[:12]}")
+    return said
+
+
+def as_markdown(report: Report) -> str:
+    """The report as Markdown."""
+    parts = [f"# {report.name}", report.plan.question, answer(report), markdown(table(report))]
+    parts.append("\n".join(f"- {note}" for note in notes(report)))
+    for title, rows in _more_tables(report):
+        parts.append(f"## {title}\n\n{markdown(rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def as_csv(report: Report) -> str:
+    """The main table as CSV."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([[cell.replace("**", "") for cell in row] for row in table(report)])
+    return out.getvalue()
+
+
+def as_latex(report: Report) -> str:
+    """The main table's first columns for a paper, with booktabs."""
+    rows = [row[:9] for row in table(report)]
+    lines = ["% \\usepackage{booktabs}", f"\\begin{{tabular}}{{l{'r' * 7}l}}", "\\toprule"]
+    for i, row in enumerate(rows):
+        lines.append(" & ".join(_latex(cell) for cell in row) + r" \\")
+        lines += ["\\midrule"] if i == 0 else []
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
+
+
+def as_html(report: Report) -> str:
+    """The report as one page."""
+    sections = [f"<p class=answer>{html.escape(answer(report))}</p>", _html_table(table(report), "arms")]
+    sections.append("<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes(report)) + "</ul>")
+    for title, picture in pictures.all_pictures(report):
+        sections.append(f"<h2>{html.escape(title)}</h2><figure>{picture}</figure>")
+    for number, (title, rows) in enumerate(_more_tables(report)):
+        sections.append(f"<h2>{html.escape(title)}</h2>{_html_table(rows, f'more{number}')}")
+    return _PAGE.format(
+        title=html.escape(report.name), question=html.escape(report.plan.question), body="\n".join(sections)
+    )
+
+
+def _more_tables(report: Report) -> list[tuple[str, list[list[str]]]]:
+    tables = [
+        ("Texts fixed and broken against the baseline, by class", fixed_and_broken(report)),
+        ("Each seed by itself", seed_table(report)),
+        ("Cells", cell_table(report)),
+    ]
+    return [(title, rows) for title, rows in tables if rows]
+
+
+def _html_table(rows: Sequence[Sequence[str]], name: str) -> str:
+    def cell(text: str, tag: str) -> str:
+        shown = html.escape(text)
+        if text.startswith("**"):
+            shown = f"<b>{html.escape(text.replace('**', ''))}</b>"
+        return f"<{tag}>{shown}</{tag}>"
+
+    head = "".join(f"<th><button>{html.escape(text)}</button></th>" for text in rows[0])
+    body = "".join(f"<tr>{''.join(cell(text, 'td') for text in row)}</tr>" for row in rows[1:])
+    return f'<div class=wide><table id="{name}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _why_not(arm: ArmResult) -> str:
+    reasons = [cell.reason or cell.status for cell in arm.cells]
+    return reasons[0][:160] if reasons else "no cell"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _count(value: float, digits: int = 0) -> str:
+    return "-" if math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def _interval(found: Any, signed: bool = False) -> str:
+    form = "+.4f" if signed else ".4f"
+    return f"[{found.low:{form}}, {found.high:{form}}]"
+
+
+def _signed_interval(arm: ArmResult) -> str:
+    assert arm.against is not None
+    found = arm.against.estimate
+    return f"{abs(found.mean):.4f} {_interval(found, signed=True)}"
+
+
+def _latex(text: str) -> str:
+    bold = text.startswith("**")
+    text = text.replace("**", "")
+    for sign in "\\&%$#_{}":
+        text = text.replace(sign, "\\textbackslash{}" if sign == "\\" else f"\\{sign}")
+    text = text.replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}")
+    return f"\\textbf{{{text}}}" if bold else text
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><link rel="icon" href="data:,">
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1rem }}
+body {{ color: #111; background: #fff }}
+h1 {{ font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere }} h2 {{ font-size: 1.15rem; margin-top: 2rem }}
+.answer {{ border-left: 4px solid #0072B2; padding: .25rem 1rem; font-size: 1.05rem }}
+.wide {{ overflow-x: auto }} li {{ overflow-wrap: anywhere }}
+table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }}
+td, th {{ padding: .3rem .6rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap }}
+td:first-child, th:first-child {{ text-align: left }}
+td:last-child {{ white-space: normal; min-width: 6rem }}
+th button {{ font: inherit; font-weight: 600; border: 0; background: none; cursor: pointer; padding: 0 }}
+figure {{ margin: 0 }} figure svg {{ max-width: 100%; height: auto }}
+@media print {{ .wide {{ overflow: visible }} table {{ font-size: .6rem }} th button {{ cursor: auto }} }}
+</style></head><body>
+<h1>{title}</h1><p>{question}</p>
+{body}
+<script>
+for (const table of document.querySelectorAll("table")) {{
+  table.querySelectorAll("th button").forEach((button, column) => button.addEventListener("click", () => {{
+    const up = button.dataset.up !== "1"; button.dataset.up = up ? "1" : "0";
+    const body = table.tBodies[0], number = text => parseFloat(text.replace(/[\\[,]/g, ""));
+    [...body.rows].sort((a, b) => {{
+      const x = a.cells[column].innerText, y = b.cells[column].innerText, i = number(x), j = number(y);
+      const order = isNaN(i) || isNaN(j) ? (isNaN(i) ? 1 : 0) - (isNaN(j) ? 1 : 0) || x.localeCompare(y) : i - j;
+      return up ? order : -order;
+    }}).forEach(row => body.append(row));
+  }}));
+}}
+</script></body></html>
+"""

@@ -1,0 +1,44 @@
+"""Where a run's numbers go: TensorBoard and ``metrics.csv``, each step once, also when training goes on later."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from lightning_lora.files import write_text
+
+
+def make_loggers(folder: Path, training: bool, steps: int) -> list[Logger]:
+    """The loggers of a run.
+
+    Args:
+        folder: The run's folder.
+        training: Whether the run trains; a test pass writes to TensorBoard only.
+        steps: Steps that were done before; what was logged of later ones is logged again, and so left out.
+    """
+    purge: dict[str, Any] = {"purge_step": steps} if steps else {}
+    board = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False, **purge)
+    if not training:
+        return [board]
+    kept = _rows_before(folder / "metrics.csv", steps) if steps else None
+    numbers = CSVLogger(folder, name="", version="")
+    if kept is not None:
+        experiment = numbers.experiment  # Lightning's writer begins by removing the file
+        experiment.metrics_keys = list(kept[0])
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\r\n").writerows(kept)
+        write_text(folder / "metrics.csv", text.getvalue())
+    return [board, numbers]
+
+
+def _rows_before(path: Path, steps: int) -> list[list[str]] | None:
+    """The header and the rows of earlier steps; a row that a kill has cut off is none."""
+    if not path.is_file():
+        return None
+    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+    if not rows or "step" not in rows[0]:
+        return None
+    header, at = rows[0], rows[0].index("step")
+    return [header, *(r for r in rows[1:] if len(r) == len(header) and r[at].isdigit() and int(r[at]) < steps)]

@@ -1,0 +1,117 @@
+"""Saves the state of training: so often that little is lost, so seldom that it costs little."""
+
+import time
+from functools import partial
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lightning_lora.artifacts.checkpoints import ResumePoints
+from lightning_lora.interrupts import StopRequest
+
+#: Saving may take this share of the time of training.
+SHARE = 0.02
+
+
+class StateSaver(Checkpoint):
+    """Saves between steps and at the end; ends training between steps when that was asked for.
+
+    Between steps means before the next batch is taken: all of the step before is done then, also what it logs, which
+    no hook of Lightning's comes after. Never between the parts of an accumulated step, whose gradients no checkpoint
+    holds, and neither at the beginning of an epoch nor right after a validation pass, from where Lightning (2.6.6) does
+    not go on as it would have: the steps before and after are saved instead.
+
+    Args:
+        points: Where the states lie.
+        request: What asks training to stop.
+    """
+
+    def __init__(self, points: ResumePoints, request: StopRequest) -> None:
+        self.points = points
+        self.request = request
+        #: The metrics when the state was saved.
+        self.metrics: dict[str, float] = {}
+        self._loader: dict[str, Any] = {}
+        self._saved_at = 0.0
+        self._took = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes on with the batches that are left of the epoch; from here on signals wait for the end of a step."""
+        loader: Any = trainer.train_dataloader
+        if self._loader:
+            # Lightning does so itself, but not once an optimizer has asked for the number of steps (2.6.6: the loader
+            # is then there before the state is read).
+            loader.load_state_dict(self._loader)
+            self._loader = {}
+        loader.before_batch = partial(self._between_batches, trainer)
+        self.request.install()
+        self.request.deferred = True
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """A validation pass is not waited for; it is run again from the state before it."""
+        self.request.grant()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A pass may have taken long: the next chance to save is taken."""
+        self._saved_at = 0.0
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the last state."""
+        self.save(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """From here on signals end the run at once."""
+        self.request.deferred = False
+
+    def _between_batches(self, trainer: Trainer, taken: int) -> None:
+        """Saves where it is due or the last chance before a validation pass, and stops where that was asked for."""
+        steps = trainer.accumulate_grad_batches
+        if taken % steps:
+            return
+        if taken and not validates_within(trainer, taken - steps):
+            due = time.perf_counter() - self._saved_at >= self._took / SHARE
+            if due or self.request.number is not None or validates_within(trainer, taken):
+                self.save(trainer)
+        self.request.grant()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader is, and the metrics, for a run that was killed behind its last step."""
+        return {"metrics": self.metrics, "loader": self._loader}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them again."""
+        self.metrics, self._loader = state_dict["metrics"], state_dict["loader"]
+
+    def save(self, trainer: Trainer) -> None:
+        """Saves the state; the newest before it becomes the one before."""
+        started = time.perf_counter()
+        for logger in trainer.loggers:  # what was logged until here is not logged again
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()
+            elif isinstance(logger, CSVLogger):
+                logger.save()
+        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        loader: Any = trainer.train_dataloader
+        self._loader = loader.state_dict()
+        trainer.save_checkpoint(self.points.next)
+        self._loader = {}
+        self.points.rotate()
+        self._saved_at = time.perf_counter()
+        self._took = self._saved_at - started
+
+
+def validates_within(trainer: Trainer, taken: int) -> bool:
+    """Whether the epoch ends or a validation pass begins with the next step, after so many batches of the epoch."""
+    following = taken + trainer.accumulate_grad_batches
+    if following >= trainer.num_training_batches:
+        return True
+    every = trainer.val_check_batch
+    if not isinstance(every, int):
+        return False
+    # Without check_val_every_n_epoch the interval counts through all epochs.
+    before = 0 if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.total_batch_idx + 1 - taken
+    return (before + following) // every > (before + taken) // every

@@ -1,0 +1,204 @@
+"""Small ablations of a tiny model, run for real."""
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from lightning_lora.cli import main
+from tests.conftest import make_rows, write_csv
+from tests.faults.processes import Run
+
+
+@pytest.fixture(scope="module")
+def place(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base recipe, its data, and an ablation's config."""
+    folder = tmp_path_factory.mktemp("ablation")
+    write_csv(folder / "rows.csv", make_rows(240))
+    base = {
+        "model": {"base_model": str(make_base("bert")), "learning_rate": 5e-3},
+        "data": {"source": str(folder / "rows.csv"), "max_length": 24, "cache_dir": str(folder / "cache")},
+        "trainer": {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
+    }
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    ablation = {
+        "question": "Does rank matter here?",
+        "base": "base.yaml",
+        "axes": {"rank": {"model.adapter.rank": [2, 8]}},
+        "baseline": {"rank": 8},
+        "seeds": [1, 2],
+    }
+    (folder / "rank.yaml").write_text(yaml.safe_dump(ablation))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(place: Path) -> Path:
+    assert main(["ablate", "--config", str(place / "rank.yaml"), "--logs_dir", str(place / "logs")]) == 0
+    return place / "logs" / "ablation-rank"
+
+
+def again(done: Path, place: Path, tmp_path: Path, *words: str) -> int:
+    if not (tmp_path / "ablation-rank").exists():
+        shutil.copytree(done, tmp_path / "ablation-rank")
+    return main(["ablate", "--config", str(place / "rank.yaml"), "--logs_dir", str(tmp_path), *words])
+
+
+def test_each_cell_is_a_run_and_the_report_has_every_form(done: Path) -> None:
+    names = {f"rank-{rank}__seed-{seed}" for rank in (2, 8) for seed in (1, 2)}
+    assert {p.name for p in (done / "cells").iterdir() if p.is_dir()} == names
+    for name in names:
+        record = json.loads((done / "cells" / name / "run.json").read_text())
+        assert record["status"] == "finished" and set(record["evaluations"]) == {"val", "test"}
+    page = (done / "report.html").read_text()
+    assert page.count("<svg") >= 3 and "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page.split("<svg")[0])
+    for ending in ("md", "csv", "tex"):
+        text = (done / f"report.{ending}").read_text()
+        assert "rank" in text or "arm" in text
+    looks = [json.loads(line) for line in (done / "test_looks.jsonl").read_text().splitlines()]
+    assert sorted(look["cell"] for look in looks) == sorted(names)
+    assert "looked at 4 times, for 4 cells" in (done / "report.md").read_text()
+
+
+def test_the_second_difference_of_the_axis_is_told(done: Path, place: Path, tmp_path: Path, capsys) -> None:
+    assert again(done, place, tmp_path, "--plan") == 0
+    said = capsys.readouterr().out
+    assert "careful: alpha / rank" in said and "4 are finished" in said
+    assert "also differs from the baseline in alpha / rank" in (done / "report.md").read_text()
+
+
+def test_arms_of_a_seed_see_the_same_rows_in_the_same_order_from_the_same_head(done: Path) -> None:
+    """By what is stored: splits, and the answers of the fresh head would differ in the first logged loss."""
+    for seed in (1, 2):
+        runs = [done / "cells" / f"rank-{rank}__seed-{seed}" for rank in (2, 8)]
+        splits = [pq.read_table(run / "splits.parquet") for run in runs]
+        assert splits[0].equals(splits[1])
+        # LoRA begins at zero: before the first step both arms are the base with the same head on the same batch.
+        first = [(run / "metrics.csv").read_text().splitlines() for run in runs]
+        column = first[0][0].split(",").index("train/loss_step")
+        losses = [next(line.split(",")[column] for line in lines[1:] if line.split(",")[column]) for lines in first]
+        assert len(losses[0]) > 3
+        heads = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in runs]
+        assert {k for k in heads[0] if "classifier" in k} == {k for k in heads[1] if "classifier" in k}
+
+
+def test_a_second_call_does_nothing_and_looks_at_nothing(done: Path, place: Path, tmp_path: Path, capsys) -> None:
+    assert again(done, place, tmp_path) == 0
+    here = tmp_path / "ablation-rank"
+    assert (here / "test_looks.jsonl").read_text() == (done / "test_looks.jsonl").read_text()
+    assert not (here / "stale").exists()
+    assert (here / "report.csv").read_text() == (done / "report.csv").read_text()
+
+
+def test_a_lost_cell_is_trained_again_and_comes_to_the_same(done: Path, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(done, tmp_path / "ablation-rank")
+    shutil.rmtree(tmp_path / "ablation-rank" / "cells" / "rank-2__seed-1")
+    assert again(done, place, tmp_path) == 0
+    one, two = (
+        pq.read_table(f / "cells/rank-2__seed-1/predictions/test.parquet") for f in (done, tmp_path / "ablation-rank")
+    )
+    assert one.equals(two)
+
+
+@pytest.mark.parametrize("changed", ["code", "versions", "data", "settings"])
+def test_a_cell_of_something_else_is_set_aside_and_not_mixed_in(done, place, tmp_path, changed, capsys) -> None:
+    shutil.copytree(done, tmp_path / "ablation-rank")
+    cell = tmp_path / "ablation-rank" / "cells" / "rank-2__seed-1"
+    record = json.loads((cell / "run.json").read_text())
+    if changed == "code":
+        record["code"]["fingerprint"] = "other"
+    elif changed == "versions":
+        record["versions"]["torch"] = "0.4"
+    elif changed == "data":
+        record["data"]["splits"]["train"]["fingerprint"] = "other"
+    else:
+        config = yaml.safe_load((cell / "config.yaml").read_text())
+        config["model"]["learning_rate"] = 1.0
+        (cell / "config.yaml").write_text(yaml.safe_dump(config))
+    (cell / "run.json").write_text(json.dumps(record))
+    assert again(done, place, tmp_path, "--no_test") == 0
+    aside = tmp_path / "ablation-rank" / "stale" / "rank-2__seed-1.1"
+    reason = {"code": "the code has changed", "versions": "version of torch", "data": "the data has changed"}
+    assert reason.get(changed, "other settings: model.learning_rate") in (aside / "why.txt").read_text()
+    assert json.loads((cell / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_cell_that_fails_is_a_row_with_its_reason(place: Path, tmp_path: Path) -> None:
+    content = yaml.safe_load((place / "rank.yaml").read_text())
+    content["axes"] = {"rate": {"model.learning_rate": [5e-3, 1e30]}}
+    content["baseline"] = {"rate": 0.005}
+    content["settings"] = {"trainer.gradient_clip_val": None, "model.warmup_ratio": 0.0, "model.adapter.rank": 4}
+    (place / "fails.yaml").write_text(yaml.safe_dump(content))
+    assert main(["ablate", "--config", str(place / "fails.yaml"), "--logs_dir", str(tmp_path)]) == 1
+    report = (tmp_path / "ablation-fails" / "report.md").read_text()
+    assert "is not finite" in report and "2 of 4 cells have not finished" in report
+
+
+def test_the_report_needs_no_torch(done: Path, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    copy = Path(shutil.copytree(done, tmp_path / "copy"))
+    for file in copy.glob("report.*"):
+        file.unlink()
+    code = (
+        "import sys, lightning_lora.cli as c; s = c.main(sys.argv[1:]); "
+        "assert not {'torch', 'lightning', 'transformers', 'peft'} & set(sys.modules); sys.exit(s)"
+    )
+    subprocess.run([sys.executable, "-c", code, "report", str(copy)], check=True, capture_output=True)
+    assert (copy / "report.csv").read_text() == (done / "report.csv").read_text()
+
+
+def begin(place: Path, logs: Path, number: int) -> Run:
+    words = ["ablate", "--config", str(place / "rank.yaml"), "--logs_dir", str(logs)]
+    return Run(words, logs / f"worker-{number}.txt")
+
+
+def kills(place: Path, done: Path, logs: Path, count: int, seconds: float) -> None:
+    """Two workers, one of which is killed again and again; in the end every cell is there once, as undisturbed."""
+    rng = np.random.default_rng(count)
+    other = begin(place, logs, 0)
+    for number in range(1, count + 1):
+        worker = begin(place, logs, number)
+        worker.process.join(float(rng.uniform(0, seconds)))
+        worker.signal(signal.SIGKILL)
+        worker.wait()
+        if number % 5 == 0 and other.process.is_alive():
+            other.signal(signal.SIGKILL)
+            other.wait()
+            other = begin(place, logs, number + 1000)
+    assert other.wait(300) in (0, -signal.SIGKILL), other.text()
+    last = begin(place, logs, 5000)
+    assert last.wait(300) == 0, last.text()
+    here = logs / "ablation-rank"
+    assert {p.name for p in (here / "cells").iterdir() if p.is_dir()} == {
+        p.name for p in (done / "cells").iterdir() if p.is_dir()
+    }
+    for cell in (p for p in (done / "cells").iterdir() if p.is_dir()):
+        for file in ("val-best", "test"):
+            one, two = (
+                pq.read_table(f / "cells" / cell.name / "predictions" / f"{file}.parquet") for f in (done, here)
+            )
+            assert one.equals(two), (cell.name, file)
+
+    def shown(folder: Path) -> list[list[str]]:
+        rows = [line.split(",") for line in (folder / "report.csv").read_text().splitlines()]
+        return [row[:-2] for row in rows]  # without the costs, which are times
+
+    assert shown(here) == shown(done)
+
+
+def test_two_workers_one_of_them_killed(place: Path, done: Path, tmp_path: Path) -> None:
+    kills(place, done, tmp_path, 2, 6.0)
+
+
+@pytest.mark.faults
+def test_two_workers_killed_twenty_times(place: Path, done: Path, tmp_path: Path) -> None:
+    kills(place, done, tmp_path, 20, 12.0)

@@ -1,0 +1,97 @@
+"""Arms put together from cells whose answers are written down here."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_lora.ablation.lint import changes, second_differences
+from lightning_lora.ablation.plan import make_plan
+from lightning_lora.ablation.results import Answers, CellResult, compare_arms, one_class
+from lightning_lora.errors import UserError
+
+KEYS = np.array([f"k{i:03}" for i in range(200)])
+LABELS = np.arange(200) % 2
+CONTENT = {
+    "question": "?",
+    "axes": {
+        "rank": {"model.adapter.rank": [2, 8]},
+        "rate": {"model.learning_rate": [1e-4, 1e-3, 1e-2], "chosen": True},
+    },
+    "baseline": {"rank": 8},
+    "seeds": [1, 2, 3],
+}
+PLAN = make_plan(CONTENT, Path("a.yaml"))
+
+
+def answers(right: float, seed: int, keys: np.ndarray = KEYS) -> Answers:
+    """The first so-and-so-many rows right, a little more or less by the seed."""
+    hit = np.arange(len(keys)) < round(len(keys) * right) + seed
+    logits = np.eye(2)[np.where(hit, LABELS[: len(keys)], 1 - LABELS[: len(keys)])].astype(np.float32) * 3
+    return Answers(keys, LABELS[: len(keys)], logits)
+
+
+def cells(val: dict[tuple[str, str], float], test: dict[str, float] | None = None, lost=()) -> list[CellResult]:
+    found = []
+    for cell in PLAN.cells:
+        arm, rate = dict(cell.arm)["rank"], dict(cell.variant)["rate"]
+        if (arm, rate, cell.seed) in lost:
+            found.append(CellResult(cell, "failed", "diverged", {}, None, None))
+            continue
+        tested = answers(test[arm], cell.seed) if test else None
+        found.append(CellResult(cell, "finished", "", {}, answers(val[arm, rate], cell.seed), tested, ["a", "b"]))
+    return found
+
+
+VAL = {("2", "0.0001"): 0.6, ("2", "0.001"): 0.7, ("2", "0.01"): 0.65,
+       ("8", "0.0001"): 0.6, ("8", "0.001"): 0.7, ("8", "0.01"): 0.8}  # fmt: skip
+
+
+def test_each_arm_takes_the_variant_that_is_best_on_validation_whatever_test_says() -> None:
+    two, eight = compare_arms(PLAN, cells(VAL, test={"2": 0.9, "8": 0.5}))
+    assert dict(two.variant) == {"rate": "0.001"} and dict(eight.variant) == {"rate": "0.01"}
+    assert (two.edges, eight.edges) == ([], ["rate 0.01"]) and two.tried == 3
+    assert two.against is not None and two.against.estimate.mean == pytest.approx(0.4) and eight.against is None
+    assert two.against.verdict == "better" and two.seeds == [1, 2, 3]
+
+
+def test_without_test_rows_validation_rows_are_compared() -> None:
+    two, eight = compare_arms(PLAN, cells(VAL))
+    assert two.test is None and two.against is not None
+    assert two.against.estimate.mean == pytest.approx(-0.1)
+    assert eight.val is not None and eight.val.mean == pytest.approx(0.8 + 2 / 200)
+
+
+def test_a_lost_seed_is_left_out_of_the_pair_and_a_variant_with_one_cannot_be_the_best() -> None:
+    found = cells(VAL, lost={("2", "0.001", 2), ("8", "0.0001", 1)})
+    two, eight = compare_arms(PLAN, found)
+    assert dict(two.variant) == {"rate": "0.01"} and dict(eight.variant) == {"rate": "0.01"}
+    lost = {("2", r, s) for r in ("0.0001", "0.001", "0.01") for s in (1, 2, 3)} - {("2", "0.001", 3)}
+    two, eight = compare_arms(PLAN, cells(VAL, lost=lost))
+    assert two.seeds == [3] and two.against is not None and two.against.verdict == "one seed"
+    everything = {("2", r, s) for r in ("0.0001", "0.001", "0.01") for s in (1, 2, 3)}
+    two, eight = compare_arms(PLAN, cells(VAL, lost=everything))
+    assert two.against is None and two.val is None and [c.reason for c in two.cells] == ["diverged"] * 3
+
+
+def test_other_rows_are_never_paired() -> None:
+    found = cells(VAL)
+    odd = answers(0.6, 1, np.array([f"x{i:03}" for i in range(200)]))
+    found[1] = CellResult(found[1].cell, "finished", "", {}, odd, None)
+    with pytest.raises(UserError, match="rows are not those"):
+        compare_arms(PLAN, found)
+
+
+def test_one_class_is_told() -> None:
+    assert one_class(Answers(KEYS, LABELS, np.tile([1.0, 0.0], (200, 1)))) == "predicts one class only"
+    assert one_class(answers(0.9, 0)) == ""
+
+
+def test_a_second_difference_is_found() -> None:
+    base = {"model.adapter.rank": 8, "model.adapter.alpha": 16, "seed_everything": 1, "data.max_length": 128}
+    arm = {**base, "model.adapter.rank": 2, "seed_everything": 2, "data.max_length": 64}
+    found = changes(base, arm, ["model.adapter.rank"], ({"alpha / rank": 2.0}, {"alpha / rank": 8.0}))
+    assert [str(change) for change in found] == [
+        "model.adapter.rank: 8 -> 2", "data.max_length: 128 -> 64", "alpha / rank: 2 -> 8"
+    ]  # fmt: skip
+    assert [change.key for change in second_differences(found)] == ["data.max_length", "alpha / rank"]

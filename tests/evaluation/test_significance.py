@@ -1,0 +1,134 @@
+"""Held against scipy and statsmodels where they have the same, and against simulated experiments."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.weightstats import ttost_paired
+
+from lightning_lora.evaluation.significance import (
+    POWER,
+    corrected,
+    detectable,
+    difference,
+    estimate,
+    mcnemar_p,
+    seeds_needed,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def experiment(
+    rng: np.random.Generator, seeds: int, rows: int, seed_sd: float, gap: float = 0.0, arm_row_sd: float = 0.6
+) -> tuple[np.ndarray, np.ndarray]:
+    """Right or wrong answers of two arms: hard and easy rows, good and bad seeds, rows that suit one arm more.
+
+    ``gap`` is the difference of the population's accuracies on the probit scale.
+    """
+    hard = rng.normal(0, 1.2, rows)
+    arms = []
+    for shift in (gap / 2, -gap / 2):
+        suits = rng.normal(0, arm_row_sd, rows)
+        score = 1.5 + shift + hard + suits + rng.normal(0, seed_sd, (seeds, 1)) + rng.normal(0, 0.5, (seeds, rows))
+        arms.append((score > 0).astype(float))
+    return arms[0], arms[1]
+
+
+def test_where_rows_do_not_vary_it_is_the_t_test_over_seeds() -> None:
+    """With one value a seed on all rows, only seeds are a sample: scipy's and statsmodels' paired tests."""
+    arm, base = RNG.normal(0.80, 0.02, (5, 1)), RNG.normal(0.79, 0.02, (5, 1))
+    found = difference(arm.repeat(50, axis=1), base.repeat(50, axis=1), margin=0.02)
+    expected = stats.ttest_rel(arm[:, 0], base[:, 0])
+    assert found.p == pytest.approx(expected.pvalue)
+    interval = expected.confidence_interval(0.95)
+    assert (found.estimate.low, found.estimate.high) == pytest.approx((interval.low, interval.high))
+    assert found.p_equivalent == pytest.approx(ttost_paired(arm[:, 0], base[:, 0], -0.02, 0.02)[0])
+
+
+def test_where_seeds_do_not_vary_it_is_the_t_test_over_rows() -> None:
+    row = RNG.normal(0.1, 1, 400)
+    found = estimate(np.stack([row] * 3))
+    interval = stats.ttest_1samp(row, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.sd == pytest.approx(0)
+
+
+def test_the_detectable_difference_is_that_of_statsmodels() -> None:
+    effect = TTestPower().solve_power(nobs=8, alpha=0.05, power=POWER)  # in standard deviations; se is sd / sqrt(8)
+    assert detectable(1 / math.sqrt(8), 7) == pytest.approx(effect, rel=1e-3)
+
+
+def test_the_seeds_needed_are_those_of_statsmodels_where_rows_do_not_vary() -> None:
+    values = np.array([[0.012], [0.020], [-0.004], [0.009]])
+    effect = abs(values.mean()) / values.std(ddof=1)
+    expected = math.ceil(TTestPower().solve_power(effect_size=effect, alpha=0.05, power=POWER))
+    assert seeds_needed(values.repeat(10, axis=1)) == max(expected, 4)
+
+
+def test_where_the_rows_are_too_few_no_number_of_seeds_is_enough() -> None:
+    arm, base = experiment(np.random.default_rng(1), 3, 60, 0.05, gap=0.1)
+    assert seeds_needed(arm - base) is None
+
+
+def test_mcnemar_is_the_binomial_test_of_the_rows_that_one_has_right() -> None:
+    arm, base = experiment(np.random.default_rng(2), 1, 300, 0.1, gap=0.3)
+    only_arm, only_base = int(((arm > base)[0]).sum()), int(((arm < base)[0]).sum())
+    assert mcnemar_p(arm[0], base[0]) == pytest.approx(stats.binomtest(only_arm, only_arm + only_base).pvalue)
+
+
+def test_holm_s_correction_by_hand() -> None:
+    arms = [experiment(np.random.default_rng(i), 3, 500, 0.05, gap=g) for i, g in enumerate((0.8, 0.2, 0.0))]
+    plain = [difference(*pair, margin=0.01) for pair in arms]
+    order = np.argsort([each.p for each in plain])
+    expected, largest = [0.0] * 3, 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, plain[i].p * (3 - rank)))
+        expected[i] = largest
+    assert [each.p_corrected for each in corrected(plain)] == pytest.approx(expected)
+    assert corrected([]) == []
+
+
+def test_one_seed_is_never_a_verdict_and_the_same_answers_are_no_difference() -> None:
+    arm, base = experiment(np.random.default_rng(3), 1, 2000, 0.0, gap=2.0)
+    one = difference(arm, base, margin=0.01)
+    assert one.p < 1e-6 and one.verdict == "one seed"
+    same = difference(arm.repeat(2, axis=0), arm.repeat(2, axis=0), margin=0.01)
+    assert (same.p, same.estimate.mean, same.verdict) == (1.0, 0.0, "equivalent")
+
+
+def test_a_loss_is_better_when_it_is_lower() -> None:
+    low, high = RNG.normal(0.3, 0.01, (3, 200)), RNG.normal(0.5, 0.01, (3, 200))
+    assert difference(low, high, 0.01, higher_is_better=False).verdict == "better"
+
+
+@pytest.mark.parametrize(("seeds", "seed_sd"), [(3, 0.0), (3, 0.1), (5, 0.1), (3, 0.3)])
+def test_of_simulated_null_comparisons_no_more_than_the_nominal_share_is_called_a_difference(seeds, seed_sd) -> None:
+    """200 pairs of arms that are equally good in the population, though not on each row."""
+    rng = np.random.default_rng(seeds * 100 + int(seed_sd * 10))
+    found = [difference(*experiment(rng, seeds, 300, seed_sd), margin=0.01) for _ in range(200)]
+    wrong = sum(each.p < 0.05 for each in found)
+    # Of 200 at 5%, 16 or more would come by chance in 5% of such tests (binomial).
+    assert wrong <= stats.binom.ppf(0.95, 200, 0.05)
+
+
+@pytest.mark.parametrize(("seeds", "seed_sd"), [(3, 0.0), (3, 0.1), (5, 0.2)])
+def test_the_interval_holds_the_population_s_accuracy_as_often_as_it_says(seeds: int, seed_sd: float) -> None:
+    rng = np.random.default_rng(7)
+    truth = stats.norm.cdf(1.5 / math.sqrt(1.2**2 + 0.6**2 + seed_sd**2 + 0.5**2))
+    inside = 0
+    for _ in range(400):
+        found = estimate(experiment(rng, seeds, 300, seed_sd)[0])
+        inside += found.low <= truth <= found.high
+    assert inside >= stats.binom.ppf(0.05, 400, 0.95)
+
+
+def test_a_difference_that_is_there_is_found_about_as_often_as_the_power_says() -> None:
+    rng = np.random.default_rng(11)
+    found = [difference(*experiment(rng, 5, 1000, 0.05, gap=0.35), margin=0.01) for _ in range(100)]
+    expected = np.mean([each.detectable for each in found])
+    share = np.mean([each.p < 0.05 for each in found])
+    mean = np.mean([each.estimate.mean for each in found])
+    assert (share >= POWER) == (mean >= expected) or abs(mean - expected) < 0.005
