@@ -26,7 +26,6 @@ def quiet_libraries() -> None:
     # Device, precision and sizes are printed by the commands themselves, on lines of their own.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class Progress(RichProgressBar):

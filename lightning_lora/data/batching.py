@@ -131,7 +131,7 @@ class ResumableLoader(DataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """Where it is."""
-        return {"position": list(self.batch_sampler.position)}
+        return {"position": list(self.batch_sampler.go_on_position or self.batch_sampler.position)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where ``state_dict`` was taken."""
@@ -161,6 +161,11 @@ class LengthBatchSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer, so that each epoch has its own order."""
         self.epoch = epoch
+
+    @property
+    def go_on_position(self) -> tuple[int, int] | None:
+        """Where the next pass goes on, if it was told so."""
+        return self._go_on_at
 
     @property
     def taken(self) -> int:

@@ -72,9 +72,14 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What may be said: "better", "worse", "equivalent", "not told apart", or "one seed"."""
+        """What may be said: "better", "worse", "equivalent", "not told apart", "one seed", or "same answers".
+
+        Where no row of any seed differs there is no variance to judge by, and nothing is claimed of other rows.
+        """
         if self.estimate.seeds < 2:
             return "one seed"
+        if self.estimate.se == 0 and self.estimate.mean == 0:
+            return "same answers"
         if self.p_corrected < 1 - LEVEL:
             return "better" if self.estimate.mean > 0 else "worse"
         return "equivalent" if self.p_equivalent < 1 - LEVEL else "not told apart"

@@ -22,6 +22,7 @@ VERDICTS = {
     "equivalent": "equivalent",
     "not told apart": "not told apart",
     "one seed": "one seed: nothing can be said",
+    "same answers": "the same answers on every row",
 }
 
 
@@ -66,14 +67,14 @@ def answer(report: Report) -> str:
     own = base.test or base.val
     if own is None:
         return "No answer yet: the baseline has no finished cell."
-    start = f"The baseline, {base.label}, has {report.split} {metric} {_number(own.mean)} ({_interval(own)})"
+    start = f"The baseline, {base.label}, has {report.split} {metric} {_number(own.mean)} {_interval(own)}"
     compared = [arm for arm in report.arms if arm.against is not None]
     if not compared:
         return f"{start}. No other arm has finished with a seed that the baseline has."
     if len(base.cells) < 2:
         return f"{start}. With one seed nothing can be called better or worse."
     parts = []
-    for verdict in ("better", "worse", "equivalent", "not told apart"):
+    for verdict in ("better", "worse", "equivalent", "not told apart", "same answers"):
         arms = [arm for arm in compared if arm.against is not None and arm.against.verdict == verdict]
         if not arms:
             continue
@@ -82,11 +83,13 @@ def answer(report: Report) -> str:
             parts.append(f"{verdict} than it: {named}")
         elif verdict == "equivalent":
             parts.append(f"equivalent to it within {report.plan.margin:g}: {', '.join(arm.label for arm in arms)}")
+        elif verdict == "same answers":
+            parts.append(f"with its very answers on every row: {', '.join(arm.label for arm in arms)}")
         else:
             largest = max(arm.against.detectable for arm in arms if arm.against is not None)
             named = ", ".join(arm.label for arm in arms)
             parts.append(f"not told apart from it: {named} (a difference of {largest:.3f} would have been seen)")
-    return f"{start}. {'; '.join(parts).capitalize()}."
+    return f"{start}. {'. '.join(part[0].upper() + part[1:] for part in parts)}."
 
 
 def table(report: Report) -> list[list[str]]:
@@ -106,7 +109,7 @@ def table(report: Report) -> list[list[str]]:
         if (found := arm.against) is None:
             row += ["-"] * 6
         else:
-            settled = found.verdict in ("better", "worse", "equivalent")
+            settled = found.verdict in ("better", "worse", "equivalent", "same answers")
             needed = "settled" if settled else "more rows" if found.seeds_needed is None else str(found.seeds_needed)
             row += [f"{found.estimate.mean:+.4f}", _interval(found.estimate, signed=True), f"{found.p_corrected:.3f}"]
             row += [VERDICTS[found.verdict], f"{found.detectable:.4f}", "-" if found.estimate.seeds < 2 else needed]
@@ -183,6 +186,9 @@ def notes(report: Report) -> list[str]:
             if not change["named"]:
                 what = f"{change['key']} ({change['baseline']} -> {change['arm']})"
                 said.append(f"careful: {label} also differs from the baseline in {what}")
+    one_sided = [cell for cell in report.cells if cell.status == "finished" and cell.reason]
+    if one_sided:
+        said.append(f"careful: {len(one_sided)} of {len(report.cells)} cells have learnt one class only")
     odd = [cell for cell in report.cells if cell.status != "finished"]
     if odd:
         said.append(f"{len(odd)} of {len(report.cells)} cells have not finished; the table of cells says why")

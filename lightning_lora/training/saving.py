@@ -34,11 +34,13 @@ class StateSaver(Checkpoint):
         #: The metrics when the state was saved.
         self.metrics: dict[str, float] = {}
         self._loader: dict[str, Any] = {}
+        self._first = True
         self._saved_at = 0.0
         self._took = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Goes on with the batches that are left of the epoch; from here on signals wait for the end of a step."""
+        self._first = True
         loader: Any = trainer.train_dataloader
         if self._loader:
             # Lightning does so itself, but not once an optimizer has asked for the number of steps (2.6.6: the loader
@@ -72,7 +74,8 @@ class StateSaver(Checkpoint):
         steps = trainer.accumulate_grad_batches
         if taken % steps:
             return
-        if taken and not validates_within(trainer, taken - steps):
+        first, self._first = self._first, False  # nothing is new yet
+        if taken and not first and not validates_within(trainer, taken - steps):
             due = time.perf_counter() - self._saved_at >= self._took / SHARE
             if due or self.request.number is not None or validates_within(trainer, taken):
                 self.save(trainer)

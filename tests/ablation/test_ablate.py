@@ -23,9 +23,9 @@ def place(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ablation")
     write_csv(folder / "rows.csv", make_rows(240))
     base = {
-        "model": {"base_model": str(make_base("bert")), "learning_rate": 5e-3},
+        "model": {"base_model": str(make_base("bert")), "learning_rate": 1e-2},
         "data": {"source": str(folder / "rows.csv"), "max_length": 24, "cache_dir": str(folder / "cache")},
-        "trainer": {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
+        "trainer": {"max_epochs": 4, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
     }
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
     ablation = {

@@ -95,3 +95,33 @@ def test_a_second_difference_is_found() -> None:
         "model.adapter.rank: 8 -> 2", "data.max_length: 128 -> 64", "alpha / rank: 2 -> 8"
     ]  # fmt: skip
     assert [change.key for change in second_differences(found)] == ["data.max_length", "alpha / rank"]
+
+
+def test_the_answer_and_the_tables_of_a_report() -> None:
+    from lightning_lora.reports.ablation import Report, answer, as_csv, as_html, as_latex, as_markdown, table
+
+    found = cells(VAL, test={"2": 0.62, "8": 0.8}, lost={("2", "0.0001", 2)})
+    arms = compare_arms(PLAN, found)
+    differences = {"2": [{"key": "alpha / rank", "baseline": 2.0, "arm": 8.0, "named": False}]}
+    report = Report("a & b", PLAN, "python main.py ablate", arms, found, (6, 6), differences, {})
+    assert "has test accuracy 0.8100" in answer(report) and "Worse than it: 2 by 0.1800" in answer(report)
+    header, two, eight = table(report)
+    assert two[header.index("verdict")] == "worse" and two[header.index("settings tried")] == "3"
+    assert eight[0] == "**8** (baseline)" and len({len(header), len(two), len(eight)}) == 1
+    text = as_markdown(report)
+    assert "looked at 6 times, for 6 cells" in text and "best at the edge of what was tried (rate 0.01)" in text
+    assert "also differs from the baseline in alpha / rank" in text and "diverged" in text
+    assert as_csv(report).count("\n") == 3 and r"a \& b" not in as_latex(report) and "\\toprule" in as_latex(report)
+    page = as_html(report)
+    assert "a &amp; b" in page and "a & b" not in page and page.count("<table") == 4 and "<svg" in page
+
+
+def test_labels_that_are_markup_stay_words() -> None:
+    from lightning_lora.reports.ablation import Report, as_html
+
+    found = [
+        CellResult(c.cell, c.status, "<script>alert(1)</script>", {}, c.val, None, ["<b>", "</table>"])
+        for c in cells(VAL)
+    ]
+    page = as_html(Report("<i>", PLAN, "<u>", compare_arms(PLAN, found), found, (0, 0), {}, {}))
+    assert page.count("<script>") == 1 and "<i>" not in page and "<u>" not in page and "<b></th" not in page
