@@ -160,7 +160,7 @@ def make_plan(content: Mapping[str, Any], path: Path, small: bool = False) -> Pl
     axes = [_axis(str(name), value, fail) for name, value in described.items()]
     if all(axis.chosen for axis in axes):
         raise fail("axes: all are chosen, so nothing is compared; leave 'chosen' out of one")
-    settings = dict(content.get("settings") or {})
+    settings = _flat(content.get("settings"), "settings", fail)
     seeds = content.get("seeds", [1, 2, 3])
     if small:
         change = content.get("small")
@@ -168,7 +168,10 @@ def make_plan(content: Mapping[str, Any], path: Path, small: bool = False) -> Pl
             raise fail("small: not described in this config")
         if unknown := sorted(set(change) - set(_SMALL_KEYS)):
             raise fail(f"small: unknown key '{unknown[0]}'; there are {', '.join(_SMALL_KEYS)}")
-        settings |= change.get("settings") or {}
+        settings |= _flat(change.get("settings"), "small.settings", fail)
+        fewer = change.get("axes") or {}
+        if not isinstance(fewer, dict) or set(map(str, fewer)) - {axis.name for axis in axes}:
+            raise fail(f"small.axes: of the axes {', '.join(axis.name for axis in axes)}, a list of values each")
         seeds = change.get("seeds", seeds)
         axes = [_fewer(axis, (change.get("axes") or {}).get(axis.name), fail) for axis in axes]
     _check_seeds(seeds, fail)
@@ -217,6 +220,8 @@ def _check_cells(plan: Plan, fail: Any) -> None:
         raise fail(f"{len(plan.cells):,} cells; at most {MOST_CELLS:,} make sense")
     if len(plan.arms) < 2:
         raise fail("axes: one arm only; there is nothing to compare")
+    if odd := [cell.name for cell in plan.cells if not re.fullmatch(r"[A-Za-z0-9][\w.\-]{0,90}", cell.name)]:
+        raise fail(f"axes: '{odd[0]:.120}' would be a cell's folder; give axes and values shorter names")
     if len({cell.name for cell in plan.cells}) < len(plan.cells):
         raise fail("axes: two cells have the same name; give the values of an axis names of their own")
 
@@ -260,6 +265,19 @@ def _by_arm(described: dict[str, Any]) -> list[ByArm] | None:
     return [ByArm(str(axis), {str(name): column[i] for name, column in columns.items()}) for i in range(count)]
 
 
+def _flat(described: Any, key: str, fail: Any) -> dict[str, Any]:
+    """Settings as flat keys, whether they are written flat or as a tree."""
+    if not isinstance(described, dict | None):
+        raise fail(f"{key}: settings are needed, such as {{data.train_rows: 200}}")
+    found: dict[str, Any] = {}
+    for name, value in (described or {}).items():
+        if isinstance(value, dict) and value:
+            found |= {f"{name}.{inner}": v for inner, v in _flat(value, key, fail).items()}
+        else:
+            found[str(name)] = value
+    return found
+
+
 def _fewer(axis: Axis, names: Any, fail: Any) -> Axis:
     if names is None:
         return axis
@@ -270,6 +288,8 @@ def _fewer(axis: Axis, names: Any, fail: Any) -> Axis:
 
 
 def _baseline(described: Any, compared: Sequence[Axis], fail: Any) -> tuple[tuple[str, str], ...]:
+    if not isinstance(described, dict | None):
+        raise fail("baseline: a value of each axis is needed, such as {rank: 8}")
     given = {str(name): str(value) for name, value in (described or {}).items()}
     if unknown := sorted(set(given) - {axis.name for axis in compared}):
         raise fail(f"baseline: '{unknown[0]}' is no compared axis")

@@ -85,7 +85,8 @@ class ArmResult:
         cells: Of the chosen variant, one a seed.
         val: The metric on validation rows; None where no seed has finished.
         test: The metric on test rows; None where they were not looked at.
-        against: Against the baseline, on test rows where there are, else on validation rows.
+        split: What all arms are compared on: "test" where every chosen cell was tested, else "val".
+        against: Against the baseline, on the rows of the split.
         seeds: Seeds that ``against`` is over.
     """
 
@@ -96,8 +97,19 @@ class ArmResult:
     cells: list[CellResult]
     val: Estimate | None
     test: Estimate | None
+    split: str = "val"
     against: Difference | None = None
     seeds: list[int] = field(default_factory=list)
+
+    @property
+    def own(self) -> Estimate | None:
+        """The metric on the rows that the arms are compared on."""
+        return self.test if self.split == "test" else self.val
+
+    @property
+    def complete(self) -> bool:
+        """Whether every seed of the chosen variant has finished."""
+        return all(cell.val is not None for cell in self.cells)
 
     @property
     def label(self) -> str:
@@ -142,13 +154,17 @@ def compare_arms(plan: Plan, cells: Sequence[CellResult]) -> list[ArmResult]:
     """The arms in the plan's order: each with its best variant by validation, then held against the baseline."""
     arms = {arm: _best_variant(plan, arm, [c for c in cells if c.cell.arm == arm]) for arm in plan.arms}
     base = arms[plan.baseline]
+    finished = [cell for result in arms.values() for cell in result.cells if cell.val is not None]
+    split = "test" if finished and all(cell.test is not None for cell in finished) else "val"
     found: dict[Arm, tuple[Difference, list[int]]] = {}
     for arm, result in arms.items():
-        if arm != plan.baseline and (paired := _paired(plan, result, base)) is not None:
+        if arm != plan.baseline and (paired := _paired(plan, result, base, split)) is not None:
             found[arm] = paired
     holm = dict(zip(found, corrected([each for each, _ in found.values()]), strict=True))
     return [
-        ArmResult(**{**vars(result), "against": holm.get(arm), "seeds": found[arm][1] if arm in found else []})
+        ArmResult(
+            **{**vars(result), "split": split, "against": holm.get(arm), "seeds": found[arm][1] if arm in found else []}
+        )
         for arm, result in arms.items()
     ]
 
@@ -189,8 +205,7 @@ def _stack(plan: Plan, cells: Sequence[CellResult], split: str) -> tuple[NDArray
     return np.stack([a.values(plan.metric) for _, a in having]), [c.cell.seed for c, _ in having]
 
 
-def _paired(plan: Plan, arm: ArmResult, base: ArmResult) -> tuple[Difference, list[int]] | None:
-    split = "test" if arm.test is not None and base.test is not None else "val"
+def _paired(plan: Plan, arm: ArmResult, base: ArmResult, split: str) -> tuple[Difference, list[int]] | None:
     seeds = [
         s for s in plan.seeds if s in _stack(plan, arm.cells, split)[1] and s in _stack(plan, base.cells, split)[1]
     ]

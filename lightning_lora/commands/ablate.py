@@ -6,9 +6,11 @@ report. Several processes may work on one: a cell is held by a lock that dies wi
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +28,7 @@ from lightning_lora.commands.arms import resolve
 from lightning_lora.commands.children import run_child
 from lightning_lora.commands.config_files import read_config
 from lightning_lora.commands.configured import DEFAULT_CONFIG, flat
-from lightning_lora.commands.report import gather_cells, write_ablation_report
+from lightning_lora.commands.report import gather_cells, same_value, write_ablation_report
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import BusyError, UserError
@@ -64,12 +66,17 @@ def run(words: list[str]) -> int:
         "differences": {arm: [asdict(change) for change in found] for arm, found in warned.items()},
     }
     (folder / "cells").mkdir(parents=True, exist_ok=True)
+    worker = Worker(plan, folder, settings, options.retry_failed)
+    worker.set_stale_aside()  # before anything says what the cells are about
     write_text(folder / "ablation.json", json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
-    Worker(plan, folder, settings, options.retry_failed).run()
-    if not options.no_test:
-        look_at_test(plan, folder)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        worker.run()
+        tested = options.no_test or look_at_test(plan, folder)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     write_ablation_report(folder)
-    return int(any(cell.status != "finished" for cell in gather_cells(plan, folder)))
+    return int(not tested or any(cell.status != "finished" for cell in gather_cells(plan, folder)))
 
 
 def resolve_cells(plan: Plan, overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -78,6 +85,8 @@ def resolve_cells(plan: Plan, overrides: Sequence[str]) -> dict[str, dict[str, A
     Raises:
         UserError: They cannot be parsed.
     """
+    if any(word.startswith("--seed_everything") for word in overrides):
+        raise UserError("--seed_everything: the seeds of an ablation stand in its config")
     base = [read_config(plan.base)] if plan.base else [read_config(DEFAULT_CONFIG)]
     known: dict[str, dict[str, Any]] = {}
     found = {}
@@ -88,6 +97,12 @@ def resolve_cells(plan: Plan, overrides: Sequence[str]) -> dict[str, dict[str, A
                 known[key] = resolve(base, overrides, nested(cell.change))
             except UserError as error:
                 raise UserError(f"cell {cell.name}: {error}") from error
+        for name, value in cell.change.items():
+            here: Any = known[key]
+            for part in name.split("."):
+                here = here.get(part) if isinstance(here, dict) else None
+            if not same_value(here, value):
+                raise UserError(f"{name}: an option gives {here} to every cell, but {cell.name} is about {value}")
         found[cell.name] = {**known[key], "seed_everything": cell.seed}
     return found
 
@@ -169,6 +184,14 @@ class Worker:
         self.code = commit()["fingerprint"]
         self.versions = versions()
         self._data: dict[str, dict[str, str]] = {}
+
+    def set_stale_aside(self) -> None:
+        """Sets aside the cells of something else, but for those that another process holds."""
+        for cell in self.plan.cells:
+            place = self.cells / cell.name
+            if place.exists() and (why := self._why_stale(place, cell)) is not None:
+                with contextlib.suppress(BusyError), locked_folder(self._claim(cell), "held"):
+                    self._set_aside(place, why)
 
     def run(self) -> None:
         """Goes through the cells until none is left, waiting for those that another process holds."""
@@ -291,32 +314,46 @@ class Worker:
         number = 1
         while (target := self.stale / f"{place.name}.{number}").exists():
             number += 1
-        place.rename(target)
+        with locked_folder(place, f"{place} is being trained by another process"):
+            place.rename(target)
         write_text(target / "why.txt", f"{now()}: {why}\n")
         print(f"{place.name}: {why}; set aside as {target}")
 
 
-def look_at_test(plan: Plan, folder: Path) -> None:
+def look_at_test(plan: Plan, folder: Path) -> bool:
     """Tests each arm's best variant that was not tested yet, once all its seeds are there; every look is written down.
 
-    What is tested was chosen before, by validation rows only.
+    What is tested was chosen before, by validation rows only. Gives whether all of it went well.
     """
+    (folder / ".claims").mkdir(exist_ok=True)
+    while True:
+        try:
+            with locked_folder(folder / ".claims", "another process tests"):
+                return _look_at_test(plan, folder)
+        except BusyError:
+            time.sleep(_POLL_S)
+
+
+def _look_at_test(plan: Plan, folder: Path) -> bool:
+    well = True
     for arm in compare_arms(plan, gather_cells(plan, folder)):
+        if not arm.complete:
+            print(f"{arm.label}: not tested, as not all its seeds have finished")
+            continue
         for result in arm.cells:
-            if result.status != "finished" or result.test is not None:
+            if result.test is not None:
                 continue
-            place = folder / "cells" / result.cell.name
-            with locked_folder(place, f"{place} is being tested by another process"):
-                if "test" in RunFolder(place).read().get("evaluations", {}):
-                    continue
-                entry = {"time": now(), "cell": result.cell.name, "process": os.getpid()}
-                with (folder / LEDGER).open("a", encoding="utf-8") as ledger:  # before the look, not after
-                    ledger.write(json.dumps(entry) + "\n")
-                    ledger.flush()
-                    os.fsync(ledger.fileno())
-                words = ["test", "--run", str(place), "--before", "false"]
-                if status := run_child([words], folder / "cells" / f"{result.cell.name}.txt"):
-                    print(f"{result.cell.name}: the test ended with status {status}", file=sys.stderr)
+            entry = {"time": now(), "cell": result.cell.name, "process": os.getpid()}
+            with (folder / LEDGER).open("a", encoding="utf-8") as ledger:  # before the look, not after
+                ledger.write(json.dumps(entry) + "\n")
+                ledger.flush()
+                os.fsync(ledger.fileno())
+            print(f"{result.cell.name}: test rows", flush=True)
+            words = ["test", "--run", str(folder / "cells" / result.cell.name), "--before", "false"]
+            if status := run_child([words], folder / "cells" / f"{result.cell.name}.txt"):
+                print(f"{result.cell.name}: the test ended with status {status}", file=sys.stderr)
+                well = False
+    return well
 
 
 def _parser() -> argparse.ArgumentParser:

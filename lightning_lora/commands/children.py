@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,14 @@ def _context() -> Any:
     return context
 
 
+def _end_with_the_parent() -> None:
+    """A killed parent passes no signal on: this process then asks itself to save and stop."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _main(commands: list[list[str]], output: str) -> None:
     from lightning_lora.cli import main
 
@@ -61,6 +71,7 @@ def _main(commands: list[list[str]], output: str) -> None:
     os.dup2(handle, 2)
     sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     status = 0
     for words in commands:
         print("$ python main.py", *words, flush=True)

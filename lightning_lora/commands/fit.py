@@ -64,7 +64,11 @@ def resume(cli: ConfiguredRun, words: list[str]) -> int:
         for key in ("versions", "code"):
             if record[key] != begun[key]:
                 print(f"careful: {key} were {record[key]}, now {begun[key]}: the rest may differ", file=sys.stderr)
-        point, damage = ResumePoints(folder.checkpoints).find()
+        try:
+            point, damage = ResumePoints(folder.checkpoints).find()
+        except UserError as error:
+            folder.write({**record, "status": "failed", "error": str(error)})
+            raise
         if damage:
             print(f"careful: {damage}", file=sys.stderr)
         if point is not None:

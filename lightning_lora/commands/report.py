@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lightning_lora.ablation.plan import Cell, Plan, make_plan
 from lightning_lora.ablation.results import CellResult, compare_arms, one_class, read_answers
 from lightning_lora.artifacts.runs import RunFolder
@@ -78,12 +80,44 @@ def _cell(cell: Cell, place: Path) -> CellResult:
         error = str(record.get("error", ""))
         reason = error or ("under way, or killed" if status == "running" else status)
         return CellResult(cell, status, reason, record, None, None)
-    val = read_answers(place / "predictions" / "val-best.parquet")
-    test = read_answers(place / "predictions" / "test.parquet")
+    if different := _different(cell, place / "config.yaml"):
+        return CellResult(cell, "stale", f"trained with other settings: {different}", record, None, None)
+    val, test = (
+        read_answers(place / "predictions" / f"{file}.parquet") if _of_best(record, name) else None
+        for name, file in (("val", "val-best"), ("test", "test"))
+    )
     if val is None:
         return CellResult(cell, "interrupted", "trained, but not validated", record, None, None)
     answers, names = val
     return CellResult(cell, status, one_class(answers), record, answers, test[0] if test else None, names)
+
+
+def _of_best(record: Mapping[str, Any], name: str) -> bool:
+    """Whether an evaluation was of the checkpoint that validation chose, and not one that a person asked for."""
+    evaluation = (record.get("evaluations") or {}).get(name)
+    return evaluation is not None and Path(evaluation["checkpoint"]).name == "best.ckpt"
+
+
+def _different(cell: Cell, config: Path) -> str:
+    """The first setting of the plan that a cell was not trained with; empty where there is none."""
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    for key, wanted in {**cell.change, "seed_everything": cell.seed}.items():
+        value: Any = settings
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not same_value(value, wanted):
+            return f"{key} {value} instead of {wanted}"
+    return ""
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two settings are the same, however they are written (1 and 1.0, 1e-4 and "1e-4")."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(same_value(a, b) for a, b in zip(one, other, strict=True))
+    try:
+        return one == other or float(one) == float(other)
+    except (TypeError, ValueError):
+        return str(one) == str(other)
 
 
 def count_looks(folder: Path) -> tuple[int, int]:
@@ -91,9 +125,19 @@ def count_looks(folder: Path) -> tuple[int, int]:
     try:
         lines = (folder / "test_looks.jsonl").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        return 0, 0
-    cells = [json.loads(line)["cell"] for line in lines if line.strip()]
-    return len(cells), len(set(cells))
+        lines = []
+    cells = []
+    for line in lines:
+        try:
+            cells.append(json.loads(line)["cell"])
+        except (ValueError, KeyError, TypeError):  # cut off when there was no room: still a look
+            cells.append(line)
+    # A test that a person ran by hand is a look as well.
+    by_hand = 0
+    for record in (folder / "cells").glob("*/run.json"):
+        tests = [n for n in RunFolder(record.parent).read().get("evaluations", {}) if n.startswith("test")]
+        by_hand += max(0, len(tests) - cells.count(record.parent.name))
+    return len(cells) + by_hand, len(set(cells))
 
 
 def read_curves(place: Path) -> dict[str, list[tuple[int, float]]]:

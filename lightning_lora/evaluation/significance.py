@@ -3,16 +3,19 @@
 An arm that was trained with S seeds and tested on N rows gives S x N values (right or wrong, a loss). Seeds and rows
 are both samples, crossed: every seed meets the same rows. The variance of the mean is taken as the sum of what each
 shows, s2(seed means) / S + s2(row means) / N (Owen 2007, https://doi.org/10.1214/07-AOAS122, says why the sum errs on
-the careful side), with Satterthwaite's degrees of freedom. Resampling three seeds would claim too much: their bootstrap
-variance is a third too small, and its quantiles are a normal's (docs/LOG.md has both, simulated).
+the careful side). Half of the interval is the root of the sum of each part's own, (t(S-1) s_seeds)2 + (t(N-1) s_rows)2,
+as three seeds that happen to agree know little of their spread: Satterthwaite's degrees of freedom would jump to those
+of the rows, and call differences that are none in up to one of ten (docs/LOG.md). The p-values are those of the t
+distribution that gives this interval.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri, stdtrit
 
 LEVEL = 0.95
 POWER = 0.8
@@ -87,19 +90,38 @@ class Difference:
 
 def estimate(values: NDArray) -> Estimate:
     """The mean of values of shape (seeds, rows), with an interval over both."""
-    from scipy import stats
-
     seeds, rows = values.shape
     seed_means, row_means = values.mean(axis=1), values.mean(axis=0)
     of_rows = float(row_means.var(ddof=1)) / rows if rows > 1 else 0.0
     of_seeds = float(seed_means.var(ddof=1)) / seeds if seeds > 1 else 0.0
-    variance = of_rows + of_seeds
-    parts = (of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0) + (of_rows**2 / (rows - 1) if rows > 1 else 0.0)
-    df = variance**2 / parts if parts > 0 else math.inf
-    mean, se = float(values.mean()), math.sqrt(variance)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, df)) * se if se > 0 else 0.0
+    df = degrees_of_freedom(of_seeds, seeds, of_rows, rows)
+    mean, se = float(values.mean()), math.sqrt(of_rows + of_seeds)
+    half = _t(df) * se if se > 0 else 0.0
     sd = float(seed_means.std(ddof=1)) if seeds > 1 else math.nan
     return Estimate(mean, sd, seeds, rows, se, df, mean - half, mean + half)
+
+
+def degrees_of_freedom(of_seeds: float, seeds: int, of_rows: float, rows: int) -> float:
+    """Of the t distribution whose interval is that of both parts of the variance together: see above."""
+    from scipy.optimize import brentq
+
+    if of_seeds + of_rows == 0:
+        return math.inf
+    if of_seeds == 0 or seeds < 2:
+        return max(rows - 1, 1)
+    if of_rows == 0 or rows < 2:
+        return seeds - 1
+    half = math.hypot(_t(seeds - 1) * math.sqrt(of_seeds), _t(rows - 1) * math.sqrt(of_rows))
+    wanted = half / math.sqrt(of_seeds + of_rows)
+    low, high = min(seeds, rows) - 1.0, max(seeds, rows) - 1.0
+    if wanted >= _t(low) or wanted <= _t(high):  # one part is as good as nothing
+        return low if wanted >= _t(low) else high
+    return float(brentq(lambda df: _t(df) - wanted, low, high))
+
+
+def _t(df: float) -> float:
+    """The quantile of the t distribution that an interval ends at."""
+    return float(stdtrit(df, (1 + LEVEL) / 2) if math.isfinite(df) else ndtri((1 + LEVEL) / 2))
 
 
 def difference(arm: NDArray, baseline: NDArray, margin: float, higher_is_better: bool = True) -> Difference:
@@ -116,7 +138,8 @@ def difference(arm: NDArray, baseline: NDArray, margin: float, higher_is_better:
     if arm.shape != baseline.shape:
         raise ValueError(f"shapes differ: {arm.shape} and {baseline.shape}; compare the seeds that both have")
     sign = 1.0 if higher_is_better else -1.0
-    found = estimate(sign * (arm.astype(float) - baseline.astype(float)))
+    paired = sign * (arm.astype(float) - baseline.astype(float))
+    found = estimate(paired)
     if found.se == 0:
         p = 1.0 if found.mean == 0 else 0.0
         p_equivalent = 0.0 if abs(found.mean) < margin else 1.0
@@ -127,31 +150,30 @@ def difference(arm: NDArray, baseline: NDArray, margin: float, higher_is_better:
         p_equivalent = float(max(lower, upper))
     binary = bool(np.isin(arm, (0, 1)).all() and np.isin(baseline, (0, 1)).all())
     per_seed = [mcnemar_p(one, other) for one, other in zip(arm, baseline, strict=True)] if binary else []
-    return Difference(
-        found, p, p, margin, p_equivalent, detectable(found.se, found.df), seeds_needed(arm - baseline), per_seed
-    )
+    return Difference(found, p, p, margin, p_equivalent, detectable(found.se, found.df), seeds_needed(paired), per_seed)
 
 
 def mcnemar_p(arm: NDArray, baseline: NDArray) -> float:
-    """The exact p-value of McNemar's test on the rows that one of the two has right."""
-    from statsmodels.stats.contingency_tables import mcnemar
+    """The exact p-value of McNemar's test: of the rows that one of the two has right, is it either as often?"""
+    from scipy.stats import binomtest
 
-    right, base = arm.astype(bool), baseline.astype(bool)
-    table = [[int((right & base).sum()), int((right & ~base).sum())], [int((~right & base).sum()), 0]]
-    table[1][1] = len(right) - sum(map(sum, table))
-    return float(mcnemar(table, exact=True).pvalue)
+    only_arm, only_baseline = int((arm > baseline).sum()), int((arm < baseline).sum())
+    return float(binomtest(only_arm, only_arm + only_baseline).pvalue) if only_arm + only_baseline else 1.0
 
 
 def corrected(differences: Sequence[Difference]) -> list[Difference]:
-    """The same differences with p-values corrected for their number (Holm 1979)."""
-    from dataclasses import replace
+    """The same differences with p-values corrected for their number (Holm 1979).
 
-    from statsmodels.stats.multitest import multipletests
-
+    Four lines instead of statsmodels' ``multipletests``, with which a test compares them: importing it takes longer
+    than writing a report.
+    """
     if not differences:
         return []
-    _, p, _, _ = multipletests([each.p for each in differences], alpha=1 - LEVEL, method="holm")
-    return [replace(each, p_corrected=float(value)) for each, value in zip(differences, p, strict=True)]
+    p = np.array([each.p for each in differences])
+    order = np.argsort(p)
+    stepped = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
+    adjusted = np.minimum(stepped, 1.0)[np.argsort(order)]
+    return [replace(each, p_corrected=float(value)) for each, value in zip(differences, adjusted, strict=True)]
 
 
 def detectable(se: float, df: float) -> float:
@@ -160,7 +182,7 @@ def detectable(se: float, df: float) -> float:
 
     if se == 0:
         return 0.0
-    critical = stats.t.ppf((1 + LEVEL) / 2, df)
+    critical = _t(df)
 
     def power(effect: float) -> float:
         if df > 1e5:  # where scipy's noncentral t gives up, and is a normal
@@ -178,23 +200,25 @@ def seeds_needed(differences: NDArray) -> int | None:
         differences: Paired differences, shape (seeds, rows).
 
     Returns:
-        The number, at least that of the seeds there are; None where there is one seed, no difference, or too few
-        rows for any number of seeds.
+        The number for a single comparison, at least that of the seeds there are; None where there is one seed, no
+        difference, or more than ``MOST_SEEDS`` were needed.
     """
     seeds, rows = differences.shape
     mean = abs(float(differences.mean()))
-    if seeds < 2 or mean == 0:
+    if seeds < 2 or rows < 2 or mean == 0:
         return None
-    of_rows = float(differences.mean(axis=0).var(ddof=1)) / rows
-    of_seeds = float(differences.mean(axis=1).var(ddof=1))
-    if of_rows + of_seeds == 0:
+    seed_means, row_means = differences.mean(axis=1), differences.mean(axis=0)
+    rest = differences - seed_means[:, None] - row_means + differences.mean()
+    interaction = float((rest**2).sum()) / ((seeds - 1) * (rows - 1))  # shrinks with more seeds; what rows are does not
+    row_part = max(0.0, float(row_means.var(ddof=1)) - interaction / seeds)
+    seed_part = float(seed_means.var(ddof=1))
+    if row_part + interaction + seed_part == 0:
         return seeds
 
     def enough(count: int) -> bool:
-        seed_part = of_seeds / count
-        parts = seed_part**2 / (count - 1) + of_rows**2 / (rows - 1)
-        df = (seed_part + of_rows) ** 2 / parts if parts > 0 else math.inf
-        return detectable(math.sqrt(seed_part + of_rows), df) <= mean
+        of_seeds, of_rows = seed_part / count, (row_part + interaction / count) / rows
+        df = degrees_of_freedom(of_seeds, count, of_rows, rows)
+        return detectable(math.sqrt(of_seeds + of_rows), df) <= mean
 
     if not enough(MOST_SEEDS):
         return None

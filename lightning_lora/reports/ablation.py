@@ -53,7 +53,7 @@ class Report:
     @property
     def split(self) -> str:
         """The rows that the arms are compared on."""
-        return "test" if all(arm.test is not None for arm in self.arms if arm.val is not None) else "validation"
+        return "test" if self.arms[0].split == "test" else "validation"
 
     @property
     def baseline(self) -> ArmResult:
@@ -64,17 +64,17 @@ class Report:
 def answer(report: Report) -> str:
     """The answer in words, with its uncertainty."""
     base, metric = report.baseline, report.plan.metric
-    own = base.test or base.val
+    own = base.own
     if own is None:
         return "No answer yet: the baseline has no finished cell."
     start = f"The baseline, {base.label}, has {report.split} {metric} {_number(own.mean)} {_interval(own)}"
     compared = [arm for arm in report.arms if arm.against is not None]
     if not compared:
         return f"{start}. No other arm has finished with a seed that the baseline has."
-    if len(base.cells) < 2:
+    if own.seeds < 2:
         return f"{start}. With one seed nothing can be called better or worse."
     parts = []
-    for verdict in ("better", "worse", "equivalent", "not told apart", "same answers"):
+    for verdict in ("better", "worse", "equivalent", "not told apart", "same answers", "one seed"):
         arms = [arm for arm in compared if arm.against is not None and arm.against.verdict == verdict]
         if not arms:
             continue
@@ -85,22 +85,37 @@ def answer(report: Report) -> str:
             parts.append(f"equivalent to it within {report.plan.margin:g}: {', '.join(arm.label for arm in arms)}")
         elif verdict == "same answers":
             parts.append(f"with its very answers on every row: {', '.join(arm.label for arm in arms)}")
+        elif verdict == "one seed":
+            parts.append(f"one seed only in common with it, of which nothing can be said: {_labels(arms)}")
         else:
             largest = max(arm.against.detectable for arm in arms if arm.against is not None)
             named = ", ".join(arm.label for arm in arms)
-            parts.append(f"not told apart from it: {named} (a difference of {largest:.3f} would have been seen)")
+            parts.append(f"not told apart from it: {named} (a difference of {largest:.3f} would have been seen in 80%)")
+    if missing := [arm for arm in report.arms if arm.against is None and arm is not base]:
+        parts.append(f"without a finished cell: {_labels(missing)}")
     return f"{start}. {'. '.join(part[0].upper() + part[1:] for part in parts)}."
+
+
+def _labels(arms: Sequence[ArmResult]) -> str:
+    return ", ".join(arm.label for arm in arms)
 
 
 def table(report: Report) -> list[list[str]]:
     """The main table: a header, then a row for each arm."""
     metric = report.plan.metric
-    header = ["arm", "seeds", f"{report.split} {metric}", f"{LEVEL:.0%} interval", "SD of seeds", "against baseline"]
+    header = [
+        "arm",
+        "seeds",
+        f"{report.split} {metric}",
+        f"{LEVEL:.0%} interval",
+        "SD of seeds",
+        "better than baseline by",
+    ]
     header += [f"{LEVEL:.0%} interval", "p (Holm)", "verdict", "could have seen", "seeds to settle"]
     header += ["settings tried", "trainable", "train s", "memory MiB"]
     rows = [header]
     for arm in report.arms:
-        own = (arm.test if report.split == "test" else None) or arm.val
+        own = arm.own
         row = [f"**{arm.label}** (baseline)" if arm.arm == report.plan.baseline else arm.label]
         if own is None:
             rows.append([*row, "0", *["-"] * 6, _why_not(arm), *["-"] * (len(header) - 9)])
@@ -172,13 +187,18 @@ def notes(report: Report) -> list[str]:
     looks, cells = report.looks
     said = [
         f"command: {report.command}",
-        f"Chosen by validation {report.plan.metric} only. Test rows were looked at {looks} times, for {cells} cells.",
+        f"Variants are chosen by validation {report.plan.metric}, checkpoints by validation F1. Test rows were looked "
+        f"at {looks} times, for {cells} cells.",
         f"Intervals and p-values are over seeds and {report.split} rows together; p-values are corrected for the "
-        "number of arms (Holm). 'Could have seen' is the smallest true difference that 80% of such experiments would "
-        "find; 'seeds to settle' is how many seeds would find a difference as large as the one seen ('more rows': no "
-        "number would).",
+        "number of arms (Holm), intervals and equivalence are of each arm by itself. 'Could have seen' is the smallest "
+        "true difference that 80% of such experiments would find; 'seeds to settle' is how many seeds would find one "
+        "as large as was seen ('more rows': over a thousand); both for a single comparison.",
     ]
+    if report.split == "validation":
+        said.append("careful: compared on the validation rows that checkpoints and variants were chosen on: too good")
     for arm in report.arms:
+        if not arm.complete:
+            said.append(f"careful: {arm.label} has seeds that have not finished; it is not tested before they have")
         if arm.edges:
             said.append(f"careful: {arm.label} is best at the edge of what was tried ({', '.join(arm.edges)})")
     for label, found in report.differences.items():

@@ -12,7 +12,10 @@ import pytest
 import torch
 import yaml
 
+from lightning_lora.ablation.plan import make_plan
 from lightning_lora.cli import main
+from lightning_lora.commands.ablate import Worker, resolve_cells
+from lightning_lora.commands.report import gather_cells
 from tests.conftest import make_rows, write_csv
 from tests.faults.processes import Run
 
@@ -123,11 +126,42 @@ def test_a_cell_of_something_else_is_set_aside_and_not_mixed_in(done, place, tmp
         config["model"]["learning_rate"] = 1.0
         (cell / "config.yaml").write_text(yaml.safe_dump(config))
     (cell / "run.json").write_text(json.dumps(record))
-    assert again(done, place, tmp_path, "--no_test") == 0
+    content = yaml.safe_load((place / "rank.yaml").read_text())
+    plan = make_plan(content, place / "rank.yaml")
+    settings = resolve_cells(plan, [])
+    Worker(plan, tmp_path / "ablation-rank", settings, False).set_stale_aside()
     aside = tmp_path / "ablation-rank" / "stale" / "rank-2__seed-1.1"
     reason = {"code": "the code has changed", "versions": "version of torch", "data": "the data has changed"}
     assert reason.get(changed, "other settings: model.learning_rate") in (aside / "why.txt").read_text()
-    assert json.loads((cell / "run.json").read_text())["status"] == "finished"
+    states = {c.cell.name: c.status for c in gather_cells(plan, tmp_path / "ablation-rank")}
+    assert states.pop("rank-2__seed-1") == "missing" and set(states.values()) == {"finished"}
+
+
+def test_a_report_mixes_no_cell_of_other_settings_in(done: Path, place: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(done, tmp_path / "ablation-rank"))
+    asked = json.loads((copy / "ablation.json").read_text())
+    asked["config"]["settings"] = {"data.max_length": 16}
+    (copy / "ablation.json").write_text(json.dumps(asked))
+    assert main(["report", str(copy)]) == 0
+    assert "trained with other settings: data.max_length 24 instead of 16" in (copy / "report.md").read_text()
+
+
+def test_an_option_that_overrides_an_axis_is_refused(place: Path, tmp_path: Path, capsys) -> None:
+    words = ["ablate", "--config", str(place / "rank.yaml"), "--logs_dir", str(tmp_path)]
+    assert main([*words, "--model.adapter.rank", "4"]) == 2
+    assert "an option gives 4 to every cell" in capsys.readouterr().err
+    assert main([*words, "--seed_everything", "4"]) == 2
+
+
+def test_a_test_by_hand_counts_as_a_look_and_another_checkpoint_is_no_answer(done: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(done, tmp_path / "ablation-rank"))
+    record = json.loads((copy / "cells" / "rank-2__seed-1" / "run.json").read_text())
+    record["evaluations"]["test-2"] = record["evaluations"]["test"]
+    record["evaluations"]["test"] = {**record["evaluations"]["test"], "checkpoint": "x/last.ckpt"}
+    (copy / "cells" / "rank-2__seed-1" / "run.json").write_text(json.dumps(record))
+    assert main(["report", str(copy)]) == 0
+    report = (copy / "report.md").read_text()
+    assert "looked at 5 times, for 4 cells" in report and "careful: compared on the validation rows" in report
 
 
 def test_a_cell_that_fails_is_a_row_with_its_reason(place: Path, tmp_path: Path) -> None:
@@ -196,7 +230,7 @@ def kills(place: Path, done: Path, logs: Path, count: int, seconds: float) -> No
 
 
 def test_two_workers_one_of_them_killed(place: Path, done: Path, tmp_path: Path) -> None:
-    kills(place, done, tmp_path, 2, 6.0)
+    kills(place, done, tmp_path, 1, 6.0)
 
 
 @pytest.mark.faults
