@@ -126,7 +126,7 @@ def table(report: Report) -> list[list[str]]:
         else:
             settled = found.verdict in ("better", "worse", "equivalent", "same answers")
             needed = "settled" if settled else "more rows" if found.seeds_needed is None else str(found.seeds_needed)
-            row += [f"{found.estimate.mean:+.4f}", _interval(found.estimate, signed=True), f"{found.p_corrected:.3f}"]
+            row += [f"{found.estimate.mean:+.4f}", _interval(found.estimate, signed=True), _p(found.p_corrected)]
             row += [VERDICTS[found.verdict], f"{found.detectable:.4f}", "-" if found.estimate.seeds < 2 else needed]
         row += [str(arm.tried), _count(arm.mean_cost("trainable_params")), _count(arm.mean_cost("train_s"), 1)]
         rows.append([*row, _count(arm.mean_cost("peak_memory_mb"))])
@@ -155,7 +155,7 @@ def seed_table(report: Report) -> list[list[str]]:
     for arm in report.arms:
         if arm.against is not None:
             for seed, p in zip(arm.seeds, arm.against.per_seed, strict=False):
-                rows.append([arm.label, str(seed), f"{p:.3f}"])
+                rows.append([arm.label, str(seed), _p(p)])
     return rows if len(rows) > 1 else []
 
 
@@ -294,6 +294,10 @@ def _number(value: float) -> str:
 
 def _count(value: float, digits: int = 0) -> str:
     return "-" if math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _interval(found: Any, signed: bool = False) -> str:
