@@ -41,7 +41,7 @@ def changes(
         arm: The arm's.
         named: Keys that the axes name.
         follows: What follows from the settings of each without standing there (the ratio of two of them, a
-            default that depends on the method), by name. Where a named key says the same, it is named too.
+            default that depends on the method), by name.
     """
     keys = [key for key in {**baseline, **arm} if key not in _OF_SEEDS]
     found = [

@@ -136,11 +136,12 @@ def lint(plan: Plan, settings: Mapping[str, dict[str, Any]]) -> dict[str, list[C
 def what_follows(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What settings come to without saying so: defaults that depend on the method, and ratios."""
     model = settings["model"]
-    method, adapter, quantization = find_method(model["method"]), model["adapter"], model["quantization"]
-    follows: dict[str, Any] = {"learning rate of the method": model["learning_rate"] or method.learning_rate}
+    method, adapter = find_method(model["method"]), model["adapter"]
+    follows: dict[str, Any] = {}
+    if model["learning_rate"] is None:  # else the setting itself is compared
+        follows["learning rate of the method"] = method.learning_rate
     if adapter["rank"] and adapter["alpha"]:
         follows["alpha / rank"] = adapter["alpha"] / adapter["rank"]
-    follows["frozen weights stored in bits"] = quantization["bits"]
     return follows
 
 
@@ -203,7 +204,7 @@ class Worker:
                 started = time.perf_counter()
                 try:
                     with locked_folder(self._claim(cell), "another process trains this cell"):
-                        did = self.train(cell, len(took))
+                        did = self.train(cell)
                 except BusyError:
                     busy.append(cell)
                     continue
@@ -216,7 +217,7 @@ class Worker:
             if busy:
                 time.sleep(_POLL_S)
 
-    def train(self, cell: Cell, number: int) -> bool:
+    def train(self, cell: Cell) -> bool:
         """Trains a cell, goes on with it, or leaves it where it is done; whether there was anything to do."""
         place = self.cells / cell.name
         if (why := self._why_stale(place, cell)) is not None:
