@@ -5,7 +5,6 @@ of other settings, code, versions or data: kept, never mixed in), ``test_looks.j
 report. Several processes may work on one: a cell is held by a lock that dies with its holder.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -28,6 +27,7 @@ from lightning_lora.commands.arms import resolve
 from lightning_lora.commands.children import run_child
 from lightning_lora.commands.config_files import read_config
 from lightning_lora.commands.configured import DEFAULT_CONFIG, flat
+from lightning_lora.commands.options import OptionParser
 from lightning_lora.commands.report import gather_cells, same_value, write_ablation_report
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule
@@ -357,10 +357,9 @@ def _look_at_test(plan: Plan, folder: Path) -> bool:
     return well
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="main.py ablate",
-        allow_abbrev=False,
+def _parser() -> OptionParser:
+    parser = OptionParser(
+        "ablate",
         description="Trains the cells of an ablation, tests once, and writes the report. The same command again goes "
         "on. Every other option is one of fit's, for all cells.",
     )
@@ -371,9 +370,4 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--retry_failed", action="store_true", help="Try cells again that failed.")
     parser.add_argument("--name", help="The folder under --logs_dir; by default ablation-CONFIG.")
     parser.add_argument("--logs_dir", default="logs", help="The folder of all runs.")
-    parser.error = _refuse  # type: ignore[method-assign,assignment]
     return parser
-
-
-def _refuse(message: str) -> None:
-    raise UserError(message)

@@ -4,7 +4,6 @@ Each arm is a run of its own, made by ``fit`` and ``test`` in a process of its o
 is its own), under ``logs/NAME/ARM``. What is finished is not done again.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from lightning_lora.artifacts.runs import RunFolder, folder_name, now
 from lightning_lora.commands.arms import ARMS_KEY, DEFAULT_ARMS, choose_arms, resolve_arms
 from lightning_lora.commands.config_files import read_config
 from lightning_lora.commands.configured import DEFAULT_CONFIG, flat
+from lightning_lora.commands.options import OptionParser
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError
@@ -269,10 +269,9 @@ def write_reports(folder: Path, arms: list[dict[str, Any]], command: list[str]) 
     print(f"\nwritten: {folder / 'comparison'}.md, .csv, .json, .png (each arm's run is in a folder beside them)")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="main.py compare",
-        allow_abbrev=False,
+def _parser() -> OptionParser:
+    parser = OptionParser(
+        "compare",
         description="Trains and tests several arms on the same rows and puts them into one table. A second call "
         "finishes what is missing. Every other option is one of fit's, for all arms; it wins over an arm's own.",
     )
@@ -286,12 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--name", help="The folder under --logs_dir; by default made from the settings.")
     parser.add_argument("--logs_dir", default="logs", help="The folder of all runs.")
-    parser.error = _refuse  # type: ignore[method-assign,assignment]
     return parser
-
-
-def _refuse(message: str) -> None:
-    raise UserError(message)
 
 
 def _key(configs: Sequence[dict[str, Any]], overrides: Sequence[str]) -> str:

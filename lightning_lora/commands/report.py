@@ -1,6 +1,5 @@
 """``main.py report``: the report of an ablation, made again from what lies in its folder. Imports no torch."""
 
-import argparse
 import csv
 import json
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ import yaml
 from lightning_lora.ablation.plan import Cell, Plan, make_plan
 from lightning_lora.ablation.results import CellResult, compare_arms, one_class, read_answers
 from lightning_lora.artifacts.runs import RunFolder
+from lightning_lora.commands.options import OptionParser
 from lightning_lora.errors import UserError
 from lightning_lora.files import write_text
 from lightning_lora.reports import ablation as reports
@@ -20,11 +20,8 @@ from lightning_lora.reports.tables import markdown
 
 def run(words: list[str]) -> int:
     """Writes the report of each folder again."""
-    parser = argparse.ArgumentParser(
-        prog="main.py report", allow_abbrev=False, description="Writes the report of ablations again, without torch."
-    )
+    parser = OptionParser("report", description="Writes the report of ablations again, without torch.")
     parser.add_argument("folders", nargs="+", help="Folders that ablate made, such as logs/ablation-rank.")
-    parser.error = _refuse  # type: ignore[method-assign,assignment]
     for folder in parser.parse_args(words).folders:
         write_ablation_report(Path(folder))
     return 0
@@ -155,7 +152,3 @@ def read_curves(place: Path) -> dict[str, list[tuple[int, float]]]:
                 except ValueError:
                     continue
     return curves
-
-
-def _refuse(message: str) -> None:
-    raise UserError(message)

@@ -3,7 +3,6 @@
 Needs no torch: it reads what ``test`` (or ``fit``) has written.
 """
 
-import argparse
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import yaml
 
 from lightning_lora.artifacts.runs import RunFolder
+from lightning_lora.commands.options import OptionParser
 from lightning_lora.data.prepare import SourceOptions
 from lightning_lora.data.splits import text_keys
 from lightning_lora.data.stored import default_cache_dir, stored_splits
@@ -114,19 +114,12 @@ def _maker(split: str) -> str:
     return "validate" if split == "val" else "test"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="main.py sample", allow_abbrev=False, description="Random rows with truth and prediction."
-    )
+def _parser() -> OptionParser:
+    parser = OptionParser("sample", description="Random rows with truth and prediction.")
     parser.add_argument("--run", required=True, help="The run folder, such as logs/NAME.")
     parser.add_argument("--n", type=int, default=10, help="How many rows.")
     parser.add_argument("--split", choices=("test", "val"), default="test", help="Of which rows.")
     parser.add_argument("--only", choices=SHOWN, default="all", help="Hits, misses, or both.")
     parser.add_argument("--seed", type=int, default=0, help="Another seed shows other rows.")
     parser.add_argument("--chars", type=int, default=300, help="Characters of a text that are shown.")
-    parser.error = _refuse  # type: ignore[method-assign,assignment]
     return parser
-
-
-def _refuse(message: str) -> None:
-    raise UserError(message)
