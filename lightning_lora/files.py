@@ -109,11 +109,15 @@ def remove_partial(folder: Path) -> None:
 
 
 @contextmanager
-def locked_folder(folder: Path, message: str) -> Iterator[None]:
+def locked_folder(folder: Path, message: str | None) -> Iterator[None]:
     """Holds a folder for this process; a lock that a killed process held is free again.
 
+    Args:
+        folder: The folder.
+        message: What to say where another process holds it; without one its end is waited for.
+
     Raises:
-        BusyError: Another process holds it; says the message.
+        BusyError: Another process holds it.
     """
     try:
         import fcntl
@@ -123,7 +127,7 @@ def locked_folder(folder: Path, message: str) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if message is not None else 0))
         except BlockingIOError:
             raise BusyError(message) from None
         except OSError:  # a filesystem without locks

@@ -65,14 +65,14 @@ class StopRequest:
         for number in self._taken:
             signal.signal(number, self._handle)
 
-    def grant(self) -> None:
-        """Ends the run, if it was asked to.
+    def grant(self, number: int) -> None:
+        """Ends the run, if it was asked to by this signal; 0 for none.
 
         Raises:
             Interrupted: As said.
         """
-        if self.number is not None:
-            raise Interrupted(self.number)
+        if number:
+            raise Interrupted(number)
 
     def _handle(self, number: int, frame: Any) -> None:
         del frame

@@ -22,8 +22,10 @@ from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import CostMeter
 from lightning_lora.evaluation.predictions import PredictionCollector
 from lightning_lora.interrupts import StopRequest
+from lightning_lora.processes import is_leader
 from lightning_lora.training.loggers import make_loggers
 from lightning_lora.training.module import TextClassifier
+from lightning_lora.training.parallel import STRATEGIES, strategy_for
 from lightning_lora.training.precision import auto_precision
 from lightning_lora.training.saving import StateSaver
 from lightning_lora.training.tensorboard import TensorBoardPages
@@ -42,6 +44,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "devices": 1,
 }
+#: Commands that run on several devices if asked to.
+SHARED_COMMANDS = frozenset({"fit"})
 #: Options that belong to one command and not to what is trained; they are left out of ``config.yaml``.
 COMMAND_KEYS = frozenset(
     "config name logs_dir resume run checkpoint before texts input text_column output format "  # noqa: SIM905
@@ -61,6 +65,7 @@ class ConfiguredRun(LightningCLI):
         quiet_libraries()
         restrict_imports()
         self.command = command
+        self.words = words
         self.collector = PredictionCollector()
         self.costs = CostMeter()
         self.stop_request = StopRequest()
@@ -124,9 +129,13 @@ class ConfiguredRun(LightningCLI):
             raise UserError(
                 f"seed_everything: a number from 0 to 2^32 - 1 is needed, got {self.config.seed_everything}"
             )
-        one_device = str(trainer.devices) == "1" or (isinstance(trainer.devices, list) and len(trainer.devices) == 1)
-        if trainer.num_nodes != 1 or not one_device:
-            raise UserError("trainer.devices: this version trains on one device; give 1, or the one to use as [INDEX]")
+        if self.command not in SHARED_COMMANDS and not isinstance(trainer.devices, list):
+            trainer.devices, trainer.num_nodes, trainer.strategy = 1, 1, "auto"  # as many as the run was trained on
+        if trainer.strategy not in STRATEGIES:
+            raise UserError(
+                f"trainer.strategy: '{trainer.strategy}' is not one of {', '.join(STRATEGIES)}; what is trained of an "
+                "encoder with LoRA fits on each device, so it is never cut up"
+            )
         if trainer.default_root_dir is not None:
             raise UserError(
                 "trainer.default_root_dir: a run writes into its own folder only; use --logs_dir and --name"
@@ -164,7 +173,7 @@ class ConfiguredRun(LightningCLI):
             own.append(Progress())
         checkpointing = folder is not None and self.command == "fit" and config["enable_checkpointing"] is not False
         checkpointing = checkpointing and not config["fast_dev_run"]
-        if folder is None:
+        if folder is None or not is_leader():
             config["logger"] = False
         elif config["logger"] in (None, True):
             config["logger"] = make_loggers(folder.path, self.command == "fit", self.steps_done)
@@ -179,11 +188,18 @@ class ConfiguredRun(LightningCLI):
         if self.command == "predict":  # whose config is not instantiated
             config |= {"plugins": None, "profiler": None}
         config["enable_checkpointing"] = checkpointing
+        config["use_distributed_sampler"] = False  # the batches are shared out by LengthBatchSampler
+        config["strategy"] = strategy_for(config, [self.command, *self.words])
         plugins = config["plugins"] or []
         config["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
         if folder is not None:
             config["default_root_dir"] = str(folder.path)
-        return Trainer(**config)
+        trainer = Trainer(**config)
+        if self.command == "fit" and (size := self.config.data.batch_size) < trainer.world_size:
+            raise UserError(
+                f"data.batch_size: {size} texts a step cannot be shared by {trainer.world_size} devices; raise it"
+            )
+        return trainer
 
     def settings(self) -> dict[str, Any]:
         """The resolved settings as plain values, without the command's own options and without linked copies."""

@@ -20,8 +20,10 @@ from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
 from lightning_lora.files import locked_folder, remove_partial
 from lightning_lora.interrupts import Interrupted, requeue, requeued
 from lightning_lora.models.methods import find_method
+from lightning_lora.processes import is_leader
 from lightning_lora.reports.tables import duration
 from lightning_lora.training.module import NotFiniteError, TextClassifier
+from lightning_lora.training.parallel import end_followers, follow_the_leader
 from lightning_lora.training.saving import StateSaver
 
 
@@ -32,6 +34,9 @@ def run(words: list[str]) -> int:
         place = Path(cli.config.logs_dir) / cli.config.name
         if (place / "config.yaml").is_file() and yaml.safe_load((place / "config.yaml").read_text()) == cli.settings():
             cli = ConfiguredRun("fit", ["--resume", str(place)])  # the scheduler gives the same command again
+    if not is_leader():
+        follow(cli)
+        return 0
     if cli.config.resume is not None:
         return resume(cli, words)
     settings = cli.settings()
@@ -79,6 +84,22 @@ def resume(cli: ConfiguredRun, words: list[str]) -> int:
         record.setdefault("resumed", []).append({"at": begun["started"], "steps": cli.steps_done})
         train(cli, folder, record, point)
     return 0
+
+
+def follow(cli: ConfiguredRun) -> None:
+    """Trains as one of several processes that is not their leader, which keeps the record and writes all files."""
+    follow_the_leader()
+    folder, point = RunFolder(Path(cli.config.resume or cli.config.logs_dir)), None
+    if cli.config.resume is not None:
+        point, _ = ResumePoints(folder.checkpoints).find()
+    with cli.stop_request.listening():
+        cli.build(folder)
+        cli.datamodule.setup("fit")
+        if find_method(cli.config.model.method).trains:
+            fit(cli, folder, point)
+        else:
+            cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+            cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)
 
 
 def locked(folder: RunFolder) -> AbstractContextManager[None]:
@@ -209,6 +230,7 @@ def recorded(folder: RunFolder, record: dict[str, Any]) -> Iterator[None]:
     try:
         yield
         record["status"] = "finished"
+        end_followers(well=True)
     except (KeyboardInterrupt, SystemExit, Interrupted) as error:
         record["status"] = "interrupted"
         if isinstance(error, Interrupted):
@@ -219,6 +241,7 @@ def recorded(folder: RunFolder, record: dict[str, Any]) -> Iterator[None]:
         record["error"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise
     finally:
+        end_followers(well=False)
         record["ended"] = now()
         record["wall_s"] = before + time.perf_counter() - started
         folder.write(record)
@@ -236,7 +259,8 @@ def tell_interrupted(folder: RunFolder, record: dict[str, Any], error: Interrupt
 def speed_choices(model: TextClassifier, trainer: Trainer) -> dict[str, Any]:
     """What was chosen for speed, in words, and the threads."""
     choices = [f"{model.attention_for(training=True)} attention", *model.speed_choices(str(trainer.precision))]
-    return {"choices": choices, "precision": str(trainer.precision), "threads": torch.get_num_threads()}
+    chosen = {"choices": choices, "precision": str(trainer.precision), "threads": torch.get_num_threads()}
+    return chosen | {"processes": trainer.world_size, "nodes": trainer.num_nodes}
 
 
 def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
@@ -264,7 +288,13 @@ def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
         print("dropout: off in the frozen encoder (model.frozen_dropout), on in head and adapter as configured")
     print(f"learning rate {model['learning_rate']:g}, {device}, precision {trainer.precision}")
     speed = record["speed"]
-    print(f"speed: {', '.join(speed['choices'])}; {speed['threads']} threads", flush=True)
+    print(f"speed: {', '.join(speed['choices'])}; {speed['threads']} threads")
+    if trainer.world_size > 1:
+        where = f" on {trainer.num_nodes} machines" if trainer.num_nodes > 1 else ""
+        print(
+            f"{trainer.world_size} processes{where} share the {record['config']['data']['batch_size']} texts of a batch"
+        )
+    sys.stdout.flush()
 
 
 def finish(folder: RunFolder, record: dict[str, Any]) -> None:

@@ -23,13 +23,16 @@ class StepPart(list[int]):
     Args:
         rows: The positions.
         share: What the mean loss of these rows is multiplied by, so that the average over the parts of the
-            step is the mean over the rows of the step.
+            step, and over the processes that share it, is the mean over the rows of the step. Nought where there was
+            no row left for this process: it then gets one that is not counted.
+        part_share: The same within the part: so the average over processes is the mean over the rows of the part.
         epoch: The epoch that they are seen in.
     """
 
-    def __init__(self, rows: Iterable[int], share: float = 1.0, epoch: int = 0) -> None:
+    def __init__(self, rows: Iterable[int], share: float = 1.0, part_share: float = 1.0, epoch: int = 0) -> None:
         super().__init__(rows)
         self.share = share
+        self.part_share = part_share
         self.epoch = epoch
 
 
@@ -37,9 +40,10 @@ class TokenDataset(Dataset):
     """Rows of one split as the model sees them; a batch is asked for whole, by its positions.
 
     A batch is a dict: ``input_ids`` and ``attention_mask`` (int64, (B, T)), ``labels`` (int64, (B,), absent
-    when unknown), ``rows`` (int64, (B,), position in the split), ``num_tokens`` (int, without padding) and
-    ``share`` (float, see ``StepPart``). Where long texts are split, ``input_ids`` and ``attention_mask`` hold
-    W windows instead of B texts, and ``documents`` (int64, (W,)) says to which of the B rows each belongs.
+    when unknown), ``rows`` (int64, (B,), position in the split), ``num_tokens`` (int, without padding),
+    ``share`` and ``part_share`` (float, see ``StepPart``). Where long texts are split, ``input_ids`` and
+    ``attention_mask`` hold W windows instead of B texts, and ``documents`` (int64, (W,)) says to which of the B rows
+    each belongs.
     """
 
     def __init__(self, tokens: Tokens, frame: InputFormat, labels: np.ndarray | None, pad_to_max: bool) -> None:
@@ -75,6 +79,7 @@ class TokenDataset(Dataset):
             "rows": torch.as_tensor(np.asarray(rows, dtype=np.int64)),
             "num_tokens": int(lengths.sum()),
             "share": part.share,
+            "part_share": part.part_share,
         }
         if frame.keep == "windows":
             counts = torch.tensor([len(windows) for windows in documents])
@@ -143,14 +148,33 @@ class LengthBatchSampler(Sampler[list[int]]):
     """Batches of similar length: shuffled anew each epoch with a seed, sorted by length without one.
 
     With ``accumulate`` parts a step, what one step sees is cut into parts of ``batch_size``: the rows of a
-    step are those of a batch of ``accumulate * batch_size``.
+    step are those of a batch of ``accumulate * batch_size``. Several processes deal the rows of each part out in
+    turn: sorted by length as they are, each gets as much to do, and as many batches.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Rows a batch, of all processes together.
+        seed: Of the order, or None for evaluation.
+        accumulate: Parts a step.
+        rank: Of this process.
+        processes: Their number.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int | None, accumulate: int = 1) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        seed: int | None,
+        accumulate: int = 1,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
         self.accumulate = accumulate
+        self.rank = rank
+        self.processes = processes
         self.epoch = 0
         #: The epoch of the latest pass, and how many of its batches have been taken.
         self.position = (0, 0)
@@ -191,9 +215,16 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     def _batches(self) -> Iterator[list[int]]:
         if self.seed is None:
-            yield from (batch.tolist() for batch in evaluation_batches(self.lengths, self.batch_size))
+            for batch in evaluation_batches(self.lengths, self.batch_size):
+                yield self._mine(batch, 1.0)
             return
         for step in training_batches(self.lengths, self.accumulate * self.batch_size, self.seed, self.epoch):
             for start in range(0, len(step), self.batch_size):
                 part = step[start : start + self.batch_size]
-                yield StepPart(part.tolist(), len(part) * self.accumulate / len(step), self.epoch)
+                yield self._mine(part, len(part) * self.accumulate / len(step))
+
+    def _mine(self, part: np.ndarray, share: float) -> StepPart:
+        """The rows of a part that this process gets."""
+        mine = part[self.rank :: self.processes]
+        fraction = len(mine) * self.processes / len(part)
+        return StepPart((mine if len(mine) else part[:1]).tolist(), share * fraction, fraction, self.epoch)

@@ -37,8 +37,9 @@ class TextDataModule(LightningDataModule):
             averaged.
         window_overlap: Tokens that two windows share, by default a quarter of one.
         padding: Pad a batch to its "longest" text, or to "max_length".
-        batch_size: Texts a training batch.
-        eval_batch_size: Texts a batch in validation, test and prediction.
+        batch_size: Texts a training batch. Several devices share it, so that their number does not change what is
+            learnt.
+        eval_batch_size: Texts a batch in validation, test and prediction, on each device.
         val_size: Rows (or fraction) of train carved for validation, 0.1 by default; only where the source
             has no validation split of its own.
         test_size: Rows (or fraction) carved for testing before anything else, 0.2 by default; only where
@@ -187,7 +188,11 @@ class TextDataModule(LightningDataModule):
         dataset = self._datasets[split]
         # The trainer is there once it has taken the module on; by itself the module makes whole steps.
         accumulate = getattr(self.trainer, "accumulate_grad_batches", 1) if seed is not None else 1
-        sampler = LengthBatchSampler(dataset.lengths, batch_size, seed, accumulate)
+        rank, processes = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
+        together = batch_size if seed is not None else batch_size * processes
+        if len(dataset) < processes:
+            raise UserError(f"trainer.devices: {processes} devices for {len(dataset)} {split} rows; use fewer")
+        sampler = LengthBatchSampler(dataset.lengths, together, seed, accumulate, rank, processes)
         return make_loader(dataset, sampler)
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_lora.errors import UserError
-from lightning_lora.files import atomic_folder
+from lightning_lora.files import atomic_folder, locked_folder
 
 Truncation = Literal["head", "tail", "both", "windows"]
 CACHE_FORMAT = 1
@@ -190,19 +190,31 @@ def cached_tokens(
     made again.
     """
     entry = cache_dir / "tokens" / cache_key(texts, tokenizer)
-    if entry.is_dir():
-        try:
-            return _read_entry(entry, len(texts)), True
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(entry, ignore_errors=True)
-    tokens = tokenize(texts, tokenizer, advance)
+    if (known := _known_entry(entry, len(texts))) is not None:
+        return known, True
     try:
-        _write_entry(entry, tokens)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with locked_folder(entry.parent, None):  # processes of one run begin at once, and need the same
+            if (known := _known_entry(entry, len(texts))) is not None:
+                return known, True
+            tokens = tokenize(texts, tokenizer, advance)
+            _write_entry(entry, tokens)
     except OSError as error:
         raise UserError(
             f"data.cache_dir: cannot write {entry} ({error.strerror or error}); set another folder"
         ) from error
     return tokens, False
+
+
+def _known_entry(entry: Path, texts: int) -> Tokens | None:
+    """What the cache holds; a damaged entry is removed."""
+    if not entry.is_dir():
+        return None
+    try:
+        return _read_entry(entry, texts)
+    except (OSError, ValueError, KeyError):
+        shutil.rmtree(entry, ignore_errors=True)
+        return None
 
 
 def _read_entry(entry: Path, texts: int) -> Tokens:

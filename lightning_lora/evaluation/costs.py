@@ -9,6 +9,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
+from lightning_lora import processes
+
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Trainable parameters, and all that the model is made of.
@@ -51,6 +53,9 @@ class CostMeter(Callback):
         self.train_s = 0.0
         self.train_tokens = 0
         self.train_rows = 0
+        #: Of this process, since the others were last asked.
+        self._own_tokens = 0
+        self._own_rows = 0
         self.startup_s: float | None = None
         self._mark = 0.0
         self._training = False
@@ -65,8 +70,9 @@ class CostMeter(Callback):
         """Counts what the batch held."""
         if self.startup_s is None:
             self.startup_s = time.time() - psutil.Process().create_time()
-        self.train_tokens += batch["num_tokens"]
-        self.train_rows += len(batch["rows"])
+        if batch["share"]:
+            self._own_tokens += batch["num_tokens"]
+            self._own_rows += len(batch["rows"])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock while validating."""
@@ -82,9 +88,18 @@ class CostMeter(Callback):
         """Stops the clock."""
         self.train_s += time.perf_counter() - self._mark
         self._training = False
+        self._add()
+
+    def _add(self) -> None:
+        """Adds what all processes have counted."""
+        tokens, rows = processes.total(self._own_tokens, self._own_rows)
+        self.train_tokens += int(tokens)
+        self.train_rows += int(rows)
+        self._own_tokens = self._own_rows = 0
 
     def state_dict(self) -> dict[str, Any]:
         """What was counted until now."""
+        self._add()
         seconds = self.train_s + time.perf_counter() - self._mark if self._training else self.train_s
         counted = {"train_tokens": self.train_tokens, "train_rows": self.train_rows, "startup_s": self.startup_s}
         return {"train_s": seconds, **counted}

@@ -42,12 +42,16 @@ def make_metrics(num_classes: int) -> MetricCollection:
 
 
 def counts(counters: Iterable[Metric | MetricCollection]) -> dict[str, Any]:
-    """What the counters have counted, as tensors and lists of them."""
-    return {
-        name: {"updates": metric._update_count, "state": _copied(metric.metric_state)}
-        for name, metric in _named(counters)
-        if metric._update_count
-    }
+    """What the counters have counted, of all processes together, as tensors and lists of them."""
+    counted: dict[str, Any] = {}
+    for name, metric in _named(counters):
+        if metric._update_count:
+            with metric.sync_context(should_unsync=metric.distributed_available_fn()):
+                state = metric.metric_state  # in which processes have made one tensor of their lists
+                lists = {key for key, default in metric._defaults.items() if isinstance(default, list)}
+                state = {k: [v] if k in lists and isinstance(v, Tensor) else v for k, v in state.items()}
+                counted[name] = {"updates": metric._update_count, "state": _copied(state)}
+    return counted
 
 
 def set_counts(counters: Iterable[Metric | MetricCollection], counted: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from lightning_lora import processes
 from lightning_lora.files import atomic_path
 
 
@@ -96,6 +97,8 @@ class PredictionCollector(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Takes the batch's logits to the CPU."""
+        if not batch["share"]:
+            return
         values = {"logits": outputs["logits"], "rows": batch["rows"], "labels": batch["labels"]}
         self._batches.append({name: value.detach().cpu() for name, value in values.items()})
 
@@ -111,8 +114,9 @@ class PredictionCollector(Callback):
         self._finish("test", pl_module)
 
     def _finish(self, split: str, module: Any) -> None:
-        if self._batches:
-            self.last[split] = in_row_order(self._batches, module.label_names)
-            if self.keep is not None:
+        batches = [batch for own in processes.gathered(self._batches) for batch in own]
+        if batches:
+            self.last[split] = in_row_order(batches, module.label_names)
+            if self.keep is not None and processes.is_leader():
                 self.keep(split, self.last[split])
         self._batches = []

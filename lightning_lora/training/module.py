@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 
+from lightning_lora import processes
 from lightning_lora.artifacts.checkpoints import CheckpointIdentity
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metrics import counts, make_metrics, metric_values, set_counts
@@ -204,6 +205,8 @@ class TextClassifier(LightningModule):
             ).mean()
         else:
             loss = F.cross_entropy(logits, labels)
+        if not batch["share"]:  # this process had no row of the part
+            return {"loss": loss, "logits": logits}
         metrics, mean_loss = self._counters(stage)
         # Probabilities, as the calibration error would take logits that happen to lie between 0 and 1 for such; in
         # double precision, so that the largest is the largest logit.
@@ -213,14 +216,17 @@ class TextClassifier(LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Starts dropout's random stream of this batch: a run that goes on draws what it would have drawn."""
-        torch.manual_seed(stream_seed(self.seed, f"dropout/{self.trainer.fit_loop.total_batch_idx}"))
+        rank = f"/{self.trainer.global_rank}" if self.trainer.global_rank else ""
+        torch.manual_seed(stream_seed(self.seed, f"dropout/{self.trainer.fit_loop.total_batch_idx}{rank}"))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss to step on."""
         loss = self.shared_step(batch, "train")["loss"]
         self._step_losses.append(loss.detach())
         self._step_rows.append(batch["rows"])
-        self.log("train/loss_step", loss.detach(), prog_bar=True, batch_size=len(batch["rows"]))
+        # Lightning's own sync_dist has all processes wait for each other before each number.
+        shown = processes.mean(loss.detach() * batch["part_share"])
+        self.log("train/loss_step", shown, prog_bar=True, batch_size=len(batch["rows"]))
         # The trainer gives each part of an accumulated step the same weight; its rows say what it should have.
         return (loss if self.tuned.steps is None else loss + self.tuned.steps.penalty()) * batch["share"]
 
@@ -236,11 +242,14 @@ class TextClassifier(LightningModule):
         if str(self.trainer.precision) != "16-mixed":  # whose scaler meets infinite gradients, and leaves them out
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             checked["gradient"] = nn.utils.get_total_norm(gradients)
-        if bool(torch.stack([values.isfinite().all() for values in checked.values()]).all()):
+        finite = torch.stack([values.isfinite().all() for values in checked.values()])
+        spoilt = processes.agreed(*(~finite).tolist())  # all processes stop, or none
+        if not any(spoilt):
             return
-        what = next(name for name, values in checked.items() if not values.isfinite().all())
-        said = ", ".join(f"{loss:g}" for loss in losses.tolist())
-        raise NotFiniteError(what, said, self.trainer.global_step + 1, rows.cpu().tolist())
+        what = next(name for name, bad in zip(checked, spoilt, strict=True) if bad)
+        parts = processes.gathered((losses.tolist(), rows.cpu().tolist()))
+        said = ", ".join(f"{loss:g}" for part, _ in parts for loss in part)
+        raise NotFiniteError(what, said, self.trainer.global_step + 1, [row for _, part in parts for row in part])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the method do what it does after a step."""
@@ -313,9 +322,9 @@ class TextClassifier(LightningModule):
 
     def on_train_start(self) -> None:
         """Goes on counting where an interrupted epoch was."""
-        if self._counted:
+        if self._counted and self.trainer.is_global_zero:  # it holds what all processes had counted
             set_counts(self._counters("train"), self._counted)
-            self._counted = {}
+        self._counted = {}
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and its schedule, which moves on each optimizer step."""

@@ -8,6 +8,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from lightning_lora import processes
 from lightning_lora.artifacts.checkpoints import ResumePoints
 from lightning_lora.interrupts import StopRequest
 
@@ -55,7 +56,7 @@ class StateSaver(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """A validation pass is not waited for; it is run again from the state before it."""
-        self.request.grant()
+        self._grant()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A pass may have taken long: the next chance to save is taken."""
@@ -76,10 +77,18 @@ class StateSaver(Checkpoint):
             return
         first, self._first = self._first, False  # nothing is new yet
         if taken and not first and not validates_within(trainer, taken - steps):
-            due = time.perf_counter() - self._saved_at >= self._took / SHARE
-            if due or self.request.number is not None or validates_within(trainer, taken):
+            due = trainer.is_global_zero and time.perf_counter() - self._saved_at >= self._took / SHARE
+            save, asked = processes.agreed(due, self.request.number or 0)
+            if save or asked or validates_within(trainer, taken):
                 self.save(trainer)
-        self.request.grant()
+            self.request.grant(int(asked))
+        else:
+            self._grant()
+
+    def _grant(self) -> None:
+        """Ends the run if one of its processes was asked to, in all of them."""
+        (asked,) = processes.agreed(self.request.number or 0)
+        self.request.grant(int(asked))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is, and the metrics, for a run that was killed behind its last step."""
@@ -102,7 +111,8 @@ class StateSaver(Checkpoint):
         self._loader = loader.state_dict()
         trainer.save_checkpoint(self.points.next)
         self._loader = {}
-        self.points.rotate()
+        if trainer.is_global_zero:
+            self.points.rotate()
         self._saved_at = time.perf_counter()
         self._took = self._saved_at - started
 

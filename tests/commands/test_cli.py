@@ -46,7 +46,8 @@ def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture) -> None:
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--data.base_model", "x"], "data.base_model"),
         (["--seed_everything", "-1"], "seed_everything: a number from 0"),
-        (["--trainer.devices", "2"], "trainer.devices"),
+        (["--trainer.devices", "0"], "trainer.devices"),
+        (["--trainer.num_nodes", "0"], "trainer.devices"),
         (["--trainer.default_root_dir", "x"], "trainer.default_root_dir"),
         (
             [

@@ -1,0 +1,100 @@
+"""Several processes that train one model: which of them writes, and what they tell each other.
+
+All of it does nothing, and costs nothing, where there is one process. Imports no torch before there are several.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def is_leader() -> bool:
+    """Whether this process is the one that makes the run's folder, writes into it and prints.
+
+    Known before the processes have met, from what torchrun, SLURM's srun or this project's launcher have set.
+    """
+    if "RANK" in os.environ:
+        return os.environ["RANK"] == "0"
+    if "LOCAL_RANK" in os.environ:
+        return os.environ["LOCAL_RANK"] == "0" and os.environ.get("NODE_RANK", "0") == "0"
+    return os.environ.get("SLURM_PROCID", "0") == "0"
+
+
+def count() -> int:
+    """Processes that have met; 1 before."""
+    if not _met():
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size()
+
+
+def agreed(*numbers: float) -> list[float]:
+    """The largest of each number over all processes, which must all ask at the same point."""
+    return _reduced(numbers, "MAX")
+
+
+def total(*numbers: float) -> list[float]:
+    """The sum of each number over all processes, which must all ask at the same point."""
+    return _reduced(numbers, "SUM")
+
+
+def mean(value: "Tensor") -> "Tensor":
+    """The mean of a tensor over all processes, which must all ask at the same point; does not wait for a GPU."""
+    if count() == 1:
+        return value
+    import torch.distributed as dist
+
+    value = value / count()
+    dist.all_reduce(value)
+    return value
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of each process, in the order of their ranks, for all of them."""
+    if count() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value, group=_group())
+    return values
+
+
+def _met() -> bool:
+    import sys
+
+    if "torch" not in sys.modules:
+        return False
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
+def _reduced(numbers: Sequence[float], how: str) -> list[float]:
+    if count() == 1:
+        return list(numbers)
+    import torch
+    import torch.distributed as dist
+
+    values = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(values, getattr(dist.ReduceOp, how), group=_group())
+    return values.tolist()
+
+
+_groups: dict[Any, Any] = {}
+
+
+def _group() -> Any:
+    """A group that talks through the CPU: a word between steps must not wait for a GPU's queue."""
+    import torch.distributed as dist
+
+    world = dist.group.WORLD
+    if dist.get_backend() == "gloo":
+        return world
+    if world not in _groups:
+        _groups[world] = dist.new_group(backend="gloo")
+    return _groups[world]
