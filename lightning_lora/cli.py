@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lightning_lora import __version__
 from lightning_lora.errors import UserError
+from lightning_lora.files import refusal
 from lightning_lora.interrupts import Interrupted
 
 
@@ -77,6 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, OSError) and (said := refusal(error)) is not None:
+            print(f"error: {said}", file=sys.stderr)
+            return 2
         # Not foreseen: a fault of this program, or of the machine; still one line, and the record has it too.
         if show_traceback:
             traceback.print_exc()

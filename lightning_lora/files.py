@@ -137,6 +137,24 @@ def locked_folder(folder: Path, message: str | None) -> Iterator[None]:
         os.close(handle)
 
 
+def check_writable(folder: Path) -> None:
+    """Refuses a folder that takes no files, before time is spent on what is to be written there.
+
+    Raises:
+        UserError: As said.
+    """
+    with atomic_path(folder / "writable") as staging:
+        staging.write_text("x")
+    (folder / "writable").unlink()
+
+
+def refusal(error: OSError) -> str | None:
+    """What to say of a place that could not take a file, when a library wrote it; None for other faults."""
+    if error.errno not in _REFUSED or error.filename is None:
+        return None
+    return _cannot_write(Path(os.fsdecode(error.filename)), error, None, 0)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a whole text file."""
     content = text.encode()

@@ -15,7 +15,7 @@ from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import peak_memory_mb
 from lightning_lora.evaluation.intervals import intervals
-from lightning_lora.files import write_text
+from lightning_lora.files import check_writable, write_text
 from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, print_tables
 
 
@@ -35,6 +35,7 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
     path = folder.checkpoint(cli.config.checkpoint)
     cli.build(folder)
     check_weights(cli.model, path)  # before minutes are spent on it
+    check_writable(folder.path)
     cli.datamodule.setup(command)
     rows = cli.datamodule.rows(split)
     refuse_trained_rows(rows.texts, folder, ("train",) if split == "val" else ("train", "val"))

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,52 @@ def test_a_run_without_room_ends_in_one_line(config, small_files, capfd, limit: 
     assert status == 2 and "cannot be written" in said and "are needed" in said and "Traceback" not in said
     assert {p: p.read_bytes() for p in Path("logs/first").rglob("*") if p.is_file()} == files
     assert not list(Path("logs").rglob(".partial-*"))
+
+
+@pytest.fixture
+def mounted(tmp_path: Path):
+    """Mounts a filesystem of so many KiB, and mounts it again with other options."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"mounting a filesystem needs root: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("kilobytes", [8, 40, 80, 120, 200])
+def test_a_full_filesystem_ends_a_run_in_one_line(config, mounted, capfd, kilobytes: int) -> None:
+    """At another write each time: from the config to the last state; what was there is there."""
+    assert main(["fit", "--config", str(config), "--name", "first"]) == 0  # with it the caches are filled
+    capfd.readouterr()
+    logs = mounted(f"size={kilobytes}k")
+    (logs / "earlier").write_text("kept")
+    status = fit(config, "--logs_dir", str(logs))
+    said = capfd.readouterr().err
+    assert status == 2 and "No space left on device" in said and "are needed" in said and "Traceback" not in said, said
+    assert (logs / "earlier").read_text() == "kept" and not list(logs.rglob(".partial-*"))
+    for state in logs.rglob("*.ckpt"):
+        read_checkpoint(state)
+
+
+def test_a_filesystem_that_may_only_be_read_is_one_line(config, mounted, capfd) -> None:
+    logs = mounted("size=4m")
+    assert fit(config, "--logs_dir", str(logs)) == 0
+    before = {path: path.read_bytes() for path in logs.rglob("*") if path.is_file()}
+    capfd.readouterr()
+    subprocess.run(["mount", "-o", "remount,ro", str(logs)], check=True)
+    for words in (["fit", "--config", str(config), "--logs_dir", str(logs)], ["test", "--run", str(logs / "run")]):
+        assert main(words) == 2
+        said = capfd.readouterr().err
+        assert "Read-only file system" in said and str(logs) in said and "Traceback" not in said, said
+    subprocess.run(["mount", "-o", "remount,rw", str(logs)], check=True)
+    assert {path: path.read_bytes() for path in logs.rglob("*") if path.is_file()} == before
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(config, tmp_path: Path, capsys) -> None:

@@ -150,6 +150,27 @@ def test_accumulated_steps_teach_what_whole_ones_do(tiny_base: Path, reviews: Pa
         torch.testing.assert_close(parts[name], value, rtol=0, atol=3e-5)
 
 
+def test_the_number_of_threads_changes_metrics_by_rounding_alone(make_base, reviews: Path) -> None:
+    """On matrices large enough to be shared out."""
+    base = make_base("bert", hidden_size=256, intermediate_size=1024, num_attention_heads=4)
+
+    def metrics(threads: int) -> dict[str, float]:
+        torch.set_num_threads(threads)
+        model, data = make(base, reviews, 16, adapter=AdapterOptions(), method="lora", learning_rate=1e-3)
+        fitted = trainer(max_epochs=2)
+        fitted.fit(model, data)
+        return {name: float(value) for name, value in fitted.callback_metrics.items()}
+
+    before = torch.get_num_threads()
+    try:
+        one, four = metrics(1), metrics(4)
+    finally:
+        torch.set_num_threads(before)
+    assert one["val/loss"] < 0.69  # it has learnt something
+    for name, value in one.items():
+        assert four[name] == pytest.approx(value, abs=2e-3), name
+
+
 def no_dropout(model: TextClassifier) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
