@@ -15,7 +15,8 @@
     seeds: [1, 2, 3]
     metric: accuracy
     margin: 0.01                         # smaller differences count as none
-    small: {seeds: [1, 2], settings: {data.train_rows: 200}, axes: {rank: ["2", "8"]}}
+    search: {space: {...}, trials: 12}   # instead of chosen axes: ``ablation/search.py``
+    small: {seeds: [1, 2], settings: {data.train_rows: 200}, axes: {rank: ["2", "8"]}, trials: 3}
 
 An arm is one combination of the compared axes, a variant of it one of the chosen axes, a cell a variant with a seed.
 """
@@ -23,16 +24,17 @@ An arm is one combination of the compared axes, a variant of it one of the chose
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.ablation.search import Arm, Found, Search, make_search
 from lightning_lora.errors import UserError
 
 #: Metric by name, and whether more of it is better.
 METRICS = {"accuracy": True, "loss": False}
-_KEYS = ("question", "base", "settings", "axes", "baseline", "seeds", "metric", "margin", "small")
-_SMALL_KEYS = ("settings", "seeds", "axes")
+_KEYS = ("question", "base", "settings", "axes", "search", "baseline", "seeds", "metric", "margin", "small")
+_SMALL_KEYS = ("settings", "seeds", "axes", "trials")
 MOST_CELLS = 10_000
 
 
@@ -103,6 +105,8 @@ class Plan:
         metric: What is chosen and compared by; a key of ``METRICS``.
         margin: Differences under this count as none.
         cells: In the order in which they are run: seed by seed, so that early stops leave whole comparisons.
+        search: What is searched for each arm before it is compared, or None.
+        found: What the search has found.
     """
 
     question: str
@@ -114,6 +118,8 @@ class Plan:
     metric: str
     margin: float
     cells: list[Cell] = field(default_factory=list)
+    search: Search | None = None
+    found: Mapping[Arm, Found] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[tuple[tuple[str, str], ...]]:
@@ -123,12 +129,31 @@ class Plan:
     @property
     def tried(self) -> int:
         """Variants of each arm: its budget of tuning."""
-        return len({cell.variant for cell in self.cells})
+        return self.search.trials if self.search is not None else len({cell.variant for cell in self.cells})
 
     @property
     def higher_is_better(self) -> bool:
         """Whether more of the metric is better."""
         return METRICS[self.metric]
+
+
+def trial_cell(plan: Plan, arm: Arm, number: int | None, settings: Mapping[str, Any], seed: int | None = None) -> Cell:
+    """The cell of a trial of the search; None for the best one's number before there is one."""
+    change = {**next(cell.change for cell in plan.cells if cell.arm == arm), **settings}
+    variant = (("trial", "none" if number is None else str(number)),)
+    return Cell(arm, variant, plan.seeds[0] if seed is None else seed, change)
+
+
+def with_found(plan: Plan, found: Mapping[Arm, Found]) -> Plan:
+    """The plan whose cells are those of each arm's best trial, with every seed."""
+    if plan.search is None:
+        return plan
+    cells = []
+    for seed in plan.seeds:
+        for arm in plan.arms:
+            one = found.get(arm, Found())
+            cells.append(trial_cell(plan, arm, one.best, one.settings, seed))
+    return replace(plan, cells=cells, found=dict(found))
 
 
 def arm_label(arm: Sequence[tuple[str, str]]) -> str:
@@ -173,6 +198,8 @@ def make_plan(content: Mapping[str, Any], path: Path, small: bool = False) -> Pl
         if not isinstance(fewer, dict) or set(map(str, fewer)) - {axis.name for axis in axes}:
             raise fail(f"small.axes: of the axes {', '.join(axis.name for axis in axes)}, a list of values each")
         seeds = change.get("seeds", seeds)
+        if "trials" in change and isinstance(content.get("search"), dict):
+            content = {**content, "search": {**content["search"], "trials": change["trials"]}}
         axes = [_fewer(axis, (change.get("axes") or {}).get(axis.name), fail) for axis in axes]
     _check_seeds(seeds, fail)
     if taken := {key for axis in axes for change in axis.values.values() for key in change} & set(settings):
@@ -188,6 +215,7 @@ def make_plan(content: Mapping[str, Any], path: Path, small: bool = False) -> Pl
         list(seeds),
         metric,
         margin,
+        search=_search(content["search"], axes, fail) if "search" in content else None,
     )
     plan.cells.extend(_cells(plan, fail))
     _check_cells(plan, fail)
@@ -208,6 +236,15 @@ def _aim(content: Mapping[str, Any], fail: Any) -> tuple[str, str, float]:
     return question, metric, float(margin)
 
 
+def _search(described: Any, axes: Sequence[Axis], fail: Any) -> Search:
+    if any(axis.chosen for axis in axes):
+        raise fail("search: what is chosen is searched; leave chosen axes out, or the search")
+    search = make_search(described, [axis.name for axis in axes], fail)
+    if taken := {key for axis in axes for change in axis.values.values() for key in change} & set(search.space):
+        raise fail(f"search.space: {sorted(taken)[0]} is varied by an axis")
+    return search
+
+
 def _check_seeds(seeds: Any, fail: Any) -> None:
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise fail("seeds: a list of whole numbers is needed, such as [1, 2, 3]")
@@ -218,6 +255,8 @@ def _check_seeds(seeds: Any, fail: Any) -> None:
 def _check_cells(plan: Plan, fail: Any) -> None:
     if len(plan.cells) > MOST_CELLS:
         raise fail(f"{len(plan.cells):,} cells; at most {MOST_CELLS:,} make sense")
+    for arm in plan.arms if plan.search is not None else []:
+        plan.search.for_arm(arm)  # type: ignore[union-attr]  # there must be a space for each
     if len(plan.arms) < 2:
         raise fail("axes: one arm only; there is nothing to compare")
     if odd := [cell.name for cell in plan.cells if not re.fullmatch(r"[A-Za-z0-9][\w.\-]{0,90}", cell.name)]:

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 
 from lightning_lora.ablation.plan import Cell, Plan, arm_label
+from lightning_lora.ablation.search import Arm, Found
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.significance import Difference, Estimate, corrected, difference, estimate
-
-Arm = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,11 @@ def _best_variant(plan: Plan, arm: Arm, cells: Sequence[CellResult]) -> ArmResul
             edges.append(f"{axis.name} {dict(best)[axis.name]}")
     stacked = {split: _stack(plan, own, split)[0] for split in ("val", "test")}
     estimates = {split: estimate(values) if values is not None else None for split, values in stacked.items()}
-    return ArmResult(arm, best, len(variants), edges, own, estimates["val"], estimates["test"])
+    tried = len(variants)
+    if plan.search is not None:
+        found = plan.found.get(arm, Found())
+        tried, edges = len(found.trials), list(found.edges)
+    return ArmResult(arm, best, tried, edges, own, estimates["val"], estimates["test"])
 
 
 def _stack(plan: Plan, cells: Sequence[CellResult], split: str) -> tuple[NDArray | None, list[int]]:

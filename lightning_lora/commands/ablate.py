@@ -12,15 +12,15 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_lora.ablation.lint import Change, changes, second_differences
-from lightning_lora.ablation.plan import Cell, Plan, arm_label, make_plan
+from lightning_lora.ablation.plan import Cell, Plan, arm_label, make_plan, with_found
 from lightning_lora.ablation.results import compare_arms
 from lightning_lora.artifacts.runs import RunFolder, commit, folder_name, now, versions
 from lightning_lora.commands.arms import resolve
@@ -29,6 +29,7 @@ from lightning_lora.commands.config_files import read_config
 from lightning_lora.commands.configured import DEFAULT_CONFIG, flat
 from lightning_lora.commands.options import OptionParser
 from lightning_lora.commands.report import gather_cells, same_value, write_ablation_report
+from lightning_lora.commands.search import Searcher
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import BusyError, UserError
@@ -67,10 +68,12 @@ def run(words: list[str]) -> int:
     }
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     worker = Worker(plan, folder, settings, options.retry_failed)
-    worker.set_stale_aside()  # before anything says what the cells are about
-    write_text(folder / "ablation.json", json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
+        if plan.search is not None:
+            plan = worker.search(lambda cell: resolve_cells(replace(plan, cells=[cell]), overrides)[cell.name])
+        worker.set_stale_aside()  # before anything says what the cells are about
+        write_text(folder / "ablation.json", json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
         worker.run()
         tested = options.no_test or look_at_test(plan, folder)
     finally:
@@ -122,23 +125,32 @@ def nested(change: Mapping[str, Any]) -> dict[str, Any]:
 def lint(plan: Plan, settings: Mapping[str, dict[str, Any]]) -> dict[str, list[Change]]:
     """In what each arm differs from the baseline."""
     named = sorted({key for axis in plan.axes for change in axis.values.values() for key in change})
+    named += list(plan.search.space) if plan.search is not None else []
     first = {arm: next(cell for cell in plan.cells if cell.arm == arm) for arm in plan.arms}
     base = settings[first[plan.baseline].name]
     return {
         arm_label(arm): changes(
-            flat(base), flat(settings[cell.name]), named, (what_follows(base), what_follows(settings[cell.name]))
+            flat(base),
+            flat(settings[cell.name]),
+            named,
+            (what_follows(base, named), what_follows(settings[cell.name], named)),
         )
         for arm, cell in first.items()
         if arm != plan.baseline
     }
 
 
-def what_follows(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What settings come to without saying so: defaults that depend on the method, and ratios."""
+def what_follows(settings: Mapping[str, Any], named: Sequence[str]) -> dict[str, Any]:
+    """What settings come to without saying so: defaults that depend on the method, and ratios.
+
+    Args:
+        settings: Of an arm's first cell.
+        named: Keys that the axes and the search name; what is searched has no default.
+    """
     model = settings["model"]
     method, adapter = find_method(model["method"]), model["adapter"]
     follows: dict[str, Any] = {}
-    if model["learning_rate"] is None:  # else the setting itself is compared
+    if model["learning_rate"] is None and "model.learning_rate" not in named:  # else the setting itself is compared
         follows["learning rate of the method"] = method.learning_rate
     if adapter["rank"] and adapter["alpha"]:
         follows["alpha / rank"] = adapter["alpha"] / adapter["rank"]
@@ -152,6 +164,10 @@ def show_plan(plan: Plan, folder: Path, warned: Mapping[str, Sequence[Change]]) 
     print(f"ablation: {folder}")
     print(f"arms: {', '.join(arm_label(arm) for arm in plan.arms)} (baseline {arm_label(plan.baseline)})")
     variants = f" x {plan.tried} variants, the best on validation taken" if plan.tried > 1 else ""
+    if plan.search is not None:
+        variants = ""
+        how = f"{plan.search.sampler}, seed {plan.seeds[0]}, chosen by validation {plan.metric}"
+        print(f"search: {plan.tried} trials of each arm ({how}), over {', '.join(plan.search.space)}")
     print(
         f"cells: {len(plan.arms)} arms{variants} x {len(plan.seeds)} seeds = {len(plan.cells)}; "
         f"{states.count('finished')} are finished"
@@ -217,7 +233,28 @@ class Worker:
             if busy:
                 time.sleep(_POLL_S)
 
-    def train(self, cell: Cell) -> bool:
+    def search(self, settings_of: Callable[[Cell], dict[str, Any]]) -> Plan:
+        """Searches what the plan asks to be searched; gives the plan of what was found, which is this worker's now.
+
+        Args:
+            settings_of: All settings of a cell.
+        """
+
+        def train(cell: Cell, environment: Mapping[str, str]) -> None:
+            self.settings = {**self.settings, cell.name: settings_of(cell)}
+            if self.train(cell, environment):
+                print()
+
+        def determines(arm: tuple[tuple[str, str], ...]) -> Any:
+            settings = self.settings[next(cell.name for cell in self.plan.cells if cell.arm == arm)]
+            return [settings, self._fingerprints(settings), self.code, self.versions]
+
+        found = Searcher(self.plan, self.cells.parent, train, self._claim, determines).run()
+        self.plan = with_found(self.plan, found)
+        self.settings = {cell.name: settings_of(cell) for cell in self.plan.cells}
+        return self.plan
+
+    def train(self, cell: Cell, environment: Mapping[str, str] | None = None) -> bool:
         """Trains a cell, goes on with it, or leaves it where it is done; whether there was anything to do."""
         place = self.cells / cell.name
         if (why := self._why_stale(place, cell)) is not None:
@@ -237,7 +274,7 @@ class Worker:
             words = ["fit", "--config", str(config), "--logs_dir", str(self.cells), "--name", cell.name]
         try:
             # The answers of the best weights, not of the last, are what is chosen by.
-            status = run_child([words, ["validate", "--run", str(place)]], output)
+            status = run_child([words, ["validate", "--run", str(place)]], output, environment)
         finally:
             config.unlink(missing_ok=True)
         if status == BusyError.status:

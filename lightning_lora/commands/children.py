@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,18 @@ from typing import Any
 PATIENCE_S = 30
 
 
-def run_child(commands: list[list[str]], output: Path) -> int:
+def run_child(commands: list[list[str]], output: Path, environment: Mapping[str, str] | None = None) -> int:
     """Runs commands one after another in one process until one fails; gives its exit status, or 0.
 
     Args:
         commands: The words of each.
         output: What they say is added to this file.
+        environment: Added to its environment.
 
     Raises:
         KeyboardInterrupt: It was interrupted; the process has ended by itself and left its record.
     """
-    process = _context().Process(target=_main, args=(commands, str(output)))
+    process = _context().Process(target=_main, args=(commands, str(output), dict(environment or {})))
     process.start()
     try:
         process.join()
@@ -63,9 +65,10 @@ def _end_with_the_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _main(commands: list[list[str]], output: str) -> None:
+def _main(commands: list[list[str]], output: str, environment: dict[str, str]) -> None:
     from lightning_lora.cli import main
 
+    os.environ.update(environment)
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

@@ -27,6 +27,7 @@ from lightning_lora.training.loggers import make_loggers
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.parallel import STRATEGIES, strategy_for
 from lightning_lora.training.precision import auto_precision
+from lightning_lora.training.pruning import trial_callbacks
 from lightning_lora.training.saving import StateSaver
 from lightning_lora.training.tensorboard import TensorBoardPages
 
@@ -184,7 +185,7 @@ class ConfiguredRun(LightningCLI):
         if checkpointing and folder is not None:
             own += checkpoint_callbacks(folder, self.config.keep_every_epoch)
             own.append(StateSaver(ResumePoints(folder.checkpoints), self.stop_request))
-        config["callbacks"] = own + extra
+        config["callbacks"] = own + extra + (trial_callbacks() if self.command == "fit" else [])
         if self.command == "predict":  # whose config is not instantiated
             config |= {"plugins": None, "profiler": None}
         config["enable_checkpointing"] = checkpointing

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from lightning_lora.ablation.plan import Cell, Plan, make_plan
+from lightning_lora.ablation.plan import Cell, Plan, make_plan, with_found
 from lightning_lora.ablation.results import CellResult, compare_arms, one_class, read_answers
+from lightning_lora.ablation.search import read_found
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.commands.options import OptionParser
 from lightning_lora.errors import UserError
@@ -56,7 +57,8 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], Plan]:
     path = folder / "ablation.json"
     try:
         asked = json.loads(path.read_text(encoding="utf-8"))
-        return asked, make_plan(asked["config"], Path(asked["path"]), asked["small"])
+        plan = make_plan(asked["config"], Path(asked["path"]), asked["small"])
+        return asked, with_found(plan, read_found(folder))
     except FileNotFoundError:
         raise UserError(f"report: {folder} is no ablation's folder (no ablation.json in it)") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

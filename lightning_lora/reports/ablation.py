@@ -67,7 +67,7 @@ def answer(report: Report) -> str:
     own = base.own
     if own is None:
         return "No answer yet: the baseline has no finished cell."
-    start = f"The baseline, {base.label}, has {report.split} {metric} {_number(own.mean)} {_interval(own)}"
+    start = f"The baseline, {base.label}, has {report.split} {metric} {_number(own.mean)} {_interval(own, metric)}"
     compared = [arm for arm in report.arms if arm.against is not None]
     if not compared:
         return f"{start}. No other arm has finished with a seed that the baseline has."
@@ -79,7 +79,7 @@ def answer(report: Report) -> str:
         if not arms:
             continue
         if verdict in ("better", "worse"):
-            named = ", ".join(f"{arm.label} by {_signed_interval(arm)}" for arm in arms)
+            named = ", ".join(f"{arm.label} by {_signed_interval(arm, metric)}" for arm in arms)
             parts.append(f"{verdict} than it: {named}")
         elif verdict == "equivalent":
             parts.append(f"equivalent to it within {report.plan.margin:g}: {', '.join(arm.label for arm in arms)}")
@@ -120,13 +120,18 @@ def table(report: Report) -> list[list[str]]:
         if own is None:
             rows.append([*row, "0", *["-"] * 6, _why_not(arm), *["-"] * (len(header) - 9)])
             continue
-        row += [str(own.seeds), _number(own.mean), _interval(own), "-" if math.isnan(own.sd) else _number(own.sd)]
+        row += [
+            str(own.seeds),
+            _number(own.mean),
+            _interval(own, metric),
+            "-" if math.isnan(own.sd) else _number(own.sd),
+        ]
         if (found := arm.against) is None:
             row += ["-"] * 6
         else:
             settled = found.verdict in ("better", "worse", "equivalent", "same answers")
             needed = "settled" if settled else "more rows" if found.seeds_needed is None else str(found.seeds_needed)
-            row += [f"{found.estimate.mean:+.4f}", _interval(found.estimate, signed=True), _p(found.p_corrected)]
+            row += [f"{found.estimate.mean:+.4f}", _interval(found.estimate, metric, True), _p(found.p_corrected)]
             row += [VERDICTS[found.verdict], f"{found.detectable:.4f}", "-" if found.estimate.seeds < 2 else needed]
         row += [str(arm.tried), _count(arm.mean_cost("trainable_params")), _count(arm.mean_cost("train_s"), 1)]
         rows.append([*row, _count(arm.mean_cost("peak_memory_mb"))])
@@ -147,6 +152,24 @@ def cell_table(report: Report) -> list[list[str]]:
         seed = str(cell.cell.seed)
         rows.append([arm_label(cell.cell.arm), variant, seed, cell.status, *values, *times, cell.reason or "-"])
     return rows
+
+
+def trial_table(report: Report) -> list[list[str]]:
+    """Every trial of the search, with its reason where it is not as it should be."""
+    plan = report.plan
+    if plan.search is None:
+        return []
+    rows = [["arm", "trial", *plan.search.space, f"validation {plan.metric}", "state"]]
+    for arm, found in plan.found.items():
+        for trial in found.trials:
+            values = [trial.settings.get(key, "-") for key in plan.search.space]
+            shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
+            state = "best" if trial.number == found.best else trial.state
+            state += f": {trial.reason}" if trial.reason else ""
+            rows.append([arm_label(arm), str(trial.number + 1), *shown, "-", state])
+            if trial.value is not None:
+                rows[-1][-2] = _number(trial.value)
+    return rows if len(rows) > 1 else []
 
 
 def seed_table(report: Report) -> list[list[str]]:
@@ -185,6 +208,14 @@ def fixed_and_broken(report: Report) -> list[list[str]]:
 def notes(report: Report) -> list[str]:
     """What a reader should know beside the numbers."""
     looks, cells = report.looks
+    if (search := report.plan.search) is not None:
+        pruned = "" if search.pruner == "none" else f", pruner {search.pruner}"
+        searched = [
+            f"Each arm has had {search.trials} trials (Optuna, {search.sampler}, seed {search.seed}{pruned}), with "
+            f"seed {report.plan.seeds[0]}; the best on validation rows was then trained with every seed."
+        ]
+    else:
+        searched = []
     said = [
         f"command: {report.command}",
         f"Variants are chosen by validation {report.plan.metric}, checkpoints by validation F1. Test rows were looked "
@@ -194,6 +225,7 @@ def notes(report: Report) -> list[str]:
         "true difference that 80% of such experiments would find; 'seeds to settle' is how many seeds would find one "
         "as large as was seen ('more rows': over a thousand); both for a single comparison.",
     ]
+    said += searched
     if report.split == "validation":
         said.append("careful: compared on the validation rows that checkpoints and variants were chosen on: too good")
     for arm in report.arms:
@@ -265,6 +297,7 @@ def as_html(report: Report) -> str:
 def _more_tables(report: Report) -> list[tuple[str, list[list[str]]]]:
     tables = [
         ("Texts fixed and broken against the baseline, by class", fixed_and_broken(report)),
+        ("What the search has tried", trial_table(report)),
         ("Each seed by itself", seed_table(report)),
         ("Cells", cell_table(report)),
     ]
@@ -300,15 +333,18 @@ def _p(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _interval(found: Any, signed: bool = False) -> str:
+def _interval(found: Any, metric: str, signed: bool = False) -> str:
+    low, high = found.low, found.high
+    if metric == "accuracy":  # of which no value lies outside
+        low, high = max(low, -1.0 if signed else 0.0), min(high, 1.0)
     form = "+.4f" if signed else ".4f"
-    return f"[{found.low:{form}}, {found.high:{form}}]"
+    return f"[{low:{form}}, {high:{form}}]"
 
 
-def _signed_interval(arm: ArmResult) -> str:
+def _signed_interval(arm: ArmResult, metric: str) -> str:
     assert arm.against is not None
     found = arm.against.estimate
-    return f"{abs(found.mean):.4f} {_interval(found, signed=True)}"
+    return f"{abs(found.mean):.4f} {_interval(found, metric, signed=True)}"
 
 
 def _latex(text: str) -> str:

@@ -20,6 +20,7 @@ def all_pictures(report: Any) -> list[tuple[str, str]]:
     drawn = [
         ("Cost against quality", pareto(report)),
         ("What each axis does", sensitivity(report)),
+        ("What the search has tried", trials(report)),
         ("Learning curves", learning_curves(report)),
         ("Confusion matrices", confusion(report)),
     ]
@@ -82,6 +83,34 @@ def sensitivity(report: Any) -> str:
         return ""
     panels[0].set_ylabel(f"{report.split} {report.plan.metric}")
     return _svg(figure, "The metric for each value of each axis, with 95% intervals; grey dots are seeds")
+
+
+def trials(report: Any) -> str:
+    """The validation metric of each complete trial against each searched setting; crosses are each arm's best."""
+    plan = report.plan
+    found = {arm: one for arm, one in plan.found.items() if any(trial.value is not None for trial in one.trials)}
+    if plan.search is None or not found:
+        return ""
+    figure, panels = _figure(1, len(plan.search.space), 3.2)
+    for panel, key in zip(panels, plan.search.space, strict=True):
+        spaces = [plan.search.for_arm(arm)[key] for arm in found]
+        words = list(dict.fromkeys(str(value) for space in spaces if isinstance(space, list) for value in space))
+        for i, (arm, one) in enumerate(found.items()):
+            color, label = COLORS[i % len(COLORS)], ", ".join(value for _, value in arm)
+            shown = [trial for trial in one.trials if trial.value is not None and trial.state == "complete"]
+            x = [words.index(str(t.settings[key])) if words else t.settings[key] for t in shown]
+            panel.plot(x, [t.value for t in shown], MARKERS[i % len(MARKERS)], color=color, alpha=0.7, label=label)
+            for at, trial in zip(x, shown, strict=True):
+                if trial.number == one.best:
+                    panel.plot([at], [trial.value], "x", color="black", markersize=9, zorder=3)
+        if words:
+            panel.set_xticks(range(len(words)), words)
+        elif all(getattr(space, "log", False) for space in spaces):
+            panel.set_xscale("log")
+        panel.set_xlabel(key)
+    panels[0].set_ylabel(f"validation {plan.metric}")
+    _legend(figure, panels[0])
+    return _svg(figure, "The validation metric of each trial against each searched setting; crosses are the best")
 
 
 def learning_curves(report: Any) -> str:
