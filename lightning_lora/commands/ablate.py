@@ -6,6 +6,7 @@ report. Several processes may work on one: a cell is held by a lock that dies wi
 """
 
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -25,6 +26,7 @@ from lightning_lora.ablation.results import compare_arms
 from lightning_lora.artifacts.runs import RunFolder, commit, folder_name, now, versions
 from lightning_lora.commands.arms import resolve
 from lightning_lora.commands.children import run_child
+from lightning_lora.commands.cluster import run_on_ray
 from lightning_lora.commands.config_files import read_config
 from lightning_lora.commands.configured import DEFAULT_CONFIG, flat
 from lightning_lora.commands.options import OptionParser
@@ -74,7 +76,10 @@ def run(words: list[str]) -> int:
             plan = worker.search(lambda cell: resolve_cells(replace(plan, cells=[cell]), overrides)[cell.name])
         worker.set_stale_aside()  # before anything says what the cells are about
         write_text(folder / "ablation.json", json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
-        worker.run()
+        if options.executor == "ray":
+            worker.run_on(options.address, {"num_cpus": options.cell_cpus, "num_gpus": options.cell_gpus})
+        else:
+            worker.run()
         tested = options.no_test or look_at_test(plan, folder)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -207,7 +212,7 @@ class Worker:
         for cell in self.plan.cells:
             place = self.cells / cell.name
             if place.exists() and (why := self._why_stale(place, cell)) is not None:
-                with contextlib.suppress(BusyError), locked_folder(self._claim(cell), "held"):
+                with contextlib.suppress(BusyError), locked_folder(self.claim(cell), "held"):
                     self._set_aside(place, why)
 
     def run(self) -> None:
@@ -219,7 +224,7 @@ class Worker:
             for cell in open_cells:
                 started = time.perf_counter()
                 try:
-                    with locked_folder(self._claim(cell), "another process trains this cell"):
+                    with locked_folder(self.claim(cell), "another process trains this cell"):
                         did = self.train(cell)
                 except BusyError:
                     busy.append(cell)
@@ -249,10 +254,42 @@ class Worker:
             settings = self.settings[next(cell.name for cell in self.plan.cells if cell.arm == arm)]
             return [settings, self._fingerprints(settings), self.code, self.versions]
 
-        found = Searcher(self.plan, self.cells.parent, train, self._claim, determines).run()
+        found = Searcher(self.plan, self.cells.parent, train, self.claim, determines).run()
         self.plan = with_found(self.plan, found)
         self.settings = {cell.name: settings_of(cell) for cell in self.plan.cells}
         return self.plan
+
+    def run_on(self, address: str | None, needs: Mapping[str, float]) -> None:
+        """The same on a Ray cluster, whose nodes see the ablation's folder and the data where this process does."""
+        cells = {cell.name: cell for cell in self.plan.cells}
+        left = [name for name, cell in cells.items() if self._to_do(cell)]
+        folder, settings, retry, plan = self.cells.parent.resolve(), self.settings, self.retry_failed, self.plan
+
+        def train(name: str) -> str:
+            worker = Worker(plan, folder, settings, retry)
+            cell = next(cell for cell in plan.cells if cell.name == name)
+            with locked_folder(worker.claim(cell), "another process trains this cell"):
+                said = io.StringIO()
+                with contextlib.redirect_stdout(said):
+                    worker.train(cell)
+            return said.getvalue().strip()
+
+        started, count = time.perf_counter(), 0
+
+        def done(name: str, said: str) -> None:
+            nonlocal count
+            count += 1
+            rest = len(left) - count
+            about = duration((time.perf_counter() - started) / count * rest)
+            print(f"{said or name}; {rest} cells left, about {about}", flush=True)
+
+        if left:
+            run_on_ray(left, train, address, needs, done)
+
+    def _to_do(self, cell: Cell) -> bool:
+        state = self._state(cell)
+        stale = self._why_stale(self.cells / cell.name, cell) is not None
+        return stale or not (state == "done" or (state == "failed" and not self.retry_failed))
 
     def train(self, cell: Cell, environment: Mapping[str, str] | None = None) -> bool:
         """Trains a cell, goes on with it, or leaves it where it is done; whether there was anything to do."""
@@ -296,7 +333,8 @@ class Worker:
             record = failed
         print(f"  {record.get('status')}: {record.get('error', f'status {status}')}", end="")
 
-    def _claim(self, cell: Cell) -> Path:
+    def claim(self, cell: Cell) -> Path:
+        """The folder whose lock holds a cell."""
         claim = self.claims / cell.name
         claim.mkdir(parents=True, exist_ok=True)
         return claim
@@ -405,6 +443,10 @@ def _parser() -> OptionParser:
     parser.add_argument("--plan", action="store_true", help="Show the plan and stop.")
     parser.add_argument("--no_test", action="store_true", help="Leave the test rows closed.")
     parser.add_argument("--retry_failed", action="store_true", help="Try cells again that failed.")
+    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="Where cells are trained.")
+    parser.add_argument("--address", help="Of a Ray cluster; by default one on this machine is begun.")
+    parser.add_argument("--cell_cpus", type=float, default=1, help="CPUs that a cell takes of its Ray node.")
+    parser.add_argument("--cell_gpus", type=float, default=0, help="GPUs that a cell takes of its Ray node.")
     parser.add_argument("--name", help="The folder under --logs_dir; by default ablation-CONFIG.")
     parser.add_argument("--logs_dir", default="logs", help="The folder of all runs.")
     return parser

@@ -166,7 +166,7 @@ def test_killed_workers_leave_the_search_as_it_would_have_been(place: Path, done
     words = ["ablate", "--config", str(place / "search.yaml"), "--logs_dir", str(tmp_path)]
     workers = [Run(words, tmp_path / f"{number}.txt") for number in range(2)]
     here = tmp_path / "ablation-search"
-    workers[0].wait_for(lambda: len(list((here / "cells").glob("*trial-1__seed-1"))) > 0)
+    workers[0].wait_for(lambda: len(list((here / "cells").glob("*trial-1__seed-1"))) > 0, 300)
     workers[0].signal(signal.SIGKILL)
     workers[0].wait()
     assert workers[1].wait(300) == 0, workers[1].text()

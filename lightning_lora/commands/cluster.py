@@ -1,0 +1,98 @@
+"""Cells of an ablation as tasks of a Ray cluster: Ray says which node, and tries again where a node is lost.
+
+What a task does is what ``ablate`` does on one machine (the same folder, claims, resuming, records), so that all
+nodes must see the ablation's folder and the data at the same paths. A cell whose node was lost goes on on another one
+from its last state.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_lora.errors import BusyError, UserError
+
+#: How often Ray begins a cell again whose node or process was lost.
+RETRIES = 10
+_POLL_S = 2.0
+
+
+def import_ray() -> Any:
+    """Ray.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--executor ray: needs Ray; pip install -c constraints.txt -e '.[scale]'") from error
+    return ray
+
+
+def run_on_ray(
+    names: Sequence[str],
+    train: Callable[[str], str],
+    address: str | None,
+    needs: Mapping[str, float],
+    done: Callable[[str, str], None],
+) -> None:
+    """Runs a task for each name, as many at once as the cluster has room for.
+
+    Args:
+        names: Of the cells.
+        train: What a task does on its node: trains the cell of this name, and gives what is to be said of it. It is
+            sent there, and raises ``BusyError`` while another process holds the cell.
+        address: The cluster's; None for one on this machine that ends with this process.
+        needs: CPUs and GPUs of a cell, as ``num_cpus`` and ``num_gpus``.
+        done: Called here with each name and what was said, in the order in which they end.
+
+    Raises:
+        UserError: There is no cluster at the address, or it has no node with what a cell needs.
+    """
+    ray = import_ray()
+    try:
+        # The nodes import this project as this process does, which may be from a checkout.
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"--address: no Ray cluster at {address} ({' '.join(str(error).split())[:200]})") from error
+    try:
+        check_room(ray.nodes(), needs)
+        here = str(Path.cwd())
+
+        def task(name: str) -> str:
+            os.chdir(here)
+            while True:
+                try:
+                    return train(name)
+                except BusyError:  # what a lost node has begun may still run
+                    time.sleep(_POLL_S)
+
+        remote = ray.remote(**needs, max_retries=RETRIES, retry_exceptions=False)(task)
+        begun = {remote.remote(name): name for name in names}
+        while begun:
+            (ready, *_), _ = ray.wait(list(begun), num_returns=1)
+            name = begun.pop(ready)
+            try:
+                said = ray.get(ready)
+            except ray.exceptions.RayError as error:
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                said = f"lost: {lines[-1]}"
+            done(name, said)
+    finally:
+        ray.shutdown()
+
+
+def check_room(nodes: Sequence[Mapping[str, Any]], needs: Mapping[str, float]) -> None:
+    """Refuses what no node could ever run, which Ray would wait for without a word.
+
+    Raises:
+        UserError: As said.
+    """
+    having = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    alive = [node.get("Resources", {}) for node in nodes if node.get("Alive")]
+    if not any(all(node.get(having[key], 0) >= count for key, count in needs.items()) for node in alive):
+        wanted = ", ".join(f"{count:g} {having[key]}" for key, count in needs.items())
+        largest = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in alive)
+        raise UserError(f"--cell_cpus, --cell_gpus: a cell needs {wanted}, but the nodes have {largest}")

@@ -1,0 +1,72 @@
+"""An ablation on a Ray cluster of several node processes on this machine."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_lora.cli import main
+from lightning_lora.commands.cluster import check_room
+from lightning_lora.errors import UserError
+from tests.ablation.test_search import TIMES, main_table
+from tests.conftest import make_rows, write_csv
+from tests.faults.processes import Run
+
+
+@pytest.fixture
+def place(make_base, tmp_path: Path) -> Path:
+    write_csv(tmp_path / "rows.csv", make_rows(200))
+    base = {
+        "model": {"base_model": str(make_base("bert")), "learning_rate": 1e-2},
+        "data": {"source": str(tmp_path / "rows.csv"), "max_length": 24, "cache_dir": str(tmp_path / "cache")},
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    axes = {"rank": {"model.adapter.rank": [2, 8]}}
+    ablation = {"question": "Does rank matter?", "base": "base.yaml", "axes": axes, "seeds": [1, 2]}
+    (tmp_path / "rank.yaml").write_text(yaml.safe_dump(ablation))
+    return tmp_path
+
+
+def test_without_ray_the_message_says_how_to_get_it(place: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["ablate", "--config", str(place / "rank.yaml"), "--executor", "ray"]) == 2
+    assert "pip install -c constraints.txt -e '.[scale]'" in capsys.readouterr().err
+
+
+def test_what_no_node_could_run_is_refused() -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}]
+    check_room(nodes, {"num_cpus": 4, "num_gpus": 0})
+    for needs in ({"num_cpus": 8, "num_gpus": 0}, {"num_cpus": 1, "num_gpus": 1}):
+        with pytest.raises(UserError, match="the nodes have 4 CPU, 0 GPU"):
+            check_room(nodes, needs)
+
+
+@pytest.mark.faults
+def test_a_node_is_lost_and_nothing_with_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three nodes, one of which is killed while it trains: every cell is there once, as without a cluster."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    words = ["ablate", "--config", str(place / "rank.yaml")]
+    assert main([*words, "--logs_dir", str(place / "alone")]) == 0
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        given = [*words, "--logs_dir", str(place / "cluster"), "--executor", "ray", "--address", cluster.address]
+        run = Run(given, place / "out.txt")
+        cells = place / "cluster" / "ablation-rank" / "cells"
+        run.wait_for(lambda: bool(list(cells.glob("*/checkpoints/last.ckpt"))), 300)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        assert run.wait(400) == 0, run.text()
+        assert "4 cells" not in run.text().splitlines()[-1]
+    finally:
+        cluster.shutdown()
+    told = [
+        [{k: v for k, v in row.items() if k not in TIMES} for row in main_table(place / logs / "ablation-rank")]
+        for logs in ("alone", "cluster")
+    ]
+    assert told[0] == told[1] and len(told[0]) == 2
