@@ -80,16 +80,23 @@ def refuse_trained_rows(texts: Sequence[str], folder: RunFolder, seen: Sequence[
 
     The source may have changed since, or another ``data.split_seed`` may have been given.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    keys = text_keys(texts)
+    learnt, wanted = pa.array(seen), pa.array(set(keys), pa.binary())
+    known: set[bytes] = set()
     try:
-        stored = pq.read_table(folder.splits, columns=["split", "key"]).to_pydict()
-    except (OSError, ValueError) as error:
+        with pq.ParquetFile(folder.splits) as file:
+            for batch in file.iter_batches(columns=["split", "key"]):  # of millions of rows, those in question stay
+                same = pc.and_(pc.is_in(batch["split"], learnt), pc.is_in(batch["key"], wanted))
+                known.update(batch["key"].filter(same).to_pylist())
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{folder.splits}: cannot be read ({error}); without it nobody knows what was trained on"
         ) from error
-    known = {key for split, key in zip(stored["split"], stored["key"], strict=True) if split in seen}
-    count = sum(key in known for key in text_keys(texts))
+    count = sum(key in known for key in keys)
     if count:
         raise UserError(
             f"{count} of the {len(texts)} rows to evaluate are rows that {folder.path} was trained or chosen on; "

@@ -13,7 +13,8 @@ from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.commands.options import OptionParser
 from lightning_lora.data.prepare import SourceOptions
 from lightning_lora.data.splits import text_keys
-from lightning_lora.data.stored import default_cache_dir, stored_splits
+from lightning_lora.data.stored import default_cache_dir
+from lightning_lora.data.streaming import read_splits
 from lightning_lora.errors import UserError
 
 SHOWN = ("all", "hits", "misses")
@@ -67,11 +68,12 @@ def texts_of(folder: RunFolder, split: str, predictions: dict[str, np.ndarray], 
     Raises:
         UserError: The source is not what it was.
     """
-    config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))["data"]
+    settings = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    config = settings["data"]
     known = {field.name for field in fields(SourceOptions)}
     options = SourceOptions(**{key: value for key, value in config.items() if key in known})
     cache = Path(config["cache_dir"]).expanduser() if config.get("cache_dir") else default_cache_dir()
-    prepared = stored_splits(options, cache)
+    prepared = read_splits(options, settings["model"]["base_model"], cache)
     rows = prepared.splits[split]
     place = {where: i for i, where in enumerate(zip(rows.origins, rows.numbers.tolist(), strict=True))}
     texts = []

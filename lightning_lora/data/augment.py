@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lightning_lora.data.batching import TokenDataset
-from lightning_lora.data.tokens import InputFormat, Tokens, tokenize
+from lightning_lora.data.tokens import InputFormat, TokenRows, tokenize
 from lightning_lora.errors import UserError
 from lightning_lora.seeding import stream_seed
 
@@ -61,7 +61,7 @@ class AugmentedDataset(TokenDataset):
 
     def __init__(
         self,
-        tokens: Tokens,
+        tokens: TokenRows,
         frame: InputFormat,
         labels: np.ndarray,
         pad_to_max: bool,

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_lora.data.tokens import InputFormat, Tokens
+from lightning_lora.data.splits import position_type
+from lightning_lora.data.tokens import InputFormat, TokenRows
 from lightning_lora.seeding import stream_seed
 
 #: A batch is padded to a multiple of so many tokens: few different shapes, each of which costs a set-up once.
@@ -46,7 +47,7 @@ class TokenDataset(Dataset):
     each belongs.
     """
 
-    def __init__(self, tokens: Tokens, frame: InputFormat, labels: np.ndarray | None, pad_to_max: bool) -> None:
+    def __init__(self, tokens: TokenRows, frame: InputFormat, labels: np.ndarray | None, pad_to_max: bool) -> None:
         self.tokens = tokens
         self.frame = frame
         self.labels = labels
@@ -85,26 +86,47 @@ class TokenDataset(Dataset):
             counts = torch.tensor([len(windows) for windows in documents])
             batch["documents"] = torch.repeat_interleave(torch.arange(len(documents)), counts)
         if self.labels is not None:
-            batch["labels"] = torch.from_numpy(self.labels[rows])
+            batch["labels"] = torch.from_numpy(self.labels[rows].astype(np.int64, copy=False))
         return batch
 
 
-def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+class OrderedBatches(Sequence[np.ndarray]):
+    """Batches that are cut from one array as they are asked for; a list of them takes twenty times its memory.
+
+    Args:
+        order: Positions of rows.
+        batch_size: Batch ``i`` is the ``i``-th cut of so many of them.
+        places: Which cut comes when; where there are more cuts they follow.
+    """
+
+    def __init__(self, order: np.ndarray, batch_size: int, places: np.ndarray) -> None:
+        self.order = order
+        self.batch_size = batch_size
+        self.places = places
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.order) / self.batch_size)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = int(self.places[index]) if index < len(self.places) else index
+        return self.order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> Sequence[np.ndarray]:
     """Every position once, in random batches of similar length; a fixed function of its arguments.
 
     Positions are shuffled, cut into pools of ``POOL_BATCHES`` batches, sorted by length within each pool,
     cut into batches, and the batches shuffled; one that is not full comes last.
     """
     rng = np.random.Generator(np.random.PCG64(stream_seed(seed, f"order/{epoch}")))
-    order = rng.permutation(len(lengths))
+    order = rng.permutation(np.arange(len(lengths), dtype=position_type(len(lengths))))
     pool = batch_size * POOL_BATCHES
-    batches: list[np.ndarray] = []
     for start in range(0, len(order), pool):
         part = order[start : start + pool]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    full = len(order) // batch_size
-    return [batches[i] for i in rng.permutation(full)] + batches[full:]
+        order[start : start + pool] = part[np.argsort(lengths[part], kind="stable")]
+    return OrderedBatches(order, batch_size, rng.permutation(len(order) // batch_size))
 
 
 def evaluation_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:

@@ -1,7 +1,5 @@
 """The LightningDataModule: any source of labelled texts as batches of token ids."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +10,11 @@ from torch.utils.data import DataLoader
 
 from lightning_lora.data.augment import Augmentation, AugmentedDataset
 from lightning_lora.data.batching import LengthBatchSampler, ResumableLoader, TokenDataset
-from lightning_lora.data.prepare import Prepared, Rows, SourceOptions
-from lightning_lora.data.stored import default_cache_dir, stored_splits
-from lightning_lora.data.tokens import InputFormat, Truncation, cached_tokens, load_tokenizer
+from lightning_lora.data.prepare import Prepared, SourceOptions, SplitRows
+from lightning_lora.data.stored import default_cache_dir
+from lightning_lora.data.streaming import read_splits
+from lightning_lora.data.tokens import InputFormat, Truncation, base_tokenizer, tokenizing_progress
 from lightning_lora.errors import UserError
-from lightning_lora.locations import resolve
 
 
 class TextDataModule(LightningDataModule):
@@ -48,6 +46,10 @@ class TextDataModule(LightningDataModule):
         test_rows: Test on a stratified subsample of so many rows (or fraction).
         augmentation: Words of training texts that are left out or swapped.
         bad_rows: What to do with rows without text or label: stop with an "error", or "drop" and count.
+        stream: For data larger than memory: the training texts are read piece by piece, tokenized once into
+            ``cache_dir`` and never held. They are Parquet files, local or on any fsspec filesystem (a file, a folder
+            or a pattern), as ``{train: 's3://bucket/train-*.parquet', validation: FILE, test: FILE}``; validation and
+            test rows are held, and have files of their own.
         split_seed: Seed of carving and subsampling; kept apart from the run's seed, so that runs with other
             seeds are tested on the same rows.
         seed: Seed of the training order; linked to ``seed_everything``.
@@ -73,6 +75,7 @@ class TextDataModule(LightningDataModule):
         test_rows: int | float | None = None,
         augmentation: Augmentation = Augmentation(),  # noqa: B008  # never changed; the parser reads it
         bad_rows: Literal["error", "drop"] = "error",
+        stream: bool = False,
         split_seed: int = 0,
         seed: int = 42,
         cache_dir: str | None = None,
@@ -86,6 +89,8 @@ class TextDataModule(LightningDataModule):
             if value < 1:
                 raise UserError(f"data.{key}: a number of at least 1 is needed, got {value}")
         augmentation.check()
+        if stream and augmentation.active:
+            raise UserError("data.augmentation: needs the texts, and streamed rows hold none; leave one of the two out")
         self.options = SourceOptions(
             source=source,
             text_column=text_column,
@@ -97,6 +102,7 @@ class TextDataModule(LightningDataModule):
             train_rows=train_rows,
             test_rows=test_rows,
             split_seed=split_seed,
+            stream=stream,
         )
         self.base_model = base_model
         self.max_length = max_length
@@ -116,7 +122,7 @@ class TextDataModule(LightningDataModule):
     def prepared(self) -> Prepared:
         """The splits, read once."""
         if self._prepared is None:
-            self._prepared = stored_splits(self.options, self.cache_dir)
+            self._prepared = read_splits(self.options, self.base_model, self.cache_dir)
         return self._prepared
 
     @property
@@ -129,7 +135,7 @@ class TextDataModule(LightningDataModule):
         """Training rows of each class."""
         return np.bincount(self.prepared.splits["train"].labels, minlength=len(self.label_names)).tolist()
 
-    def rows(self, split: str) -> Rows:
+    def rows(self, split: str) -> SplitRows:
         """The texts and labels of a split ("train", "val" or "test"), in the order of ``batch["rows"]``."""
         return self.prepared.splits[split]
 
@@ -143,12 +149,12 @@ class TextDataModule(LightningDataModule):
         splits = [split for split in wanted if split not in self._datasets]
         if not splits:
             return
-        tokenizer = load_tokenizer(resolve(self.base_model, "model.base_model").target, "model.base_model")
+        tokenizer = base_tokenizer(self.base_model)
         frame = InputFormat.of(tokenizer, self.max_length, self.truncation, self.window_overlap)
         for split in splits:
             rows = self.rows(split)
             with tokenizing_progress(split, len(rows)) as advance:
-                tokens, cached = cached_tokens(rows.texts, tokenizer, self.cache_dir, advance)
+                tokens, cached = rows.tokens(tokenizer, self.cache_dir, advance)
             common = (tokens, frame, rows.labels, self.padding == "max_length")
             if split == "train" and self.augmentation.active:
                 self._datasets[split] = AugmentedDataset(*common, rows.texts, tokenizer, self.augmentation, self.seed)
@@ -203,23 +209,3 @@ def make_loader(dataset: TokenDataset, sampler: LengthBatchSampler) -> DataLoade
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-@contextmanager
-def tokenizing_progress(split: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives the function that counts n texts as done; its first call shows a bar with the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, transient=True, console=Console(stderr=True))
-    task = progress.add_task(f"Tokenizing {split}", total=total)
-
-    def advance(texts: int) -> None:
-        progress.start()
-        progress.advance(task, texts)
-
-    try:
-        yield advance
-    finally:
-        progress.stop()

@@ -7,10 +7,10 @@ taken out of the training side; validation is carved from what is left; subsampl
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from lightning_lora.data.labels import canonical, encode_labels
 from lightning_lora.data.reading import SPLITS, Table, read_source
 from lightning_lora.data.specs import DatasetSpec, find_spec
 from lightning_lora.data.splits import carve, count_of, not_in, stratified_sample, text_keys
+from lightning_lora.data.tokens import TokenRows, cached_tokens
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_path
 
@@ -39,11 +40,49 @@ class SourceOptions:
     train_rows: int | float | None = None
     test_rows: int | float | None = None
     split_seed: int = 0
+    stream: bool = False
+
+
+class SplitRows(Protocol):
+    """What may be asked of the rows of one split, whether their texts are held (``Rows``) or not (``StreamedRows``)."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Class numbers, shape (rows,)."""
+
+    @property
+    def origins(self) -> list[str]:
+        """The file or Hub split of each row."""
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The 1-based line or row of each row in its origin, int64, shape (rows,)."""
+
+    def select(self, keep: np.ndarray) -> Self:
+        """The rows at the given ascending positions."""
+
+    def not_in(self, other: "SplitRows") -> np.ndarray:
+        """Ascending positions of the rows whose text is no repeat of one of the other rows, whose texts are held."""
+
+    def fingerprint(self) -> str:
+        """A hash of texts and labels in their order."""
+
+    def places(self) -> Iterator[dict[str, Any]]:
+        """Columns ``origin``, ``row`` and ``key`` (``text_keys``), a piece of the rows at a time."""
+
+    def tokens(self, tokenizer: Any, cache_dir: Path, advance: Callable[[int], None]) -> tuple[TokenRows, bool]:
+        """The tokens of the texts, and whether they came from the cache."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split.
+    """The rows of one split, held in memory.
 
     Args:
         texts: The texts.
@@ -69,8 +108,25 @@ class Rows:
         """A hash of texts and labels in their order."""
         digest = hashlib.sha256(self.labels.astype("<i8").tobytes())
         for text in self.texts:
-            digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+            digest.update(text_digest(text))
         return digest.hexdigest()
+
+    def not_in(self, other: SplitRows) -> np.ndarray:
+        """Positions of the rows that are no repeats of the other rows."""
+        return not_in(text_keys(self.texts), text_keys(other.texts))
+
+    def places(self) -> Iterator[dict[str, Any]]:
+        """All of them at once."""
+        yield {"origin": self.origins, "row": self.numbers, "key": text_keys(self.texts)}
+
+    def tokens(self, tokenizer: Any, cache_dir: Path, advance: Callable[[int], None]) -> tuple[TokenRows, bool]:
+        """The tokens of the texts, and whether they came from the cache."""
+        return cached_tokens(self.texts, tokenizer, cache_dir, advance)
+
+
+def text_digest(text: str) -> bytes:
+    """What a text adds to the fingerprint of a split, 32 bytes."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 @dataclass(frozen=True)
@@ -78,37 +134,24 @@ class Prepared:
     """The splits and what was done to get them."""
 
     label_names: list[str]
-    splits: dict[str, Rows]
+    splits: dict[str, SplitRows]
     origin: dict[str, str]
     repeats_removed: dict[str, int] = field(default_factory=dict)
     bad_rows_dropped: int = 0
     citation: str = ""
 
-    def table(self, texts: bool) -> Any:
-        """An Arrow table of which row of the source is in which split, with or without text and label.
-
-        ``key`` is equal for texts that are repeats of each other (``text_keys``).
-        """
-        import pyarrow as pa
-
-        parts = self.splits.values()
-        columns: dict[str, Any] = {
-            "split": np.concatenate([np.full(len(rows), name) for name, rows in self.splits.items()]),
-            "origin": [origin for rows in parts for origin in rows.origins],
-            "row": np.concatenate([rows.numbers for rows in parts]),
-            "key": [key for rows in parts for key in text_keys(rows.texts)],
-        }
-        if texts:
-            columns["text"] = [text for rows in parts for text in rows.texts]
-            columns["label"] = np.concatenate([rows.labels for rows in parts])
-        return pa.table(columns)
-
     def write_parquet(self, path: Path) -> None:
-        """Writes which row of the source went to which split."""
+        """Writes which row of the source went to which split; ``key`` is equal for texts that are repeats."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with atomic_path(path) as staging:
-            pq.write_table(self.table(texts=False), staging)
+        types = {"split": pa.string(), "origin": pa.string(), "row": pa.int64(), "key": pa.binary()}
+        schema = pa.schema(types)
+        with atomic_path(path) as staging, pq.ParquetWriter(staging, schema) as writer:
+            for name, rows in self.splits.items():
+                for piece in rows.places():
+                    columns = {"split": [name] * len(piece["row"]), **piece}
+                    writer.write_table(pa.table(columns, schema=schema))
 
     def describe(self) -> dict[str, Any]:
         """Plain values for the run record: sizes, class counts, fingerprints, what was taken out."""
@@ -143,28 +186,20 @@ def prepare(options: SourceOptions) -> Prepared:
         UserError: The source cannot be read, a row is bad, or a size does not fit.
     """
     spec = _spec_of(options)
-    text_column = options.text_column or (spec.text_column if spec else "text")
-    text_columns = [text_column] if isinstance(text_column, str) else list(text_column)
-    label_column = options.label_column or (spec.label_column if spec else "label")
+    text_columns, label_column = columns_of(options)
     keep_rows = spec.keep_rows if spec else {}
     tables = read_source(
         source_of(options),
         list(dict.fromkeys([*text_columns, label_column, *keep_rows])),
         label_column,
     )
-    dropped = 0
-    for split, parts in tables.items():
-        for i, whole in enumerate(parts):
-            part = _matching(whole, keep_rows) if keep_rows else whole
-            checked = _without_bad_rows(part, text_columns, label_column, options.bad_rows)
-            dropped += len(part) - len(checked)
-            parts[i] = checked
-        if not any(len(part) for part in parts):
-            raise UserError(f"{parts[0].origin}: the {split} split has no usable row")
+    if keep_rows:
+        tables = {split: [_matching(part, keep_rows) for part in parts] for split, parts in tables.items()}
+    tables, dropped = checked(tables, options)
     names = options.label_names or (spec.label_names if spec else None)
     label_names, encoded = encode_labels(tables, label_column, names)
-    read = {split: _joined(parts, text_columns, encoded[split]) for split, parts in tables.items()}
-    splits, origin, removed = _split(read, options)
+    read: dict[str, SplitRows] = {split: joined(parts, text_columns, encoded[split]) for split, parts in tables.items()}
+    splits, origin, removed = divide(read, options)
     return Prepared(label_names, splits, origin, removed, dropped, spec.citation if spec else "")
 
 
@@ -172,6 +207,14 @@ def source_of(options: SourceOptions) -> str | Mapping[str, str]:
     """Where the rows are: the location behind the name of a known data set, else what the options say."""
     spec = _spec_of(options)
     return spec.source if spec else options.source
+
+
+def columns_of(options: SourceOptions) -> tuple[list[str], str]:
+    """The names of the columns with the text, and of that with the label."""
+    spec = _spec_of(options)
+    text_column = options.text_column or (spec.text_column if spec else "text")
+    label_column = options.label_column or (spec.label_column if spec else "label")
+    return [text_column] if isinstance(text_column, str) else list(text_column), label_column
 
 
 def _spec_of(options: SourceOptions) -> DatasetSpec | None:
@@ -183,8 +226,27 @@ def _matching(table: Table, keep_rows: Mapping[str, str]) -> Table:
     return table.select([i for i in range(len(table)) if all(cells[i] == value for cells, value in columns)])
 
 
-def _without_bad_rows(table: Table, text_columns: list[str], label_column: str, policy: str) -> Table:
-    """The table without rows whose text or label is missing; with policy "error" there must be none."""
+def checked(tables: dict[str, list[Table]], options: SourceOptions) -> tuple[dict[str, list[Table]], int]:
+    """The tables without rows whose text or label is missing, and how many these were.
+
+    Raises:
+        UserError: There are such rows and ``bad_rows`` is "error"; or no row is left.
+    """
+    found: dict[str, list[Table]] = {}
+    for split, parts in tables.items():
+        found[split] = [_without_bad_rows(part, *columns_of(options), options.bad_rows) for part in parts]
+        if not any(len(part) for part in found[split]):
+            raise UserError(f"{parts[0].origin}: the {split} split has no usable row")
+    before, after = (sum(len(part) for parts in each.values() for part in parts) for each in (tables, found))
+    return found, before - after
+
+
+def bad_rows(table: Table, text_columns: Sequence[str], label_column: str) -> dict[int, str]:
+    """Positions of the rows whose text or label is missing, each with what is wrong.
+
+    Raises:
+        UserError: A cell is there but is no text, or no label.
+    """
     bad: dict[int, str] = {}
     for column in text_columns:
         for i, cell in enumerate(table.columns[column]):
@@ -206,12 +268,22 @@ def _without_bad_rows(table: Table, text_columns: list[str], label_column: str, 
             raise UserError(
                 f"{table.where(i, label_column)}: a label is a word or a number, got {type(cell).__name__} {cell!r:.40}"
             )
+    return bad
+
+
+def _without_bad_rows(table: Table, text_columns: list[str], label_column: str, policy: str) -> Table:
+    bad = bad_rows(table, text_columns, label_column)
     if not bad:
         return table
     if policy == "error":
         more = f" (and {len(bad) - 1} more such rows in this file)" if len(bad) > 1 else ""
-        raise UserError(f"{bad[min(bad)]}{more}; correct it, or leave such rows out with data.bad_rows=drop")
+        raise bad_row_error(f"{bad[min(bad)]}{more}")
     return table.select([i for i in range(len(table)) if i not in bad])
+
+
+def bad_row_error(what: str) -> UserError:
+    """The error that ends the run at a row that could also be left out."""
+    return UserError(f"{what}; correct it, or leave such rows out with data.bad_rows=drop")
 
 
 def is_unicode(text: str) -> bool:
@@ -223,37 +295,41 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _joined(tables: list[Table], text_columns: list[str], labels: list[np.ndarray]) -> Rows:
-    texts: list[str] = []
-    for table in tables:
-        columns = [table.columns[name] for name in text_columns]
-        texts += columns[0] if len(columns) == 1 else [" ".join(cells) for cells in zip(*columns, strict=True)]
+def texts_of(table: Table, text_columns: Sequence[str]) -> list[str]:
+    """The text of each row: its columns, joined by a space."""
+    columns = [table.columns[name] for name in text_columns]
+    return columns[0] if len(columns) == 1 else [" ".join(cells) for cells in zip(*columns, strict=True)]
+
+
+def joined(tables: list[Table], text_columns: Sequence[str], labels: list[np.ndarray]) -> Rows:
+    """The rows of all tables, with their class numbers."""
+    texts = [text for table in tables for text in texts_of(table, text_columns)]
     origins = [table.origin for table in tables for _ in range(len(table))]
     numbers = np.concatenate([np.asarray(table.rows, dtype=np.int64) for table in tables])
     return Rows(texts, np.concatenate(labels), origins, numbers)
 
 
-def _split(read: dict[str, Rows], options: SourceOptions) -> tuple[dict[str, Rows], dict[str, str], Counter[str]]:
+def divide(
+    read: dict[str, SplitRows], options: SourceOptions
+) -> tuple[dict[str, SplitRows], dict[str, str], Counter[str]]:
+    """The three splits of the rows read; where each comes from, in words; and the repeats taken out of it."""
     origin = dict.fromkeys(read, "the source's own split")
     splits = dict(read)
     _carve_missing(splits, origin, "test", options.test_size, DEFAULT_TEST_SIZE, options.split_seed)
 
     removed: Counter[str] = Counter()
-    keys = {split: text_keys(rows.texts) for split, rows in splits.items()}
 
     def take_out_repeats(split: str, other: str) -> None:
-        keep = not_in(keys[split], keys[other])
+        keep = splits[split].not_in(splits[other])
         removed[f"{split}_in_{other}"] = len(splits[split]) - len(keep)
         if len(keep) == 0:
             raise UserError(f"data.source: every row of {split} also stands in {other}; nothing is left to train on")
         if len(keep) < len(splits[split]):
             splits[split] = splits[split].select(keep)
-            keys[split] = [keys[split][i] for i in keep]
 
     for split in splits.keys() & {"train", "val"}:
         take_out_repeats(split, "test")
     _carve_missing(splits, origin, "val", options.val_size, DEFAULT_VAL_SIZE, options.split_seed)
-    keys = {split: text_keys(splits[split].texts) for split in ("train", "val")}
     take_out_repeats("train", "val")
 
     origin["train"] += ", less what was carved from it" if len(read["train"]) > len(splits["train"]) else ""
@@ -271,7 +347,7 @@ def _split(read: dict[str, Rows], options: SourceOptions) -> tuple[dict[str, Row
 
 
 def _carve_missing(
-    splits: dict[str, Rows],
+    splits: dict[str, SplitRows],
     origin: dict[str, str],
     name: str,
     size: int | float | None,

@@ -8,7 +8,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,7 @@ def source_files(source: str | Mapping[str, str]) -> dict[str, list[Path]] | Non
         UserError: There are none, or none for training.
     """
     if not isinstance(source, str):
-        files: dict[str, list[Path]] = {}
-        for split, name in source.items():
-            if split.lower() not in _SPLIT_NAMES:
-                raise UserError(f"data.source: '{split}' is no split; use train, val and test")
-            location = resolve(name, f"data.source.{split}")
-            if location.path is None or not location.path.is_file():
-                raise UserError(f"data.source.{split}: '{name}' is no file; a split is given by one local file")
-            files[_SPLIT_NAMES[split.lower()]] = [location.path]
+        files = {split_named(name): [split_file(name, place)] for name, place in source.items()}
     else:
         location = resolve(source, "data.source")
         if location.path is None:
@@ -76,6 +70,29 @@ def source_files(source: str | Mapping[str, str]) -> dict[str, list[Path]] | Non
     if "train" not in files:
         raise UserError(f"data.source: {source} has no train split (found: {', '.join(files)})")
     return files
+
+
+def split_named(name: str) -> str:
+    """The split ("train", "val", "test") that a name means.
+
+    Raises:
+        UserError: It means none.
+    """
+    if name.lower() not in _SPLIT_NAMES:
+        raise UserError(f"data.source: '{name}' is no split; use train, val and test")
+    return _SPLIT_NAMES[name.lower()]
+
+
+def split_file(split: str, name: str) -> Path:
+    """The local file that a split is given by.
+
+    Raises:
+        UserError: It is none.
+    """
+    location = resolve(name, f"data.source.{split}")
+    if location.path is None or not location.path.is_file():
+        raise UserError(f"data.source.{split}: '{name}' is no file; a split is given by one local file")
+    return location.path
 
 
 def read_source(
@@ -231,21 +248,32 @@ def _read_json(path: Path, columns: Sequence[str], label_column: str | None) -> 
 
 
 def _read_parquet(path: Path, columns: Sequence[str], label_column: str | None) -> Table:
+    with open_parquet(path, columns, path) as file:
+        table = file.read(columns=list(columns))
+        names = declared_names(file.schema_arrow, label_column)
+    values = {name: table.column(name).to_pylist() for name in columns}
+    return Table(str(path), values, range(1, table.num_rows + 1), "row", names)
+
+
+@contextmanager
+def open_parquet(source: Any, columns: Sequence[str], origin: object, **options: Any) -> Iterator[Any]:
+    """The ``pyarrow.parquet.ParquetFile`` of a path or of an open file, which has the columns.
+
+    Raises:
+        UserError: It is none or lacks a column; or what is read of it within the block is damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
-        _require_columns(file.schema_arrow.names, columns, path)
-        table = file.read(columns=list(columns))
+        with pq.ParquetFile(source, **options) as file:
+            _require_columns(file.schema_arrow.names, columns, origin)
+            yield file
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)})") from None
-    values = {name: table.column(name).to_pylist() for name in columns}
-    names = _declared_names(file.schema_arrow, label_column)
-    return Table(str(path), values, range(1, table.num_rows + 1), "row", names)
+        raise UserError(f"{origin}: not a readable Parquet file ({first_line(error)})") from None
 
 
-def _declared_names(schema: Any, label_column: str | None) -> list[str] | None:
+def declared_names(schema: Any, label_column: str | None) -> list[str] | None:
     """Class names in the Parquet metadata that ``datasets`` writes, if they are there."""
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     feature = features.get(label_column) or {}
@@ -260,7 +288,7 @@ def _read_hub(source: str, columns: Sequence[str], label_column: str | None) -> 
         loaded = datasets.load_dataset(name, config or None)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"data.source: cannot load '{source}' from the Hub ({_first_line(error)}); check the name "
+            f"data.source: cannot load '{source}' from the Hub ({first_line(error)}); check the name "
             "and the network, or give a local file or folder (HF_HUB_OFFLINE=1 uses only what is cached)"
         ) from error
     found: dict[str, list[Table]] = {}
@@ -277,7 +305,8 @@ def _read_hub(source: str, columns: Sequence[str], label_column: str | None) -> 
     return found
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 

@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lightning_lora.data import labels, prepare, reading, specs, splits
-from lightning_lora.data.prepare import Prepared, Rows, SourceOptions
+from lightning_lora.data.prepare import Prepared, Rows, SourceOptions, SplitRows
 from lightning_lora.data.reading import source_files
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_folder
@@ -74,8 +75,23 @@ def _write(entry: Path, prepared: Prepared) -> None:
         field.name: getattr(prepared, field.name) for field in dataclasses.fields(prepared) if field.name != "splits"
     }
     with atomic_folder(entry) as staging:
-        pq.write_table(prepared.table(texts=True), staging / "rows.parquet")
+        pq.write_table(_table(prepared), staging / "rows.parquet")
         (staging / "facts.json").write_text(json.dumps(facts))
+
+
+def _table(prepared: Prepared) -> Any:
+    import pyarrow as pa
+
+    parts = prepared.splits.values()
+    return pa.table(
+        {
+            "split": np.concatenate([np.full(len(rows), name) for name, rows in prepared.splits.items()]),
+            "origin": [origin for rows in parts for origin in rows.origins],
+            "row": np.concatenate([rows.numbers for rows in parts]),
+            "text": [text for rows in parts for text in rows.texts],
+            "label": np.concatenate([rows.labels for rows in parts]),
+        }
+    )
 
 
 def _read(entry: Path) -> Prepared:
@@ -86,7 +102,7 @@ def _read(entry: Path) -> Prepared:
     with pq.ParquetFile(entry / "rows.parquet") as file:
         table = file.read()
     split = table.column("split").to_numpy()
-    found = {}
+    found: dict[str, SplitRows] = {}
     for name in dict.fromkeys(split.tolist()):
         part = table.filter(split == name)
         found[name] = Rows(

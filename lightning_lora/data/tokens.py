@@ -8,19 +8,34 @@ the share of truncated texts is known exactly.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_folder, locked_folder
+from lightning_lora.locations import resolve
 
 Truncation = Literal["head", "tail", "both", "windows"]
 CACHE_FORMAT = 1
 _CHUNK = 512
+
+
+class TokenRows(Protocol):
+    """Token ids of many texts, without special tokens, wherever they lie."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text before special tokens and truncation, shape (texts,)."""
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The ids of one text, int32."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +130,18 @@ class InputFormat:
             ids = np.concatenate((ids[:head], ids[len(ids) - (self.room - head) :]))
         return np.concatenate((self.prefix, ids, self.suffix))
 
-    def input_lengths(self, tokens: Tokens) -> np.ndarray:
+    def input_lengths(self, tokens: TokenRows) -> np.ndarray:
         """Tokens of each text as the model sees it, with special tokens, in all its windows; shape (texts,)."""
         special = len(self.prefix) + len(self.suffix)
         if self.keep != "windows":
             return np.minimum(tokens.lengths, self.room) + special
         windows = 1 + np.maximum(np.ceil((tokens.lengths - self.room) / (self.room - self.overlap)), 0).astype(np.int64)
         return np.where(windows == 1, tokens.lengths + special, windows * self.max_length)
+
+
+def base_tokenizer(base_model: str) -> Any:
+    """The tokenizer of ``model.base_model``, as ``load_tokenizer``."""
+    return load_tokenizer(resolve(base_model, "model.base_model").target, "model.base_model")
 
 
 def load_tokenizer(target: str, key: str) -> Any:
@@ -147,6 +167,26 @@ def load_tokenizer(target: str, key: str) -> Any:
     return tokenizer
 
 
+@contextmanager
+def tokenizing_progress(split: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Gives the function that counts n texts as done; its first call shows a bar with the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, transient=True, console=Console(stderr=True))
+    task = progress.add_task(f"Tokenizing {split}", total=total)
+
+    def advance(texts: int) -> None:
+        progress.start()
+        progress.advance(task, texts)
+
+    try:
+        yield advance
+    finally:
+        progress.stop()
+
+
 def tokenize(texts: Sequence[str], tokenizer: Any, advance: Callable[[int], None] = lambda n: None) -> Tokens:
     """The tokens of the texts; ``advance(n)`` is called after every n texts."""
     pieces: list[np.ndarray] = []
@@ -170,15 +210,19 @@ def tokenize(texts: Sequence[str], tokenizer: Any, advance: Callable[[int], None
 
 def cache_key(texts: Sequence[str], tokenizer: Any) -> str:
     """A key of everything that tokens depend on: the texts, the tokenizer's own rules, library version."""
-    import tokenizers
-
-    digest = hashlib.sha256(f"{CACHE_FORMAT}/{tokenizers.__version__}/".encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest = hashlib.sha256(tokenizer_rules(tokenizer))
     for text in texts:
         encoded = text.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(8, "big"))
         digest.update(encoded)
     return digest.hexdigest()[:32]
+
+
+def tokenizer_rules(tokenizer: Any) -> bytes:
+    """All that the tokens of a text depend on but the text."""
+    import tokenizers
+
+    return f"{CACHE_FORMAT}/{tokenizers.__version__}/{tokenizer.backend_tokenizer.to_str()}".encode()
 
 
 def cached_tokens(

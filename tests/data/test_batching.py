@@ -3,7 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_lora.data.batching import LengthBatchSampler, evaluation_batches, training_batches
+from lightning_lora.data.batching import POOL_BATCHES, LengthBatchSampler, evaluation_batches, training_batches
+from lightning_lora.seeding import stream_seed
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=1003)
 
@@ -13,6 +14,18 @@ def test_each_row_stands_in_one_batch(batch_size: int) -> None:
     for batches in (training_batches(LENGTHS, batch_size, 0, 0), evaluation_batches(LENGTHS, batch_size)):
         np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(len(LENGTHS)))
         assert sorted(map(len, batches), reverse=True)[:-1] == [batch_size] * (len(batches) - 1)
+
+
+def test_batches_cut_from_one_array_are_those_of_a_list() -> None:
+    rng = np.random.Generator(np.random.PCG64(stream_seed(3, "order/2")))
+    order, expected = rng.permutation(len(LENGTHS)), []
+    for start in range(0, len(order), 16 * POOL_BATCHES):
+        part = order[start : start + 16 * POOL_BATCHES]
+        part = part[np.argsort(LENGTHS[part], kind="stable")]
+        expected += [part[i : i + 16].tolist() for i in range(0, len(part), 16)]
+    full = len(order) // 16
+    expected = [expected[i] for i in rng.permutation(full)] + expected[full:]
+    assert [batch.tolist() for batch in training_batches(LENGTHS, 16, 3, 2)] == expected
 
 
 def test_batches_hold_texts_of_similar_length() -> None:
