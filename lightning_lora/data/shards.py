@@ -1,10 +1,11 @@
-"""Tokenized pieces of a large train split: arrays in the cache folder, mapped into memory as they are needed."""
+"""Tokenized pieces of a large train split: arrays in the cache folder, of which what is needed is read."""
 
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,8 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "keys": KEYS,  # text_keys
     "digests": np.dtype("S32"),  # text_digest
 }
-#: Maps are let go after so many rows: the pages that were read through them count as this process's memory until then.
-RELEASE_ROWS = 512
-#: More files are not held open.
-_MOST_MAPS = 64
+#: Files of more shards are not held open.
+MOST_OPEN = 64
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Shard:
         return shard
 
     def map(self, name: str) -> np.ndarray:
-        """An array, in the file."""
+        """An array, mapped: for passes over it that are soon done, as the pages count as memory while it lives."""
         if not self._items(name):
             return np.zeros(0, ARRAYS[name])
         return np.memmap(self.folder / f"{name}.bin", ARRAYS[name], mode="r")
@@ -145,6 +144,9 @@ class ShardRows:
 class ShardTokens:
     """The tokens of rows of shards; four bytes a row are held, the ids stay in their files.
 
+    A text is read by its place in the file, not from a map: the system maps up to a megabyte around each text that is
+    touched (large folios of its page cache), so that soon the whole cache counts as this process's memory.
+
     Args:
         rows: The rows.
     """
@@ -152,8 +154,7 @@ class ShardTokens:
     def __init__(self, rows: ShardRows) -> None:
         self.rows = rows
         self._lengths = np.empty(len(rows), np.int32)
-        self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._read = 0
+        self._open: dict[int, tuple[FileIO, FileIO]] = {}
         for shard, mine, local in rows.pieces():
             self._lengths[mine] = np.diff(shard.map("ends"), prepend=0)[local]
 
@@ -167,11 +168,25 @@ class ShardTokens:
 
     def __getitem__(self, index: int) -> np.ndarray:
         shard, row = self.rows.place(index)
-        if self._read >= RELEASE_ROWS or len(self._maps) >= _MOST_MAPS:
-            self._maps.clear()
-            self._read = 0
-        self._read += 1
-        if shard not in self._maps:
-            self._maps[shard] = (self.rows.shards[shard].map("ids"), self.rows.shards[shard].map("ends"))
-        ids, ends = self._maps[shard]
-        return np.array(ids[ends[row] - self._lengths[index] : ends[row]])  # a view would hold the map
+        if shard not in self._open:
+            if len(self._open) >= MOST_OPEN:
+                self._close()
+            folder = self.rows.shards[shard].folder
+            self._open[shard] = (FileIO(folder / "ids.bin"), FileIO(folder / "ends.bin"))
+        ids, ends = self._open[shard]
+        end, length = int(_read(ends, "ends", row, 1)[0]), int(self._lengths[index])
+        return _read(ids, "ids", end - length, length)
+
+    def __del__(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        for file in (file for both in self._open.values() for file in both):
+            file.close()
+        self._open.clear()
+
+
+def _read(file: FileIO, name: str, start: int, count: int) -> np.ndarray:
+    kind = ARRAYS[name]
+    file.seek(start * kind.itemsize)
+    return np.frombuffer(file.read(count * kind.itemsize), kind)

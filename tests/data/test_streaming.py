@@ -107,15 +107,14 @@ def test_batches_record_and_places_are_those_of_rows_held_in_memory(
     assert len(list((tmp_path / "cache-True/shards").iterdir())) == 9
 
 
-def test_maps_are_let_go_and_files_not_held_open(module, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_files_than_allowed_are_held_open(module, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_lora.data import shards
 
     expected = [batch["input_ids"].tolist() for batch in batches(module())]
-    monkeypatch.setattr(shards, "_MOST_MAPS", 1)
-    monkeypatch.setattr(shards, "RELEASE_ROWS", 3)
+    monkeypatch.setattr(shards, "MOST_OPEN", 2)
     data = module()
     assert [batch["input_ids"].tolist() for batch in batches(data)] == expected
-    assert len(data.dataset("train").tokens._maps) == 1
+    assert len(data.dataset("train").tokens._open) == 2
 
 
 def test_four_devices_share_the_rows_without_repeats(module) -> None:
