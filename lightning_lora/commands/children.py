@@ -23,7 +23,7 @@ def run_child(commands: list[list[str]], output: Path) -> int:
     Raises:
         KeyboardInterrupt: It was interrupted; the process has ended by itself and left its record.
     """
-    process = _context().Process(target=_main, args=(commands, str(output)))
+    process = child_context().Process(target=_main, args=(commands, str(output)))
     process.start()
     try:
         process.join()
@@ -44,7 +44,8 @@ def run_child(commands: list[list[str]], output: Path) -> int:
     return status
 
 
-def _context() -> Any:
+def child_context() -> Any:
+    """How processes of this program begin: forked from one that has imported it, or anew where there is a GPU."""
     import torch
 
     # A process that is forked cannot use a GPU which its parent has touched, and importing libraries may touch it.
@@ -55,7 +56,7 @@ def _context() -> Any:
     return context
 
 
-def _end_with_the_parent() -> None:
+def end_with_the_parent() -> None:
     """A killed parent passes no signal on: this process then asks itself to save and stop."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -71,7 +72,7 @@ def _main(commands: list[list[str]], output: str) -> None:
     os.dup2(handle, 2)
     sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
     status = 0
     for words in commands:
         print("$ python main.py", *words, flush=True)
