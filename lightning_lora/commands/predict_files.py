@@ -338,9 +338,9 @@ def rows_progress(rows: int, files: int, shown: bool) -> Iterator[Advance]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # The longest texts of a chunk come first: what is left is told from minutes, not from the latest seconds.
-    progress = Progress(
-        *columns, transient=True, console=Console(stderr=True), speed_estimate_period=600, disable=not shown
-    )
+    console = Console(stderr=True)
+    hidden = not (shown and console.is_terminal)
+    progress = Progress(*columns, transient=True, console=console, speed_estimate_period=600, disable=hidden)
     task = progress.add_task(f"Predicting {files} files", total=rows)
     with progress:
         yield lambda count, own: progress.advance(task, count)
