@@ -145,7 +145,7 @@ def check_writable(folder: Path) -> None:
     """
     with atomic_path(folder / "writable") as staging:
         staging.write_text("x")
-    (folder / "writable").unlink()
+    (folder / "writable").unlink(missing_ok=True)  # another process may look at the same time
 
 
 def refusal(error: OSError) -> str | None:

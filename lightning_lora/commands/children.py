@@ -25,7 +25,7 @@ def run_child(commands: list[list[str]], output: Path, environment: Mapping[str,
     Raises:
         KeyboardInterrupt: It was interrupted; the process has ended by itself and left its record.
     """
-    process = _context().Process(target=_main, args=(commands, str(output), dict(environment or {})))
+    process = child_context().Process(target=_main, args=(commands, str(output), dict(environment or {})))
     process.start()
     try:
         process.join()
@@ -46,7 +46,8 @@ def run_child(commands: list[list[str]], output: Path, environment: Mapping[str,
     return status
 
 
-def _context() -> Any:
+def child_context() -> Any:
+    """How processes of this program begin: forked from one that has imported it, or anew where there is a GPU."""
     import torch
 
     # A process that is forked cannot use a GPU which its parent has touched, and importing libraries may touch it.
@@ -57,7 +58,7 @@ def _context() -> Any:
     return context
 
 
-def _end_with_the_parent() -> None:
+def end_with_the_parent() -> None:
     """A killed parent passes no signal on: this process then asks itself to save and stop."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -74,7 +75,7 @@ def _main(commands: list[list[str]], output: str, environment: dict[str, str]) -
     os.dup2(handle, 2)
     sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
     status = 0
     for words in commands:
         print("$ python main.py", *words, flush=True)

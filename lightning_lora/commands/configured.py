@@ -50,7 +50,7 @@ SHARED_COMMANDS = frozenset({"fit"})
 #: Options that belong to one command and not to what is trained; they are left out of ``config.yaml``.
 COMMAND_KEYS = frozenset(
     "config name logs_dir resume run checkpoint before texts input text_column output format "  # noqa: SIM905
-    "formats rows licence base_model_id push_to_hub private".split()
+    "formats rows licence base_model_id push_to_hub private workers executor address".split()
 )
 
 
@@ -352,12 +352,22 @@ def _export_options(parser: LightningArgumentParser) -> None:
 def _predict_options(parser: LightningArgumentParser) -> None:
     _run_options(parser)
     parser.add_argument("texts", nargs="*", type=str, help="Texts to classify.")
-    source = "A .txt, .csv, .tsv, .jsonl or .parquet file, or - for standard input (a text a line)."
+    source = (
+        "A .txt, .csv, .tsv, .jsonl or .parquet file, or - for standard input (a text a line); or many files: a folder "
+        "of .parquet files, or a quoted pattern such as 'in/*.parquet'."
+    )
     parser.add_argument("--input", type=str | None, default=None, help=source)
     parser.add_argument("--text_column", type=str | None, default=None, help="The text column of --input.")
-    parser.add_argument("--output", type=str | None, default=None, help="A .csv, .jsonl or .parquet file to write.")
+    written = "A .csv, .jsonl or .parquet file to write; of many input files a folder, with a file for each."
+    parser.add_argument("--output", type=str | None, default=None, help=written)
     shown = "What to print without --output: table, csv or jsonl."
     parser.add_argument("--format", type=str, default="table", help=shown)
+    workers = "Of many input files: processes that share them; by default 1, with Ray one for each GPU or CPU."
+    parser.add_argument("--workers", type=int | None, default=None, help=workers)
+    executor = "Of many input files: local (default), or ray for a cluster (needs the extra 'scale')."
+    parser.add_argument("--executor", type=str | None, default=None, help=executor)
+    address = "Of the Ray cluster; without one a cluster of this machine is made."
+    parser.add_argument("--address", type=str | None, default=None, help=address)
 
 
 COMMAND_OPTIONS = {

@@ -13,6 +13,7 @@ import torch
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.artifacts.weights import load_weights, weights_labels
 from lightning_lora.commands.configured import ConfiguredRun
+from lightning_lora.commands.shards import is_many
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
 from lightning_lora.data.datamodule import make_loader
 from lightning_lora.data.prepare import is_unicode
@@ -34,6 +35,17 @@ def run(words: list[str]) -> int:
     cli = ConfiguredRun("predict", words)
     config = cli.config
     output = Path(config.output) if config.output else None
+    if not config.texts and is_many(config.input):
+        if output is None or output.suffix.lower() in OUTPUTS:
+            raise UserError("--output: for many input files a folder is needed, to hold an output for each")
+        if config.format != "table":
+            raise UserError("--format: the outputs of many input files are Parquet files; leave it out")
+        from lightning_lora.commands.predict_files import run_files
+
+        return run_files(cli)
+    for option in ("workers", "executor", "address"):
+        if config[option] is not None:
+            raise UserError(f"--{option}: only for many input files: --input FOLDER, or --input 'FOLDER/*.parquet'")
     if output and output.suffix.lower() not in OUTPUTS:
         raise UserError(f"--output: '{output.name}' must end in one of {', '.join(OUTPUTS)}")
     if config.format not in FORMATS:
@@ -100,9 +112,9 @@ def gather_texts(given: Sequence[str], source: str | None, text_column: str | li
             read = read_file(path, columns)
             table = Table(read.origin, {}, read.rows, read.unit)
             for column in columns:
-                _check_texts(read, column)
+                check_texts(read, column)
             table.columns["text"] = [" ".join(cells) for cells in zip(*read.columns.values(), strict=True)]
-    _check_texts(table, "text")
+    check_texts(table, "text")
     if not len(table):
         raise UserError(f"{table.origin}: no texts")
     return table.columns["text"]
@@ -114,7 +126,12 @@ def _lines(origin: str, content: str) -> Table:
     return Table(origin, {"text": [line.removesuffix("\r") for line in lines]}, range(1, len(lines) + 1), "line")
 
 
-def _check_texts(table: Table, column: str) -> None:
+def check_texts(table: Table, column: str) -> None:
+    """Refuses a cell of the column that is no text or an empty one.
+
+    Raises:
+        UserError: As said; the place is named.
+    """
     for i, cell in enumerate(table.columns[column]):
         if not isinstance(cell, str) or not cell.strip() or not is_unicode(cell):
             got = "null" if cell is None else repr(cell)[:40]

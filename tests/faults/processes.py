@@ -148,3 +148,21 @@ def slow_steps(milliseconds: int) -> None:
         return step(self, *args)
 
     TextClassifier.training_step = slow  # type: ignore[method-assign,assignment]
+
+
+def kill_in_rows(count: int) -> None:
+    """The process dies in the middle of the ``count``-th piece of rows that it adds to an output of many files."""
+    import pyarrow.parquet as pq
+
+    from lightning_lora.commands import predict_files
+
+    predict_files.CHUNK_ROWS = 16
+    write, left = pq.ParquetWriter.write_table, [count]
+
+    def half(self: pq.ParquetWriter, table: object, *args: object) -> None:
+        write(self, table, *args)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pq.ParquetWriter.write_table = half

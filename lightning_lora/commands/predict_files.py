@@ -1,0 +1,543 @@
+"""``main.py predict`` over many Parquet files: the model is loaded once, memory does not grow with the rows.
+
+Each input file has one output file of its name, with its rows in its order. Processes share the files among them by a
+claim on each; what is done is what is there, so the same command goes on after any end. Rows are predicted by the
+same model in the same order wherever that happens: in this process, in several (``--workers``) or by Ray.
+"""
+
+import hashlib
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from lightning import Callback
+
+from lightning_lora.artifacts.runs import RunFolder
+from lightning_lora.artifacts.weights import load_weights, weights_labels
+from lightning_lora.commands.children import child_context, end_with_the_parent
+from lightning_lora.commands.configured import ConfiguredRun
+from lightning_lora.commands.shards import (
+    Shard,
+    claimed,
+    find_files,
+    input_stamp,
+    is_done,
+    open_flat,
+    output_schema,
+    plan_shards,
+    read_pieces,
+    reading,
+)
+from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
+from lightning_lora.data.datamodule import make_loader
+from lightning_lora.data.reading import Table
+from lightning_lora.data.tokens import InputFormat, load_tokenizer, tokenize
+from lightning_lora.errors import BusyError, UserError
+from lightning_lora.evaluation.predictions import in_row_order
+from lightning_lora.files import atomic_path, check_writable, remove_partial
+from lightning_lora.interrupts import Interrupted, StopRequest
+from lightning_lora.locations import resolve
+from lightning_lora.training.module import TextClassifier
+
+EXECUTORS = ("local", "ray")
+#: Rows that are held at a time: enough to find batches of like length in, and twice as many are all that memory holds.
+CHUNK_ROWS = 8192
+#: The same in bytes, for long texts and wide tables.
+CHUNK_BYTES = 1 << 26
+#: Settings that predictions depend on, beside the weights.
+MODEL_SETTINGS = ("base_model", "method", "adapter", "quantization")
+DATA_SETTINGS = ("max_length", "truncation", "window_overlap", "padding")
+_POLL_S = 0.2
+
+
+#: Takes a number of rows that are done, and whether this process did them.
+Advance = Callable[[int, bool], None]
+
+
+class RefusedError(UserError):
+    """A file cannot be predicted as it is; others can."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, for any process that does a part of it.
+
+    Args:
+        words: Those of the command.
+        shards: All files.
+        settings: What all outputs are made with.
+        text_columns: Columns of the text.
+    """
+
+    words: list[str]
+    shards: list[Shard]
+    settings: dict[str, Any]
+    text_columns: list[str]
+
+
+def run_files(cli: ConfiguredRun) -> int:
+    """Predicts all files that have no output yet."""
+    config = cli.config
+    if config.executor not in (None, *EXECUTORS):
+        raise UserError(f"--executor: '{config.executor}' is not one of {', '.join(EXECUTORS)}")
+    if config.address and config.executor != "ray":
+        raise UserError("--address: only --executor ray has one; leave it out")
+    if config.workers is not None and config.workers < 1:
+        raise UserError(f"--workers: 1 or more are needed, got {config.workers}")
+    ray = import_ray() if config.executor == "ray" else None
+    job = plan_job(cli)
+    output = job.shards[0].output.parent
+    check_writable(output)
+    remove_partial(output)
+    done = sum(is_done(shard, job.settings) for shard in job.shards)
+    began = time.monotonic()
+    open_shards = [shard for shard in job.shards if not shard.output.exists()]
+    rows = sum(shard.rows for shard in open_shards)
+    shown = config.trainer.enable_progress_bar is not False
+    with cli.stop_request.listening(), rows_progress(rows, len(open_shards), shown) as advance:
+        if not open_shards:
+            refused = []
+        elif ray is not None:
+            refused = predict_by_ray(ray, job, open_shards, advance, config.workers, config.address)
+        elif (config.workers or 1) > 1:
+            refused = predict_by_workers(job, min(config.workers, len(open_shards)), advance)
+        else:
+            refused = predict_shards(job, Predictor(cli, job), advance, bytearray(len(job.shards)))
+    if refused:
+        also = f" ({len(refused) - 1} more files were refused; without them the others are done)" if refused[1:] else ""
+        raise UserError(refused[0] + also)
+    rate = f", {rows / max(time.monotonic() - began, 1e-9):,.0f} rows/s" if rows else ""
+    there = f" ({done} of them were there)" if done else ""
+    files = f"{len(job.shards)} file" + "s" * (len(job.shards) != 1)
+    print(f"{sum(s.rows for s in job.shards):,} rows in {files} in {output}{there}{rate}", file=sys.stderr)
+    return 0
+
+
+def plan_job(cli: ConfiguredRun) -> Job:
+    """Everything that can be known and refused before the model is loaded."""
+    config = cli.config
+    columns = config.text_column or config.data.text_column or "text"
+    text_columns = [columns] if isinstance(columns, str) else list(columns)
+    checkpoint = RunFolder.open(Path(config.run)).checkpoint(config.checkpoint)
+    labels = list(weights_labels(checkpoint))
+    files = find_files(config.input)
+    new = new_columns(labels).names
+    settings = cli.settings()
+    kept = {f"data.{name}": settings["data"][name] for name in DATA_SETTINGS}
+    kept |= {f"model.{name}": value for name, value in settings["model"].items() if name in MODEL_SETTINGS}
+    kept |= {"trainer.precision": str(config.trainer.precision), "text_column": text_columns, "labels": labels}
+    kept |= {"weights": fingerprint(checkpoint)}
+    return Job(cli.words, plan_shards(files, Path(config.output), text_columns, new), kept, text_columns)
+
+
+def new_columns(labels: Sequence[str]) -> pa.Schema:
+    """The columns that an output has beside those of its input, as ``Predictions.columns`` names them."""
+    numbers = ["probability", *(f"p({name})" for name in labels)]
+    words = [pa.field(name, pa.string()) for name in ("text", "prediction")]
+    return pa.schema([*words, *(pa.field(name, pa.float64()) for name in numbers)])
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """SHA-256 of the weights: of the file, or of all files of an exported adapter's folder."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file()) if checkpoint.is_dir() else [checkpoint]
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+class Predictor:
+    """The model, loaded once, and how a file goes through it.
+
+    Args:
+        cli: The command line.
+        job: What is to be done.
+
+    Raises:
+        UserError: The weights cannot be loaded, or are no more those that the job was planned with.
+    """
+
+    def __init__(self, cli: ConfiguredRun, job: Job) -> None:
+        self.config = cli.config
+        self.job = job
+        checkpoint = RunFolder.open(Path(self.config.run)).checkpoint(self.config.checkpoint)
+        self.model = TextClassifier(**self.config.model.as_dict(), label_names=job.settings["labels"])
+        load_weights(self.model, checkpoint)
+        if fingerprint(checkpoint) != job.settings["weights"]:
+            raise UserError(f"{checkpoint} has changed since the command began (is it still trained?); start it again")
+        data = self.config.data
+        self.tokenizer = load_tokenizer(resolve(data.base_model, "model.base_model").target, "model.base_model")
+        self.frame = InputFormat.of(self.tokenizer, data.max_length, data.truncation, data.window_overlap)
+        self.config.trainer.enable_progress_bar = False  # there is one for all files
+        self.trainer = cli.make_trainer(None)
+        self.counter = _RowCounter()
+        self.trainer.callbacks.append(self.counter)  # type: ignore[attr-defined]  # a list, which Lightning hides
+
+    def write(self, shard: Shard, advance: Advance) -> None:
+        """Predicts one file; its output is there whole or not at all.
+
+        Raises:
+            RefusedError: The file cannot be read, or a text in it is missing or none.
+            UserError: The output cannot be written.
+        """
+        self.counter.advance = advance
+        with refused_reading(shard.source):
+            opened = open_flat(shard.source)
+        with atomic_path(shard.output) as staging, opened as file:
+            if input_stamp(shard.source, file.metadata.num_rows) != shard.stamp:
+                raise RefusedError(f"{shard.source} has changed since the command began; start it again")
+            new = new_columns(self.job.settings["labels"])
+            stamp = {"input": shard.stamp, "settings": self.job.settings}
+            schema = output_schema(file.schema_arrow, self.job.text_columns, new, stamp)
+            with pq.ParquetWriter(staging, schema) as writer:
+                for piece, dataset, texts in _one_ahead(self._prepared(file, shard)):
+                    writer.write_table(self._predicted(piece, dataset, texts, schema))
+
+    def _prepared(self, file: pq.ParquetFile, shard: Shard) -> Iterator[tuple[pa.Table, TokenDataset, list[str]]]:
+        first = 1
+        pieces = read_pieces(file, CHUNK_ROWS, CHUNK_BYTES)
+        while True:
+            with refused_reading(shard.source):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            texts = joined_texts(shard.source, piece, self.job.text_columns, first)
+            first += len(texts)
+            padding = self.config.data.padding == "max_length"
+            yield piece, TokenDataset(tokenize(texts, self.tokenizer), self.frame, None, padding), texts
+
+    def _predicted(self, piece: pa.Table, dataset: TokenDataset, texts: list[str], schema: pa.Schema) -> pa.Table:
+        loader = make_loader(dataset, LengthBatchSampler(dataset.lengths, self.config.data.eval_batch_size, None))
+        with torch.inference_mode():
+            batches: Any = self.trainer.predict(self.model, loader)
+        columns: dict[str, Any] = {"text": texts, **in_row_order(batches, self.model.label_names).columns()}
+        arrays = [columns[name] if name in columns else piece.column(name) for name in schema.names]
+        return pa.table(arrays, schema=schema)
+
+
+def joined_texts(path: Path, piece: pa.Table, text_columns: Sequence[str], first: int) -> list[str]:
+    """The texts of some rows, the first of which has this number in its file.
+
+    Raises:
+        RefusedError: One is missing, empty or no text; file, row and column are named.
+    """
+    from lightning_lora.commands.predict import check_texts  # which imports this module
+
+    cells = {name: _cells(path, piece.column(name), name, first) for name in text_columns}
+    table = Table(str(path), cells, range(first, first + piece.num_rows), "row")
+    for name in text_columns:
+        try:
+            check_texts(table, name)
+        except UserError as error:
+            raise RefusedError(str(error)) from None
+    return [" ".join(parts) for parts in zip(*cells.values(), strict=True)]
+
+
+def _cells(path: Path, column: pa.ChunkedArray, name: str, first: int) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        for i, cell in enumerate(column):
+            try:
+                cell.as_py()
+            except UnicodeDecodeError as error:
+                where = f"{path}, row {first + i}, column '{name}'"
+                raise RefusedError(
+                    f"{where}: a text is needed, got bytes that are not UTF-8 ({error.reason})"
+                ) from None
+        raise
+
+
+@contextmanager
+def refused_reading(path: Path) -> Iterator[None]:
+    """Refuses the file for what is said while it is read: a disk that is full when it is written is another matter."""
+    try:
+        with reading(path):
+            yield
+    except UserError as error:
+        raise RefusedError(str(error)) from None
+
+
+def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The items, each of which is made while the one before is used: tokens of the next rows, while the model runs."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+class _RowCounter(Callback):
+    """Says how many rows each batch had."""
+
+    advance: Advance
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        """Counts the batch."""
+        self.advance(len(outputs["rows"]), True)
+
+
+def predict_shards(job: Job, predictor: Predictor, advance: Advance, refused: MutableSequence[int]) -> list[str]:
+    """Predicts the files that nobody else does, and waits for those; what was said of files that are refused.
+
+    Args:
+        job: All files.
+        predictor: The model.
+        advance: Called with numbers of rows that are done, and whether by this process.
+        refused: A flag for each file; other processes may share them.
+
+    Raises:
+        UserError: Something is wrong with more than one file.
+    """
+    said: list[str] = []
+    left = [i for i, shard in enumerate(job.shards) if not shard.output.exists()]
+    while left:
+        busy = []
+        for i in left:
+            shard = job.shards[i]
+            if refused[i] or is_done(shard, job.settings):
+                advance(shard.rows, False)
+                continue
+            try:
+                with claimed(shard):
+                    if not is_done(shard, job.settings):  # by now
+                        predictor.write(shard, advance)
+                    else:
+                        advance(shard.rows, False)
+            except BusyError:
+                busy.append(i)
+            except RefusedError as error:
+                refused[i] = 1
+                said.append(str(error))
+        if len(busy) == len(left):
+            time.sleep(_POLL_S)
+            remove_partial(job.shards[0].output.parent)
+        left = busy
+    return said
+
+
+@contextmanager
+def rows_progress(rows: int, files: int, shown: bool) -> Iterator[Advance]:
+    """Gives the function that counts n rows as done; a bar on standard error shows them, with the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # The longest texts of a chunk come first: what is left is told from minutes, not from the latest seconds.
+    console = Console(stderr=True)
+    hidden = not (shown and console.is_terminal)
+    progress = Progress(*columns, transient=True, console=console, speed_estimate_period=600, disable=hidden)
+    task = progress.add_task(f"Predicting {files} files", total=rows)
+    with progress:
+        yield lambda count, own: progress.advance(task, count)
+
+
+def predict_by_workers(job: Job, workers: int, advance: Advance) -> list[str]:
+    """The same in several processes of this machine, which share its threads and GPUs.
+
+    What a worker that was killed had begun is done by the others.
+
+    Raises:
+        UserError: What a worker found wrong, where that leaves files undone.
+    """
+    context = child_context()
+    refused = context.RawArray("b", len(job.shards))
+    # Each writes its own count: a lock would stay shut behind a process that is killed while it holds it.
+    rows = context.RawArray("q", workers)
+    said: list[str] = []
+    failed: list[str] = []
+    running: dict[Any, Any] = {}  # what each says -> the process
+    threads = max(1, torch.get_num_threads() // workers)
+    shown = 0
+    try:
+        for number in range(workers):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(job, number, threads, rows, refused, sender))
+            process.start()
+            sender.close()
+            running[receiver] = process
+        while running:
+            ready: list[Any] = connection.wait(list(running), timeout=_POLL_S)
+            for receiver in ready:
+                try:
+                    kind, message = receiver.recv()
+                except EOFError:
+                    process = running.pop(receiver)
+                    process.join()
+                    if process.exitcode:
+                        failed.append(f"a worker ended with status {process.exitcode}")
+                else:
+                    (said if kind == "refused" else failed).append(message)
+            counted = min(sum(rows), sum(shard.rows for shard in job.shards))
+            advance(counted - shown, True)
+            shown = counted
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.join()
+    undone = sum(not (refused[i] or is_done(shard, job.settings)) for i, shard in enumerate(job.shards))
+    if undone:
+        raise UserError(f"{failed[0]}; {undone} files are not done, the same command goes on with them")
+    if failed:
+        print(f"warning: {failed[0]}; the others have done its files", file=sys.stderr)
+    return said
+
+
+def _work(job: Job, number: int, threads: int, rows: Any, refused: Any, sender: Any) -> None:
+    """One worker: what it says goes to its parent, which shows it as its own."""
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # the tokenizer's
+    torch.set_num_threads(threads)
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
+
+    def advance(count: int, own: bool) -> None:
+        rows[number] += count * own
+
+    status = 1
+    try:
+        with StopRequest().listening():
+            predictor = Predictor(_worker_cli(job, number), job)
+            for message in predict_shards(job, predictor, advance, refused):
+                sender.send(("refused", message))
+        status = 0
+    except UserError as error:
+        sender.send(("failed", str(error)))
+        status = error.status
+    except Interrupted as error:
+        status = error.status
+    except Exception as error:
+        sender.send(("failed", f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"))
+    sender.close()
+    os._exit(status)
+
+
+def _worker_cli(job: Job, number: int) -> ConfiguredRun:
+    """The command line, for the n-th worker: where there are several GPUs, each takes its own."""
+    cli = ConfiguredRun("predict", job.words)
+    trainer = cli.config.trainer
+    if trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() and trainer.devices == 1:
+        trainer.devices = [number % torch.cuda.device_count()]
+    return cli
+
+
+def import_ray() -> Any:
+    """The module ``ray``.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster made here tells nobody of itself
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise UserError(
+            "--executor ray: Ray is not installed; get it with: pip install -c constraints.txt -e '.[scale]'"
+        ) from None
+    return ray
+
+
+def predict_by_ray(
+    ray: Any, job: Job, shards: list[Shard], advance: Advance, workers: int | None, address: str | None
+) -> list[str]:
+    """The same on a Ray cluster; without an address on one of this machine, which is made for it.
+
+    The rows of Ray Data's table are the files, not their rows: ``read_parquet`` with ``map_batches`` cuts files up and
+    puts them together as it likes, so that neither outputs of the inputs' names and order nor going on by file
+    could be had from it. Ray Data still shares the files out, adds actors up to the number of CPUs or GPUs, and does a
+    file again whose actor or machine is lost. All machines must see the same folders and have this package.
+
+    Args:
+        ray: The module.
+        job: All files.
+        shards: The files without an output.
+        advance: Called with numbers of rows that are done.
+        workers: Actors at most; by default one for each GPU, or else each CPU of the cluster.
+        address: Of the cluster.
+    """
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(address=address, logging_level="ERROR", log_to_driver=False, include_dashboard=None)
+        except (ConnectionError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"--address: no Ray cluster at '{address}' ({first:.200})") from error
+    try:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what a person can act on is raised
+        context.execution_no_progress_timeout_s = -1  # none: a file may take hours
+        cluster = ray.cluster_resources()
+        gpus = (
+            int(cluster.get("GPU", 0)) if ConfiguredRun("predict", job.words).config.trainer.accelerator != "cpu" else 0
+        )
+        most = min(workers or math.inf, len(shards), gpus or int(cluster["CPU"]))
+        files = ray.data.from_items([{"index": job.shards.index(s)} for s in shards], override_num_blocks=len(shards))
+        results = files.map(
+            RayPredictor,
+            fn_constructor_args=(job, str(Path.cwd())),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, max_size=int(most), initial_size=int(most), max_tasks_in_flight_per_actor=1
+            ),
+            num_cpus=1,
+            num_gpus=1 if gpus else 0,
+        )
+        said = []
+        for result in results.iter_rows():
+            advance(result["rows"], True)
+            if result["failed"]:
+                raise UserError(result["failed"])
+            said += [result["refused"]] if result["refused"] else []
+        return said
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class RayPredictor:
+    """An actor of Ray Data: the model, loaded when the first file comes.
+
+    Args:
+        job: All files.
+        folder: The folder that the command was called in, which its paths are relative to.
+    """
+
+    def __init__(self, job: Job, folder: str) -> None:
+        self.job = job
+        self.folder = folder
+        self.predictor: Predictor | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Predicts the file of a row; what was wrong with it is said in the result, as errors are not for retrying."""
+        shard = self.job.shards[row["index"]]
+        result = {"rows": shard.rows, "refused": "", "failed": ""}
+        try:
+            if self.predictor is None:
+                with suppress(OSError):
+                    os.chdir(self.folder)
+                torch.set_num_threads(1)  # as many as it has CPUs of the cluster
+                self.predictor = Predictor(ConfiguredRun("predict", self.job.words), self.job)
+            with claimed(shard, wait=True):
+                remove_partial(shard.output.parent)
+                if not is_done(shard, self.job.settings):
+                    self.predictor.write(shard, lambda count, own: None)
+        except RefusedError as error:
+            result["refused"] = str(error)
+        except UserError as error:
+            result["failed"] = str(error)
+        return result
