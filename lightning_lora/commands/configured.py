@@ -69,7 +69,7 @@ class ConfiguredRun(LightningCLI):
         self.collector = PredictionCollector()
         self.costs = CostMeter()
         self.stop_request = StopRequest()
-        #: Steps that were done before, where a run goes on.
+        #: Steps that were done before, where a run goes on; or those that the weights to evaluate were trained for.
         self.steps_done = 0
         super().__init__(
             TextClassifier,
@@ -178,7 +178,8 @@ class ConfiguredRun(LightningCLI):
         elif config["logger"] in (None, True):
             config["logger"] = make_loggers(folder.path, self.command == "fit", self.steps_done)
         if config["logger"] and folder is not None:
-            own.append(TensorBoardPages(self.collector, self.hyperparameters()))
+            session = self.hyperparameters() if self.command == "fit" else None
+            own.append(TensorBoardPages(self.collector, session, self.steps_done))
             if self.command == "fit":
                 own.append(LearningRateMonitor(logging_interval="step"))
         if checkpointing and folder is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_lora.artifacts.runs import RunFolder, now
-from lightning_lora.artifacts.weights import check_weights, load_weights
+from lightning_lora.artifacts.weights import check_weights, load_weights, trained_steps
 from lightning_lora.commands.configured import ConfiguredRun
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
@@ -33,6 +33,7 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
     cli = ConfiguredRun(command, words)
     folder = RunFolder.open(Path(cli.config.run))
     path = folder.checkpoint(cli.config.checkpoint)
+    cli.steps_done = trained_steps(path)
     cli.build(folder)
     check_weights(cli.model, path)  # before minutes are spent on it
     check_writable(folder.path)
