@@ -49,6 +49,7 @@ def test_a_room_imports_only_what_comes_before_it(path: Path) -> None:
         "commands/report.py",
         "reports/ablation.py",
         "ablation/results.py",
+        "ablation/runs.py",
     ],
 )
 def test_what_needs_no_torch_imports_none(name: str) -> None:

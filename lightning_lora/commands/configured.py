@@ -17,6 +17,8 @@ from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.commands.config_files import ALLOW_VARIABLE, check_places, read_config, restrict_imports
 from lightning_lora.commands.console import Progress, quiet_libraries
 from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.data.prepare import Rows
+from lightning_lora.data.splits import text_keys
 from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import CostMeter
@@ -213,6 +215,12 @@ class ConfiguredRun(LightningCLI):
         defaults = inspect.signature(Trainer.__init__).parameters
         settings["trainer"] = {k: v for k, v in settings["trainer"].items() if v != defaults[k].default}
         return flat(settings)
+
+
+def row_columns(rows: Rows) -> dict[str, Any]:
+    """What stands beside the predictions of each row: where it comes from, its key, its length."""
+    characters = [len(text) for text in rows.texts]
+    return {"row": rows.numbers, "origin": rows.origins, "key": text_keys(rows.texts), "characters": characters}
 
 
 def position_limit(config: Any) -> int:

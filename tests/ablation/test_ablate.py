@@ -260,6 +260,14 @@ def ask_tensorboard(folder: Path) -> dict[str, Any]:
     return {"experiment": experiment, "groups": found, "curves": curves}
 
 
+def test_cells_given_as_plain_runs_come_to_what_the_ablation_came_to(done: Path, tmp_path: Path) -> None:
+    words = ["report", str(done / "cells"), "--baseline", "rank-8__seed-1", "--output", str(tmp_path / "runs")]
+    assert main(words) == 0
+    one, two = ((folder / "report.csv").read_text() for folder in (done, tmp_path / "runs"))
+    assert two.replace("rank ", "") == one
+    assert "up to" in (done / "report.md").read_text()  # fit and test keep the lengths
+
+
 def begin(place: Path, logs: Path, number: int) -> Run:
     words = ["ablate", "--config", str(place / "rank.yaml"), "--logs_dir", str(logs)]
     return Run(words, logs / f"worker-{number}.txt")
