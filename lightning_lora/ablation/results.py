@@ -24,11 +24,13 @@ class Answers:
         keys: Fingerprint of each row's text and its place, shape (N,).
         labels: True class numbers, (N,).
         logits: float32, (N, C).
+        lengths: Characters of each text, (N,); None where they were not kept.
     """
 
     keys: NDArray
     labels: NDArray
     logits: NDArray
+    lengths: NDArray | None = None
 
     @property
     def right(self) -> NDArray:
@@ -143,10 +145,12 @@ def read_answers(path: Path) -> tuple[Answers, list[str]] | None:
             f"{key}\0{origin}\0{row}"
             for key, origin, row in zip(*(table.column(c).to_pylist() for c in ("key", "origin", "row")), strict=True)
         ]
+        lengths = np.array(table.column("characters").to_pylist()) if "characters" in table.column_names else None
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable file of predictions ({error})") from error
     order = np.argsort(keys, kind="stable")
-    return Answers(np.array(keys)[order], labels[order], logits[order]), names
+    lengths = None if lengths is None else lengths[order]
+    return Answers(np.array(keys)[order], labels[order], logits[order], lengths), names
 
 
 def compare_arms(plan: Plan, cells: Sequence[CellResult]) -> list[ArmResult]:

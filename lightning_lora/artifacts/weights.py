@@ -17,6 +17,15 @@ def weights_labels(path: Path) -> Sequence[str]:
     return read_identity(path)["label_names"] if path.is_dir() else stored_labels(read_checkpoint(path), path)
 
 
+def trained_steps(path: Path) -> int:
+    """Steps that the weights were trained for; 0 where they do not say so.
+
+    Raises:
+        UserError: They are damaged.
+    """
+    return 0 if path.is_dir() else int(read_checkpoint(path).get("global_step", 0))
+
+
 def check_weights(module: Any, path: Path) -> None:
     """Refuses weights that belong to something else than the module, which is left as it is.
 

@@ -17,6 +17,8 @@ from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.commands.config_files import ALLOW_VARIABLE, check_places, read_config, restrict_imports
 from lightning_lora.commands.console import Progress, quiet_libraries
 from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.data.prepare import Rows
+from lightning_lora.data.splits import text_keys
 from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import CostMeter
@@ -70,7 +72,7 @@ class ConfiguredRun(LightningCLI):
         self.collector = PredictionCollector()
         self.costs = CostMeter()
         self.stop_request = StopRequest()
-        #: Steps that were done before, where a run goes on.
+        #: Steps that were done before, where a run goes on; or those that the weights to evaluate were trained for.
         self.steps_done = 0
         super().__init__(
             TextClassifier,
@@ -179,7 +181,8 @@ class ConfiguredRun(LightningCLI):
         elif config["logger"] in (None, True):
             config["logger"] = make_loggers(folder.path, self.command == "fit", self.steps_done)
         if config["logger"] and folder is not None:
-            own.append(TensorBoardPages(self.collector, self.hyperparameters()))
+            session = self.hyperparameters() if self.command == "fit" else None
+            own.append(TensorBoardPages(self.collector, session, self.steps_done))
             if self.command == "fit":
                 own.append(LearningRateMonitor(logging_interval="step"))
         if checkpointing and folder is not None:
@@ -213,6 +216,12 @@ class ConfiguredRun(LightningCLI):
         defaults = inspect.signature(Trainer.__init__).parameters
         settings["trainer"] = {k: v for k, v in settings["trainer"].items() if v != defaults[k].default}
         return flat(settings)
+
+
+def row_columns(rows: Rows) -> dict[str, Any]:
+    """What stands beside the predictions of each row: where it comes from, its key, its length."""
+    characters = [len(text) for text in rows.texts]
+    return {"row": rows.numbers, "origin": rows.origins, "key": text_keys(rows.texts), "characters": characters}
 
 
 def position_limit(config: Any) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from lightning_lora.artifacts.runs import RunFolder, now
-from lightning_lora.artifacts.weights import check_weights, load_weights
-from lightning_lora.commands.configured import ConfiguredRun
+from lightning_lora.artifacts.weights import check_weights, load_weights, trained_steps
+from lightning_lora.commands.configured import ConfiguredRun, row_columns
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import peak_memory_mb
@@ -33,6 +33,7 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
     cli = ConfiguredRun(command, words)
     folder = RunFolder.open(Path(cli.config.run))
     path = folder.checkpoint(cli.config.checkpoint)
+    cli.steps_done = trained_steps(path)
     cli.build(folder)
     check_weights(cli.model, path)  # before minutes are spent on it
     check_writable(folder.path)
@@ -62,7 +63,7 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
     file = folder.path / "predictions" / f"{name}.parquet"
     if name == "val":
         file = file.with_name("val-best.parquet")  # val.parquet is what fit's last pass said
-    predictions.write_parquet(file, row=rows.numbers, origin=rows.origins, key=text_keys(rows.texts))
+    predictions.write_parquet(file, **row_columns(rows))
     record = folder.add_evaluation(name, evaluation)
     metrics, costs = metric_rows(evaluation), cost_rows(record, evaluation)
     summary = f"# {folder.path.name}: {name}\n\n{markdown(metrics)}\n\n{markdown([['', ''], *costs])}\n"

@@ -13,8 +13,7 @@ from lightning import Trainer
 
 from lightning_lora.artifacts.checkpoints import ResumePoints, read_checkpoint
 from lightning_lora.artifacts.runs import RunFolder, new_record, now
-from lightning_lora.commands.configured import MONITOR, ConfiguredRun
-from lightning_lora.data.splits import text_keys
+from lightning_lora.commands.configured import MONITOR, ConfiguredRun, row_columns
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
 from lightning_lora.files import locked_folder, remove_partial
@@ -138,7 +137,7 @@ def train(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any], point: 
         describe_run(record, cli.trainer)
         folder.write(record)
         rows = cli.datamodule.rows("val")
-        named: dict[str, Any] = {"row": rows.numbers, "origin": rows.origins, "key": text_keys(rows.texts)}
+        named = row_columns(rows)
         file = folder.path / "predictions" / "val.parquet"
         cli.collector.keep = lambda split, predictions: predictions.write_parquet(file, **named)
         started = time.perf_counter()

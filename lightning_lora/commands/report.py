@@ -1,8 +1,10 @@
-"""``main.py report``: the report of an ablation, made again from what lies in its folder. Imports no torch."""
+"""``main.py report``: the report of ablations or of any runs, from what lies in their folders. Imports no torch."""
 
 import csv
 import json
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 
 from lightning_lora.ablation.plan import Cell, Plan, make_plan, with_found
 from lightning_lora.ablation.results import CellResult, compare_arms, one_class, read_answers
+from lightning_lora.ablation.runs import GivenRun, as_ablation, differences, remarks
 from lightning_lora.ablation.search import read_found
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.commands.options import OptionParser
@@ -20,11 +23,28 @@ from lightning_lora.reports.tables import markdown
 
 
 def run(words: list[str]) -> int:
-    """Writes the report of each folder again."""
-    parser = OptionParser("report", description="Writes the report of ablations again, without torch.")
-    parser.add_argument("folders", nargs="+", help="Folders that ablate made, such as logs/ablation-rank.")
-    for folder in parser.parse_args(words).folders:
-        write_ablation_report(Path(folder))
+    """Writes the report of each ablation again, and one of all plain runs together."""
+    parser = OptionParser(
+        "report",
+        description="Writes the report of each ablation again, or compares runs: those that differ by their seed only "
+        "are one arm. Without torch.",
+    )
+    folders = "Ablations (such as logs/ablation-rank), runs, or folders of runs (such as logs: its finished runs)."
+    parser.add_argument("folders", nargs="+", help=folders)
+    parser.add_argument("--baseline", help="The run that the others are held against; by default the first.")
+    parser.add_argument("--output", help="Folder of the runs' report; by default report-RUN beside the first run.")
+    options = parser.parse_args(words)
+    paths = [Path(folder) for folder in options.folders]
+    ablations = [path for path in paths if (path / "ablation.json").is_file()]
+    places = run_folders([path for path in paths if path not in ablations])
+    if not places and (options.baseline or options.output):
+        raise UserError("--baseline and --output are for the report of runs; an ablation has its own")
+    for path in ablations:
+        write_ablation_report(path)
+    if places:
+        base = find_baseline(places, options.baseline)
+        output = Path(options.output) if options.output else places[0].parent / f"report-{places[0].name}"
+        write_runs_report(places, base, output, shlex.join(["python", "main.py", "report", *words]))
     return 0
 
 
@@ -36,6 +56,30 @@ def write_ablation_report(folder: Path) -> None:
         folder.name, plan, asked["command"], compare_arms(plan, cells), cells, count_looks(folder),
         asked.get("differences", {}), {c.cell.name: read_curves(folder / "cells" / c.cell.name) for c in cells},
     )  # fmt: skip
+    write_report(report, folder)
+
+
+def write_runs_report(places: Sequence[Path], baseline: Path, output: Path, command: str) -> None:
+    """Writes the report of runs that were not planned together, in the same forms.
+
+    Raises:
+        UserError: They cannot be compared, or the place is that of something else.
+    """
+    if any((output / file).exists() for file in ("run.json", "config.yaml", "ablation.json")):
+        raise UserError(f"--output: {output} is the folder of a run or ablation; choose another")
+    runs = [read_run(place) for place in places]
+    plan, cells = as_ablation(runs, runs[places.index(baseline)].name)
+    looks = [sum(name.startswith("test") for name in run.record.get("evaluations", {})) for run in runs]
+    report = reports.Report(
+        output.name, plan, command, compare_arms(plan, cells), cells, (sum(looks), sum(map(bool, looks))),
+        differences(runs, plan), {c.cell.name: read_curves(p) for c, p in zip(cells, places, strict=True)},
+        ["Nothing was chosen by this report: all runs that were given are in it.", *remarks(runs)],
+    )  # fmt: skip
+    write_report(report, output)
+
+
+def write_report(report: reports.Report, folder: Path) -> None:
+    """Writes a report in every form, and prints the answer and the table."""
     written = {
         "html": reports.as_html(report),
         "md": reports.as_markdown(report),
@@ -44,8 +88,74 @@ def write_ablation_report(folder: Path) -> None:
     }
     for ending, content in written.items():
         write_text(folder / f"report.{ending}", content)
-    print(f"\n{plan.question}\n{reports.answer(report)}\n\n{markdown(reports.table(report))}\n")
+    print(f"\n{report.plan.question}\n{reports.answer(report)}\n\n{markdown(reports.table(report))}\n")
     print(f"written: {folder / 'report'}.html, .md, .csv, .tex")
+
+
+def run_folders(paths: Sequence[Path]) -> list[Path]:
+    """The folders of the runs, each once; a folder of runs stands for those of them that have finished.
+
+    Raises:
+        UserError: A folder is neither, or a run has not finished.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if (path / "run.json").is_file():
+            if (status := RunFolder(path).read().get("status")) != "finished":
+                raise UserError(f"report: {path} has not finished ({status}); go on with it, or leave it out")
+            found.append(path)
+            continue
+        inner = sorted(record.parent for record in path.glob("*/run.json"))
+        finished = [place for place in inner if RunFolder(place).read().get("status") == "finished"]
+        if not finished:
+            raise UserError(f"report: {path} is no run, no ablation, and no folder with finished runs in it")
+        for place in inner:
+            if place not in finished:
+                print(f"{place}: has not finished; left out", file=sys.stderr)
+        found += finished
+    unique = list({place.resolve(): place for place in found}.values())
+    names = [place.name for place in unique]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"report: two runs are called {twice}; report them apart, or rename a folder")
+    return unique
+
+
+def find_baseline(places: list[Path], given: str | None) -> Path:
+    """The baseline's folder, which is put beside the others where it is not among them."""
+    if given is None:
+        return places[0]
+    path = Path(given)
+    if found := [place for place in places if place.resolve() == path.resolve() or place.name == given]:
+        return found[0]
+    (place,) = run_folders([path]) if (path / "run.json").is_file() else [None]
+    if place is None:
+        raise UserError(f"--baseline: {given} is no run; there are {', '.join(p.name for p in places)}")
+    places.append(place)
+    run_folders(places)  # its name may be that of another
+    return place
+
+
+def read_run(place: Path) -> GivenRun:
+    """A run with its answers: to test rows where the best weights were tested, and to validation rows.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    record = RunFolder(place).read()
+    evaluations = record.get("evaluations") or {}
+    tests = [name for name in evaluations if name.startswith("test") and _of_best(record, name)]
+    splits = (record.get("data") or {}).get("splits", {})
+    fingerprints = {split: splits[split]["fingerprint"] for split in splits if split != "test"}
+    test = None
+    if tests and (test := read_answers(place / "predictions" / f"{tests[0]}.parquet")) is not None:
+        fingerprints["test"] = evaluations[tests[0]]["fingerprint"]
+    best = read_answers(place / "predictions" / "val-best.parquet") if _of_best(record, "val") else None
+    val = best or read_answers(place / "predictions" / "val.parquet")
+    names = (test or val or ((), ()))[1]
+    return GivenRun(
+        place.name, record, val[0] if val else None, test[0] if test else None, names, "best" if best else "last",
+        fingerprints,
+    )  # fmt: skip
 
 
 def read_plan(folder: Path) -> tuple[dict[str, Any], Plan]:

@@ -3,15 +3,17 @@
 import csv
 import html
 import io
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from lightning_lora.ablation.plan import Plan, arm_label
-from lightning_lora.ablation.results import ArmResult, CellResult
+from lightning_lora.ablation.results import Answers, ArmResult, CellResult
 from lightning_lora.evaluation.significance import LEVEL
 from lightning_lora.reports import ablation_pictures as pictures
 from lightning_lora.reports.tables import duration, markdown
@@ -39,6 +41,7 @@ class Report:
         looks: How often test rows were looked at, and of how many cells.
         differences: In what each arm differs from the baseline, by its label.
         curves: Points (step, value) of each finished cell's validation metric and training loss, by its name.
+        remarks: What is to be said of how the cells came about, where that was not this ablation.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Report:
     looks: tuple[int, int]
     differences: Mapping[str, Sequence[Mapping[str, Any]]]
     curves: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
+    remarks: Sequence[str] = ()
 
     @property
     def split(self) -> str:
@@ -91,7 +95,10 @@ def answer(report: Report) -> str:
             largest = max(arm.against.detectable for arm in arms if arm.against is not None)
             named = ", ".join(arm.label for arm in arms)
             parts.append(f"not told apart from it: {named} (a difference of {largest:.3f} would have been seen in 80%)")
-    if missing := [arm for arm in report.arms if arm.against is None and arm is not base]:
+    apart = [arm for arm in report.arms if arm.against is None and arm is not base]
+    if unpaired := [arm for arm in apart if arm.own is not None]:
+        parts.append(f"without a seed in common with it: {_labels(unpaired)}")
+    if missing := [arm for arm in apart if arm.own is None]:
         parts.append(f"without a finished cell: {_labels(missing)}")
     return f"{start}. {'. '.join(part[0].upper() + part[1:] for part in parts)}."
 
@@ -184,10 +191,41 @@ def seed_table(report: Report) -> list[list[str]]:
 
 def fixed_and_broken(report: Report) -> list[list[str]]:
     """By class: rows that an arm has right and the baseline wrong, and the other way round, a mean over seeds."""
+    names = next((c.label_names for c in report.cells if c.label_names), [])
+    return _fixed_and_broken(report, {name: partial(_of_class, i) for i, name in enumerate(names)})
+
+
+def fixed_and_broken_by_length(report: Report) -> list[list[str]]:
+    """The same by thirds of the texts' lengths; nothing where the lengths were not kept, or all are the same."""
+    split = "test" if report.split == "test" else "val"
+    found = [getattr(cell, split) for cell in report.cells if getattr(cell, split) is not None]
+    if not found or any(answers.lengths is None for answers in found):
+        return []
+    edges = [int(edge) for edge in np.unique(np.quantile(found[0].lengths, [1 / 3, 2 / 3], method="lower"))]
+    edges = [edge for edge in edges if edge < found[0].lengths.max()]
+    if not edges:
+        return []
+    bounds = [-1, *edges, int(found[0].lengths.max())]
+    words = [f"up to {edges[0]:,} characters"]
+    words += [f"{low + 1:,} to {high:,}" for low, high in itertools.pairwise(bounds[1:])]
+    groups = {word: partial(_within, *pair) for word, pair in zip(words, itertools.pairwise(bounds), strict=True)}
+    return _fixed_and_broken(report, groups)
+
+
+def _of_class(number: int, answers: Answers) -> Any:
+    return answers.labels == number
+
+
+def _within(low: int, high: int, answers: Answers) -> Any:
+    assert answers.lengths is not None
+    return (answers.lengths > low) & (answers.lengths <= high)
+
+
+def _fixed_and_broken(report: Report, groups: Mapping[str, Callable[[Answers], Any]]) -> list[list[str]]:
+    """A column for each group of rows, which a function finds in answers."""
     split = "test" if report.split == "test" else "val"
     base = {c.cell.seed: getattr(c, split) for c in report.baseline.cells if getattr(c, split) is not None}
-    names = next((c.label_names for c in report.cells if c.label_names), [])
-    rows = [["arm", *(f"{name}: fixed / broken" for name in names)]]
+    rows = [["arm", *(f"{name}: fixed / broken" for name in groups)]]
     for arm in report.arms:
         pairs = [
             (getattr(c, split), base[c.cell.seed])
@@ -197,11 +235,21 @@ def fixed_and_broken(report: Report) -> list[list[str]]:
         if arm.arm == report.plan.baseline or not pairs:
             continue
         row = [arm.label]
-        for number in range(len(names)):
-            fixed = np.mean([((a.right > b.right) & (a.labels == number)).sum() for a, b in pairs])
-            broken = np.mean([((a.right < b.right) & (a.labels == number)).sum() for a, b in pairs])
+        for inside in groups.values():
+            fixed = np.mean([((a.right > b.right) & inside(a)).sum() for a, b in pairs])
+            broken = np.mean([((a.right < b.right) & inside(a)).sum() for a, b in pairs])
             row.append(f"{fixed:.1f} / {broken:.1f}")
         rows.append(row)
+    return rows if len(rows) > 1 else []
+
+
+def difference_table(report: Report) -> list[list[str]]:
+    """Each setting that an arm has otherwise than the baseline."""
+    rows = [["arm", "setting", "baseline", "arm's own"]]
+    for label, found in report.differences.items():
+        for change in found:
+            values = ("-" if change[who] is None else f"{change[who]}" for who in ("baseline", "arm"))
+            rows.append([label, change["key"], *values])
     return rows if len(rows) > 1 else []
 
 
@@ -216,10 +264,11 @@ def notes(report: Report) -> list[str]:
         ]
     else:
         searched = []
+    chosen = f"Variants are chosen by validation {report.plan.metric}, checkpoints by validation F1."
     said = [
         f"command: {report.command}",
-        f"Variants are chosen by validation {report.plan.metric}, checkpoints by validation F1. Test rows were looked "
-        f"at {looks} times, for {cells} cells.",
+        *(report.remarks or [chosen]),
+        f"Test rows were looked at {looks} times, for {cells} cells.",
         f"Intervals and p-values are over seeds and {report.split} rows together; p-values are corrected for the "
         "number of arms (Holm), intervals and equivalence are of each arm by itself. 'Could have seen' is the smallest "
         "true difference that 80% of such experiments would find; 'seeds to settle' is how many seeds would find one "
@@ -298,8 +347,10 @@ def _more_tables(report: Report) -> list[tuple[str, list[list[str]]]]:
     tables = [
         ("Texts fixed and broken against the baseline, by class", fixed_and_broken(report)),
         ("What the search has tried", trial_table(report)),
+        ("Texts fixed and broken against the baseline, by length", fixed_and_broken_by_length(report)),
         ("Each seed by itself", seed_table(report)),
         ("Cells", cell_table(report)),
+        ("In what each arm differs from the baseline", difference_table(report)),
     ]
     return [(title, rows) for title, rows in tables if rows]
 

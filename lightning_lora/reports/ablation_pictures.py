@@ -59,6 +59,8 @@ def pareto(report: Any) -> str:
 def sensitivity(report: Any) -> str:
     """The metric against each compared axis: seeds as dots, means joined, intervals as bars; other axes at baseline."""
     axes_shown = [axis for axis in report.plan.axes if not axis.chosen and len(axis.values) > 1]
+    if not axes_shown:
+        return ""
     base = dict(report.plan.baseline)
     figure, panels = _figure(1, len(axes_shown), 3.2)
     drawn = False

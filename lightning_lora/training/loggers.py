@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ def make_loggers(folder: Path, training: bool, steps: int) -> list[Logger]:
     Args:
         folder: The run's folder.
         training: Whether the run trains; a test pass writes to TensorBoard only.
-        steps: Steps that were done before; what was logged of later ones is logged again, and so left out.
+        steps: Steps that were done before; what was logged of later ones is logged again, and so left out. Without
+            training, those that the weights have been trained for.
     """
-    purge: dict[str, Any] = {"purge_step": steps} if steps else {}
-    board = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False, **purge)
+    place: dict[str, Any] = {"save_dir": folder, "name": "", "version": "tensorboard", "default_hp_metric": False}
     if not training:
-        return [board]
+        return [EvaluationBoard(max(steps - 1, 0), **place)]
+    if steps:
+        place["purge_step"] = steps
+    board = TensorBoardLogger(**place)
     kept = _rows_before(folder / "metrics.csv", steps) if steps else None
     numbers = CSVLogger(folder, name="", version="")
     if kept is not None:
@@ -31,6 +35,23 @@ def make_loggers(folder: Path, training: bool, steps: int) -> list[Logger]:
         csv.writer(text, lineterminator="\r\n").writerows(kept)
         write_text(folder / "metrics.csv", text.getvalue())
     return [board, numbers]
+
+
+class EvaluationBoard(TensorBoardLogger):
+    """TensorBoard of a pass over trained weights, which would otherwise stand at step 0 of their curves.
+
+    Args:
+        at: The step that the weights were trained to, counted as Lightning does.
+        place: Of ``TensorBoardLogger``.
+    """
+
+    def __init__(self, at: int, **place: Any) -> None:
+        super().__init__(**place)
+        self.at = at
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Logs them at the weights' step."""
+        super().log_metrics(metrics, self.at)
 
 
 def _rows_before(path: Path, steps: int) -> list[list[str]] | None:

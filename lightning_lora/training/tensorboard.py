@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_lora.evaluation.metrics import label_tags
 from lightning_lora.evaluation.predictions import PredictionCollector, Predictions
@@ -20,27 +21,48 @@ class TensorBoardPages(Callback):
 
     Args:
         collector: Where the logits of the pass are.
-        hyperparameters: Flat settings of the run for the HPARAMS page.
+        hyperparameters: Flat settings of the run for the HPARAMS page; None where the run is there already.
+        steps: Steps that the weights have been trained for before.
     """
 
-    def __init__(self, collector: PredictionCollector, hyperparameters: Mapping[str, Any]) -> None:
+    def __init__(
+        self, collector: PredictionCollector, hyperparameters: Mapping[str, Any] | None, steps: int = 0
+    ) -> None:
         self.collector = collector
         self.hyperparameters = hyperparameters
+        self.steps = steps
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begins the run's session on the HPARAMS page.
+
+        Without TensorBoard's list of an experiment's metrics, which holds for all sessions and is that of the first: it
+        then looks at all of them itself, and so finds which settings differ and what was measured later.
+        """
+        if self.hyperparameters is None:
+            return
+        for logger in self._loggers(trainer):
+            logger.log_hyperparams(dict(self.hyperparameters))  # hparams.yaml
+            _add(logger, _session_summaries(self.hyperparameters)[0])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the pages of the validation split."""
         if not trainer.sanity_checking:
             self._write(trainer, "val")
+        if trainer.state.fn == TrainerFn.VALIDATING:  # all there is of a method that trains nothing
+            self._end_session(trainer)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the pages of the test split."""
         self._write(trainer, "test")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the settings beside the last validation metrics."""
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        for logger in self._loggers(trainer):
-            logger.log_hyperparams(dict(self.hyperparameters), metrics)
+        """Ends the session well; one that was interrupted or failed has no end, so that it may go on."""
+        self._end_session(trainer)
+
+    def _end_session(self, trainer: Trainer) -> None:
+        if self.hyperparameters is not None:
+            for logger in self._loggers(trainer):
+                _add(logger, _session_summaries({})[1])
 
     @staticmethod
     def _loggers(trainer: Trainer) -> list[TensorBoardLogger]:
@@ -54,7 +76,7 @@ class TensorBoardPages(Callback):
             return
         datamodule: Any = getattr(trainer, "datamodule", None)
         # As Lightning counts the metrics of an epoch: the step that was done last.
-        step = max(trainer.global_step - 1, 0)
+        step = max((trainer.global_step or self.steps) - 1, 0)
         for logger in self._loggers(trainer):
             writer = logger.experiment
             if len(predictions.label_names) <= _MATRIX_CLASSES:
@@ -66,6 +88,18 @@ class TensorBoardPages(Callback):
             if datamodule is not None:
                 texts = datamodule.rows(split).texts
                 writer.add_text(f"{split}/wrong_texts", wrong_texts(predictions, texts), step)
+
+
+def _session_summaries(hyperparameters: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What begins and what ends a session."""
+    from torch.utils.tensorboard.summary import hparams  # not before it is needed: it takes half a second
+
+    _, start, end = hparams(dict(hyperparameters), {})
+    return start, end
+
+
+def _add(logger: TensorBoardLogger, summary: Any) -> None:
+    logger.experiment._get_file_writer().add_summary(summary)  # as SummaryWriter.add_hparams does
 
 
 def confusion_figure(predictions: Predictions) -> Any:

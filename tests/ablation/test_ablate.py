@@ -4,7 +4,10 @@ import json
 import re
 import shutil
 import signal
+import time
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -188,6 +191,81 @@ def test_the_report_needs_no_torch(done: Path, tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code, "report", str(copy)], check=True, capture_output=True)
     assert (copy / "report.csv").read_text() == (done / "report.csv").read_text()
+
+
+def test_tensorboard_has_each_cell_as_a_session(done: Path, tmp_path: Path) -> None:
+    """Asked over TensorBoard's own HTTP interface; the metrics are those of the cells' records."""
+    copy = Path(shutil.copytree(done, tmp_path / "ablation-rank"))
+    one = str(copy / "cells" / "rank-2__seed-1" / "config.yaml")
+    again = ["fit", "--config", one, "--logs_dir", str(copy / "cells")]
+    fails = ["--name", "fails", "--model.learning_rate", "1e30", "--trainer.gradient_clip_val", "null"]
+    assert main([*again, *fails, "--model.warmup_ratio", "0"]) == 2
+    untrained = ["--name", "untrained", "--model.method", "none", "--model.adapter.rank", "null"]
+    assert main([*again, *untrained]) == 0
+    found = ask_tensorboard(copy)
+    # TensorBoard sees by itself in what the sessions differ.
+    differing = {info["name"] for info in found["experiment"]["hparamInfos"] if info["differs"]}
+    assert {"model.adapter.rank", "seed_everything"} <= differing and "data.max_length" not in differing
+    sessions = {group["name"].split("/")[1]: group for group in found["groups"]}
+    assert {name: [s["status"] for s in group["sessions"]] for name, group in sessions.items()} == {
+        **{cell: ["STATUS_SUCCESS"] for cell in sessions if cell.startswith("rank-")},
+        "fails": ["STATUS_UNKNOWN"],
+        "untrained": ["STATUS_SUCCESS"],
+    }
+    assert sessions["untrained"]["hparams"]["model.method"] == "none"
+    for rank, seed in ((2, 1), (2, 2), (8, 1), (8, 2)):
+        name = f"rank-{rank}__seed-{seed}"
+        settings = sessions[name]["hparams"]
+        assert (settings["model.adapter.rank"], settings["seed_everything"]) == (rank, seed)
+        shown = {value["name"]["tag"]: value["value"] for value in sessions[name]["metricValues"]}
+        record = json.loads((copy / "cells" / name / "run.json").read_text())
+        for split in ("val", "test"):
+            for metric, value in record["evaluations"][split]["after"].items():
+                assert shown[f"{split}/{metric}"] == pytest.approx(value, abs=1e-6), (name, split, metric)
+        # Each value stands at the step of the weights that it was measured on, none at the beginning.
+        steps = [step for _, step, _ in found["curves"][name]]
+        last = record["steps"] - 1
+        assert steps[:2] == [last // 2, last] and len(steps) == 3 and steps[2] in steps[:2]
+
+
+def ask_tensorboard(folder: Path) -> dict[str, Any]:
+    """What a TensorBoard of the folder answers: the experiment, the sessions, and val/accuracy of each cell."""
+    from tensorboard import default, program
+
+    board = program.TensorBoard(plugins=default.get_plugins())
+    options = ["--logdir", str(folder), "--host", "127.0.0.1", "--port", "0", "--load_fast", "false"]
+    board.configure(argv=["tensorboard", *options])
+    address = board.launch() + "data/"
+
+    def ask(path: str, content: dict[str, Any] | None = None) -> Any:
+        data = None if content is None else json.dumps(content).encode()
+        request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    cells = [p.name for p in (folder / "cells").iterdir() if (p / "tensorboard").is_dir()]
+    statuses = [f"STATUS_{name}" for name in ("UNKNOWN", "SUCCESS", "FAILURE", "RUNNING")]
+    for _ in range(100):  # it reads the files in a thread of its own
+        experiment = ask("plugin/hparams/experiment", {})
+        metrics = [info["name"] for info in experiment.get("metricInfos", [])]
+        asked = {"startIndex": 0, "sliceSize": 50, "allowedStatuses": statuses}
+        groups = ask("plugin/hparams/session_groups", {**asked, "colParams": [{"metric": m} for m in metrics]})
+        found = groups.get("sessionGroups", [])
+        tested = sum(any(v["name"]["tag"] == "test/loss" for v in group["metricValues"]) for group in found)
+        if len(found) == len(cells) and tested == 4:
+            break
+        time.sleep(0.1)
+    query = "plugin/scalars/scalars?tag=val/accuracy&run=cells/{}/tensorboard"
+    curves = {name: ask(query.format(name)) for name in cells if name.startswith("rank-")}
+    return {"experiment": experiment, "groups": found, "curves": curves}
+
+
+def test_cells_given_as_plain_runs_come_to_what_the_ablation_came_to(done: Path, tmp_path: Path) -> None:
+    words = ["report", str(done / "cells"), "--baseline", "rank-8__seed-1", "--output", str(tmp_path / "runs")]
+    assert main(words) == 0
+    one, two = ((folder / "report.csv").read_text() for folder in (done, tmp_path / "runs"))
+    assert two.replace("rank ", "") == one
+    assert "up to" in (done / "report.md").read_text()  # fit and test keep the lengths
 
 
 def begin(place: Path, logs: Path, number: int) -> Run:
