@@ -107,5 +107,7 @@ def summary(compared: Sequence[Compared]) -> list[str]:
 
 
 def _number(value: float, signed: bool = False) -> str:
-    sign = "+" if signed else ""
-    return f"{value:{sign},.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:{sign},.4f}"
+    sign = "+" if signed and value else ""
+    if float(value).is_integer() and abs(value) != 1:  # a count; a share of 1 is not
+        return f"{value:{sign},.0f}"
+    return f"{round(value, 4) + 0.0:{sign},.4f}"  # never -0.0000

@@ -156,6 +156,10 @@ def test_what_counts_as_the_same() -> None:
     compared = [Compared("t", Figure("r", "p", 0.8, 0.01), 0.75)]
     assert summary(compared)[0] == "t, r: p differs by -0.0500: stored 0.8000, now 0.7500 (same if ± 0.0100)"
     assert table(compared)[1] == ["t", "r", "p", "0.8000", "0.7500", "-0.0500", "± 0.0100", "**differs**"]
+    counted = table(
+        [Compared("t", Figure("r", "p", 12345, 0), 12345), Compared("t", Figure("r", "p", 0.5, 0.1), 0.49999)]
+    )
+    assert counted[1][3:7] == ["12,345", "12,345", "0", "± 0"] and counted[2][4:6] == ["0.5000", "+0.0000"]
 
 
 def test_figures_are_found_by_keys_that_hold_dots_and_strokes() -> None:
