@@ -161,6 +161,7 @@ def test_the_report_shows_what_was_tried(done: Path) -> None:
     assert "crosses are the best" in (done / "report.html").read_text()
 
 
+@pytest.mark.faults
 def test_killed_workers_leave_the_search_as_it_would_have_been(place: Path, done: Path, tmp_path: Path) -> None:
     """Two at once, one killed in a trial: each trial is done once, with the settings of the undisturbed search."""
     words = ["ablate", "--config", str(place / "search.yaml"), "--logs_dir", str(tmp_path)]
