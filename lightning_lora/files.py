@@ -45,7 +45,7 @@ def atomic_path(path: Path, needed: int | None = None) -> Iterator[Path]:
             os.fsync(file.fileno())
         staging.chmod(0o666 & ~_umask())  # mkstemp makes files for their owner only
         staging.replace(path)
-        _flush_folder(path.parent)
+        _flush(path.parent)
     except OSError as error:
         if error.errno not in _REFUSED:
             raise
@@ -81,11 +81,15 @@ def atomic_folder(path: Path, keep_existing: bool = True) -> Iterator[Path]:
         # mkdtemp makes a folder for its owner only, and some libraries do so with files.
         for part in (staging, *staging.rglob("*")):
             part.chmod((0o777 if part.is_dir() else 0o666) & ~_umask())
+            if part.is_file():
+                _flush(part)
         try:
             staging.rename(path)
         except OSError as error:
             if not (path.is_dir() and keep_existing):
                 raise FileExistsError(str(path)) if path.exists() else error from None
+        else:
+            _flush(path.parent)
     except OSError as error:
         if error.errno not in _REFUSED:
             raise
@@ -96,11 +100,18 @@ def atomic_folder(path: Path, keep_existing: bool = True) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def remove_partial(folder: Path) -> None:
-    """Removes what killed processes of this machine have left half-written in a folder."""
+def remove_partial(folder: Path, any_host: bool = False) -> None:
+    """Removes what killed processes of this machine have left half-written in a folder.
+
+    Args:
+        folder: The folder.
+        any_host: Those of other machines too: for a folder that only this process may write to.
+    """
     for path in folder.glob(".partial-*"):
         found = _PARTIAL.match(path.name)
-        if found is None or found["host"] != _host() or psutil.pid_exists(int(found["pid"])):
+        if found is None or (found["host"] == _host() and psutil.pid_exists(int(found["pid"]))):
+            continue
+        if found["host"] != _host() and not any_host:
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -187,10 +198,10 @@ def _host() -> str:
     return re.sub(r"[^\w\-]", "_", socket.gethostname())[:40] or "host"
 
 
-def _flush_folder(folder: Path) -> None:
-    """Makes a rename outlive a power failure, where the system can."""
+def _flush(path: Path) -> None:
+    """Makes a file, or a rename in a folder, outlive a power failure, where the system can."""
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:

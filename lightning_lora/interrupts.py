@@ -35,13 +35,14 @@ class StopRequest:
     """Takes the signals of a run.
 
     While ``deferred`` a signal is kept until ``grant`` is called, and a second one ends the run at once; otherwise
-    the first one does.
+    the first one does. Once granted, more of them are passed over.
     """
 
     def __init__(self) -> None:
         self.deferred = False
         self.number: int | None = None
         self._taken: list[int] = []
+        self._ending = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -72,10 +73,13 @@ class StopRequest:
             Interrupted: As said.
         """
         if number:
+            self._ending = True  # what is left is to write down that the run was ended: no signal ends that
             raise Interrupted(number)
 
     def _handle(self, number: int, frame: Any) -> None:
         del frame
+        if self._ending:
+            return
         if not self.deferred or self.number is not None:
             raise Interrupted(number)
         self.number = number

@@ -11,16 +11,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def is_leader() -> bool:
-    """Whether this process is the one that makes the run's folder, writes into it and prints.
+_following = False
 
-    Known before the processes have met, from what torchrun, SLURM's srun or this project's launcher have set.
+
+def started_to_follow() -> bool:
+    """Whether torchrun, SLURM's srun or this project's launcher have started this process behind another one.
+
+    That says nothing yet: srun also starts processes that have nothing to do with each other.
     """
     if "RANK" in os.environ:
-        return os.environ["RANK"] == "0"
-    if "LOCAL_RANK" in os.environ:
-        return os.environ["LOCAL_RANK"] == "0" and os.environ.get("NODE_RANK", "0") == "0"
-    return os.environ.get("SLURM_PROCID", "0") == "0"
+        return os.environ["RANK"] != "0"
+    ranks = [os.environ[name] for name in ("LOCAL_RANK", "NODE_RANK") if name in os.environ]
+    return any(rank != "0" for rank in ranks or [os.environ.get("SLURM_PROCID", "0")])
+
+
+def follow() -> None:
+    """From here on another process leads."""
+    global _following  # noqa: PLW0603  # a process is one or the other
+    _following = True
+
+
+def is_leader() -> bool:
+    """Whether this process is the one that makes the run's folder, writes into it and prints."""
+    return not _following
 
 
 def count() -> int:

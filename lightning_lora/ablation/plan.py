@@ -85,6 +85,11 @@ class Cell:
     change: Mapping[str, Any]
 
     @property
+    def searched(self) -> bool:
+        """Whether its settings are known: not while no trial of the search has finished."""
+        return dict(self.variant).get("trial") != "none"
+
+    @property
     def name(self) -> str:
         """A folder's name: "rank-8__rate-0.0005__seed-1"."""
         parts = [f"{axis}-{value}" for axis, value in (*self.arm, *self.variant)]
@@ -106,7 +111,7 @@ class Plan:
         margin: Differences under this count as none.
         cells: In the order in which they are run: seed by seed, so that early stops leave whole comparisons.
         search: What is searched for each arm before it is compared, or None.
-        found: What the search has found.
+        found: What the search has found of each arm.
     """
 
     question: str
@@ -148,12 +153,19 @@ def with_found(plan: Plan, found: Mapping[Arm, Found]) -> Plan:
     """The plan whose cells are those of each arm's best trial, with every seed."""
     if plan.search is None:
         return plan
+    search = plan.search
+    found = {arm: one for arm, one in found.items() if arm in plan.arms and fits(search.for_arm(arm), one)}
     cells = []
     for seed in plan.seeds:
         for arm in plan.arms:
             one = found.get(arm, Found())
             cells.append(trial_cell(plan, arm, one.best, one.settings, seed))
-    return replace(plan, cells=cells, found=dict(found))
+    return replace(plan, cells=cells, found=found)
+
+
+def fits(space: Mapping[str, Any], found: Found) -> bool:
+    """Whether what was found is about these settings: the config may have been changed since."""
+    return all(set(trial.settings) == set(space) for trial in found.trials)
 
 
 def arm_label(arm: Sequence[tuple[str, str]]) -> str:

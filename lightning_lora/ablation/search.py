@@ -6,7 +6,7 @@ search:
     model.adapter.rank: [2, 8, 32]
     # or, for each value of an axis: {method: {lora: {low: ..., high: ...}, full: {low: ..., high: ...}}}
   trials: 12          # of each arm
-  sampler: tpe        # or random, qmc
+  sampler: tpe        # or random
   pruner: none        # or median, halving: ends trials within an epoch that validation shows to be poor
   seed: 0
 """
@@ -21,7 +21,7 @@ from typing import Any
 from lightning_lora.errors import UserError
 
 Arm = tuple[tuple[str, str], ...]
-SAMPLERS = ("tpe", "random", "qmc")
+SAMPLERS = ("tpe", "random")
 PRUNERS = ("none", "median", "halving")
 FOUND = "search.json"
 _KEYS = ("space", "trials", "sampler", "pruner", "seed")

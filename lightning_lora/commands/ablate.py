@@ -23,6 +23,7 @@ import yaml
 from lightning_lora.ablation.lint import Change, changes, second_differences
 from lightning_lora.ablation.plan import Cell, Plan, arm_label, make_plan, with_found
 from lightning_lora.ablation.results import compare_arms
+from lightning_lora.ablation.search import read_found
 from lightning_lora.artifacts.runs import RunFolder, commit, folder_name, now, versions
 from lightning_lora.commands.arms import resolve
 from lightning_lora.commands.children import run_child
@@ -57,7 +58,7 @@ def run(words: list[str]) -> int:
     if (folder / "config.yaml").exists():
         raise UserError(f"--name: {folder} is the folder of a run; choose another name")
     warned = lint(plan, settings)
-    show_plan(plan, folder, warned)
+    show_plan(with_found(plan, read_found(folder)), folder, warned)
     if options.plan:
         return 0
     asked = {
@@ -73,6 +74,7 @@ def run(words: list[str]) -> int:
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         if plan.search is not None:
+            write_text(folder / "ablation.json", json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
             plan = worker.search(lambda cell: resolve_cells(replace(plan, cells=[cell]), overrides)[cell.name])
         worker.set_stale_aside()  # before anything says what the cells are about
         write_text(folder / "ablation.json", json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
@@ -159,12 +161,22 @@ def what_follows(settings: Mapping[str, Any], named: Sequence[str]) -> dict[str,
         follows["learning rate of the method"] = method.learning_rate
     if adapter["rank"] and adapter["alpha"]:
         follows["alpha / rank"] = adapter["alpha"] / adapter["rank"]
+    lowered = model["speedups"]["frozen_weights"] == "auto" and settings["trainer"]["precision"] == "bf16-mixed"
+    if not model["quantization"]["bits"] and "model.quantization.bits" not in named:
+        follows["weights of the encoder"] = "bfloat16" if method.frozen_encoder and lowered else "float32"
+    if method.frozen_encoder and adapter["rank"]:
+        fused = model["speedups"]["fused_lora"] and not model["quantization"]["bits"] and not adapter["dropout"]
+        follows["LoRA layers in one step"] = bool(fused)
     return follows
 
 
 def show_plan(plan: Plan, folder: Path, warned: Mapping[str, Sequence[Change]]) -> None:
     """Prints what will be done, and what a reader would hold against it."""
-    states = [cell.status for cell in gather_cells(plan, folder)] if folder.exists() else []
+    cells = gather_cells(plan, folder) if folder.exists() else []
+    states = [cell.status for cell in cells]
+    took = [float(cell.record.get("wall_s", 0)) for cell in cells if cell.status == "finished"]
+    left = len(plan.cells) - len(took)
+    about = f", about {duration(sum(took) / len(took) * left)} for the others" if took and left else ""
     print(f"{plan.question}\n")
     print(f"ablation: {folder}")
     print(f"arms: {', '.join(arm_label(arm) for arm in plan.arms)} (baseline {arm_label(plan.baseline)})")
@@ -172,10 +184,14 @@ def show_plan(plan: Plan, folder: Path, warned: Mapping[str, Sequence[Change]]) 
     if plan.search is not None:
         variants = ""
         how = f"{plan.search.sampler}, seed {plan.seeds[0]}, chosen by validation {plan.metric}"
-        print(f"search: {plan.tried} trials of each arm ({how}), over {', '.join(plan.search.space)}")
+        tried = sum(trial.state != "running" for found in plan.found.values() for trial in found.trials)
+        print(
+            f"search: {plan.tried} trials of each arm ({how}), over {', '.join(plan.search.space)}; "
+            f"{tried} of {plan.tried * len(plan.arms)} are done"
+        )
     print(
         f"cells: {len(plan.arms)} arms{variants} x {len(plan.seeds)} seeds = {len(plan.cells)}; "
-        f"{states.count('finished')} are finished"
+        f"{states.count('finished')} are finished{about}"
     )
     for arm, found in warned.items():
         print(f"{arm} against {arm_label(plan.baseline)}: {'; '.join(map(str, found)) or 'no difference'}")
@@ -217,7 +233,7 @@ class Worker:
 
     def run(self) -> None:
         """Goes through the cells until none is left, waiting for those that another process holds."""
-        open_cells = list(self.plan.cells)
+        open_cells = [cell for cell in self.plan.cells if cell.searched]
         took: list[float] = []
         while open_cells:
             busy = []
@@ -231,7 +247,7 @@ class Worker:
                     continue
                 if did:
                     took.append(time.perf_counter() - started)
-                    left = sum(self._state(c) not in ("done", "failed") for c in self.plan.cells)
+                    left = sum(self._state(c) not in ("done", "failed") for c in self.plan.cells if c.searched)
                     mean = sum(took) / len(took)
                     print(f"  {duration(took[-1])}; {left} cells left, about {duration(mean * left)}", flush=True)
             open_cells = busy
@@ -262,7 +278,7 @@ class Worker:
     def run_on(self, address: str | None, needs: Mapping[str, float]) -> None:
         """The same on a Ray cluster, whose nodes see the ablation's folder and the data where this process does."""
         cells = {cell.name: cell for cell in self.plan.cells}
-        left = [name for name, cell in cells.items() if self._to_do(cell)]
+        left = [name for name, cell in cells.items() if cell.searched and self._to_do(cell)]
         folder, settings, retry, plan = self.cells.parent.resolve(), self.settings, self.retry_failed, self.plan
 
         def train(name: str) -> str:

@@ -7,7 +7,8 @@ from its last state.
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,44 @@ RETRIES = 10
 _POLL_S = 2.0
 
 
-def import_ray() -> Any:
-    """Ray.
+def import_ray(address: str | None) -> Any:
+    """The module ``ray``, for the cluster at an address, or for one of this machine alone.
 
     Raises:
         UserError: It is not installed.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it tells nobody of itself
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if address is None:  # Ray reads this when it is imported: a cluster of one's own listens on loopback only
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         import ray
+        import ray.data
     except ImportError as error:
         raise UserError("--executor ray: needs Ray; pip install -c constraints.txt -e '.[scale]'") from error
     return ray
+
+
+@contextmanager
+def ray_cluster(address: str | None) -> Iterator[Any]:
+    """The module ``ray``, joined to the cluster at an address; without one to a cluster that ends with the block.
+
+    Raises:
+        UserError: Ray is not installed, or there is no cluster.
+    """
+    ray = import_ray(address)
+    started = not ray.is_initialized()
+    if started:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise UserError(f"--address: no Ray cluster at '{address}' ({said})") from error
+    try:
+        yield ray
+    finally:
+        if started:
+            ray.shutdown()
 
 
 def run_on_ray(
@@ -51,13 +79,7 @@ def run_on_ray(
     Raises:
         UserError: There is no cluster at the address, or it has no node with what a cell needs.
     """
-    ray = import_ray()
-    try:
-        # The nodes import this project as this process does, which may be from a checkout.
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"--address: no Ray cluster at {address} ({' '.join(str(error).split())[:200]})") from error
-    try:
+    with ray_cluster(address) as ray:
         check_room(ray.nodes(), needs)
         here = str(Path.cwd())
 
@@ -80,8 +102,6 @@ def run_on_ray(
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 said = f"lost: {lines[-1]}"
             done(name, said)
-    finally:
-        ray.shutdown()
 
 
 def check_room(nodes: Sequence[Mapping[str, Any]], needs: Mapping[str, float]) -> None:

@@ -132,8 +132,9 @@ class ConfiguredRun(LightningCLI):
             raise UserError(
                 f"seed_everything: a number from 0 to 2^32 - 1 is needed, got {self.config.seed_everything}"
             )
-        if self.command not in SHARED_COMMANDS and not isinstance(trainer.devices, list):
-            trainer.devices, trainer.num_nodes, trainer.strategy = 1, 1, "auto"  # as many as the run was trained on
+        if self.command not in SHARED_COMMANDS:  # whose config may be that of a run on several
+            trainer.devices = trainer.devices[:1] if isinstance(trainer.devices, list) else 1
+            trainer.num_nodes, trainer.strategy = 1, "auto"
         if trainer.strategy not in STRATEGIES:
             raise UserError(
                 f"trainer.strategy: '{trainer.strategy}' is not one of {', '.join(STRATEGIES)}; what is trained of an "

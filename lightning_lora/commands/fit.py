@@ -19,10 +19,10 @@ from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
 from lightning_lora.files import locked_folder, remove_partial
 from lightning_lora.interrupts import Interrupted, requeue, requeued
 from lightning_lora.models.methods import find_method
-from lightning_lora.processes import is_leader
+from lightning_lora.processes import started_to_follow
 from lightning_lora.reports.tables import duration
 from lightning_lora.training.module import NotFiniteError, TextClassifier
-from lightning_lora.training.parallel import end_followers, follow_the_leader
+from lightning_lora.training.parallel import PATIENCE_S, device_count, end_followers, follow_the_leader
 from lightning_lora.training.saving import StateSaver
 
 
@@ -33,7 +33,7 @@ def run(words: list[str]) -> int:
         place = Path(cli.config.logs_dir) / cli.config.name
         if (place / "config.yaml").is_file() and yaml.safe_load((place / "config.yaml").read_text()) == cli.settings():
             cli = ConfiguredRun("fit", ["--resume", str(place)])  # the scheduler gives the same command again
-    if not is_leader():
+    if started_to_follow() and device_count(cli.config.trainer) > 1:
         follow(cli)
         return 0
     if cli.config.resume is not None:
@@ -59,7 +59,7 @@ def resume(cli: ConfiguredRun, words: list[str]) -> int:
             print(f"{folder.path} has finished already; nothing to do")
             return 0
         for place in (folder.path, folder.checkpoints, folder.path / "predictions"):
-            remove_partial(place)
+            remove_partial(place, any_host=True)  # the run is held by this process alone
         settings = cli.settings()
         begun = new_record(["python", "main.py", "fit", *words], cli.config.seed_everything)
         if not record:  # killed before it was written
@@ -90,15 +90,23 @@ def follow(cli: ConfiguredRun) -> None:
     follow_the_leader()
     folder, point = RunFolder(Path(cli.config.resume or cli.config.logs_dir)), None
     if cli.config.resume is not None:
+        if folder.record.is_file() and folder.read().get("status") == "finished":
+            return  # as the leader does
         point, _ = ResumePoints(folder.checkpoints).find()
-    with cli.stop_request.listening():
-        cli.build(folder)
-        cli.datamodule.setup("fit")
-        if find_method(cli.config.model.method).trains:
-            fit(cli, folder, point)
-        else:
-            cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
-            cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)
+    try:
+        with cli.stop_request.listening():
+            cli.build(folder)
+            cli.datamodule.setup("fit")
+            if find_method(cli.config.model.method).trains:
+                fit(cli, folder, point)
+            else:
+                cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+                cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)
+    except Interrupted:
+        time.sleep(PATIENCE_S)  # launchers end all once one has ended: the leader has a record to write
+        raise
+    finally:
+        end_followers(well=False)  # of this machine
 
 
 def locked(folder: RunFolder) -> AbstractContextManager[None]:
@@ -170,7 +178,8 @@ def fit(cli: ConfiguredRun, folder: RunFolder, point: Path | None) -> None:
         path = folder.checkpoints / "stopped.ckpt"
         cli.trainer.save_checkpoint(path, weights_only=True)
         rows = cli.datamodule.rows("train")
-        origins = ", ".join(dict.fromkeys(rows.origins[row] for row in error.rows))
+        all_origins = rows.origins
+        origins = ", ".join(dict.fromkeys(all_origins[row] for row in error.rows))
         numbers = ", ".join(str(rows.numbers[row]) for row in sorted(error.rows))
         raise UserError(
             f"{error}: look at its rows ({origins}: {numbers}), lower model.learning_rate or raise "

@@ -28,6 +28,7 @@ from lightning import Callback
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.artifacts.weights import load_weights, weights_labels
 from lightning_lora.commands.children import child_context, end_with_the_parent
+from lightning_lora.commands.cluster import import_ray, ray_cluster
 from lightning_lora.commands.configured import ConfiguredRun
 from lightning_lora.commands.shards import (
     Shard,
@@ -97,7 +98,8 @@ def run_files(cli: ConfiguredRun) -> int:
         raise UserError("--address: only --executor ray has one; leave it out")
     if config.workers is not None and config.workers < 1:
         raise UserError(f"--workers: 1 or more are needed, got {config.workers}")
-    ray = import_ray() if config.executor == "ray" else None
+    if config.executor == "ray":
+        import_ray(config.address)  # or say that it is not there, before anything is made
     job = plan_job(cli)
     output = job.shards[0].output.parent
     check_writable(output)
@@ -110,8 +112,9 @@ def run_files(cli: ConfiguredRun) -> int:
     with cli.stop_request.listening(), rows_progress(rows, len(open_shards), shown) as advance:
         if not open_shards:
             refused = []
-        elif ray is not None:
-            refused = predict_by_ray(ray, job, open_shards, advance, config.workers, config.address)
+        elif config.executor == "ray":
+            with ray_cluster(config.address) as ray:
+                refused = predict_by_ray(ray, job, open_shards, advance, config.workers)
         elif (config.workers or 1) > 1:
             refused = predict_by_workers(job, min(config.workers, len(open_shards)), advance)
         else:
@@ -434,28 +437,8 @@ def _worker_cli(job: Job, number: int) -> ConfiguredRun:
     return cli
 
 
-def import_ray() -> Any:
-    """The module ``ray``.
-
-    Raises:
-        UserError: It is not installed.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster made here tells nobody of itself
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise UserError(
-            "--executor ray: Ray is not installed; get it with: pip install -c constraints.txt -e '.[scale]'"
-        ) from None
-    return ray
-
-
-def predict_by_ray(
-    ray: Any, job: Job, shards: list[Shard], advance: Advance, workers: int | None, address: str | None
-) -> list[str]:
-    """The same on a Ray cluster; without an address on one of this machine, which is made for it.
+def predict_by_ray(ray: Any, job: Job, shards: list[Shard], advance: Advance, workers: int | None) -> list[str]:
+    """The same on a Ray cluster.
 
     The rows of Ray Data's table are the files, not their rows: ``read_parquet`` with ``map_batches`` cuts files up and
     puts them together as it likes, so that neither outputs of the inputs' names and order nor going on by file
@@ -463,50 +446,36 @@ def predict_by_ray(
     file again whose actor or machine is lost. All machines must see the same folders and have this package.
 
     Args:
-        ray: The module.
+        ray: The module, which has joined the cluster.
         job: All files.
         shards: The files without an output.
         advance: Called with numbers of rows that are done.
         workers: Actors at most; by default one for each GPU, or else each CPU of the cluster.
-        address: Of the cluster.
     """
-    started = not ray.is_initialized()
-    if started:
-        try:
-            ray.init(address=address, logging_level="ERROR", log_to_driver=False, include_dashboard=None)
-        except (ConnectionError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"--address: no Ray cluster at '{address}' ({first:.200})") from error
-    try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what a person can act on is raised
-        context.execution_no_progress_timeout_s = -1  # none: a file may take hours
-        cluster = ray.cluster_resources()
-        gpus = (
-            int(cluster.get("GPU", 0)) if ConfiguredRun("predict", job.words).config.trainer.accelerator != "cpu" else 0
-        )
-        most = min(workers or math.inf, len(shards), gpus or int(cluster["CPU"]))
-        files = ray.data.from_items([{"index": job.shards.index(s)} for s in shards], override_num_blocks=len(shards))
-        results = files.map(
-            RayPredictor,
-            fn_constructor_args=(job, str(Path.cwd())),
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1, max_size=int(most), initial_size=int(most), max_tasks_in_flight_per_actor=1
-            ),
-            num_cpus=1,
-            num_gpus=1 if gpus else 0,
-        )
-        said = []
-        for result in results.iter_rows():
-            advance(result["rows"], True)
-            if result["failed"]:
-                raise UserError(result["failed"])
-            said += [result["refused"]] if result["refused"] else []
-        return said
-    finally:
-        if started:
-            ray.shutdown()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what a person can act on is raised
+    context.execution_no_progress_timeout_s = -1  # none: a file may take hours
+    cluster = ray.cluster_resources()
+    gpus = int(cluster.get("GPU", 0)) if ConfiguredRun("predict", job.words).config.trainer.accelerator != "cpu" else 0
+    most = min(workers or math.inf, len(shards), gpus or int(cluster["CPU"]))
+    files = ray.data.from_items([{"index": job.shards.index(s)} for s in shards], override_num_blocks=len(shards))
+    results = files.map(
+        RayPredictor,
+        fn_constructor_args=(job, str(Path.cwd())),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=int(most), initial_size=int(most), max_tasks_in_flight_per_actor=1
+        ),
+        num_cpus=1,
+        num_gpus=1 if gpus else 0,
+    )
+    said = []
+    for result in results.iter_rows():
+        advance(result["rows"], True)
+        if result["failed"]:
+            raise UserError(result["failed"])
+        said += [result["refused"]] if result["refused"] else []
+    return said
 
 
 class RayPredictor:

@@ -181,6 +181,8 @@ def gather_cells(plan: Plan, folder: Path) -> list[CellResult]:
 
 
 def _cell(cell: Cell, place: Path) -> CellResult:
+    if not cell.searched:
+        return CellResult(cell, "missing", "no trial of the search has finished", {}, None, None)
     if not (place / "run.json").is_file():
         return CellResult(cell, "missing", "not begun", {}, None, None)
     record: Mapping[str, Any] = RunFolder(place).read()
@@ -191,10 +193,9 @@ def _cell(cell: Cell, place: Path) -> CellResult:
         return CellResult(cell, status, reason, record, None, None)
     if different := _different(cell, place / "config.yaml"):
         return CellResult(cell, "stale", f"trained with other settings: {different}", record, None, None)
-    val, test = (
-        read_answers(place / "predictions" / f"{file}.parquet") if _of_best(record, name) else None
-        for name, file in (("val", "val-best"), ("test", "test"))
-    )
+    tests = [name for name in record.get("evaluations") or {} if name.startswith("test") and _of_best(record, name)]
+    val = read_answers(place / "predictions" / "val-best.parquet") if _of_best(record, "val") else None
+    test = read_answers(place / "predictions" / f"{tests[0]}.parquet") if tests else None
     if val is None:
         return CellResult(cell, "interrupted", "trained, but not validated", record, None, None)
     answers, names = val

@@ -8,7 +8,8 @@ over a network's filesystem, and ``optuna-dashboard logs/NAME/optuna.log`` opens
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,8 @@ class Searcher:
         self.storage = journal(folder / JOURNAL)
         self.turn = folder / ".claims"
         self.turn.mkdir(exist_ok=True)
+        #: How often each trial's process has ended without an end of the trial.
+        self.ended: Counter[str] = Counter()
 
     def run(self) -> dict[Arm, Found]:
         """Does what is left of the trials, and gives what was found; waits for those of other processes."""
@@ -71,7 +74,8 @@ class Searcher:
         return found
 
     def _study(self, arm: Arm) -> Any:
-        depends = [self.determines(arm), self.search.for_arm(arm), self.search.sampler, self.search.seed]
+        how = [self.search.sampler, self.search.pruner, self.search.seed, self.plan.metric]
+        depends = [self.determines(arm), self.search.for_arm(arm), how]
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
         return self.optuna.create_study(
             study_name=f"{arm_label(arm)} ({digest[:12]})",
@@ -100,7 +104,7 @@ class Searcher:
             except BusyError:  # what a killed process has begun still runs
                 return "busy"
             self._tell(study, number, cell)
-            self._write({**read_found(self.folder), arm: replace(self._found(study, arm), best=None)})
+            self._write({arm: replace(self._found(study, arm), best=None)})
         return "did"
 
     def _take(self, study: Any, arm: Arm, held: ExitStack) -> tuple[Cell | None, int, str]:
@@ -116,21 +120,30 @@ class Searcher:
             return cell, number, ""
         if len(trials) >= self.search.trials:
             return None, 0, "busy" if running else "done"
-        # A sampler anew for each trial: what it proposes depends on the trials before alone, not on what was killed.
-        study.sampler = self._sampler(arm, len(trials))
-        trial = study.ask()
-        settings = {key: suggest(trial, key, space) for key, space in self.search.for_arm(arm).items()}
-        cell = trial_cell(self.plan, arm, trial.number, settings)
+        cell = self._propose(study, arm, trials)
         held.enter_context(locked_folder(self.claim(cell), "another process does this trial"))
-        return cell, trial.number, ""
+        return cell, len(trials), ""
 
-    def _sampler(self, arm: Arm, number: int) -> Any:
+    def _propose(self, study: Any, arm: Arm, trials: Sequence[Any]) -> Cell:
+        """A new trial's cell.
+
+        It is proposed in a copy and then written in one piece: a kill between two settings leaves no half of a trial.
+        The sampler is made anew for each: what it proposes depends on the trials before alone, not on what was killed.
+        """
+        number = len(trials)
         digest = hashlib.sha256(f"{self.search.seed}/{arm_label(arm)}/{number}".encode()).digest()
-        seed = int.from_bytes(digest[:4], "big")
-        if self.search.sampler == "qmc":
-            return self.optuna.samplers.QMCSampler(seed=self.search.seed)  # which counts its points in the study
         samplers = {"tpe": self.optuna.samplers.TPESampler, "random": self.optuna.samplers.RandomSampler}
-        return samplers[self.search.sampler](seed=seed)
+        sampler = samplers[self.search.sampler](seed=int.from_bytes(digest[:4], "big"))
+        copy = self.optuna.create_study(direction=_DIRECTIONS[self.plan.higher_is_better], sampler=sampler)
+        copy.add_trials(trials)
+        asked = copy.ask()
+        settings = {key: suggest(asked, key, space) for key, space in self.search.for_arm(arm).items()}
+        study.add_trial(
+            self.optuna.trial.create_trial(
+                state=self.optuna.trial.TrialState.RUNNING, params=asked.params, distributions=asked.distributions
+            )
+        )
+        return trial_cell(self.plan, arm, number, settings)
 
     def _settings(self, study: Any, arm: Arm, number: int) -> dict[str, Any]:
         """What a trial tries, as settings."""
@@ -144,12 +157,16 @@ class Searcher:
         record = RunFolder(place).read() if (place / "run.json").is_file() else {}
         value = record.get("evaluations", {}).get("val", {}).get("after", {}).get(self.plan.metric)
         trial = next(trial for trial in study.get_trials(deepcopy=False) if trial.number == number)
-        if record.get("status") != "finished" or value is None:
-            study.tell(number, state=states.FAIL)
-        elif trial.user_attrs.get("pruned"):
-            study.tell(number, state=states.PRUNED)
-        else:
-            study.tell(number, value)
+        if record.get("status") == "finished" and value is not None:
+            if trial.user_attrs.get("pruned"):
+                study.tell(number, state=states.PRUNED, skip_if_finished=True)
+            else:
+                study.tell(number, value, skip_if_finished=True)
+            return
+        # One whose process was killed has not failed: it goes on, once.
+        self.ended[cell.name] += 1
+        if record.get("status") == "failed" or self.ended[cell.name] > 1:
+            study.tell(number, state=states.FAIL, skip_if_finished=True)
 
     def _found(self, study: Any, arm: Arm) -> Found:
         trials = []
@@ -159,20 +176,23 @@ class Searcher:
             state = {"FAIL": "failed", "COMPLETE": "complete", "PRUNED": "pruned"}.get(trial.state.name, "running")
             reason = ""
             if state == "failed" and (place / "run.json").is_file():
-                reason = str(RunFolder(place).read().get("error", ""))
+                record = RunFolder(place).read()
+                reason = str(record.get("error") or f"its process was ended ({record.get('status')})")
             trials.append(Trial(trial.number, settings, state, trial.value, reason))
         complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None]
         sign = 1 if self.plan.higher_is_better else -1
         best = max(complete, key=lambda trial: sign * (trial.value or 0.0), default=None)
         edges = []
         for key, space in self.search.for_arm(arm).items():
-            if best is not None and isinstance(space, Range) and space.at_edge(best.settings[key]):
+            if best is not None and at_edge(space, best.settings[key]):
                 edges.append(f"{key} {best.settings[key]:g}")
         return Found(trials, None if best is None else best.number, edges)
 
     def _write(self, found: Mapping[Arm, Found]) -> None:
+        """Writes what is known of the arms of this plan."""
         with locked_folder(self.turn, None):
-            write_text(self.folder / FOUND, write_found({**read_found(self.folder), **found}))
+            known = {**read_found(self.folder), **found}
+            write_text(self.folder / FOUND, write_found({arm: known[arm] for arm in self.plan.arms if arm in known}))
 
 
 def import_optuna() -> Any:
@@ -195,6 +215,14 @@ def journal(path: Path) -> Any:
     from optuna.storages.journal import JournalFileBackend
 
     return JournalStorage(JournalFileBackend(str(path)))
+
+
+def at_edge(space: Range | list[Any], value: Any) -> bool:
+    """Whether a value lies at an end of what was searched: of a range, or of numbers that were listed."""
+    if isinstance(space, Range):
+        return space.at_edge(value)
+    numbers = [each for each in space if isinstance(each, int | float) and not isinstance(each, bool)]
+    return len(numbers) == len(space) > 2 and value in (min(numbers), max(numbers))
 
 
 def suggest(trial: Any, key: str, space: Range | list[Any]) -> Any:

@@ -35,9 +35,19 @@ BINARY = ("f1", "precision", "recall")
 PER_CLASS = "_per_class"
 
 
-def make_metrics(num_classes: int) -> MetricCollection:
-    """All metrics as one collection that counts each batch once; takes probabilities (B, C) and labels (B,)."""
-    metrics = {name: make(num_classes) for name, make in METRICS.items()}
+#: Those that keep every row until the epoch's end: too much for training rows.
+OF_EVALUATION = ("calibration_error",)
+
+
+def make_metrics(num_classes: int, training: bool = False) -> MetricCollection:
+    """All metrics as one collection that counts each batch once; takes probabilities (B, C) and labels (B,).
+
+    Args:
+        num_classes: C.
+        training: Leave out what would grow with the training rows.
+    """
+    names = [name for name in METRICS if not (training and name in OF_EVALUATION)]
+    metrics = {name: METRICS[name](num_classes) for name in names}
     return MetricCollection(metrics, compute_groups=True)  # type: ignore[arg-type]
 
 

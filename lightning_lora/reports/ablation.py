@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lora.ablation.plan import Plan, arm_label
+from lightning_lora.ablation.plan import Axis, Plan, arm_label
 from lightning_lora.ablation.results import Answers, ArmResult, CellResult
 from lightning_lora.evaluation.significance import LEVEL
 from lightning_lora.reports import ablation_pictures as pictures
@@ -92,9 +92,8 @@ def answer(report: Report) -> str:
         elif verdict == "one seed":
             parts.append(f"one seed only in common with it, of which nothing can be said: {_labels(arms)}")
         else:
-            largest = max(arm.against.detectable for arm in arms if arm.against is not None)
-            named = ", ".join(arm.label for arm in arms)
-            parts.append(f"not told apart from it: {named} (a difference of {largest:.3f} would have been seen in 80%)")
+            named = ", ".join(f"{arm.label} ({arm.against.detectable:.3f})" for arm in arms if arm.against is not None)
+            parts.append(f"not told apart from it: {named}; in brackets the difference that 80% would have seen")
     apart = [arm for arm in report.arms if arm.against is None and arm is not base]
     if unpaired := [arm for arm in apart if arm.own is not None]:
         parts.append(f"without a seed in common with it: {_labels(unpaired)}")
@@ -256,14 +255,6 @@ def difference_table(report: Report) -> list[list[str]]:
 def notes(report: Report) -> list[str]:
     """What a reader should know beside the numbers."""
     looks, cells = report.looks
-    if (search := report.plan.search) is not None:
-        pruned = "" if search.pruner == "none" else f", pruner {search.pruner}"
-        searched = [
-            f"Each arm has had {search.trials} trials (Optuna, {search.sampler}, seed {search.seed}{pruned}), with "
-            f"seed {report.plan.seeds[0]}; the best on validation rows was then trained with every seed."
-        ]
-    else:
-        searched = []
     chosen = f"Variants are chosen by validation {report.plan.metric}, checkpoints by validation F1."
     said = [
         f"command: {report.command}",
@@ -273,8 +264,33 @@ def notes(report: Report) -> list[str]:
         "number of arms (Holm), intervals and equivalence are of each arm by itself. 'Could have seen' is the smallest "
         "true difference that 80% of such experiments would find; 'seeds to settle' is how many seeds would find one "
         "as large as was seen ('more rows': over a thousand); both for a single comparison.",
+        "All seeds learn from the same choice of rows (data.split_seed) and are tested on the same: what another "
+        "choice would have come to is not in the intervals.",
     ]
-    said += searched
+    if (search := report.plan.search) is not None:
+        pruned = "" if search.pruner == "none" else f", pruner {search.pruner}"
+        said.append(
+            f"Each arm was given {search.trials} trials (Optuna, {search.sampler}, seed {search.seed}{pruned}), with "
+            f"seed {report.plan.seeds[0]}; the best on validation rows is then trained with every seed."
+        )
+    said += _cautions(report)
+    records = [cell.record for cell in report.cells if cell.record.get("machine")]
+    machines = {f"{r['machine']['cores']} cores, {r['machine']['processor']}" for r in records}
+    said += [f"machine: {'; '.join(sorted(machines))}"] if machines else []
+    seconds = sum(c.record.get("wall_s", 0.0) for c in report.cells)
+    said.append(f"{len(report.cells)} cells, {duration(seconds)} in all")
+    if records:
+        found_versions = ", ".join(f"{name} {value}" for name, value in records[0]["versions"].items())
+        said.append(f"versions: {found_versions}; code {str(records[0]['code'].get('commit'))[:12]}")
+    return said
+
+
+def _cautions(report: Report) -> list[str]:
+    """What would be held against the numbers."""
+    said = []
+    for axis in report.plan.axes:
+        if (edge := _best_at_edge(report, axis)) is not None:
+            said.append(f"careful: of {axis.name} the best was an end of what was compared ({edge})")
     if report.split == "validation":
         said.append("careful: compared on the validation rows that checkpoints and variants were chosen on: too good")
     for arm in report.arms:
@@ -293,15 +309,18 @@ def notes(report: Report) -> list[str]:
     odd = [cell for cell in report.cells if cell.status != "finished"]
     if odd:
         said.append(f"{len(odd)} of {len(report.cells)} cells have not finished; the table of cells says why")
-    records = [cell.record for cell in report.cells if cell.record.get("machine")]
-    machines = {f"{r['machine']['cores']} cores, {r['machine']['processor']}" for r in records}
-    said += [f"machine: {'; '.join(sorted(machines))}"] if machines else []
-    seconds = sum(c.record.get("wall_s", 0.0) for c in report.cells)
-    said.append(f"{len(report.cells)} cells, {duration(seconds)} in all")
-    if records:
-        found_versions = ", ".join(f"{name} {value}" for name, value in records[0]["versions"].items())
-        said.append(f"versions: {found_versions}; code {str(records[0]['code'].get('commit'))[:12]}")
     return said
+
+
+def _best_at_edge(report: Report, axis: Axis) -> str | None:
+    """The value of a compared axis of three numbers or more that did best, if it is the first or last of them."""
+    names = list(axis.values)
+    arms = [arm for arm in report.arms if arm.own is not None]
+    if axis.chosen or not axis.numbers or len(names) < 3 or len(arms) < len(report.arms):
+        return None
+    sign = 1 if report.plan.higher_is_better else -1
+    best = dict(max(arms, key=lambda arm: sign * arm.own.mean if arm.own is not None else 0.0).arm)[axis.name]
+    return best if best in (names[0], names[-1]) else None
 
 
 def as_markdown(report: Report) -> str:
@@ -401,9 +420,8 @@ def _signed_interval(arm: ArmResult, metric: str) -> str:
 def _latex(text: str) -> str:
     bold = text.startswith("**")
     text = text.replace("**", "")
-    for sign in "\\&%$#_{}":
-        text = text.replace(sign, "\\textbackslash{}" if sign == "\\" else f"\\{sign}")
-    text = text.replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}")
+    named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
+    text = "".join(named.get(sign, f"\\{sign}" if sign in "&%$#_{}" else sign) for sign in text)
     return f"\\textbf{{{text}}}" if bold else text
 
 
@@ -430,7 +448,7 @@ figure {{ margin: 0 }} figure svg {{ max-width: 100%; height: auto }}
 for (const table of document.querySelectorAll("table")) {{
   table.querySelectorAll("th button").forEach((button, column) => button.addEventListener("click", () => {{
     const up = button.dataset.up !== "1"; button.dataset.up = up ? "1" : "0";
-    const body = table.tBodies[0], number = text => parseFloat(text.replace(/[\\[,]/g, ""));
+    const body = table.tBodies[0], number = text => parseFloat(text.replace(/[\\[,<]/g, ""));
     [...body.rows].sort((a, b) => {{
       const x = a.cells[column].innerText, y = b.cells[column].innerText, i = number(x), j = number(y);
       const order = isNaN(i) || isNaN(j) ? (isNaN(i) ? 1 : 0) - (isNaN(j) ? 1 : 0) || x.localeCompare(y) : i - j;

@@ -150,7 +150,8 @@ class TextClassifier(LightningModule):
         )
         # A checkpoint holds what is trained; the frozen rest comes from the base model.
         self.strict_loading = False
-        self.stage_metrics = nn.ModuleDict({f"{s}_metrics": make_metrics(len(self.label_names)) for s in STAGES})
+        classes = len(self.label_names)
+        self.stage_metrics = nn.ModuleDict({f"{s}_metrics": make_metrics(classes, s == "train") for s in STAGES})
         self.stage_loss = nn.ModuleDict({f"{s}_loss": MeanMetric() for s in STAGES})
         self.register_buffer("loss_weights", None, persistent=False)
         self._counted: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_lora
 from lightning_lora.errors import UserError
+from lightning_lora.processes import follow
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 #: Seconds that the others have to end by themselves after one of the processes has failed.
@@ -127,7 +128,8 @@ class Launcher(_SubprocessScriptLauncher):
 
 
 def follow_the_leader() -> None:
-    """Prints nothing from here on, and ends when the process that has begun this one has ended."""
+    """Writes and prints nothing from here on, and ends when the process that has begun this one has ended."""
+    follow()
     sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
     if os.environ.get(_FOLLOWER):
         line = os.dup(0)  # a number of its own, as others may use standard input

@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from lightning_lora import processes
+
 VARIABLE = "LIGHTNING_LORA_TRIAL"
 
 
@@ -50,13 +52,21 @@ class ReportTrial(Callback):
         found = next(trial for trial in loaded.get_trials(deepcopy=False) if trial.number == number)
         self.trial = optuna.trial.Trial(loaded, found._trial_id)
 
+    def _report(self, value: float, step: int) -> bool:
+        """Reports, and gives whether to end."""
+        self.trial.report(value, step)
+        if self.trial.should_prune():
+            self.trial.set_user_attr("pruned", True)
+            return True
+        return False
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reports, and asks whether to go on."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        self.trial.report(float(trainer.callback_metrics[f"val/{self.metric}"]), trainer.global_step)
-        if self.trial.should_prune():
-            self.trial.set_user_attr("pruned", True)
+        value = float(trainer.callback_metrics[f"val/{self.metric}"])
+        end = trainer.is_global_zero and self._report(value, trainer.global_step)
+        if any(processes.agreed(end)):  # several processes: one asks, all do
             trainer.should_stop = True
 
 
