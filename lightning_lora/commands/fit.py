@@ -33,7 +33,7 @@ def run(words: list[str]) -> int:
         place = Path(cli.config.logs_dir) / cli.config.name
         if (place / "config.yaml").is_file() and yaml.safe_load((place / "config.yaml").read_text()) == cli.settings():
             cli = ConfiguredRun("fit", ["--resume", str(place)])  # the scheduler gives the same command again
-    if started_to_follow() and device_count(cli.config.trainer) > 1:
+    if device_count(cli.config.trainer) > 1 and started_to_follow():
         follow(cli)
         return 0
     if cli.config.resume is not None:

@@ -33,8 +33,19 @@ def device_count(trainer: dict[str, Any]) -> int:
     """The devices of all nodes that the trainer's settings ask for.
 
     Raises:
-        UserError: There are none, or not so many.
+        UserError: There are none, or not so many; or torchrun has started another number of processes.
     """
+    count = _device_count(trainer)
+    started = int(os.environ.get("WORLD_SIZE", "0"))
+    if started and started != count:
+        raise UserError(
+            f"trainer.devices: {started} processes were started, but the trainer is to have {count} devices; give "
+            "--trainer.devices (a machine) and --trainer.num_nodes as they were started"
+        )
+    return count
+
+
+def _device_count(trainer: dict[str, Any]) -> int:
     devices, nodes = trainer["devices"], int(trainer["num_nodes"])
     if nodes < 1:
         raise UserError(f"trainer.devices, trainer.num_nodes: at least 1 machine is needed, got {nodes}")
@@ -55,15 +66,9 @@ def strategy_for(trainer: dict[str, Any], words: Sequence[str]) -> "DataParallel
         words: Those of the command.
 
     Raises:
-        UserError: torchrun has started another number of processes than there are to be devices.
+        UserError: As ``device_count``.
     """
-    devices, started = device_count(trainer), int(os.environ.get("WORLD_SIZE", "0"))
-    if started and started != devices:
-        raise UserError(
-            f"trainer.devices: {started} processes were started, but the trainer is to have {devices} devices; give "
-            "--trainer.devices (a machine) and --trainer.num_nodes as they were started"
-        )
-    if devices == 1:
+    if device_count(trainer) == 1:
         return "auto"
     return DataParallel(words, trainer["strategy"] == "ddp_find_unused_parameters_true")
 

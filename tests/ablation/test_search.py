@@ -78,9 +78,10 @@ def test_a_value_at_an_end_of_its_range_is_known_as_such() -> None:
 
 def test_the_cells_are_those_of_the_best_trial_with_every_seed(tmp_path: Path) -> None:
     first, second = plan().arms
+    rest = {"data.batch_size": 4, "model.schedule": "linear"}
     trials = [
-        Trial(0, {"model.learning_rate": 0.01}, "complete", 0.5),
-        Trial(1, {"model.learning_rate": 0.02}, "failed"),
+        Trial(0, {"model.learning_rate": 0.01, **rest}, "complete", 0.5),
+        Trial(1, {"model.learning_rate": 0.02, **rest}, "failed"),
     ]
     found = {first: Found(trials, 0, ["model.learning_rate 0.01"])}
     (tmp_path / "search.json").write_text(write_found(found))
@@ -89,6 +90,9 @@ def test_the_cells_are_those_of_the_best_trial_with_every_seed(tmp_path: Path) -
     assert [(dict(c.variant)["trial"], c.seed) for c in cells] == [("0", 1), ("none", 1), ("0", 2), ("none", 2)]
     assert cells[0].change["model.learning_rate"] == 0.01 and cells[0].change["model.adapter.rank"] == 2
     assert cells[1].arm == second and "model.learning_rate" not in cells[1].change
+    # Of a config that searches other settings by now, or other arms, nothing is taken.
+    (tmp_path / "search.json").write_text(write_found({first: Found([Trial(0, {"x": 1}, "complete", 0.5)], 0)}))
+    assert not with_found(plan(), read_found(tmp_path)).cells[0].searched
     (tmp_path / "search.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         read_found(tmp_path)

@@ -206,9 +206,13 @@ def test_sigterm_leaves_nothing_half_written(place: Path) -> None:
 
 
 def work_and_die(job: Any, number: int, *args: Any) -> None:
-    """A worker; the first dies in its second piece of rows."""
+    """A worker; the first dies in its second piece of rows, and the others wait for its first."""
+    _, rows, *_ = args
     if number == 0:
         kill_in_rows(2)
+    end = time.monotonic() + 60
+    while number and not rows[0] and time.monotonic() < end:
+        time.sleep(0.01)
     predict_files._work(job, number, *args)
 
 
@@ -384,7 +388,7 @@ def test_without_ray_it_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(words(place, "--executor", "ray")) == 2
-    assert "get it with: pip install -c constraints.txt -e '.[scale]'" in refusal(capsys)
+    assert "needs Ray; pip install -c constraints.txt -e '.[scale]'" in refusal(capsys)
 
 
 def peak(count: int) -> None:
