@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -412,9 +412,12 @@ def _interval(found: Any, metric: str, signed: bool = False) -> str:
 
 
 def _signed_interval(arm: ArmResult, metric: str) -> str:
+    """By how much an arm is better, or by how much it is worse, with the interval of just that."""
     assert arm.against is not None
     found = arm.against.estimate
-    return f"{abs(found.mean):.4f} {_interval(found, metric, signed=True)}"
+    if found.mean < 0:
+        found = replace(found, mean=-found.mean, low=-found.high, high=-found.low)
+    return f"{found.mean:.4f} {_interval(found, metric, signed=True)}"
 
 
 def _latex(text: str) -> str:
