@@ -6,7 +6,12 @@ from typing import IO
 import pytest
 import torch
 
-from lightning_lora.artifacts.checkpoints import AtomicCheckpointIO, load_checkpoint, read_checkpoint
+from lightning_lora.artifacts.checkpoints import (
+    AtomicCheckpointIO,
+    CheckpointIdentity,
+    load_checkpoint,
+    read_checkpoint,
+)
 from lightning_lora.errors import UserError
 from lightning_lora.models.methods import METHODS, AdapterOptions
 from lightning_lora.training.module import TextClassifier
@@ -147,3 +152,14 @@ def test_load_from_checkpoint_of_lightning_works_too(tiny_base: Path, tmp_path: 
     again = TextClassifier.load_from_checkpoint(tmp_path / "a.ckpt")
     for name, value in model.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("version", [0, 2, None, "1"])
+def test_a_checkpoint_of_another_format_is_refused_with_both_numbers(version: object) -> None:
+    identity = CheckpointIdentity("base", "abc", ["neg", "pos"], "lora")
+    checkpoint: dict = {}
+    identity.write_to(checkpoint)
+    identity.check(checkpoint)
+    checkpoint["lightning_lora"]["format"] = version
+    with pytest.raises(UserError, match=f"has format {version}; this version reads 1"):
+        identity.check(checkpoint)

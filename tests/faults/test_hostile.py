@@ -1,5 +1,6 @@
 """Configs, checkpoints and names that mean harm: nothing in them is run, nothing is written elsewhere."""
 
+import json
 import os
 import pickle
 import zipfile
@@ -8,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lightning_lora.artifacts.checkpoints import read_checkpoint
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.cli import main
+from lightning_lora.commands.config_files import read_config
 from lightning_lora.data.prepare import SourceOptions, prepare
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metrics import label_tags
@@ -126,6 +130,56 @@ def test_a_hostile_checkpoint_runs_nothing(tmp_path: Path, name: str) -> None:
         read_checkpoint(path)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
     assert set(tmp_path.rglob("*")) == before
+
+
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@FUZZ
+@given(content=st.binary(max_size=300), zipped=st.booleans())
+def test_any_bytes_as_a_checkpoint_are_refused(tmp_path: Path, content: bytes, zipped: bool) -> None:
+    path = tmp_path / "a.ckpt"
+    if zipped:
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("archive/data.pkl", content)
+            file.writestr("archive/version", "3")
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        read_checkpoint(path)
+    assert "\n" not in str(raised.value)
+
+
+@FUZZ
+@given(content=st.one_of(st.binary(max_size=200), st.text("ab:{}[]&*!|>-\n \t'\"<?%@`0", max_size=120).map(str.encode)))
+def test_any_bytes_as_a_config_are_read_or_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.yaml").write_bytes(content)
+    try:
+        assert isinstance(read_config(tmp_path / "a.yaml"), dict)
+    except UserError as error:
+        assert "\n" not in str(error) and "a.yaml" in str(error)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"])
+def test_a_hostile_adapter_runs_nothing(tmp_path: Path, tiny_base: Path, name: str) -> None:
+    """A pickle by the name of the weights, weights that only a pickle could be, a config that names code to import."""
+    write_csv(tmp_path / "rows.csv", make_rows(60))
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"trainer": {"accelerator": "cpu", "enable_progress_bar": False}}))
+    given = ["--config", str(tmp_path / "a.yaml"), "--data.source", "rows.csv", "--model.base_model", str(tiny_base)]
+    assert main(["fit", *given, "--name", "run", "--data.max_length", "24"]) == 0
+    assert main(["export", "--run", "logs/run", "--formats", "[adapter]", "--rows", "5"]) == 0
+    adapter, mark = Path("logs/run/export/adapter"), tmp_path / "mark"
+    if name == "adapter_config.json":
+        config = json.loads((adapter / name).read_text())
+        config["auto_mapping"] = {"base_model_class": "Evil", "parent_library": "evil"}
+        (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')")
+        (adapter / name).write_text(json.dumps(config))
+    else:
+        (adapter / "adapter_model.safetensors").unlink()
+        (adapter / name).write_bytes(evil_pickle(mark))
+    status = main(["predict", "--run", "logs/run", "--checkpoint", str(adapter), "a text"])
+    assert status == (0 if name == "adapter_config.json" else 2)  # nothing of PEFT's config is needed to load it
+    assert not mark.exists()
 
 
 PARTS = [
