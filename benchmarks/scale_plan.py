@@ -33,7 +33,7 @@ class Rates:
         batched: Texts a second and process, made into batches from shards (the same).
         tokens: Of a text, a mean.
         shard_bytes: Of a text in the shards.
-        source_bytes: Of a text in Parquet.
+        index_bytes: Of a row, held by each process (``benchmarks/streaming.py``).
         flop: A token, forward and backward, of the base with LoRA.
         tflops: Of a GPU in training, sustained.
         step_tokens: Of a step and GPU.
@@ -48,7 +48,7 @@ class Rates:
     batched: float
     tokens: float = 55
     shard_bytes: float = 55 * 4 + 68
-    source_bytes: float = 150
+    index_bytes: float = 24
     flop: float = 354e6
     tflops: float = 200
     step_tokens: float = 16_384
@@ -113,16 +113,14 @@ def main() -> None:
         for gpus in GPUS:
             parts = epoch(rates, gpus, texts, waits[gpus])
             if len(rows) == 1:
-                rows[0] += [*parts, "an epoch", "first bottleneck", "shards, GB"]
-            # Batches are made beside the GPU's work, and read ahead: what takes longest is what an epoch takes.
-            busy = parts["computing"] + parts["gradients"]
-            whole = max(busy, parts["batches"], parts["reading shards"])
+                rows[0] += [*parts, "an epoch", "longest part", "shards, GB", "index, GB a process"]
+            # Batches are made in the process that trains, between its steps, and not beside them.
+            whole = max(parts["computing"] + parts["gradients"] + parts["batches"], parts["reading shards"])
             once = {name: seconds for name, seconds in parts.items() if name != "gradients"}
             first = max(once, key=lambda name: once[name])
             shown = [duration(seconds) for seconds in parts.values()]
-            rows.append(
-                [f"{texts:,}", str(gpus), *shown, duration(whole), first, f"{texts * rates.shard_bytes / 1e9:,.0f}"]
-            )
+            sizes = [f"{texts * size / 1e9:,.1f}" for size in (rates.shard_bytes, rates.index_bytes)]
+            rows.append([f"{texts:,}", str(gpus), *shown, duration(whole), first, *sizes])
     print(markdown(rows))
 
 
