@@ -80,4 +80,6 @@ def test_a_node_is_lost_and_nothing_with_it(place: Path, monkeypatch: pytest.Mon
                 )
                 for logs in ("alone", "cluster")
             )
-            assert one.equals(two), (cell.parent.name, file)  # logits and all
+            for column in one.column_names:  # Ray gives a cell one thread: what is a number differs by rounding
+                here, there = one[column].to_pylist(), two[column].to_pylist()
+                assert here == (pytest.approx(there, abs=1e-5) if isinstance(here[0], float) else there), column
