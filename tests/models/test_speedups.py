@@ -1,7 +1,7 @@
 """Each replacement against the plain path: the same outputs and the same gradients."""
 
 import copy
-import resource
+import subprocess
 import sys
 
 import pytest
@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, eager_mask
 
-from lightning_lora.devices import keep_freed_memory
 from lightning_lora.models.architectures import ARCHITECTURES
 from lightning_lora.models.attention import EXACT, ExactAttention
 from lightning_lora.models.base import load_base
@@ -168,12 +167,22 @@ def test_only_frozen_weights_are_lowered(tiny_base, method: str) -> None:
     assert not model.lowers_frozen("32-true")
 
 
+# In a process of its own, as the heap is what other tests left; it grows by a few blocks before it has room for all.
+_FAULTS = """
+import resource, sys, torch
+from lightning_lora.devices import keep_freed_memory
+if not keep_freed_memory():
+    sys.exit(77)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(60):  # 32 MiB each: 8,192 pages
+    torch.ones(8 * 2**20).sum()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's setting")
 def test_freed_memory_is_kept_for_the_next_step() -> None:
-    if not keep_freed_memory():
+    done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=False, timeout=300)
+    if done.returncode == 77:
         pytest.skip("another C library")
-    torch.ones(8 * 2**20).sum()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):  # 32 MiB each: 8,192 pages
-        torch.ones(8 * 2**20).sum()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 8192
+    assert int(done.stdout) < 60 * 8192 / 4, done.stderr  # without it 60 * 8192
