@@ -58,6 +58,7 @@ class Difference:
         p_corrected: The same, corrected for the number of comparisons (Holm); ``corrected`` sets it.
         margin: Differences under this count as none.
         p_equivalent: p-value of a difference of at least the margin (the larger of two one-sided tests).
+        p_equivalent_corrected: The same, corrected like ``p``.
         detectable: The smallest true difference that ``POWER`` of such experiments would have found.
         seeds_needed: Seeds at which a difference as found would be, with ``POWER``; None where no number of seeds
             is enough on these rows.
@@ -69,6 +70,7 @@ class Difference:
     p_corrected: float
     margin: float
     p_equivalent: float
+    p_equivalent_corrected: float
     detectable: float
     seeds_needed: int | None
     per_seed: list[float] = field(default_factory=list)
@@ -85,7 +87,7 @@ class Difference:
             return "same answers"
         if self.p_corrected < 1 - LEVEL:
             return "better" if self.estimate.mean > 0 else "worse"
-        return "equivalent" if self.p_equivalent < 1 - LEVEL else "not told apart"
+        return "equivalent" if self.p_equivalent_corrected < 1 - LEVEL else "not told apart"
 
 
 def estimate(values: NDArray) -> Estimate:
@@ -150,7 +152,17 @@ def difference(arm: NDArray, baseline: NDArray, margin: float, higher_is_better:
         p_equivalent = float(max(lower, upper))
     binary = bool(np.isin(arm, (0, 1)).all() and np.isin(baseline, (0, 1)).all())
     per_seed = [mcnemar_p(one, other) for one, other in zip(arm, baseline, strict=True)] if binary else []
-    return Difference(found, p, p, margin, p_equivalent, detectable(found.se, found.df), seeds_needed(paired), per_seed)
+    return Difference(
+        found,
+        p,
+        p,
+        margin,
+        p_equivalent,
+        p_equivalent,
+        detectable(found.se, found.df),
+        seeds_needed(paired),
+        per_seed,
+    )
 
 
 def mcnemar_p(arm: NDArray, baseline: NDArray) -> float:
@@ -162,18 +174,29 @@ def mcnemar_p(arm: NDArray, baseline: NDArray) -> float:
 
 
 def corrected(differences: Sequence[Difference]) -> list[Difference]:
-    """The same differences with p-values corrected for their number (Holm 1979).
+    """The same differences with p-values corrected for their number, those of a difference and those of equivalence.
+
+    A claim of either kind that is wrong then stands in at most 1 - ``LEVEL`` of such families of comparisons.
+    """
+    unequal = holm([each.p for each in differences])
+    equivalent = holm([each.p_equivalent for each in differences])
+    return [
+        replace(each, p_corrected=p, p_equivalent_corrected=q)
+        for each, p, q in zip(differences, unequal, equivalent, strict=True)
+    ]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979).
 
     Four lines instead of statsmodels' ``multipletests``, with which a test compares them: importing it takes longer
     than writing a report.
     """
-    if not differences:
-        return []
-    p = np.array([each.p for each in differences])
+    p = np.array(p_values, dtype=float)
     order = np.argsort(p)
     stepped = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
     adjusted = np.minimum(stepped, 1.0)[np.argsort(order)]
-    return [replace(each, p_corrected=float(value)) for each, value in zip(differences, adjusted, strict=True)]
+    return [float(value) for value in adjusted]
 
 
 def detectable(se: float, df: float) -> float:

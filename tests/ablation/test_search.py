@@ -2,20 +2,23 @@
 
 import csv
 import json
+import math
 import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import yaml
 
-from lightning_lora.ablation.plan import make_plan, with_found
+from lightning_lora.ablation.plan import Cell, make_plan, with_found
 from lightning_lora.ablation.search import Found, Range, Trial, read_found, write_found
 from lightning_lora.cli import main
-from lightning_lora.commands.search import journal
+from lightning_lora.commands.search import Searcher, journal
 from lightning_lora.errors import UserError
 from lightning_lora.training import pruning
+from lightning_lora.training.pruning import ReportTrial
 from tests.conftest import make_rows, write_csv
 from tests.faults.processes import Run
 
@@ -196,6 +199,84 @@ def test_a_pruned_trial_ends_early_and_says_so(place: Path, tmp_path: Path, monk
     assert trial.user_attrs == {"pruned": True} and len(trial.intermediate_values) == 1
     record = json.loads(Path("logs/run/run.json").read_text())
     assert record["status"] == "finished" and record["costs"]["train_rows"] < record["data"]["splits"]["train"]["rows"]
+
+
+class Stopped(Exception):
+    """Stands for a kill between two trials."""
+
+
+def search(folder: Path, loss, stop_after: int | None = None, **how: object) -> dict:
+    """Searches with trials that are worked out instead of trained: ``loss`` of a learning rate, step by step."""
+    two = plan(metric="loss", search={**SPACE, **how}, seeds=[1])
+    begun = 0
+
+    def train(cell: Cell, environment: dict[str, str]) -> None:
+        nonlocal begun
+        begun += 1
+        if stop_after is not None and begun > stop_after:
+            raise Stopped
+        curve = loss(cell.change["model.learning_rate"])
+        if pruning.VARIABLE in environment:
+            callback = ReportTrial(**json.loads(environment[pruning.VARIABLE]))
+            for step, value in enumerate(curve):
+                if callback._report(value, step):
+                    curve = curve[: step + 1]
+                    break
+        place = folder / "cells" / cell.name
+        place.mkdir(parents=True, exist_ok=True)
+        record = {"format": 1, "status": "finished", "evaluations": {"val": {"after": {"loss": curve[-1]}}}}
+        (place / "run.json").write_text(json.dumps(record))
+
+    def claim(cell: Cell) -> Path:
+        place = folder / ".claims" / cell.name
+        place.mkdir(parents=True, exist_ok=True)
+        return place
+
+    folder.mkdir(exist_ok=True)
+    return Searcher(two, folder, train, claim, lambda arm: "the same code").run()
+
+
+SPACE = {"space": {"model.learning_rate": {"low": 1e-5, "high": 1e-1, "log": True}}, "trials": 24}
+
+
+def bowl(rate: float) -> list[float]:
+    """A loss that is smallest at 1e-3."""
+    return [(math.log10(rate) + 3) ** 2]
+
+
+@pytest.mark.parametrize("stop_after", [4, 15])
+def test_a_search_goes_on_with_what_it_would_have_proposed(tmp_path: Path, stop_after: int) -> None:
+    """Also behind the ten trials that TPE draws at random: what it proposes then depends on all that came before."""
+    search(tmp_path / "undisturbed", bowl)
+    with pytest.raises(Stopped):
+        search(tmp_path / "stopped", bowl, stop_after)
+    search(tmp_path / "stopped", bowl)
+    assert tried(tmp_path / "stopped") == tried(tmp_path / "undisturbed")
+
+
+def test_tpe_looks_where_it_was_good_and_random_does_not(tmp_path: Path) -> None:
+    values = {}
+    for sampler in ("tpe", "random"):
+        search(tmp_path / sampler, bowl, sampler=sampler)
+        values[sampler] = [value for *_, value in tried(tmp_path / sampler)[0]]
+    assert values["tpe"] != values["random"]
+    assert np.mean(values["tpe"][10:]) < np.mean(values["tpe"][:10]) / 2
+    assert np.mean(values["tpe"][10:]) < np.mean(values["random"][10:]) / 2
+
+
+def test_a_search_ends_trials_that_are_worse_than_the_median_and_never_calls_one_best(tmp_path: Path) -> None:
+    found, _ = search(tmp_path, lambda rate: [bowl(rate)[0] + 1 / step for step in (1, 2, 3)], pruner="median").values()
+    states = [trial.state for trial in found.trials]
+    assert len(states) == 24 and set(states) == {"complete", "pruned"}
+    assert set(states[:5]) == {"complete"}  # Optuna's pruner wants five to compare with
+    pruned = [trial for trial in found.trials if trial.state == "pruned"]
+    best = found.trials[found.best]
+    assert best.state == "complete" and best.value == min(t.value for t in found.trials if t.state == "complete")
+    study = studies(tmp_path)[0]
+    for trial in pruned:  # each was worse at that step than the median of those before it
+        step, value = max(study.trials[trial.number].intermediate_values.items())
+        before = [t.intermediate_values.get(step) for t in study.trials[: trial.number] if t.state.name == "COMPLETE"]
+        assert value > np.median([v for v in before if v is not None])
 
 
 def test_without_optuna_the_message_says_how_to_get_it(place: Path, monkeypatch, capsys) -> None:

@@ -10,8 +10,10 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
 
+from lightning_lora.evaluation import significance
 from lightning_lora.evaluation.significance import (
     POWER,
+    Difference,
     corrected,
     detectable,
     difference,
@@ -89,6 +91,8 @@ def test_holm_s_correction_is_that_of_statsmodels(count: int) -> None:
     plain = [difference(*pair, margin=0.01) for pair in arms]
     expected = multipletests([each.p for each in plain], method="holm")[1]
     assert [each.p_corrected for each in corrected(plain)] == pytest.approx(list(expected))
+    expected = multipletests([each.p_equivalent for each in plain], method="holm")[1]
+    assert [each.p_equivalent_corrected for each in corrected(plain)] == pytest.approx(list(expected))
     assert corrected([]) == []
 
 
@@ -147,3 +151,45 @@ def test_a_difference_that_is_there_is_found_about_as_often_as_the_power_says() 
     share = np.mean([each.p < 0.05 for each in found])
     mean = np.mean([each.estimate.mean for each in found])
     assert (share >= POWER) == (mean >= expected) or abs(mean - expected) < 0.005
+
+
+def family(rng: np.random.Generator, gap: float, arms: int = 6) -> list[Difference]:
+    """Arms that are all better than one baseline by ``gap`` on the probit scale: compared, and corrected."""
+    hard, noise = rng.normal(0, 1.2, 300), lambda: rng.normal(0, 0.2, (3, 1)) + rng.normal(0, 0.5, (3, 300))
+    base = (1.5 + hard + rng.normal(0, 0.6, 300) + noise() > 0).astype(float)
+    others = [(1.5 + gap + hard + rng.normal(0, 0.6, 300) + noise() > 0).astype(float) for _ in range(arms)]
+    return corrected([difference(other, base, margin=MARGIN) for other in others])
+
+
+@pytest.fixture
+def verdicts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out what takes most of the time and no verdict depends on."""
+    for name in ("seeds_needed", "detectable"):
+        monkeypatch.setattr(significance, name, lambda *values: None)
+
+
+MARGIN = 0.05
+#: Standard deviation of a score in ``family``.
+SPREAD = math.sqrt(1.2**2 + 0.6**2 + 0.2**2 + 0.5**2)
+
+
+@pytest.mark.usefixtures("verdicts_only")
+def test_of_simulated_families_without_a_difference_no_more_than_the_nominal_share_has_one_called_so() -> None:
+    rng = np.random.default_rng(23)
+    families = [{each.verdict for each in family(rng, 0.0)} for _ in range(200)]
+    assert sum(bool({"better", "worse"} & verdicts) for verdicts in families) <= 0.05 * 200
+
+
+@pytest.mark.usefixtures("verdicts_only")
+def test_of_simulated_families_that_differ_by_the_margin_no_more_than_that_has_one_called_equivalent() -> None:
+    gap = SPREAD * float(stats.norm.ppf(stats.norm.cdf(1.5 / SPREAD) + MARGIN)) - 1.5
+    rng = np.random.default_rng(29)
+    families = [{each.verdict for each in family(rng, gap)} for _ in range(200)]
+    assert sum("equivalent" in verdicts for verdicts in families) <= 0.05 * 200
+
+
+@pytest.mark.usefixtures("verdicts_only")
+def test_arms_that_are_the_same_are_called_equivalent_where_there_are_rows_enough() -> None:
+    rng = np.random.default_rng(31)
+    pairs = [experiment(rng, 5, 4000, 0.02) for _ in range(20)]
+    assert sum(difference(*pair, margin=MARGIN).verdict == "equivalent" for pair in pairs) >= 18
