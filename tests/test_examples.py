@@ -1,0 +1,35 @@
+"""The scripts in ``examples/`` that no other test runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "first_layers.py"
+
+
+def cut(base: Path, layers: str, folder: Path) -> subprocess.CompletedProcess:
+    words = [sys.executable, str(SCRIPT), str(base), layers, str(folder)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_the_first_layers_compute_what_they_computed_in_the_whole(tiny_base: Path, tmp_path: Path) -> None:
+    assert cut(tiny_base, "1", tmp_path / "one").returncode == 0
+    whole, part = AutoModel.from_pretrained(tiny_base).eval(), AutoModel.from_pretrained(tmp_path / "one").eval()
+    ids = torch.tensor([[2, 7, 9, 3], [2, 5, 3, 0]])
+    mask = ids.ne(0).long()
+    with torch.inference_mode():
+        states = whole(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        found = part(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert len(states) == 3
+    torch.testing.assert_close(found, states[1])
+    text = "good film"
+    assert AutoTokenizer.from_pretrained(tmp_path / "one")(text) == AutoTokenizer.from_pretrained(tiny_base)(text)
+
+
+def test_more_layers_than_there_are_is_one_line(tiny_base: Path, tmp_path: Path) -> None:
+    done = cut(tiny_base, "9", tmp_path / "nine")
+    assert done.returncode == 1 and "a number from 1 to 2 is needed, got 9" in done.stderr
+    assert not (tmp_path / "nine").exists()
