@@ -443,3 +443,32 @@ def test_a_ray_cluster_gives_the_same(
         assert len(list(Path("other").glob("*.parquet"))) == 2
     finally:
         ray.shutdown()
+
+
+@pytest.mark.faults
+def test_a_node_of_a_ray_cluster_is_lost_and_each_row_is_there_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes beside the head, one of which is killed while it predicts."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        write_inputs(tmp_path / "in", files=40, rows=400)
+        given = words(place, "--executor", "ray", "--address", cluster.address, source="in")
+        run = Run(given, tmp_path / "said.txt")
+        run.wait_for(lambda: len(list(Path("out").glob("*.parquet"))) >= 2, 300)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        assert run.wait(400) == 0, run.text()
+    finally:
+        cluster.shutdown()
+    assert sorted(p.name for p in Path("out").iterdir()) == sorted(p.name for p in Path("in").iterdir())
+    for source in Path("in").iterdir():
+        assert pq.read_table(Path("out") / source.name)["id"].to_pylist() == pq.read_table(source)["id"].to_pylist()
+    again = Run(given[: given.index("--executor")], tmp_path / "again.txt")
+    assert again.wait(200) == 0 and "(40 of them were there)" in again.text()

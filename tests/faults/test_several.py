@@ -1,6 +1,7 @@
 """Several processes that train one model come to what one comes to, and end together."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -195,3 +196,71 @@ def test_two_hosts(place: Path, tmp_path: Path) -> None:
     alike(tmp_path / "run", place / "one")
     assert "4 processes on 2 machines share" in (tmp_path / f"{hosts[0]}.txt").read_text()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["speed"]["nodes"] == 2
+
+
+@pytest.mark.faults
+def test_torchrun_is_asked_to_stop_and_goes_on(place: Path, tmp_path: Path) -> None:
+    """The launcher itself, which passes a signal on to its processes, and ends what it began."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from lightning_lora.cli import main\nfrom lightning_lora.training import saving\n"
+        "from tests.faults.processes import slow_steps\n"
+        "saving.SHARE = 1e9\nslow_steps(100)\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29561"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    given = [*launcher, str(script), *words(place, "run", tmp_path, "--trainer.devices", "2")]
+    with (tmp_path / "out.txt").open("w") as output:
+        process = subprocess.Popen(given, stdout=output, stderr=output, env=environment)
+        state, end = tmp_path / "run" / "checkpoints" / "last.ckpt", time.monotonic() + 120
+        while not state.exists() and process.poll() is None:
+            assert time.monotonic() < end, (tmp_path / "out.txt").read_text()
+            time.sleep(0.01)
+        begun = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(40) != 0
+        assert not psutil.wait_procs(begun, timeout=10)[1]
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "interrupted" and record["interrupted_by"] == "SIGTERM"
+    again = [*launcher, str(ROOT / "main.py"), "fit", "--resume", str(tmp_path / "run")]
+    done = subprocess.run(again, capture_output=True, text=True, check=False, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert 0 < json.loads((tmp_path / "run" / "run.json").read_text())["resumed"][0]["steps"] < 51
+    alike(tmp_path / "run", place / "one")
+
+
+def srun(given: list[str], output: Path, count: int, environment: dict[str, str], **more) -> list[Run]:
+    """The tasks of one machine, as SLURM's srun would start them: it says who they are by its variables alone."""
+    common = {"SLURM_JOB_ID": "21", "SLURM_JOB_NAME": "test", "SLURM_NTASKS": str(count), "SLURM_NNODES": "1"}
+    common |= {"SLURM_NTASKS_PER_NODE": str(count), "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", **environment}
+    return [
+        Run(
+            given,
+            output.with_name(f"{output.name}-{rank}.txt"),
+            environment={**common, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            **more,
+        )
+        for rank in range(count)
+    ]
+
+
+def test_a_scheduler_warns_two_tasks_and_one_of_them_has_the_job_begun_again(place: Path, tmp_path: Path) -> None:
+    called = tmp_path / "called"
+    (tmp_path / "bin").mkdir()
+    for name in ("scontrol", "srun"):
+        stand_in = tmp_path / "bin" / name
+        stand_in.write_text(f"#!/bin/sh\necho {name} $@ >> {called}\n")
+        stand_in.chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    given = words(place, "job", tmp_path, "--trainer.devices", "2")
+    runs = srun(given, tmp_path / "out", 2, environment, hook=slow_steps, argument=50)
+    runs[0].wait_for((tmp_path / "job" / "checkpoints" / "last.ckpt").exists, 120)
+    for run in runs:  # srun passes the signal on to all of its tasks
+        run.signal(signal.SIGUSR1)
+    assert ended(runs, 40) == [128 + signal.SIGUSR1] * 2, runs[0].text()
+    assert called.read_text() == "scontrol requeue 21\n"
+    again = srun(given, tmp_path / "again", 2, {**environment, "SLURM_RESTART_COUNT": "1"})
+    assert ended(again) == [0, 0], again[0].text()
+    assert "going on from" in again[0].text()
+    alike(tmp_path / "job", place / "one")
