@@ -15,6 +15,8 @@ import psutil
 
 from lightning_lora.errors import BusyError, UserError
 
+#: Seconds between two looks at what another process holds.
+POLL_S = 2.0
 #: What the system says when a place cannot take a file; anything else is a fault of the program.
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 _PARTIAL = re.compile(r"\.partial-(?P<host>[\w\-]+)-(?P<pid>\d+)-")

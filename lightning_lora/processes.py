@@ -4,6 +4,7 @@ All of it does nothing, and costs nothing, where there is one process. Imports n
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +79,6 @@ def gathered(value: Any) -> list[Any]:
 
 
 def _met() -> bool:
-    import sys
-
     if "torch" not in sys.modules:
         return False
     import torch.distributed as dist

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import BusyError, UserError
+from lightning_lora.files import POLL_S
 
 #: How often Ray begins a cell again whose node or process was lost.
 RETRIES = 10
-_POLL_S = 2.0
 
 
 def import_ray(address: str | None) -> Any:
@@ -89,7 +89,7 @@ def run_on_ray(
                 try:
                     return train(name)
                 except BusyError:  # what a lost node has begun may still run
-                    time.sleep(_POLL_S)
+                    time.sleep(POLL_S)
 
         remote = ray.remote(**needs, max_retries=RETRIES, retry_exceptions=False)(task)
         begun = {remote.remote(name): name for name in names}

@@ -13,7 +13,7 @@ import torch
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.artifacts.weights import load_weights, weights_labels
 from lightning_lora.commands.configured import ConfiguredRun
-from lightning_lora.commands.shards import is_many
+from lightning_lora.commands.many_files import is_many
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
 from lightning_lora.data.datamodule import make_loader
 from lightning_lora.data.prepare import is_unicode

@@ -30,7 +30,7 @@ from lightning_lora.artifacts.weights import load_weights, weights_labels
 from lightning_lora.commands.children import child_context, end_with_the_parent
 from lightning_lora.commands.cluster import import_ray, ray_cluster
 from lightning_lora.commands.configured import ConfiguredRun
-from lightning_lora.commands.shards import (
+from lightning_lora.commands.many_files import (
     Shard,
     claimed,
     find_files,

@@ -19,11 +19,10 @@ from lightning_lora.ablation.plan import Arm, Cell, Plan, arm_label, trial_cell
 from lightning_lora.ablation.search import FOUND, Found, Range, Trial, read_found, write_found
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.errors import BusyError, UserError
-from lightning_lora.files import locked_folder, write_text
+from lightning_lora.files import POLL_S, locked_folder, write_text
 from lightning_lora.training.pruning import VARIABLE
 
 JOURNAL = "optuna.log"
-_POLL_S = 2.0
 _DIRECTIONS = {True: "maximize", False: "minimize"}
 
 
@@ -68,7 +67,7 @@ class Searcher:
             study = self._study(arm)
             while (state := self._one_trial(study, arm)) != "done":
                 if state == "busy":
-                    time.sleep(_POLL_S)
+                    time.sleep(POLL_S)
             found[arm] = self._found(study, arm)
             self._write(found)
         return found

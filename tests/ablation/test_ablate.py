@@ -17,7 +17,8 @@ import yaml
 
 from lightning_lora.ablation.plan import make_plan
 from lightning_lora.cli import main
-from lightning_lora.commands.ablate import Worker, resolve_cells
+from lightning_lora.commands.ablate import resolve_cells
+from lightning_lora.commands.cells import Worker
 from lightning_lora.commands.report import gather_cells
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule

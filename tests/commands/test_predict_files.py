@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from lightning_lora.cli import main
-from lightning_lora.commands import predict_files, shards
+from lightning_lora.commands import many_files, predict_files
 from tests.conftest import make_rows, write_csv
 from tests.faults.processes import Run, kill_in_rows
 
@@ -142,8 +142,8 @@ def test_each_file_has_the_rows_that_predict_gives_for_it_alone(
 def test_chunks_end_where_they_hold_enough_bytes(tmp_path: Path) -> None:
     table = pa.table({"text": ["x" * 1000] * 5000})
     pq.write_table(table, tmp_path / "wide.parquet")
-    with shards.open_flat(tmp_path / "wide.parquet") as file:
-        pieces = list(shards.read_pieces(file, 4096, 2_000_000))
+    with many_files.open_flat(tmp_path / "wide.parquet") as file:
+        pieces = list(many_files.read_pieces(file, 4096, 2_000_000))
     assert [piece.num_rows for piece in pieces] == [2048, 2048, 904]
     assert pa.concat_tables(pieces) == table
 
