@@ -47,8 +47,11 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "devices": 1,
 }
-#: Commands that run on several devices if asked to.
-SHARED_COMMANDS = frozenset({"fit"})
+#: Commands that run on several devices if asked to: fit by its config too, the others by what is typed alone, as the
+#: machine that trained is not always the one that tests.
+SHARED_COMMANDS = frozenset({"fit", "validate", "test"})
+#: Where they run.
+PLACE_SETTINGS = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 #: Options that belong to one command and not to what is trained; they are left out of ``config.yaml``.
 COMMAND_KEYS = frozenset(
     "config name logs_dir resume run checkpoint before texts input text_column output format "  # noqa: SIM905
@@ -132,9 +135,10 @@ class ConfiguredRun(LightningCLI):
             raise UserError(
                 f"seed_everything: a number from 0 to 2^32 - 1 is needed, got {self.config.seed_everything}"
             )
-        if self.command not in SHARED_COMMANDS:  # whose config may be that of a run on several
-            trainer.devices = trainer.devices[:1] if isinstance(trainer.devices, list) else 1
-            trainer.num_nodes, trainer.strategy = 1, "auto"
+        for name, alone in PLACE_SETTINGS.items():
+            typed = self.command in SHARED_COMMANDS and option_value(words, f"--trainer.{name}") is not None
+            if self.command != "fit" and not typed:  # the config is that of the run
+                setattr(trainer, name, trainer[name][:1] if isinstance(trainer[name], list) else alone)
         if trainer.strategy not in STRATEGIES:
             raise UserError(
                 f"trainer.strategy: '{trainer.strategy}' is not one of {', '.join(STRATEGIES)}; what is trained of an "

@@ -16,7 +16,9 @@ from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import peak_memory_mb
 from lightning_lora.evaluation.intervals import intervals
 from lightning_lora.files import check_writable, write_text
+from lightning_lora.processes import started_to_follow
 from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, print_tables
+from lightning_lora.training.parallel import device_count, end_followers, follow_the_leader
 
 
 def validate(words: list[str]) -> int:
@@ -31,6 +33,31 @@ def test(words: list[str]) -> int:
 
 def _evaluate(command: str, split: str, words: list[str]) -> int:
     cli = ConfiguredRun(command, words)
+    follows = device_count(cli.config.trainer) > 1 and started_to_follow()
+    try:
+        if follows:
+            _follow(cli, command, split)
+        else:
+            _lead(cli, command, split)
+        end_followers(well=not follows)
+    finally:
+        end_followers(well=False)
+    return 0
+
+
+def _follow(cli: ConfiguredRun, command: str, split: str) -> None:
+    """Evaluates as one of several processes that is not their leader, which checks, counts and writes."""
+    follow_the_leader()
+    folder = RunFolder.open(Path(cli.config.run))
+    cli.build(folder)
+    cli.datamodule.setup(command)
+    if cli.config.get("before"):
+        _run_pass(cli, command, split, cli.make_trainer(None))
+    load_weights(cli.model, folder.checkpoint(cli.config.checkpoint))
+    _run_pass(cli, command, split, cli.trainer)
+
+
+def _lead(cli: ConfiguredRun, command: str, split: str) -> None:
     folder = RunFolder.open(Path(cli.config.run))
     path = folder.checkpoint(cli.config.checkpoint)
     cli.steps_done = trained_steps(path)
@@ -43,7 +70,7 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
     name = folder.new_evaluation(split)
     evaluation: dict[str, Any] = {
         "measured": now(),
-        "command": shlex.join(["python", "main.py", command, *words]),
+        "command": shlex.join(["python", "main.py", command, *cli.words]),
         "checkpoint": str(path),
         "fingerprint": rows.fingerprint(),
     }
@@ -73,7 +100,6 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
     print(f"\nrun folder:    {folder.path} (this table: {name}.md, every row: predictions/{file.name})")
     print(f"curves:        tensorboard --logdir {folder.path.parent}")
     print(f"your own text: python main.py predict --run {folder.path} 'What a film!'")
-    return 0
 
 
 def refuse_trained_rows(texts: Sequence[str], folder: RunFolder, seen: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -89,6 +90,30 @@ def test_several_processes_come_to_what_one_comes_to(place: Path, tmp_path: Path
     assert not any("run folder" in text for text in said[1:])
     speed = json.loads((tmp_path / "run" / "run.json").read_text())["speed"]
     assert (speed["processes"], speed["nodes"]) == (count, 1)
+
+
+def test_several_processes_test_as_one_does(place: Path, tmp_path: Path) -> None:
+    """Each row is counted once, also where the last batch cannot be divided, before and after training."""
+    evaluated = []
+    for name, more in (("one", ()), ("three", ("--trainer.devices", "3"))):
+        shutil.copytree(place / "one", tmp_path / name)
+        for command in ("test", "validate"):
+            run = Run([command, "--run", str(tmp_path / name), *more], tmp_path / f"{name}-{command}.txt")
+            assert run.wait() == 0, run.text()
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        files = [pq.read_table(tmp_path / name / "predictions" / f"{f}.parquet") for f in ("test", "val-best")]
+        evaluated.append((record["evaluations"], files))
+    (one, tables), (three, others) = evaluated
+    assert one.keys() == three.keys() == {"test", "val"}
+    for split in one:
+        for when in ("before", "after") if split == "test" else ("after",):
+            assert one[split][when] == pytest.approx(three[split][when], abs=1e-5)
+        assert one[split]["rows"] == three[split]["rows"] and one[split]["rows"] % 3
+    for table, other in zip(tables, others, strict=True):
+        for column in table.column_names:
+            values = table[column].to_pylist()
+            near = isinstance(values[0], float)
+            assert values == (pytest.approx(other[column].to_pylist(), abs=1e-5) if near else other[column].to_pylist())
 
 
 def stop_trial(place: Path, logs: Path, number: int) -> None:
