@@ -214,7 +214,11 @@ def make_plan(content: Mapping[str, Any], path: Path, small: bool = False) -> Pl
             content = {**content, "search": {**content["search"], "trials": change["trials"]}}
         axes = [_fewer(axis, (change.get("axes") or {}).get(axis.name), fail) for axis in axes]
     _check_seeds(seeds, fail)
-    if taken := {key for axis in axes for change in axis.values.values() for key in change} & set(settings):
+    varied = {key for axis in axes for change in axis.values.values() for key in change}
+    for key in sorted(varied | set(settings)):
+        if inner := next((other for other in sorted(varied | set(settings)) if other.startswith(f"{key}.")), None):
+            raise fail(f"{key} and {inner} are both given: one is a part of the other; give the parts")
+    if taken := varied & set(settings):
         raise fail(f"settings: {sorted(taken)[0]} is varied by an axis")
     base = content.get("base")
     compared = [axis for axis in axes if not axis.chosen]
@@ -292,6 +296,8 @@ def _axis(name: str, described: Any, fail: Any) -> Axis:
     if len(set(lengths.values())) > 1:
         raise fail(f"axes.{name}: settings that change together need as many values each, got {lengths}")
     first = next(iter(content.values()))
+    if not isinstance(names, list | None):
+        raise fail(f"axes.{name}.names: a list of words is needed, got {names}")
     words = [str(word) for word in (names if names is not None else first)]
     if len(words) != len(first) or len(set(words)) < len(words):
         raise fail(f"axes.{name}: each value needs a name of its own, got {words}")

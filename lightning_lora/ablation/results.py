@@ -86,7 +86,8 @@ class ArmResult:
         cells: Of the chosen variant, one a seed.
         val: The metric on validation rows; None where no seed has finished.
         test: The metric on test rows; None where they were not looked at.
-        split: What all arms are compared on: "test" where every chosen cell was tested, else "val".
+        split: What all arms are compared on: "test" where the baseline and every arm that is complete were tested,
+            else "val".
         against: Against the baseline, on the rows of the split.
         seeds: Seeds that ``against`` is over.
     """
@@ -157,8 +158,10 @@ def compare_arms(plan: Plan, cells: Sequence[CellResult]) -> list[ArmResult]:
     """The arms in the plan's order: each with its best variant by validation, then held against the baseline."""
     arms = {arm: _best_variant(plan, arm, [c for c in cells if c.cell.arm == arm]) for arm in plan.arms}
     base = arms[plan.baseline]
-    finished = [cell for result in arms.values() for cell in result.cells if cell.val is not None]
-    split = "test" if finished and all(cell.test is not None for cell in finished) else "val"
+    complete = [result for result in arms.values() if result.complete]
+    # An arm that is not complete is never tested: the others are compared without it.
+    tested = [arm.test is not None and all(cell.test is not None for cell in arm.cells) for arm in complete]
+    split = "test" if base.complete and all(tested) else "val"
     found: dict[Arm, tuple[Difference, list[int]]] = {}
     for arm, result in arms.items():
         if arm != plan.baseline and (paired := _paired(plan, result, base, split)) is not None:
@@ -192,7 +195,7 @@ def _best_variant(plan: Plan, arm: Arm, cells: Sequence[CellResult]) -> ArmResul
         names = list(axis.values)
         if axis.chosen and axis.numbers and len(names) > 1 and dict(best)[axis.name] in (names[0], names[-1]):
             edges.append(f"{axis.name} {dict(best)[axis.name]}")
-    stacked = {split: _stack(plan, own, split)[0] for split in ("val", "test")}
+    stacked = {split: _stack(plan, own, split) for split in ("val", "test")}
     estimates = {split: estimate(values) if values is not None else None for split, values in stacked.items()}
     tried = len(variants)
     if plan.search is not None:
@@ -201,30 +204,30 @@ def _best_variant(plan: Plan, arm: Arm, cells: Sequence[CellResult]) -> ArmResul
     return ArmResult(arm, best, tried, edges, own, estimates["val"], estimates["test"])
 
 
-def _stack(plan: Plan, cells: Sequence[CellResult], split: str) -> tuple[NDArray | None, list[int]]:
-    """Values (seeds, rows) of the cells that have answers of the split, and their seeds."""
+def _stack(plan: Plan, cells: Sequence[CellResult], split: str) -> NDArray | None:
+    """Values (seeds, rows) of the cells that have answers of the split."""
     having = [(c, getattr(c, split)) for c in cells if getattr(c, split) is not None]
     if not having:
-        return None, []
+        return None
     for cell, answers in having[1:]:
         if not np.array_equal(answers.keys, having[0][1].keys):
             raise UserError(f"{cell.cell.name}: its {split} rows are not those of {having[0][0].cell.name}")
-    return np.stack([a.values(plan.metric) for _, a in having]), [c.cell.seed for c, _ in having]
+    return np.stack([a.values(plan.metric) for _, a in having])
 
 
 def _paired(plan: Plan, arm: ArmResult, base: ArmResult, split: str) -> tuple[Difference, list[int]] | None:
-    seeds = [
-        s for s in plan.seeds if s in _stack(plan, arm.cells, split)[1] and s in _stack(plan, base.cells, split)[1]
-    ]
+    """The arm against the baseline over the seeds that both have, each with its own; and these seeds."""
+    one, other = (
+        {c.cell.seed: getattr(c, split) for c in r.cells if getattr(c, split) is not None} for r in (arm, base)
+    )
+    seeds = [seed for seed in plan.seeds if seed in one and seed in other]
     if not seeds:
         return None
-    one, other = (_stack(plan, [c for c in r.cells if c.cell.seed in seeds], split)[0] for r in (arm, base))
-    assert one is not None and other is not None
-    answers = [getattr(r.cells[0], split) for r in (arm, base) if getattr(r.cells[0], split) is not None]
-    if len(answers) == 2 and not np.array_equal(answers[0].keys, answers[1].keys):
+    if any(not np.array_equal(one[seed].keys, other[seed].keys) for seed in seeds):
         # Arms of other data or lengths are still tested on the same texts, or they cannot be paired.
         raise UserError(f"{arm.label}: its {split} rows are not those of the baseline; they cannot be compared")
-    return difference(one, other, plan.margin, plan.higher_is_better), seeds
+    values, base_values = (np.stack([side[seed].values(plan.metric) for seed in seeds]) for side in (one, other))
+    return difference(values, base_values, plan.margin, plan.higher_is_better), seeds
 
 
 def one_class(answers: Answers) -> str:

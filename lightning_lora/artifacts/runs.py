@@ -15,6 +15,7 @@ import re
 import shlex
 import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -216,8 +217,16 @@ def versions() -> dict[str, str]:
 def commit() -> dict[str, Any]:
     """The commit of this code and whether code or configs differed from it; nulls outside a git checkout.
 
+    Asked once a process, early: what is imported stays as it was when the files change. Processes that are forked
+    from one that has imported the code have its answer.
+
     With them a fingerprint of the code that results come from, which a commit that changes a document leaves as it is.
     """
+    return dict(_commit())
+
+
+@cache
+def _commit() -> dict[str, Any]:
     here = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for path in sorted(p for room in _RESULTS_COME_FROM for p in (here / "lightning_lora").glob(room)):

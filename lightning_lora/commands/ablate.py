@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ def run(words: list[str]) -> int:
     if (folder / "config.yaml").exists():
         raise UserError(f"--name: {folder} is the folder of a run; choose another name")
     warned = lint(plan, settings)
-    show_plan(with_found(plan, read_found(folder)), folder, warned)
+    worker = Worker(plan, folder, settings, options.retry_failed)
+    show_plan(with_found(plan, read_found(folder)), folder, warned, worker.stale_cells())
     if options.plan:
         return 0
     asked = {
@@ -61,7 +62,6 @@ def run(words: list[str]) -> int:
         "differences": {arm: [asdict(change) for change in found] for arm, found in warned.items()},
     }
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    worker = Worker(plan, folder, settings, options.retry_failed)
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         if plan.search is not None:
@@ -153,17 +153,37 @@ def what_follows(settings: Mapping[str, Any], named: Sequence[str]) -> dict[str,
     if adapter["rank"] and adapter["alpha"]:
         follows["alpha / rank"] = adapter["alpha"] / adapter["rank"]
     lowered = model["speedups"]["frozen_weights"] == "auto" and settings["trainer"]["precision"] == "bf16-mixed"
-    if not model["quantization"]["bits"] and "model.quantization.bits" not in named:
-        follows["weights of the encoder"] = "bfloat16" if method.frozen_encoder and lowered else "float32"
+    number = "bfloat16" if method.frozen_encoder and lowered else "float32"
+    if "model.quantization.bits" not in named:  # else the axis is about it
+        follows["weights of the encoder"] = number if not model["quantization"]["bits"] else "quantized"
+    follows["the encoder multiplies in"] = multiplies_in(settings)
     if method.frozen_encoder and adapter["rank"]:
         fused = model["speedups"]["fused_lora"] and not model["quantization"]["bits"] and not adapter["dropout"]
         follows["LoRA layers in one step"] = bool(fused)
     return follows
 
 
-def show_plan(plan: Plan, folder: Path, warned: Mapping[str, Sequence[Change]]) -> None:
-    """Prints what will be done, and what a reader would hold against it."""
+def multiplies_in(settings: Mapping[str, Any]) -> str:
+    """The number format of the encoder's matrix products, by all settings of a cell."""
+    quantization, precision = settings["model"]["quantization"], str(settings["trainer"]["precision"])
+    if quantization["bits"] == 8:
+        return "int8"
+    if quantization["bits"] == 4 and quantization["compute_dtype"] != "auto":
+        return str(quantization["compute_dtype"])
+    return {"bf16": "bfloat16", "16": "float16"}.get(precision.partition("-")[0], "float32")
+
+
+def show_plan(plan: Plan, folder: Path, warned: Mapping[str, Sequence[Change]], stale: Collection[str]) -> None:
+    """Prints what will be done, and what a reader would hold against it.
+
+    Args:
+        plan: The plan.
+        folder: The ablation's.
+        warned: In what each arm differs from the baseline.
+        stale: Names of cells that are of something else, and will be trained again.
+    """
     cells = gather_cells(plan, folder) if folder.exists() else []
+    cells = [cell for cell in cells if cell.cell.name not in stale]
     states = [cell.status for cell in cells]
     took = [float(cell.record.get("wall_s", 0)) for cell in cells if cell.status == "finished"]
     left = len(plan.cells) - len(took)
@@ -174,7 +194,7 @@ def show_plan(plan: Plan, folder: Path, warned: Mapping[str, Sequence[Change]]) 
     variants = f" x {plan.tried} variants, the best on validation taken" if plan.tried > 1 else ""
     if plan.search is not None:
         variants = ""
-        how = f"{plan.search.sampler}, seed {plan.seeds[0]}, chosen by validation {plan.metric}"
+        how = f"{plan.search.sampler}, seed {plan.search.seed}, chosen by validation {plan.metric}"
         tried = sum(trial.state != "running" for found in plan.found.values() for trial in found.trials)
         print(
             f"search: {plan.tried} trials of each arm ({how}), over {', '.join(plan.search.space)}; "
@@ -183,6 +203,7 @@ def show_plan(plan: Plan, folder: Path, warned: Mapping[str, Sequence[Change]]) 
     print(
         f"cells: {len(plan.arms)} arms{variants} x {len(plan.seeds)} seeds = {len(plan.cells)}; "
         f"{states.count('finished')} are finished{about}"
+        + (f"; {len(stale)} are of other code, settings or data and will be set aside" if stale else "")
     )
     for arm, found in warned.items():
         print(f"{arm} against {arm_label(plan.baseline)}: {'; '.join(map(str, found)) or 'no difference'}")

@@ -48,13 +48,18 @@ class Worker:
         self.versions = versions()
         self._data: dict[str, dict[str, str]] = {}
 
+    def stale_cells(self) -> dict[str, str]:
+        """Cells that are of something else, by name, and why."""
+        found = {cell.name: self._why_stale(self.cells / cell.name, cell) for cell in self.plan.cells}
+        return {name: why for name, why in found.items() if why is not None}
+
     def set_stale_aside(self) -> None:
         """Sets aside the cells of something else, but for those that another process holds."""
+        stale = self.stale_cells()
         for cell in self.plan.cells:
-            place = self.cells / cell.name
-            if place.exists() and (why := self._why_stale(place, cell)) is not None:
+            if cell.name in stale:
                 with contextlib.suppress(BusyError), locked_folder(self.claim(cell), "held"):
-                    self._set_aside(place, why)
+                    self._set_aside(self.cells / cell.name, stale[cell.name])
 
     def run(self) -> None:
         """Goes through the cells until none is left, waiting for those that another process holds."""

@@ -54,7 +54,7 @@ def child_context() -> Any:
     if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_lora.commands.fit", "lightning_lora.commands.evaluate"])
+    context.set_forkserver_preload(["lightning_lora.commands.preloaded"])
     return context
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,10 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], Plan]:
     path = folder / "ablation.json"
     try:
         asked = json.loads(path.read_text(encoding="utf-8"))
-        plan = make_plan(asked["config"], Path(asked["path"]), asked["small"])
+        config, command = asked["config"], asked["command"]
+        if not isinstance(config, dict) or not isinstance(command, str):
+            raise TypeError("its config is a tree and its command are words")
+        plan = make_plan(config, Path(asked["path"]), asked["small"])
         return asked, with_found(plan, read_found(folder))
     except FileNotFoundError:
         raise UserError(f"report: {folder} is no ablation's folder (no ablation.json in it)") from None
@@ -242,12 +246,14 @@ def count_looks(folder: Path) -> tuple[int, int]:
             cells.append(json.loads(line)["cell"])
         except (ValueError, KeyError, TypeError):  # cut off when there was no room: still a look
             cells.append(line)
-    # A test that a person ran by hand is a look as well.
-    by_hand = 0
-    for record in (folder / "cells").glob("*/run.json"):
-        tests = [n for n in RunFolder(record.parent).read().get("evaluations", {}) if n.startswith("test")]
-        by_hand += max(0, len(tests) - cells.count(record.parent.name))
-    return len(cells) + by_hand, len(set(cells))
+    # A test that a person ran by hand is a look as well, also of a cell that was set aside since (NAME.1).
+    tests: Counter[str] = Counter()
+    for record in [*(folder / "cells").glob("*/run.json"), *(folder / "stale").glob("*/run.json")]:
+        place = record.parent
+        name = place.name if place.parent.name == "cells" else place.name.rpartition(".")[0]
+        tests[name] += sum(n.startswith("test") for n in RunFolder(place).read().get("evaluations", {}))
+    by_hand = sum(max(0, count - cells.count(name)) for name, count in tests.items())
+    return len(cells) + by_hand, len({*cells, *(name for name, count in tests.items() if count)})
 
 
 def read_curves(place: Path) -> dict[str, list[tuple[int, float]]]:

@@ -94,12 +94,20 @@ def answer(report: Report) -> str:
         else:
             named = ", ".join(f"{arm.label} ({arm.against.detectable:.3f})" for arm in arms if arm.against is not None)
             parts.append(f"not told apart from it: {named}; in brackets the difference that 80% would have seen")
-    apart = [arm for arm in report.arms if arm.against is None and arm is not base]
-    if unpaired := [arm for arm in apart if arm.own is not None]:
-        parts.append(f"without a seed in common with it: {_labels(unpaired)}")
-    if missing := [arm for arm in apart if arm.own is None]:
-        parts.append(f"without a finished cell: {_labels(missing)}")
+    parts += _not_compared(report)
     return f"{start}. {'. '.join(part[0].upper() + part[1:] for part in parts)}."
+
+
+def _not_compared(report: Report) -> list[str]:
+    """The arms that could not be held against the baseline, by the reason."""
+    apart = [arm for arm in report.arms if arm.against is None and arm is not report.baseline]
+    missing = [arm for arm in apart if arm.own is None]
+    reasons = {
+        "without a seed in common with it": [arm for arm in apart if arm.own is not None],
+        "not tested, as not all their seeds have finished": [arm for arm in missing if arm.val is not None],
+        "without a finished cell": [arm for arm in missing if arm.val is None],
+    }
+    return [f"{reason}: {_labels(arms)}" for reason, arms in reasons.items() if arms]
 
 
 def _labels(arms: Sequence[ArmResult]) -> str:
@@ -281,7 +289,11 @@ def notes(report: Report) -> list[str]:
     said.append(f"{len(report.cells)} cells, {duration(seconds)} in all")
     if records:
         found_versions = ", ".join(f"{name} {value}" for name, value in records[0]["versions"].items())
-        said.append(f"versions: {found_versions}; code {str(records[0]['code'].get('commit'))[:12]}")
+        commits = dict.fromkeys(
+            f"{str(record['code'].get('commit'))[:12]}{' with changes' * bool(record['code'].get('dirty'))}"
+            for record in records
+        )
+        said.append(f"versions: {found_versions}; code {', '.join(commits)}")
     return said
 
 
@@ -303,12 +315,26 @@ def _cautions(report: Report) -> list[str]:
             if not change["named"]:
                 what = f"{change['key']} ({change['baseline']} -> {change['arm']})"
                 said.append(f"careful: {label} also differs from the baseline in {what}")
+    said += _made_otherwise(report)
     one_sided = [cell for cell in report.cells if cell.status == "finished" and cell.reason]
     if one_sided:
         said.append(f"careful: {len(one_sided)} of {len(report.cells)} cells have learnt one class only")
     odd = [cell for cell in report.cells if cell.status != "finished"]
     if odd:
         said.append(f"{len(odd)} of {len(report.cells)} cells have not finished; the table of cells says why")
+    return said
+
+
+def _made_otherwise(report: Report) -> list[str]:
+    """Cells that were not trained by the same code and versions."""
+    said = []
+    having = [cell for cell in report.cells if cell.status == "finished"]
+    for what, value in (
+        ("by different code", lambda record: record.get("code", {}).get("fingerprint")),
+        ("with different versions", lambda record: record.get("versions")),
+    ):
+        if odd := [cell for cell in having if value(cell.record) != value(having[0].record)]:
+            said.append(f"careful: {having[0].cell.name} and {odd[0].cell.name} were trained {what}")
     return said
 
 
@@ -387,7 +413,8 @@ def _html_table(rows: Sequence[Sequence[str]], name: str) -> str:
 
 
 def _why_not(arm: ArmResult) -> str:
-    reasons = [cell.reason or cell.status for cell in arm.cells]
+    cells = sorted(arm.cells, key=lambda cell: cell.status == "finished")  # what is missing first
+    reasons = [cell.reason or cell.status for cell in cells]
     return reasons[0][:160] if reasons else "no cell"
 
 
@@ -425,6 +452,7 @@ def _latex(text: str) -> str:
     text = text.replace("**", "")
     named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
     text = "".join(named.get(sign, f"\\{sign}" if sign in "&%$#_{}" else sign) for sign in text)
+    text = f"{{}}{text}" if text.startswith("[") else text  # else an option of the line before
     return f"\\textbf{{{text}}}" if bold else text
 
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 import yaml
 
+from lightning_lora.ablation.lint import second_differences
 from lightning_lora.ablation.plan import make_plan
 from lightning_lora.cli import main
-from lightning_lora.commands.ablate import resolve_cells
+from lightning_lora.commands.ablate import lint, resolve_cells
 from lightning_lora.commands.cells import Worker
-from lightning_lora.commands.report import gather_cells
+from lightning_lora.commands.report import count_looks, gather_cells
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.training.module import TextClassifier
@@ -146,6 +147,9 @@ def test_a_cell_of_something_else_is_set_aside_and_not_mixed_in(done, place, tmp
     content = yaml.safe_load((place / "rank.yaml").read_text())
     plan = make_plan(content, place / "rank.yaml")
     settings = resolve_cells(plan, [])
+    words = ["ablate", "--config", str(place / "rank.yaml"), "--logs_dir", str(tmp_path), "--plan"]
+    assert main(words) == 0
+    assert "3 are finished" in (said := capsys.readouterr().out) and "; 1 are of other code, settings or data" in said
     Worker(plan, tmp_path / "ablation-rank", settings, False).set_stale_aside()
     aside = tmp_path / "ablation-rank" / "stale" / "rank-2__seed-1.1"
     reason = {"code": "the code has changed", "versions": "version of torch", "data": "the data has changed"}
@@ -179,6 +183,32 @@ def test_a_test_by_hand_counts_as_a_look_and_another_checkpoint_is_no_answer(don
     assert main(["report", str(copy)]) == 0
     report = (copy / "report.md").read_text()
     assert "looked at 5 times, for 4 cells" in report and "careful: compared on the validation rows" in report
+    # It is set aside, with both looks, and another is trained in its place.
+    (copy / "stale").mkdir()
+    shutil.copytree(copy / "cells" / "rank-2__seed-1", copy / "stale" / "rank-2__seed-1.1")
+    del record["evaluations"]["test"], record["evaluations"]["test-2"]
+    (copy / "cells" / "rank-2__seed-1" / "run.json").write_text(json.dumps(record))
+    assert count_looks(copy) == (5, 4)
+
+
+@pytest.mark.parametrize("change", [{"config": ["rank"]}, {"command": None}, {"path": 3}])
+def test_a_damaged_plan_is_one_line(done: Path, tmp_path: Path, change: dict, capsys) -> None:
+    copy = Path(shutil.copytree(done, tmp_path / "ablation-rank"))
+    asked = json.loads((copy / "ablation.json").read_text())
+    (copy / "ablation.json").write_text(json.dumps({**asked, **change}))
+    assert main(["report", str(copy)]) == 2
+    assert f"error: {copy / 'ablation.json'}: cannot be read" in capsys.readouterr().err
+
+
+def test_a_quantized_arm_is_told_to_multiply_in_another_format(place: Path) -> None:
+    content = yaml.safe_load((place / "rank.yaml").read_text())
+    content["axes"] = {"bits": {"names": ["none", "8", "4"], "model.quantization.bits": [None, 8, 4]}}
+    content["baseline"] = {"bits": "none"}
+    found = lint(plan := make_plan(content, place / "rank.yaml"), resolve_cells(plan, []))
+    told = {arm: [str(change) for change in second_differences(changes)] for arm, changes in found.items()}
+    assert "the encoder multiplies in: float32 -> int8" in told["8"]
+    assert not any("multiplies" in change for change in told["4"])
+    assert not any("weights of the encoder" in change for each in told.values() for change in each)
 
 
 def test_a_cell_that_fails_is_a_row_with_its_reason(place: Path, tmp_path: Path) -> None:

@@ -66,6 +66,12 @@ def test_the_small_size_has_fewer_values_seeds_and_rows() -> None:
         ({"metric": "test_accuracy"}, "is none of accuracy, loss"),
         ({"margin": 0}, "between 0 and 1"),
         ({"settings": {"model.adapter.rank": 4}}, "is varied by an axis"),
+        ({"settings": {"model": 5}}, "model and model.adapter.* are both given"),
+        ({"axes": {"r": {"a": [1, 2], "names": 5}}}, "names: a list of words is needed, got 5"),
+        (
+            {"axes": {"r": {"m.a": [1, 2]}, "s": {"names": ["x", "y"], "m": [{"a": 1}, {"a": 2}]}}, "baseline": {}},
+            "m and m.a are both given",
+        ),
         ({"axes": {"r": {"a": list(range(20_000))}}, "baseline": {}}, "at most 10,000"),
         (
             {"axes": {**GOOD["axes"], "b": {"names": ["x"], "chosen": True, "a": {"rank": {"2": [1]}}}}},

@@ -1,5 +1,6 @@
 """Arms put together from cells whose answers are written down here."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from lightning_lora.ablation.lint import changes, second_differences
 from lightning_lora.ablation.plan import make_plan
 from lightning_lora.ablation.results import Answers, CellResult, compare_arms, one_class
 from lightning_lora.errors import UserError
+from lightning_lora.evaluation.significance import difference
 
 KEYS = np.array([f"k{i:03}" for i in range(200)])
 LABELS = np.arange(200) % 2
@@ -80,6 +82,70 @@ def test_other_rows_are_never_paired() -> None:
     found[1] = CellResult(found[1].cell, "finished", "", {}, odd, None)
     with pytest.raises(UserError, match="rows are not those"):
         compare_arms(PLAN, found)
+
+
+def test_each_seed_is_paired_with_itself_in_whatever_order_the_cells_come() -> None:
+    found = cells(VAL, test={"2": 0.62, "8": 0.8})
+    for cell in found:  # a seed of its own kind: seeds that are exchanged would show
+        assert cell.test is not None
+        shift = np.roll(cell.test.logits, 40 * cell.cell.seed, axis=0)
+        found[found.index(cell)] = replace(cell, test=replace(cell.test, logits=shift))
+    straight, turned = (compare_arms(PLAN, given)[0].against for given in (found, found[:9] + found[9:][::-1]))
+    mixed = compare_arms(PLAN, [*found[::2], *found[1::2]])[0].against
+    assert straight == turned == mixed
+    expected = difference(*(np.stack([c.test.right for c in compare_arms(PLAN, found)[i].cells]) for i in (0, 1)), 0.01)
+    assert straight is not None and straight.per_seed == expected.per_seed and straight.p == expected.p
+
+
+def test_rows_are_looked_at_also_where_the_first_seed_is_lost() -> None:
+    everywhere = {("2", rate, 1) for rate in ("0.0001", "0.001", "0.01")}
+    found = [
+        replace(c, val=answers(0.6, 1, np.array([f"x{i:03}" for i in range(200)])))
+        if c.val is not None and dict(c.cell.arm)["rank"] == "2"
+        else c
+        for c in cells(VAL, lost=everywhere)
+    ]
+    with pytest.raises(UserError, match="rows are not those of the baseline"):
+        compare_arms(PLAN, found)
+
+
+def test_an_arm_that_lost_a_seed_leaves_the_others_compared_on_test_rows() -> None:
+    from lightning_lora.reports.ablation import Report, answer, table
+
+    three = make_plan({**CONTENT, "axes": {"rank": {"model.adapter.rank": [2, 4, 8]}}}, Path("a.yaml"))
+    found = []
+    for cell in three.cells:
+        rank = dict(cell.arm)["rank"]
+        if rank == "4" and cell.seed == 2:
+            found.append(CellResult(cell, "failed", "diverged", {}, None, None))
+            continue
+        test = None if rank == "4" else answers({"2": 0.6, "8": 0.8}[rank], cell.seed)
+        found.append(CellResult(cell, "finished", "", {}, answers(0.7, cell.seed), test, ["a", "b"]))
+    arms = compare_arms(three, found)
+    two, four, _ = arms
+    assert {arm.split for arm in arms} == {"test"}
+    assert two.against is not None and two.against.estimate.mean == pytest.approx(-0.2)
+    assert four.against is None and four.own is None
+    report = Report("a", three, "ablate", arms, found, (6, 6), {}, {})
+    assert "Not tested, as not all their seeds have finished: 4" in answer(report)
+    assert "diverged" in table(report)[2]
+
+
+def test_cells_of_other_code_or_versions_are_told_of() -> None:
+    from lightning_lora.reports.ablation import Report, notes
+
+    found = cells(VAL)
+    same = {"code": {"fingerprint": "a", "commit": "c" * 40, "dirty": False}, "versions": {"torch": "2"}}
+    same["machine"] = {"cores": 2, "processor": "one"}
+    found = [replace(c, record=same) for c in found]
+    said = "\n".join(notes(Report("a", PLAN, "ablate", compare_arms(PLAN, found), found, (0, 0), {}, {})))
+    assert "were trained" not in said and f"code {'c' * 12}" in said
+    found[3] = replace(found[3], record={**same, "code": {"fingerprint": "b", "commit": "d" * 40, "dirty": True}})
+    found[4] = replace(found[4], record={**same, "versions": {"torch": "3"}})
+    said = "\n".join(notes(Report("a", PLAN, "ablate", compare_arms(PLAN, found), found, (0, 0), {}, {})))
+    assert f"and {found[3].cell.name} were trained by different code" in said
+    assert f"and {found[4].cell.name} were trained with different versions" in said
+    assert f"{'d' * 12} with changes" in said
 
 
 def test_one_class_is_told() -> None:
