@@ -260,8 +260,8 @@ def notes(report: Report) -> list[str]:
         f"command: {report.command}",
         *(report.remarks or [chosen]),
         f"Test rows were looked at {looks} times, for {cells} cells.",
-        f"Intervals and p-values are over seeds and {report.split} rows together; p-values are corrected for the "
-        "number of arms (Holm), intervals and equivalence are of each arm by itself. 'Could have seen' is the smallest "
+        f"Intervals and p-values are over seeds and {report.split} rows together; p-values, also those behind "
+        "'equivalent', are corrected for the number of arms (Holm), intervals are of each arm by itself. 'Could have seen' is the smallest "
         "true difference that 80% of such experiments would find; 'seeds to settle' is how many seeds would find one "
         "as large as was seen ('more rows': over a thousand); both for a single comparison.",
         "All seeds learn from the same choice of rows (data.split_seed) and are tested on the same: what another "
