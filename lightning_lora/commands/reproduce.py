@@ -215,8 +215,12 @@ def _entry(name: str, described: Any, path: Path) -> Entry:
 
 
 def _key(entry: Entry, given: Mapping[str, Path]) -> str:
-    """Of all that the runs depend on but the data's content, which their records hold."""
-    data = {name: str(given[name].resolve()) for name in entry.data}
+    """Of all that the runs depend on; of the data the place, and sizes and times of its files."""
+    data = {}
+    for name in entry.data:
+        files = [given[name]] if given[name].is_file() else sorted(p for p in given[name].rglob("*") if p.is_file())
+        stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        data[name] = [str(given[name].resolve()), stamps]
     state = json.dumps([entry.commands, data, commit()["fingerprint"], versions()], sort_keys=True)
     return hashlib.sha256(state.encode()).hexdigest()[:8]
 

@@ -178,3 +178,12 @@ def test_the_projects_own_list_holds_the_figures_of_the_readme() -> None:
             assert f"{figure.stored:,}" in README, figure
     (smoke,) = reproduce.read_list(reproduce.FROZEN, "smoke", None)
     assert smoke.figures and not smoke.data
+
+
+def test_other_data_at_the_same_place_is_another_state(tmp_path: Path) -> None:
+    entry = reproduce.Entry("table", "", {"rows": "a folder"}, [["fit"]], [])
+    (tmp_path / "train.csv").write_text("text,label\nfine,pos\n")
+    before = reproduce._key(entry, {"rows": tmp_path})
+    assert reproduce._key(entry, {"rows": tmp_path}) == before
+    (tmp_path / "train.csv").write_text("text,label\nfine,pos\ndull,neg\n")
+    assert reproduce._key(entry, {"rows": tmp_path}) != before
