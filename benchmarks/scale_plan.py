@@ -116,8 +116,7 @@ def main() -> None:
                 rows[0] += [*parts, "an epoch", "longest part", "shards, GB", "index, GB a process"]
             # Batches are made in the process that trains, between its steps, and not beside them.
             whole = max(parts["computing"] + parts["gradients"] + parts["batches"], parts["reading shards"])
-            once = {name: seconds for name, seconds in parts.items() if name != "gradients"}
-            first = max(once, key=lambda name: once[name])
+            first = max(parts, key=lambda name: parts[name])
             shown = [duration(seconds) for seconds in parts.values()]
             sizes = [f"{texts * size / 1e9:,.1f}" for size in (rates.shard_bytes, rates.index_bytes)]
             rows.append([f"{texts:,}", str(gpus), *shown, duration(whole), first, *sizes])

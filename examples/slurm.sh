@@ -13,7 +13,8 @@
 
 source .venv/bin/activate
 # srun begins one process a GPU; Lightning takes their number and addresses from SLURM.
-srun --kill-on-bad-exit=1 python main.py fit \
-  --config configs/experiment/ag_news_roberta.yaml \
+# It no longer takes the cores from above by itself (since 22.05), and ends all when one of them has refused.
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 python main.py fit \
+  --config configs/experiment/imdb_10k.yaml --data.batch_size 256 \
   --name "reviews-$SLURM_JOB_ID" \
   --trainer.accelerator gpu --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"

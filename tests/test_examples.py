@@ -1,11 +1,15 @@
 """The scripts in ``examples/`` that no other test runs."""
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoTokenizer
+
+from lightning_lora.commands.configured import ConfiguredRun
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "first_layers.py"
 
@@ -33,3 +37,16 @@ def test_more_layers_than_there_are_is_one_line(tiny_base: Path, tmp_path: Path)
     done = cut(tiny_base, "9", tmp_path / "nine")
     assert done.returncode == 1 and "a number from 1 to 2 is needed, got 9" in done.stderr
     assert not (tmp_path / "nine").exists()
+
+
+def test_the_job_of_slurm_is_a_command_that_fit_understands(monkeypatch) -> None:
+    monkeypatch.chdir(SCRIPT.parents[1])
+    script = (SCRIPT.parent / "slurm.sh").read_text().replace("\\\n", " ")
+    asked = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", script))
+    for name, value in {"NNODES": asked["nodes"], "NTASKS_PER_NODE": asked["ntasks-per-node"], "JOB_ID": "7"}.items():
+        script = script.replace(f"$SLURM_{name}", value)
+    (line,) = (line for line in script.splitlines() if line.startswith("srun "))
+    words = shlex.split(line)
+    run = ConfiguredRun("fit", words[words.index("fit") + 1 :])
+    assert (int(run.config.trainer.num_nodes), int(run.config.trainer.devices)) == (2, 4)
+    assert run.config.data.batch_size >= 8 and run.config.name == "reviews-7"

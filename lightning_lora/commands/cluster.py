@@ -5,6 +5,7 @@ nodes must see the ablation's folder and the data at the same paths. A cell whos
 from its last state.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,7 +49,8 @@ def ray_cluster(address: str | None) -> Iterator[Any]:
     started = not ray.is_initialized()
     if started:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+            # "local", as without an address Ray would join any cluster that it finds.
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             said = " ".join(str(error).split())[:200]
             raise UserError(f"--address: no Ray cluster at '{address}' ({said})") from error
@@ -110,6 +112,8 @@ def check_room(nodes: Sequence[Mapping[str, Any]], needs: Mapping[str, float]) -
     Raises:
         UserError: As said.
     """
+    if not all(0 <= count < math.inf for count in needs.values()):
+        raise UserError(f"--cell_cpus, --cell_gpus: numbers from 0 on are needed, got {[*needs.values()]}")
     having = {"num_cpus": "CPU", "num_gpus": "GPU"}
     alive = [node.get("Resources", {}) for node in nodes if node.get("Alive")]
     if not any(all(node.get(having[key], 0) >= count for key, count in needs.items()) for node in alive):

@@ -136,8 +136,11 @@ class ConfiguredRun(LightningCLI):
                 f"seed_everything: a number from 0 to 2^32 - 1 is needed, got {self.config.seed_everything}"
             )
         for name, alone in PLACE_SETTINGS.items():
-            typed = self.command in SHARED_COMMANDS and option_value(words, f"--trainer.{name}") is not None
-            if self.command != "fit" and not typed:  # the config is that of the run
+            typed = option_value(words, f"--trainer.{name}")
+            if typed not in (None, str(alone)) and self.command not in SHARED_COMMANDS:
+                more = "; --workers shares many files" if self.command == "predict" else ""
+                raise UserError(f"--trainer.{name}: {self.command} runs on one device{more}")
+            if self.command != "fit" and typed is None:  # the config is that of the run
                 setattr(trainer, name, trainer[name][:1] if isinstance(trainer[name], list) else alone)
         if trainer.strategy not in STRATEGIES:
             raise UserError(

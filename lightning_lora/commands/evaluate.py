@@ -39,7 +39,7 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
             _follow(cli, command, split)
         else:
             _lead(cli, command, split)
-        end_followers(well=not follows)
+        end_followers(well=True)
     finally:
         end_followers(well=False)
     return 0

@@ -102,11 +102,12 @@ def follow(cli: ConfiguredRun) -> None:
             else:
                 cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
                 cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)
+        end_followers(well=True)  # of this machine
     except Interrupted:
         time.sleep(PATIENCE_S)  # launchers end all once one has ended: the leader has a record to write
         raise
     finally:
-        end_followers(well=False)  # of this machine
+        end_followers(well=False)
 
 
 def locked(folder: RunFolder) -> AbstractContextManager[None]:

@@ -46,8 +46,10 @@ class Shard:
     stamp: Mapping[str, Any]
 
 
-def find_files(given: str) -> list[Path]:
+def find_files(given: str, output: Path) -> list[Path]:
     """The Parquet files of a folder (not of those in it), or of a pattern such as ``in/*.parquet``; sorted by name.
+
+    What lies in the output folder is none of a pattern's: such as ``data/*/*.parquet`` into ``data/labels``.
 
     Raises:
         UserError: There are none, or some that are no Parquet files.
@@ -59,7 +61,8 @@ def find_files(given: str) -> list[Path]:
             there = ", ".join(sorted(path.name for path in place.iterdir())[:5]) or "nothing"
             raise UserError(f"--input: no .parquet files in {place} (it holds {there})")
         return sorted(files)
-    files = [Path(name) for name in glob.glob(str(place), recursive=True)]  # noqa: PTH207  # Path has no absolute one
+    matching = [Path(name) for name in glob.glob(str(place), recursive=True)]  # noqa: PTH207  # Path has no absolute one
+    files = [path for path in matching if path.resolve().parent != output.resolve()]
     if not files:
         raise UserError(f"--input: no file matches '{given}'")
     for path in files:
@@ -218,7 +221,7 @@ def claimed(shard: Shard, wait: bool = False) -> Iterator[None]:
                 claim.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked_folder(claim, None if wait else "held"))
                 break
-            except FileNotFoundError:  # the process that held it has finished just now, and removed it
+            except (FileNotFoundError, FileExistsError):  # who held it has finished just now, and removed it
                 continue
         yield
         # While it is held, and only now that the output is there: who gets hold of it later looks for that first.

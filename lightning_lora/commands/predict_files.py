@@ -136,7 +136,7 @@ def plan_job(cli: ConfiguredRun) -> Job:
     text_columns = [columns] if isinstance(columns, str) else list(columns)
     checkpoint = RunFolder.open(Path(config.run)).checkpoint(config.checkpoint)
     labels = list(weights_labels(checkpoint))
-    files = find_files(config.input)
+    files = find_files(config.input, Path(config.output))
     new = new_columns(labels).names
     settings = cli.settings()
     kept = {f"data.{name}": settings["data"][name] for name in DATA_SETTINGS}
@@ -458,8 +458,12 @@ def predict_by_ray(ray: Any, job: Job, shards: list[Shard], advance: Advance, wo
     context.execution_no_progress_timeout_s = -1  # none: a file may take hours
     cluster = ray.cluster_resources()
     gpus = int(cluster.get("GPU", 0)) if ConfiguredRun("predict", job.words).config.trainer.accelerator != "cpu" else 0
-    most = min(workers or math.inf, len(shards), gpus or int(cluster["CPU"]))
-    files = ray.data.from_items([{"index": job.shards.index(s)} for s in shards], override_num_blocks=len(shards))
+    places = gpus or int(cluster.get("CPU", 0))
+    if not places:
+        raise UserError("--executor ray: no node of the cluster has a CPU to give")
+    most = min(workers or math.inf, len(shards), places)
+    numbers = {shard.output: number for number, shard in enumerate(job.shards)}
+    files = ray.data.from_items([{"index": numbers[s.output]} for s in shards], override_num_blocks=len(shards))
     results = files.map(
         RayPredictor,
         fn_constructor_args=(job, str(Path.cwd())),

@@ -17,6 +17,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -386,6 +387,10 @@ def make_shards(pieces: Sequence[Piece], job: Job) -> tuple[list[Shard], bool]:
                     for piece in missing:
                         make_shard(piece, job, advance)
             return [Shard.open(entry) for entry in entries], False
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that tokenizes was ended from outside (is memory short?); the same command goes on with the rest"
+        ) from None
     except OSError as error:
         raise UserError(
             f"data.cache_dir: cannot write {job.folder} ({error.strerror or error}); set another folder"
@@ -445,8 +450,6 @@ def _encoder(rules: str) -> Any:
 
 
 def _tables(piece: Piece, job: Job) -> Iterator[Table]:
-    import pyarrow as pa
-
     columns = list(dict.fromkeys([*job.text_columns, job.label_column]))
     row = piece.before + 1
     with _opened(piece.origin, columns) as (file, version):
@@ -457,7 +460,7 @@ def _tables(piece: Piece, job: Job) -> Iterator[Table]:
             while True:
                 try:
                     batch = next(batches, None)
-                except (pa.ArrowException, OSError) as error:
+                except Exception as error:  # of Arrow, or of whatever the filesystem is made by
                     raise UserError(f"{piece.origin}, row {row} or after: damaged ({first_line(error)})") from error
                 if batch is None:
                     break

@@ -368,6 +368,7 @@ def prepare_wrong(kind: str) -> None:
         ("good", ["--input", "in", "--output", "out", "--address", "x"], "--address: only --executor ray has one"),
         ("good", ["--input", "in/a.parquet", "--workers", "2"], "--workers: only for many input files"),
         ("good", ["a text", "--executor", "ray"], "--executor: only for many input files"),
+        ("good", ["a text", "--trainer.devices", "2"], "predict runs on one device; --workers shares many files"),
     ],
 )
 def test_wrong_words_are_one_line(
@@ -404,6 +405,29 @@ def peak(count: int) -> None:
         return status
 
     predict_files.run_files = measured
+
+
+def test_a_pattern_leaves_its_own_output_out(place: Path, capsys: pytest.CaptureFixture) -> None:
+    Path("data").mkdir()
+    write_inputs(Path("data/in"), files=2, rows=4)
+    for there in ("", "(2 of them were there)"):
+        assert main(words(place, source="data/*/*.parquet", output="data/labels")) == 0
+        said = capsys.readouterr().err
+        assert "8 rows in 2 files in data/labels" in said and there in said
+
+
+def test_a_claim_that_is_removed_while_it_is_made_is_made_again(tmp_path: Path, monkeypatch) -> None:
+    mkdir, failing = Path.mkdir, [FileExistsError(), FileNotFoundError()]
+
+    def interrupted(self: Path, *args: Any, **more: Any) -> None:
+        if self.name == "a.parquet" and failing:
+            raise failing.pop()
+        mkdir(self, *args, **more)
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    shard = many_files.Shard(tmp_path / "in.parquet", tmp_path / "a.parquet", 1, {})
+    with many_files.claimed(shard):
+        assert not failing
 
 
 @pytest.mark.slow

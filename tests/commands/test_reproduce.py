@@ -11,7 +11,8 @@ from lightning_lora.commands import reproduce
 from lightning_lora.reports.reproduction import Compared, Figure, look_up, summary, table
 from tests.conftest import make_rows, write_csv
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 PATHS = (
     "costs.trainable_params",
     "evaluations.test.after.accuracy",
@@ -170,8 +171,14 @@ def test_figures_are_found_by_keys_that_hold_dots_and_strokes() -> None:
 
 def test_the_projects_own_list_holds_the_figures_of_the_readme() -> None:
     entries = reproduce.read_list(reproduce.FROZEN, "tables", None)
-    assert {entry.name for entry in entries} == {"quickstart", "ag_news_arms", "imdb_arms"}
-    for figure in (figure for entry in entries for figure in entry.figures):
+    ablations = {"ag_news_rank": "ag_news_rank", "ag_news_methods": "ag_news_arms"}
+    assert {entry.name for entry in entries} == {"quickstart", "ag_news_arms", "imdb_arms", *ablations}
+    for entry in (entry for entry in entries if entry.name in ablations):
+        report = (ROOT / "docs" / "ablations" / f"{ablations[entry.name]}.md").read_text()
+        for figure in entry.figures:
+            if "evaluations" in figure.path:
+                assert f"| {figure.stored:.4f} |" in report, figure
+    for figure in (figure for entry in entries if entry.name not in ablations for figure in entry.figures):
         if "evaluations" in figure.path and "majority" not in figure.path:
             assert f"{figure.stored:.4f}" in README, figure
         if figure.path == "costs.trainable_params" and figure.stored:

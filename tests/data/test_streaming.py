@@ -1,6 +1,8 @@
 """A streamed train split against the same files held in memory."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -300,3 +302,16 @@ def test_fit_test_and_sample_from_the_command_line(folder: Path, tiny_base: Path
     changed = source | {"train": f"{folder}/train-0.parquet", "test": str(folder / "train-1.parquet")}
     assert main(["test", "--run", "logs/run", "--data.source", json.dumps(changed)]) == 2
     assert "50 of the 50 rows to evaluate are rows that logs/run was trained" in capsys.readouterr().err
+
+
+def _die(piece: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_tokenizing_process_that_is_killed_is_one_line(module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "worker_count", lambda pieces: 2)
+    monkeypatch.setattr(streaming, "_make_in_worker", _die)
+    with pytest.raises(UserError, match="was ended from outside"):
+        batches(module())
+    monkeypatch.undo()
+    assert batches(module())
