@@ -1,26 +1,22 @@
 """The scripts in ``examples/`` that no other test runs."""
 
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
 from lightning_lora.commands.configured import ConfiguredRun
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "first_layers.py"
-
-
-def cut(base: Path, layers: str, folder: Path) -> subprocess.CompletedProcess:
-    words = [sys.executable, str(SCRIPT), str(base), layers, str(folder)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+EXAMPLES = Path(__file__).parents[1] / "examples"
+write_first_layers = runpy.run_path(str(EXAMPLES / "first_layers.py"))["write_first_layers"]
 
 
 def test_the_first_layers_compute_what_they_computed_in_the_whole(tiny_base: Path, tmp_path: Path) -> None:
-    assert cut(tiny_base, "1", tmp_path / "one").returncode == 0
+    write_first_layers(str(tiny_base), 1, tmp_path / "one")
     whole, part = AutoModel.from_pretrained(tiny_base).eval(), AutoModel.from_pretrained(tmp_path / "one").eval()
     ids = torch.tensor([[2, 7, 9, 3], [2, 5, 3, 0]])
     mask = ids.ne(0).long()
@@ -34,14 +30,14 @@ def test_the_first_layers_compute_what_they_computed_in_the_whole(tiny_base: Pat
 
 
 def test_more_layers_than_there_are_is_one_line(tiny_base: Path, tmp_path: Path) -> None:
-    done = cut(tiny_base, "9", tmp_path / "nine")
-    assert done.returncode == 1 and "a number from 1 to 2 is needed, got 9" in done.stderr
+    with pytest.raises(SystemExit, match="a number from 1 to 2 is needed, got 9"):
+        write_first_layers(str(tiny_base), 9, tmp_path / "nine")
     assert not (tmp_path / "nine").exists()
 
 
 def test_the_job_of_slurm_is_a_command_that_fit_understands(monkeypatch) -> None:
-    monkeypatch.chdir(SCRIPT.parents[1])
-    script = (SCRIPT.parent / "slurm.sh").read_text().replace("\\\n", " ")
+    monkeypatch.chdir(EXAMPLES.parent)
+    script = (EXAMPLES / "slurm.sh").read_text().replace("\\\n", " ")
     asked = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", script))
     for name, value in {"NNODES": asked["nodes"], "NTASKS_PER_NODE": asked["ntasks-per-node"], "JOB_ID": "7"}.items():
         script = script.replace(f"$SLURM_{name}", value)

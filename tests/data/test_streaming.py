@@ -308,6 +308,7 @@ def _die(piece: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_tokenizing_process_that_is_killed_is_one_line(module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streaming, "worker_count", lambda pieces: 2)
     monkeypatch.setattr(streaming, "_make_in_worker", _die)
