@@ -370,7 +370,8 @@ def as_latex(report: Report) -> str:
     rows = [row[:9] for row in table(report)]
     lines = ["% \\usepackage{booktabs}", f"\\begin{{tabular}}{{l{'r' * 7}l}}", "\\toprule"]
     for i, row in enumerate(rows):
-        lines.append(" & ".join(_latex(cell) for cell in row) + r" \\")
+        line = " & ".join(_latex(cell) for cell in row) + r" \\"
+        lines.append(f"{{}}{line}" if line.startswith("[") else line)  # else an option of the line break before
         lines += ["\\midrule"] if i == 0 else []
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 
@@ -452,7 +453,6 @@ def _latex(text: str) -> str:
     text = text.replace("**", "")
     named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
     text = "".join(named.get(sign, f"\\{sign}" if sign in "&%$#_{}" else sign) for sign in text)
-    text = f"{{}}{text}" if text.startswith("[") else text  # else an option of the line before
     return f"\\textbf{{{text}}}" if bold else text
 
 

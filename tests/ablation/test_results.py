@@ -148,6 +148,16 @@ def test_cells_of_other_code_or_versions_are_told_of() -> None:
     assert f"{'d' * 12} with changes" in said
 
 
+def test_a_label_in_brackets_is_no_option_of_latex() -> None:
+    from lightning_lora.reports.ablation import Report, as_latex
+
+    axes = {"layers": {"names": ["[q]", "[q, v]"], "a": [1, 2]}}
+    plan = make_plan({**CONTENT, "axes": axes, "baseline": {"layers": "[q]"}}, Path("a.yaml"))
+    found = [CellResult(c, "finished", "", {}, answers(0.7, c.seed), None, ["a", "b"]) for c in plan.cells]
+    written = as_latex(Report("a", plan, "ablate", compare_arms(plan, found), found, (0, 0), {}, {}))
+    assert "\n{}[q, v] & 3 & 0." in written and "& {}[" not in written
+
+
 def test_one_class_is_told() -> None:
     assert one_class(Answers(KEYS, LABELS, np.tile([1.0, 0.0], (200, 1)))) == "predicts one class only"
     assert one_class(answers(0.9, 0)) == ""
