@@ -176,13 +176,6 @@ def remarks(runs: Sequence[GivenRun]) -> list[str]:
     if last:
         said.append(f"Validation predictions are of the last weights, not of the best ones, in {', '.join(last)}.")
     first = runs[0]
-    for what, value in (
-        ("by different code", lambda run: run.record.get("code", {}).get("fingerprint")),
-        ("with different versions", lambda run: run.record.get("versions")),
-        ("on different machines", lambda run: run.record.get("machine")),
-    ):
-        if odd := next((run.name for run in runs if value(run) != value(first)), None):
-            said.append(f"careful: {first.name} and {odd} were made {what}")
     for run in runs[1:]:
         same = all(run.settings.get(key) == first.settings.get(key) for key in differing(runs) if key[:5] == "data.")
         if same and run.fingerprints.get("train") != first.fingerprints.get("train"):

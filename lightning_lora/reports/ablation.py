@@ -326,15 +326,16 @@ def _cautions(report: Report) -> list[str]:
 
 
 def _made_otherwise(report: Report) -> list[str]:
-    """Cells that were not trained by the same code and versions."""
+    """Cells or runs that were not made by the same code and versions on the same machine."""
     said = []
-    having = [cell for cell in report.cells if cell.status == "finished"]
+    having = [cell.record for cell in report.cells if cell.status == "finished"]
     for what, value in (
         ("by different code", lambda record: record.get("code", {}).get("fingerprint")),
         ("with different versions", lambda record: record.get("versions")),
+        ("on different machines", lambda record: record.get("machine")),
     ):
-        if odd := [cell for cell in having if value(cell.record) != value(having[0].record)]:
-            said.append(f"careful: {having[0].cell.name} and {odd[0].cell.name} were trained {what}")
+        if odd := [record for record in having if value(record) != value(having[0])]:
+            said.append(f"careful: {having[0].get('name')} and {odd[0].get('name')} were made {what}")
     return said
 
 

@@ -137,14 +137,16 @@ def test_cells_of_other_code_or_versions_are_told_of() -> None:
     found = cells(VAL)
     same = {"code": {"fingerprint": "a", "commit": "c" * 40, "dirty": False}, "versions": {"torch": "2"}}
     same["machine"] = {"cores": 2, "processor": "one"}
-    found = [replace(c, record=same) for c in found]
+    found = [replace(c, record={**same, "name": c.cell.name}) for c in found]
     said = "\n".join(notes(Report("a", PLAN, "ablate", compare_arms(PLAN, found), found, (0, 0), {}, {})))
-    assert "were trained" not in said and f"code {'c' * 12}" in said
-    found[3] = replace(found[3], record={**same, "code": {"fingerprint": "b", "commit": "d" * 40, "dirty": True}})
-    found[4] = replace(found[4], record={**same, "versions": {"torch": "3"}})
+    assert "were made" not in said and f"code {'c' * 12}" in said
+    found[3] = replace(
+        found[3], record={**found[3].record, "code": {"fingerprint": "b", "commit": "d" * 40, "dirty": True}}
+    )
+    found[4] = replace(found[4], record={**found[4].record, "versions": {"torch": "3"}})
     said = "\n".join(notes(Report("a", PLAN, "ablate", compare_arms(PLAN, found), found, (0, 0), {}, {})))
-    assert f"and {found[3].cell.name} were trained by different code" in said
-    assert f"and {found[4].cell.name} were trained with different versions" in said
+    assert f"and {found[3].cell.name} were made by different code" in said
+    assert f"and {found[4].cell.name} were made with different versions" in said
     assert f"{'d' * 12} with changes" in said
 
 

@@ -30,8 +30,9 @@ def make_run(place: Path, seed: int, right: dict[str, int], **change: Any) -> Pa
     (place / "predictions").mkdir(parents=True)
     (place / "config.yaml").write_text("{}")
     record = {
-        "format": 1, "status": status, "seed": seed, "config": config, "wall_s": 1.0, "versions": {"torch": "2"},
-        "code": {"commit": "c", "fingerprint": "f"}, "machine": {"cores": 2, "processor": "p"},
+        "format": 1, "name": place.name, "status": status, "seed": seed, "config": config, "wall_s": 1.0,
+        "versions": {"torch": "2"}, "code": {"commit": "c", "fingerprint": "f"},
+        "machine": {"cores": 2, "processor": "p"},
         "costs": {"trainable_params": 10, "train_s": 1.0, "peak_memory_mb": 100.0},
         "model": {"learning_rate": 5e-4},
         "data": {"splits": {split: {"fingerprint": prints[split]} for split in prints}},
