@@ -48,7 +48,7 @@ class Rates:
     batched: float
     tokens: float = 55
     shard_bytes: float = 55 * 4 + 68
-    index_bytes: float = 24
+    index_bytes: float = 27
     flop: float = 354e6
     tflops: float = 200
     step_tokens: float = 16_384
