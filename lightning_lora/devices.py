@@ -13,6 +13,12 @@ def has_bf16(device: str) -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The number format in which a matrix product with the tensor is computed: autocast's, or its own."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
 def keep_freed_memory() -> bool:
     """Lets the C library keep the memory that a step frees for the next step; whether it could be told so.
 

@@ -1,8 +1,9 @@
 """Batches of texts of similar length."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,10 @@ from lightning_lora.seeding import stream_seed
 WIDTH_STEP = 8
 #: So many batches are sorted by length together: enough for little padding, few enough for a random order.
 POOL_BATCHES = 50
+#: So many rows' lengths are looked at together.
+_ROWS_AT_ONCE = 2**20
+#: What the batches of an epoch have in equal number.
+BatchBy = Literal["texts", "tokens"]
 
 
 class StepPart(list[int]):
@@ -95,38 +100,97 @@ class OrderedBatches(Sequence[np.ndarray]):
 
     Args:
         order: Positions of rows.
-        batch_size: Batch ``i`` is the ``i``-th cut of so many of them.
-        places: Which cut comes when; where there are more cuts they follow.
+        cuts: Where each batch begins, and the last one ends.
+        places: Which batch comes when; where there are more they follow.
     """
 
-    def __init__(self, order: np.ndarray, batch_size: int, places: np.ndarray) -> None:
+    def __init__(self, order: np.ndarray, cuts: np.ndarray, places: np.ndarray) -> None:
         self.order = order
-        self.batch_size = batch_size
+        self.cuts = cuts
         self.places = places
 
     def __len__(self) -> int:
-        return math.ceil(len(self.order) / self.batch_size)
+        return len(self.cuts) - 1
 
     def __getitem__(self, index: Any) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
         place = int(self.places[index]) if index < len(self.places) else index
-        return self.order[place * self.batch_size : (place + 1) * self.batch_size]
+        return self.order[self.cuts[place] : self.cuts[place + 1]]
 
 
-def training_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> Sequence[np.ndarray]:
+def training_batches(
+    lengths: np.ndarray, batch_size: int, seed: int, epoch: int, by: BatchBy = "texts"
+) -> Sequence[np.ndarray]:
     """Every position once, in random batches of similar length; a fixed function of its arguments.
 
     Positions are shuffled, cut into pools of ``POOL_BATCHES`` batches, sorted by length within each pool,
-    cut into batches, and the batches shuffled; one that is not full comes last.
+    cut into batches, and the batches shuffled.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Rows a batch; with "tokens", on average over the batches.
+        seed: Of the order.
+        epoch: Of which the order is.
+        by: What batches have in equal number: "texts" (one that is not full comes last) or "tokens" (as nearly as
+            whole texts allow). Their number is the same.
     """
     rng = np.random.Generator(np.random.PCG64(stream_seed(seed, f"order/{epoch}")))
     order = rng.permutation(np.arange(len(lengths), dtype=position_type(len(lengths))))
     pool = batch_size * POOL_BATCHES
-    for start in range(0, len(order), pool):
+    for i, start in enumerate(range(0, len(order), pool)):
         part = order[start : start + pool]
-        order[start : start + pool] = part[np.argsort(lengths[part], kind="stable")]
-    return OrderedBatches(order, batch_size, rng.permutation(len(order) // batch_size))
+        part = part[np.argsort(lengths[part], kind="stable")]
+        # Batches by tokens run on into the next pool: there and back, so that neighbours are alike.
+        order[start : start + pool] = part[::-1] if by == "tokens" and i % 2 else part
+    count = math.ceil(len(order) / batch_size)
+    if by == "tokens":
+        return OrderedBatches(order, equal_cuts(lengths, order, count, batch_size // 8), rng.permutation(count))
+    cuts = np.minimum(np.arange(count + 1) * batch_size, len(order))
+    return OrderedBatches(order, cuts, rng.permutation(len(order) // batch_size))
+
+
+def equal_cuts(lengths: np.ndarray, order: np.ndarray, count: int, unit: int = 1) -> np.ndarray:
+    """Where to cut rows, sorted by length, into so many parts with nearly as many tokens each, none without a row.
+
+    A text counts with the tokens that it is padded to.
+
+    Args:
+        lengths: Tokens of each row.
+        order: Positions of at least ``count`` rows.
+        count: Parts.
+        unit: Parts have a multiple of so many rows, but for the last and where there are too few: what several
+            processes share out evenly.
+    """
+    at_once = max(_ROWS_AT_ONCE, 4 * math.ceil(len(order) / count))
+    parts = np.array_split(order, math.ceil(len(order) / at_once))
+    tokens = np.cumsum([_widths(lengths[part]).sum() for part in parts])
+    counts = np.diff(np.rint(count * tokens / tokens[-1]).astype(np.int64), prepend=0)
+    cuts, before = [np.zeros(1, np.int64)], 0
+    for part, number in zip(parts, counts, strict=True):
+        cuts.append(before + _cuts(_widths(lengths[part]), int(number), max(unit, 1))[1:])
+        before += len(part)
+    return np.concatenate(cuts)
+
+
+def _widths(lengths: np.ndarray) -> np.ndarray:
+    return -(-lengths.astype(np.int64) // WIDTH_STEP)
+
+
+def _cuts(widths: np.ndarray, count: int, unit: int) -> np.ndarray:
+    costs, steps = widths, np.arange(count + 1)
+    for _ in range(3):
+        ends = np.cumsum(costs)
+        wanted = ends[-1] * steps[1:-1] / count
+        row = np.searchsorted(ends, wanted)
+        # The cut is before or after the row in which it falls, whichever is nearer.
+        inner = row + (wanted - (ends[row] - costs[row]) > ends[row] - wanted)
+        rounded = np.concatenate(([0], (inner + unit // 2) // unit * unit, [len(widths)]))
+        # One row a part at least, and as many left as there are parts to come.
+        cuts = np.minimum(np.maximum.accumulate(rounded - steps), len(widths) - count) + steps
+        # Once more, with what each row is padded to there.
+        costs = np.repeat(np.maximum.reduceat(widths, cuts[:-1]), np.diff(cuts))
+    return cuts
 
 
 def evaluation_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -173,6 +237,9 @@ class LengthBatchSampler(Sampler[list[int]]):
     step are those of a batch of ``accumulate * batch_size``. Several processes deal the rows of each part out in
     turn: sorted by length as they are, each gets as much to do, and as many batches.
 
+    Where batches have as many tokens, and not as many texts, a step's loss counts as much as it has texts: each text
+    weighs the same in an epoch, as it does with batches of as many texts.
+
     Args:
         lengths: Tokens of each row.
         batch_size: Rows a batch, of all processes together.
@@ -180,6 +247,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         accumulate: Parts a step.
         rank: Of this process.
         processes: Their number.
+        by: What batches have in equal number.
     """
 
     def __init__(
@@ -190,6 +258,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         accumulate: int = 1,
         rank: int = 0,
         processes: int = 1,
+        by: BatchBy = "texts",
     ) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
@@ -197,6 +266,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.accumulate = accumulate
         self.rank = rank
         self.processes = processes
+        self.by: BatchBy = by
         self.epoch = 0
         #: The epoch of the latest pass, and how many of its batches have been taken.
         self.position = (0, 0)
@@ -224,7 +294,13 @@ class LengthBatchSampler(Sampler[list[int]]):
         self._go_on_at = position
 
     def __len__(self) -> int:
+        if self.by == "tokens" and self.seed is not None:
+            return self._steps * self.accumulate
         return math.ceil(len(self.lengths) / self.batch_size)
+
+    @property
+    def _steps(self) -> int:
+        return math.ceil(len(self.lengths) / (self.batch_size * self.accumulate))
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, taken = self._go_on_at or (self.epoch, 0)
@@ -240,10 +316,17 @@ class LengthBatchSampler(Sampler[list[int]]):
             for batch in evaluation_batches(self.lengths, self.batch_size):
                 yield self._mine(batch, 1.0)
             return
-        for step in training_batches(self.lengths, self.accumulate * self.batch_size, self.seed, self.epoch):
-            for start in range(0, len(step), self.batch_size):
-                part = step[start : start + self.batch_size]
-                yield self._mine(part, len(part) * self.accumulate / len(step))
+        for step in training_batches(self.lengths, self.accumulate * self.batch_size, self.seed, self.epoch, self.by):
+            if self.by == "tokens":
+                weight = self._steps * self.accumulate / len(self.lengths)
+                cuts = equal_cuts(self.lengths, step, min(self.accumulate, len(step)), self.batch_size // 8)
+            else:
+                weight = self.accumulate / len(step)
+                cuts = np.append(np.arange(0, len(step), self.batch_size), len(step))
+            for start, end in itertools.pairwise(cuts):
+                yield self._mine(step[start:end], (end - start) * weight)
+            for _ in range(self.accumulate - len(step) if self.by == "tokens" else 0):  # a step of few, long texts
+                yield StepPart(step[:1].tolist(), 0.0, 0.0, self.epoch)
 
     def _mine(self, part: np.ndarray, share: float) -> StepPart:
         """The rows of a part that this process gets."""

@@ -9,7 +9,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_lora.data.augment import Augmentation, AugmentedDataset
-from lightning_lora.data.batching import LengthBatchSampler, ResumableLoader, TokenDataset
+from lightning_lora.data.batching import BatchBy, LengthBatchSampler, ResumableLoader, TokenDataset
 from lightning_lora.data.prepare import Prepared, SourceOptions, SplitRows
 from lightning_lora.data.stored import default_cache_dir
 from lightning_lora.data.streaming import read_splits
@@ -37,6 +37,8 @@ class TextDataModule(LightningDataModule):
         padding: Pad a batch to its "longest" text, or to "max_length".
         batch_size: Texts a training batch. Several devices share it, so that their number does not change what is
             learnt.
+        batch_by: Whether training batches have as many "tokens" (as nearly as whole texts allow; ``batch_size`` texts
+            on average, more where they are short), or as many "texts". Each text weighs the same either way.
         eval_batch_size: Texts a batch in validation, test and prediction, on each device.
         val_size: Rows (or fraction) of train carved for validation, 0.1 by default; only where the source
             has no validation split of its own.
@@ -68,7 +70,8 @@ class TextDataModule(LightningDataModule):
         window_overlap: int | None = None,
         padding: Literal["longest", "max_length"] = "longest",
         batch_size: int = 16,
-        eval_batch_size: int = 32,
+        batch_by: BatchBy = "texts",
+        eval_batch_size: int = 64,
         val_size: int | float | None = None,
         test_size: int | float | None = None,
         train_rows: int | float | None = None,
@@ -111,6 +114,7 @@ class TextDataModule(LightningDataModule):
         self.augmentation = augmentation
         self.padding = padding
         self.batch_size = batch_size
+        self.batch_by: BatchBy = batch_by
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
@@ -198,7 +202,8 @@ class TextDataModule(LightningDataModule):
         together = batch_size if seed is not None else batch_size * processes
         if len(dataset) < processes:
             raise UserError(f"trainer.devices: {processes} devices for {len(dataset)} {split} rows; use fewer")
-        sampler = LengthBatchSampler(dataset.lengths, together, seed, accumulate, rank, processes)
+        by = self.batch_by if seed is not None else "texts"
+        sampler = LengthBatchSampler(dataset.lengths, together, seed, accumulate, rank, processes, by)
         return make_loader(dataset, sampler)
 
 

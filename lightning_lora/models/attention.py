@@ -13,6 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, eager_mask
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
+from lightning_lora.devices import compute_dtype
+
 #: The name for ``set_attn_implementation``.
 EXACT = "exact"
 
@@ -51,9 +53,8 @@ class ExactAttention(torch.autograd.Function):
         """Of (B, H, Q, D), (B, H, T, D), (B, H, T, D) and what is added to scores, (B, 1, 1 or Q, T): (B, Q, H, D)."""
         shape = query.shape
         q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
-        kind = q.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
-        with torch.autocast(kind, enabled=False):
+        dtype = compute_dtype(q)
+        with torch.autocast(q.device.type, enabled=False):
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
             scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scaling)
             if mask is not None:

@@ -9,10 +9,19 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_lora.devices import compute_dtype
 from lightning_lora.models.base import Base
+
+#: Whether torch has the operator of ``one_pass``, which it keeps for its compiler.
+_ONE_PASS = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
 
 
 @dataclass
@@ -25,11 +34,15 @@ class Speedups:
         first_token_only: Compute the last layer, from its attention on, for the first token alone, where the head
             reads no other (bert, roberta, electra, distilbert, deberta).
         fused_lora: Compute a LoRA layer that has no dropout in one step with a backward pass of its own.
+        fused_bias: Compute a frozen linear layer in bfloat16 on a CPU without a pass of its own for the bias.
+        merged_evaluation: Evaluate with the product of A and B added to the weights of such a LoRA layer.
     """
 
     frozen_weights: Literal["auto", "float32"] = "auto"
     first_token_only: bool = True
     fused_lora: bool = True
+    fused_bias: bool = True
+    merged_evaluation: bool = True
 
 
 def install(base: Base, speedups: Speedups) -> list[str]:
@@ -38,7 +51,9 @@ def install(base: Base, speedups: Speedups) -> list[str]:
     if speedups.first_token_only and cut_last_layer(base):
         done.append("last layer for the first token only")
     if speedups.fused_lora and (count := fuse_lora(base.model)):
-        done.append(f"{count} LoRA layers fused")
+        done.append(f"{count} LoRA layers fused" + (", merged in evaluation" if speedups.merged_evaluation else ""))
+    if speedups.fused_bias and (count := fuse_bias(base.model)):
+        done.append(f"{count} linear layers with their bias in one pass")
     return done
 
 
@@ -70,22 +85,117 @@ def fuse_lora(model: nn.Module) -> int:
     return count
 
 
+def fuse_bias(model: nn.Module) -> int:
+    """Makes frozen linear layers outside of adapters take their bias along where they can; gives their number."""
+    if not _ONE_PASS:
+        return 0
+    adapted = {id(inner) for layer in model.modules() if isinstance(layer, BaseTunerLayer) for inner in layer.modules()}
+    count = 0
+    for module in model.modules():
+        outside = type(module) is nn.Linear and id(module) not in adapted
+        if outside and module.bias is not None and not any(p.requires_grad for p in module.parameters()):
+            module.__class__ = FrozenLinear
+            count += 1
+    return count
+
+
+def one_pass(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows W' + b; for bfloat16 on a CPU by oneDNN, without torch's copy of the bias for each row."""
+    low = bias is not None and rows.dtype == weight.dtype == bias.dtype == torch.bfloat16
+    if _ONE_PASS and low and rows.device.type == "cpu":
+        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return F.linear(rows, weight, bias)
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer that is not trained; it only ever replaces the class of one that is there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W' + b; x of shape (..., in), the result (..., out)."""
+        dtype = compute_dtype(x)
+        if dtype != torch.bfloat16 or self.weight.dtype != dtype or self.weight.requires_grad:
+            return super().forward(x)
+        return FrozenLinearFunction.apply(x, self.weight, self.bias)
+
+
+class FrozenLinearFunction(torch.autograd.Function):
+    """``one_pass``, and the gradient of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The layer's output in the number format of its weight."""
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.input_dtype = x.shape, x.dtype
+        rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        return one_pass(rows, weight, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the input."""
+        (weight,) = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        return grad.mm(weight).view(ctx.shape).to(ctx.input_dtype), None, None
+
+
 class FusedLora(lora.Linear):
     """PEFT's layer, computed by ``FusedLoraFunction`` while it has one adapter that is neither merged nor dropped out.
 
     It only ever replaces the class of a layer that PEFT has made, so everything else is PEFT's.
     """
 
+    #: W + scaling B A while a model is evaluated (``begin_evaluation``); PEFT's own merging would change W itself.
+    evaluated_weight: Tensor | None = None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x W' + b + scaling x A' B'; x of shape (..., in), the result (..., out)."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        plain = not (args or kwargs or self.merged or self.disable_adapters) and len(names) == 1
-        if not plain or not isinstance(self.lora_dropout[names[0]], nn.Identity) or self.lora_bias[names[0]]:
+        name = self._plain_adapter()
+        if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base, a, b = self.base_layer, self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
-        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-            return super().forward(x)
-        return FusedLoraFunction.apply(x, base.weight, base.bias, a, b, self.scaling[names[0]])
+        base: Any = self.base_layer
+        if self.evaluated_weight is not None:
+            rows = x.reshape(-1, x.shape[-1]).to(self.evaluated_weight.dtype)
+            bias = None if base.bias is None else base.bias.to(rows.dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                return one_pass(rows, self.evaluated_weight, bias).view(*x.shape[:-1], -1)
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return FusedLoraFunction.apply(x, base.weight, base.bias, a, b, self.scaling[name])
+
+    def _plain_adapter(self) -> str | None:
+        """The adapter, where it is the only one, and nothing but the product of its matrices is added."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.merged or self.disable_adapters or len(names) != 1:
+            return None
+        plain = isinstance(self.lora_dropout[names[0]], nn.Identity) or not self.training
+        frozen = not any(p.requires_grad for p in self.base_layer.parameters())
+        return names[0] if plain and frozen and not self.lora_bias[names[0]] else None
+
+    def merge_for_evaluation(self, dtype: torch.dtype | None) -> None:
+        """Computes with W and its update in one matrix of the given number format, or that of W."""
+        name = self._plain_adapter()
+        if name is not None:
+            weight: Any = self.base_layer.weight
+            merged = weight.float() + self.get_delta_weight(name).float()
+            self.evaluated_weight = merged.to(dtype or weight.dtype)
+
+
+def begin_evaluation(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Merges fused LoRA layers for as long as their weights do not change; ``end_evaluation`` undoes it.
+
+    Args:
+        model: In evaluation mode.
+        dtype: In which autocast multiplies, or None where it is off.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, FusedLora):
+                module.merge_for_evaluation(dtype)
+
+
+def end_evaluation(model: nn.Module) -> None:
+    """Lets fused LoRA layers compute with W, A and B again."""
+    for module in model.modules():
+        if isinstance(module, FusedLora):
+            module.evaluated_weight = None
 
 
 class FusedLoraFunction(torch.autograd.Function):
@@ -100,12 +210,11 @@ class FusedLoraFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
         """The layer's output, in autocast's number format or that of the input."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(kind, enabled=False):
+        dtype = compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
             weight, a_low, b_low = weight.to(dtype), a.to(dtype), b.to(dtype)
-            out = F.linear(rows, weight, None if bias is None else bias.to(dtype))
+            out = one_pass(rows, weight, None if bias is None else bias.to(dtype))
             inner = rows.mm(a_low.t())
             out.addmm_(inner, b_low.t(), alpha=scaling)
         ctx.save_for_backward(rows, weight, a_low, b_low, inner)

@@ -19,11 +19,13 @@ from lightning_lora.models.attention import EXACT
 from lightning_lora.models.base import load_base
 from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
 from lightning_lora.models.quantization import Quantization, check_quantization
-from lightning_lora.models.speedups import Speedups, install, lower_frozen
+from lightning_lora.models.speedups import Speedups, begin_evaluation, end_evaluation, install, lower_frozen
 from lightning_lora.seeding import stream_seed
 from lightning_lora.training.optim import Schedule, make_optimizer, make_schedule
 
 STAGES = ("train", "val", "test")
+#: In what a precision of Lightning's multiplies while weights are of another format.
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class NotFiniteError(UserError):
@@ -161,6 +163,8 @@ class TextClassifier(LightningModule):
     def train(self, mode: bool = True) -> "TextClassifier":
         """Sets training or evaluation mode, and with it the attention that is faster in that mode."""
         super().train(mode)
+        if mode:  # after an evaluation that was broken off
+            end_evaluation(self.model)
         self.model.set_attn_implementation(self.attention_for(mode))
         return self
 
@@ -270,6 +274,18 @@ class TextClassifier(LightningModule):
         """Logits and the rows they belong to."""
         logits = self.document_logits(batch)
         return {"logits": logits.cpu(), "rows": batch["rows"].cpu()}
+
+    def on_validation_start(self) -> None:
+        """Merges adapters while their weights stay as they are."""
+        if self.speedups.merged_evaluation:
+            begin_evaluation(self.model, AUTOCAST.get(str(self.trainer.precision)))
+
+    def on_validation_end(self) -> None:
+        """Takes adapters apart again."""
+        end_evaluation(self.model)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's training loss and metrics."""

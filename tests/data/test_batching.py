@@ -3,7 +3,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_lora.data.batching import POOL_BATCHES, LengthBatchSampler, evaluation_batches, training_batches
+from lightning_lora.data import batching
+from lightning_lora.data.batching import (
+    POOL_BATCHES,
+    WIDTH_STEP,
+    LengthBatchSampler,
+    equal_cuts,
+    evaluation_batches,
+    training_batches,
+)
 from lightning_lora.seeding import stream_seed
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=1003)
@@ -93,3 +101,83 @@ def test_the_trainer_gives_each_epoch_an_order_of_its_own(tiny_base: Path, revie
     trainer.fit(TextClassifier(str(tiny_base), data.label_names), data)
     assert len({tuple(order) for order in orders.values()}) == 3
     assert len({frozenset(order) for order in orders.values()}) == 1
+
+
+def held(rows: list[int]) -> int:
+    """Tokens of a padded batch."""
+    return len(rows) * -(-int(LENGTHS[list(rows)].max()) // WIDTH_STEP) * WIDTH_STEP
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 16, 2000])
+def test_batches_by_tokens_hold_each_row_once_in_as_many_steps(batch_size: int) -> None:
+    for epoch in range(3):
+        batches = training_batches(LENGTHS, batch_size, 0, epoch, "tokens")
+        np.testing.assert_array_equal(np.sort(np.concatenate(list(batches))), np.arange(len(LENGTHS)))
+        assert min(map(len, batches)) > 0
+        assert len(batches) == len(training_batches(LENGTHS, batch_size, 0, epoch))
+
+
+def test_batches_by_tokens_have_nearly_as_many() -> None:
+    by_texts, by_tokens = (
+        np.array([held(batch) for batch in training_batches(LENGTHS, 32, 0, 0, by)]) for by in ("texts", "tokens")
+    )
+    assert by_texts.max() / by_texts.mean() > 1.7
+    assert by_tokens.max() / by_tokens.mean() < 1.25
+    assert by_tokens.sum() < 1.05 * by_texts.sum()
+
+
+def test_cuts_are_as_even_as_whole_rows_allow() -> None:
+    lengths = np.array([8, 8, 8, 8, 16, 16, 32, 32])
+    assert equal_cuts(lengths, np.arange(8), 4).tolist() == [0, 4, 6, 7, 8]
+    # Padded: 5 texts of 16 and 3 of 32, where cutting at half of the tokens, 6 of 16 and 2 of 32, is less even.
+    assert equal_cuts(lengths, np.arange(8), 2).tolist() == [0, 5, 8]
+    # No part is without a row, also where one row is longer than all others together.
+    for lengths in ([800, 8, 8, 8], [8, 8, 8, 800]):
+        cuts = equal_cuts(np.array(lengths), np.arange(4), 3)
+        assert cuts[[0, -1]].tolist() == [0, 4] and (np.diff(cuts) > 0).all()
+
+
+def test_many_rows_are_cut_in_pieces_as_well(monkeypatch) -> None:
+    lengths = np.random.default_rng(1).integers(5, 200, size=20_011)
+    at_once = training_batches(lengths, 8, 0, 0, "tokens")
+    monkeypatch.setattr(batching, "_ROWS_AT_ONCE", 5000)
+    pieces = training_batches(lengths, 8, 0, 0, "tokens")
+    assert len(pieces) == len(at_once)
+    np.testing.assert_array_equal(np.sort(np.concatenate(list(pieces))), np.arange(len(lengths)))
+    for batches in (at_once, pieces):
+        tokens = np.array([len(batch) * lengths[batch].max() for batch in batches])
+        assert np.quantile(tokens, 0.99) / tokens.mean() < 1.3
+
+
+@pytest.mark.parametrize(("accumulate", "processes"), [(1, 1), (4, 1), (1, 4), (2, 2)])
+def test_in_batches_by_tokens_each_text_weighs_the_same(accumulate: int, processes: int) -> None:
+    weights, tokens = np.zeros(len(LENGTHS)), []
+    samplers = [LengthBatchSampler(LENGTHS, 32, 0, accumulate, rank, processes, "tokens") for rank in range(processes)]
+    parts = list(zip(*samplers, strict=True))  # none has more than another
+    assert len(parts) == len(samplers[0])
+    for part in parts:
+        for mine in part:
+            # The trainer divides by the parts of a step, and processes take the mean.
+            weights[list(mine)] += mine.share / len(mine) / accumulate / processes
+        assert sum(mine.part_share for mine in part) / processes == pytest.approx(1)
+        tokens.append([held(mine) for mine in part])
+    steps = len(parts) / accumulate
+    np.testing.assert_allclose(weights, steps / len(LENGTHS), rtol=1e-12)
+    waits = np.max(tokens, axis=1).sum() / np.mean(tokens, axis=1).sum() - 1
+    assert waits < 0.02  # the share of time for which the others wait for the one with most to do
+
+
+def test_parts_that_are_short_of_rows_count_nothing() -> None:
+    lengths = np.array([400, 8, 8])
+    parts = list(LengthBatchSampler(lengths, 1, 0, accumulate=4, by="tokens"))
+    assert len(parts) == 4
+    assert sorted(part.share for part in parts)[0] == 0
+    assert sum(part.share for part in parts) / 4 == pytest.approx(1)
+
+
+def test_devices_and_accumulation_leave_steps_by_tokens_as_they_are() -> None:
+    whole = [sorted(step) for step in LengthBatchSampler(LENGTHS, 32, 0, by="tokens")]
+    parts = list(LengthBatchSampler(LENGTHS, 8, 0, accumulate=4, by="tokens"))
+    assert [sorted(row for part in parts[i : i + 4] for row in part) for i in range(0, len(parts), 4)] == whole
+    shared = zip(*(LengthBatchSampler(LENGTHS, 32, 0, 1, rank, 2, "tokens") for rank in range(2)), strict=True)
+    assert [sorted([*a, *b]) for a, b in shared] == whole

@@ -16,10 +16,19 @@ from lightning_lora.models.architectures import ARCHITECTURES
 from lightning_lora.models.attention import EXACT, ExactAttention
 from lightning_lora.models.base import load_base
 from lightning_lora.models.methods import AdapterOptions, tune
-from lightning_lora.models.speedups import FusedLora, Speedups, fuse_lora, install, lower_frozen
-from lightning_lora.training.module import TextClassifier
+from lightning_lora.models.speedups import (
+    FusedLora,
+    Speedups,
+    begin_evaluation,
+    end_evaluation,
+    fuse_bias,
+    fuse_lora,
+    install,
+    lower_frozen,
+)
+from lightning_lora.training.module import AUTOCAST, TextClassifier
 
-PLAIN = Speedups(frozen_weights="float32", first_token_only=False, fused_lora=False)
+PLAIN = Speedups("float32", first_token_only=False, fused_lora=False, fused_bias=False, merged_evaluation=False)
 #: bfloat16 has 8 bits: one rounding is off by up to 2^-9, and outputs are sums of roundings.
 BF16 = {"rtol": 4e-2, "atol": 4e-2}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -146,7 +155,8 @@ def test_what_is_done_is_said_and_can_be_switched_off(tiny_base) -> None:
     base = load_base(str(tiny_base), ["a", "b"], 0)
     tuned = tune(base, "lora", AdapterOptions(), 0, False)
     assert install(base, PLAIN) == []
-    assert install(base, Speedups()) == ["last layer for the first token only", "12 LoRA layers fused"]
+    done = install(base, Speedups())
+    assert done[:2] == ["last layer for the first token only", "12 LoRA layers fused, merged in evaluation"]
     assert sum(isinstance(m, FusedLora) for m in tuned.model.modules()) == 12
     states = []
     base.model.bert.encoder.layer[-1].register_forward_hook(lambda m, i, out: states.append(out.shape))
@@ -186,3 +196,75 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     if done.returncode == 77:
         pytest.skip("another C library")
     assert int(done.stdout) < 60 * 8192 / 4, done.stderr  # without it 60 * 8192
+
+
+def test_a_frozen_layer_with_its_bias_in_one_pass_is_the_layer() -> None:
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Linear(24, 16)).requires_grad_(False)
+    lower_frozen(theirs, torch.bfloat16)
+    ours = copy.deepcopy(theirs)
+    assert fuse_bias(ours) == 1
+    for dtype in (torch.bfloat16, torch.float32):  # autocast lowers the second
+        inputs = torch.randn(3, 5, 24, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, got = outcome(theirs, inputs), outcome(ours, inputs)
+        for name, value in expected.items():
+            assert got[name].dtype == value.dtype
+            torch.testing.assert_close(got[name], value, **BF16)
+    # In another format, or once it is trained, it is torch's own.
+    ours.float()
+    torch.testing.assert_close(ours(inputs), theirs.float()(inputs), rtol=0, atol=0)
+    ours.requires_grad_()
+    assert "0.weight" in outcome(ours, inputs)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_an_evaluation_with_merged_adapters_is_that_of_the_adapters(tiny_base, precision: str) -> None:
+    dtype = AUTOCAST.get(precision)
+    model = TextClassifier(str(tiny_base), ["a", "b"]).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "classifier" in name:
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    ids = torch.randint(5, 30, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(3, 12, dtype=torch.long)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            return model(ids, mask)
+
+    apart = logits()
+    begin_evaluation(model.model, dtype)
+    layer = next(m for m in model.modules() if isinstance(m, FusedLora))
+    expected = layer.base_layer.weight + layer.scaling["default"] * (
+        layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    )
+    torch.testing.assert_close(layer.evaluated_weight, expected.detach().to(dtype or torch.float32))
+    scale = apart.abs().max()
+    torch.testing.assert_close(logits() / scale, apart / scale, **(BF16 if dtype else FLOAT32))
+    merged = logits()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    assert torch.equal(logits(), merged)  # what is merged is not looked at again, until it is taken apart
+    end_evaluation(model.model)
+    assert (logits() - apart).abs().max() > 0.1
+    for name, value in model.state_dict().items():
+        assert name in before and (torch.equal(value, before[name]) or "lora_B" in name)
+
+
+def test_training_goes_on_with_the_adapters_after_a_validation(tiny_base, reviews) -> None:
+    from lightning import Trainer
+
+    from lightning_lora.data.datamodule import TextDataModule
+
+    ends = []
+    for merged in (True, False):
+        data = TextDataModule(str(reviews), str(tiny_base), max_length=32)
+        model = TextClassifier(str(tiny_base), data.label_names, speedups=Speedups(merged_evaluation=merged))
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        Trainer(max_epochs=2, val_check_interval=1, accelerator="cpu", precision="32-true", **quiet).fit(model, data)
+        assert all(m.evaluated_weight is None for m in model.modules() if isinstance(m, FusedLora))
+        ends.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
