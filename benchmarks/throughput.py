@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="roberta-base")
     parser.add_argument("--rows", type=int, default=120_000)
     parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--batch_by", choices=("texts", "tokens"), default="texts")
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--length", type=int, help="tokens of every text, instead of AG News' lengths")
     parser.add_argument("--targets", default="query_value")
@@ -111,7 +112,7 @@ def main() -> None:
         adapter = AdapterOptions(rank=options.rank, target_modules=options.targets)
         model = TextClassifier(str(base), ["a", "b", "c", "d"], adapter=adapter)
     data = make_rows(options.rows, max(options.max_length, options.length or 0), options.length)
-    loader = make_loader(data, LengthBatchSampler(data.lengths, options.batch_size, 1))
+    loader = make_loader(data, LengthBatchSampler(data.lengths, options.batch_size, 1, by=options.batch_by))
     meter = CostMeter()
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     fit: Any = Trainer(max_epochs=1, precision=precision, callbacks=[meter], gradient_clip_val=1.0, devices=1, **quiet)  # type: ignore[arg-type]
@@ -125,6 +126,7 @@ def main() -> None:
         "size": options.size,
         "rows": options.rows,
         "batch_size": options.batch_size,
+        "batch_by": options.batch_by,
         "rank": options.rank,
         "length": options.length,
         "precision": precision,

@@ -93,6 +93,17 @@ def test_several_processes_come_to_what_one_comes_to(place: Path, tmp_path: Path
 
 
 @pytest.mark.faults
+def test_several_processes_share_batches_by_tokens(place: Path, tmp_path: Path) -> None:
+    """Steps of unlike numbers of texts, in two parts each, some of fewer texts than processes."""
+    more = ("--data.batch_by", "tokens", "--data.max_length", "48")
+    one = Run(words(place, "one", tmp_path, *more), tmp_path / "one.txt")
+    assert one.wait() == 0, one.text()
+    runs = begin(words(place, "three", tmp_path, "--trainer.devices", "3", *more), tmp_path / "out", 3)
+    assert ended(runs) == [0] * 3, runs[0].text()
+    alike(tmp_path / "three", tmp_path / "one")
+
+
+@pytest.mark.faults
 def test_several_processes_test_as_one_does(place: Path, tmp_path: Path) -> None:
     """Each row is counted once, also where the last batch cannot be divided, before and after training."""
     evaluated = []
