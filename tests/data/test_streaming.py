@@ -13,7 +13,7 @@ import pytest
 
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.cli import main
-from lightning_lora.data import streaming
+from lightning_lora.data import sharding
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.batching import LengthBatchSampler
 from lightning_lora.data.datamodule import TextDataModule
@@ -66,20 +66,20 @@ def batches(data: TextDataModule) -> list[dict]:
 def count_made(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[str]:
     """The files of the shards that are made from here on; making one of them fails, in its middle."""
     made: list[str] = []
-    digest = streaming.prepare.text_digest
+    digest = sharding.prepare.text_digest
 
-    def make(piece: streaming.Piece, *rest: object) -> None:
+    def make(piece: sharding.Piece, *rest: object) -> None:
         def fail(text: str) -> bytes:
             if len(made) == fail_at:
                 raise KeyboardInterrupt
             return digest(text)
 
-        monkeypatch.setattr(streaming.prepare, "text_digest", fail)
+        monkeypatch.setattr(sharding.prepare, "text_digest", fail)
         make_shard(piece, *rest)
         made.append(f"{Path(piece.origin).name}/{piece.before}")
 
-    make_shard = streaming.make_shard
-    monkeypatch.setattr(streaming, "make_shard", make)
+    make_shard = sharding.make_shard
+    monkeypatch.setattr(sharding, "make_shard", make)
     return made
 
 
@@ -87,7 +87,7 @@ def count_made(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> l
 def test_batches_record_and_places_are_those_of_rows_held_in_memory(
     module, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict
 ) -> None:
-    monkeypatch.setattr(streaming, "SHARD_ROWS", 20)
+    monkeypatch.setattr(sharding, "SHARD_ROWS", 20)
     held, streamed = (
         module(str(folder), stream, cache_dir=str(tmp_path / f"cache-{stream}"), **settings) for stream in (False, True)
     )
@@ -177,7 +177,7 @@ def test_a_column_that_is_no_label_ends_at_once(module, folder: Path) -> None:
 def test_what_was_interrupted_goes_on_with_the_shards_that_are_missing(
     module, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "SHARD_ROWS", 20)
+    monkeypatch.setattr(sharding, "SHARD_ROWS", 20)
     with monkeypatch.context() as patch:
         before = count_made(patch, fail_at=4)
         with pytest.raises(KeyboardInterrupt):
@@ -203,7 +203,7 @@ def test_a_damaged_shard_is_made_again(module, tmp_path: Path, damage: str) -> N
 
 def test_several_processes_make_the_same(module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     expected = module(cache_dir=str(tmp_path / "one")).describe()
-    monkeypatch.setattr(streaming, "worker_count", lambda pieces: 2)
+    monkeypatch.setattr(sharding, "worker_count", lambda pieces: 2)
     assert module(cache_dir=str(tmp_path / "two")).describe() == expected
     names = [sorted(path.name for path in (tmp_path / name / "shards").iterdir()) for name in ("one", "two")]
     assert names[0] == names[1]
@@ -212,7 +212,7 @@ def test_several_processes_make_the_same(module, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_fault_in_one_of_several_processes_is_one_line(module, folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr(streaming, "worker_count", lambda pieces: 2)
+    monkeypatch.setattr(sharding, "worker_count", lambda pieces: 2)
     write(folder / "train-1.parquet", [*make_rows(30), (None, "pos")])
     with pytest.raises(UserError, match=r"train-1\.parquet, row 31, column 'text': the text is null"):
         module().label_names  # noqa: B018
@@ -310,8 +310,8 @@ def _die(piece: object) -> None:
 
 @pytest.mark.slow
 def test_a_tokenizing_process_that_is_killed_is_one_line(module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "worker_count", lambda pieces: 2)
-    monkeypatch.setattr(streaming, "_make_in_worker", _die)
+    monkeypatch.setattr(sharding, "worker_count", lambda pieces: 2)
+    monkeypatch.setattr(sharding, "_make_in_worker", _die)
     with pytest.raises(UserError, match="was ended from outside"):
         batches(module())
     monkeypatch.undo()
