@@ -5,28 +5,22 @@ claim on each; what is done is what is there, so the same command goes on after 
 same model in the same order wherever that happens: in this process, in several (``--workers``) or by Ray.
 """
 
-import hashlib
 import logging
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from lightning import Callback
 
 from lightning_lora.artifacts.runs import RunFolder
-from lightning_lora.artifacts.weights import load_weights, weights_labels
+from lightning_lora.artifacts.weights import weights_labels
 from lightning_lora.commands.children import child_context, end_with_the_parent
 from lightning_lora.commands.cluster import import_ray, ray_cluster
 from lightning_lora.commands.configured import ConfiguredRun
@@ -34,59 +28,19 @@ from lightning_lora.commands.many_files import (
     Shard,
     claimed,
     find_files,
-    input_stamp,
     is_done,
-    open_flat,
-    output_schema,
     plan_shards,
-    read_pieces,
-    reading,
 )
-from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
-from lightning_lora.data.datamodule import make_loader
-from lightning_lora.data.reading import Table
-from lightning_lora.data.tokens import InputFormat, load_tokenizer, tokenize
+from lightning_lora.commands.predictor import Advance, Job, Predictor, RefusedError, fingerprint, new_columns
 from lightning_lora.errors import BusyError, UserError
-from lightning_lora.evaluation.predictions import in_row_order
-from lightning_lora.files import atomic_path, check_writable, remove_partial
+from lightning_lora.files import check_writable, remove_partial
 from lightning_lora.interrupts import Interrupted, StopRequest
-from lightning_lora.locations import resolve
-from lightning_lora.training.module import TextClassifier
 
 EXECUTORS = ("local", "ray")
-#: Rows that are held at a time: enough to find batches of like length in, and twice as many are all that memory holds.
-CHUNK_ROWS = 8192
-#: The same in bytes, for long texts and wide tables.
-CHUNK_BYTES = 1 << 26
 #: Settings that predictions depend on, beside the weights.
 MODEL_SETTINGS = ("base_model", "method", "adapter", "quantization")
 DATA_SETTINGS = ("max_length", "truncation", "window_overlap", "padding")
 _POLL_S = 0.2
-
-
-#: Takes a number of rows that are done, and whether this process did them.
-Advance = Callable[[int, bool], None]
-
-
-class RefusedError(UserError):
-    """A file cannot be predicted as it is; others can."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be done, for any process that does a part of it.
-
-    Args:
-        words: Those of the command.
-        shards: All files.
-        settings: What all outputs are made with.
-        text_columns: Columns of the text.
-    """
-
-    words: list[str]
-    shards: list[Shard]
-    settings: dict[str, Any]
-    text_columns: list[str]
 
 
 def run_files(cli: ConfiguredRun) -> int:
@@ -144,154 +98,6 @@ def plan_job(cli: ConfiguredRun) -> Job:
     kept |= {"trainer.precision": str(config.trainer.precision), "text_column": text_columns, "labels": labels}
     kept |= {"weights": fingerprint(checkpoint)}
     return Job(cli.words, plan_shards(files, Path(config.output), text_columns, new), kept, text_columns)
-
-
-def new_columns(labels: Sequence[str]) -> pa.Schema:
-    """The columns that an output has beside those of its input, as ``Predictions.columns`` names them."""
-    numbers = ["probability", *(f"p({name})" for name in labels)]
-    words = [pa.field(name, pa.string()) for name in ("text", "prediction")]
-    return pa.schema([*words, *(pa.field(name, pa.float64()) for name in numbers)])
-
-
-def fingerprint(checkpoint: Path) -> str:
-    """SHA-256 of the weights: of the file, or of all files of an exported adapter's folder."""
-    digest = hashlib.sha256()
-    files = sorted(p for p in checkpoint.rglob("*") if p.is_file()) if checkpoint.is_dir() else [checkpoint]
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-class Predictor:
-    """The model, loaded once, and how a file goes through it.
-
-    Args:
-        cli: The command line.
-        job: What is to be done.
-
-    Raises:
-        UserError: The weights cannot be loaded, or are no more those that the job was planned with.
-    """
-
-    def __init__(self, cli: ConfiguredRun, job: Job) -> None:
-        self.config = cli.config
-        self.job = job
-        checkpoint = RunFolder.open(Path(self.config.run)).checkpoint(self.config.checkpoint)
-        self.model = TextClassifier(**self.config.model.as_dict(), label_names=job.settings["labels"])
-        load_weights(self.model, checkpoint)
-        if fingerprint(checkpoint) != job.settings["weights"]:
-            raise UserError(f"{checkpoint} has changed since the command began (is it still trained?); start it again")
-        data = self.config.data
-        self.tokenizer = load_tokenizer(resolve(data.base_model, "model.base_model").target, "model.base_model")
-        self.frame = InputFormat.of(self.tokenizer, data.max_length, data.truncation, data.window_overlap)
-        self.config.trainer.enable_progress_bar = False  # there is one for all files
-        self.trainer = cli.make_trainer(None)
-        self.counter = _RowCounter()
-        self.trainer.callbacks.append(self.counter)  # type: ignore[attr-defined]  # a list, which Lightning hides
-
-    def write(self, shard: Shard, advance: Advance) -> None:
-        """Predicts one file; its output is there whole or not at all.
-
-        Raises:
-            RefusedError: The file cannot be read, or a text in it is missing or none.
-            UserError: The output cannot be written.
-        """
-        self.counter.advance = advance
-        with refused_reading(shard.source):
-            opened = open_flat(shard.source)
-        with atomic_path(shard.output) as staging, opened as file:
-            if input_stamp(shard.source, file.metadata.num_rows) != shard.stamp:
-                raise RefusedError(f"{shard.source} has changed since the command began; start it again")
-            new = new_columns(self.job.settings["labels"])
-            stamp = {"input": shard.stamp, "settings": self.job.settings}
-            schema = output_schema(file.schema_arrow, self.job.text_columns, new, stamp)
-            with pq.ParquetWriter(staging, schema) as writer:
-                for piece, dataset, texts in _one_ahead(self._prepared(file, shard)):
-                    writer.write_table(self._predicted(piece, dataset, texts, schema))
-
-    def _prepared(self, file: pq.ParquetFile, shard: Shard) -> Iterator[tuple[pa.Table, TokenDataset, list[str]]]:
-        first = 1
-        pieces = read_pieces(file, CHUNK_ROWS, CHUNK_BYTES)
-        while True:
-            with refused_reading(shard.source):
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            texts = joined_texts(shard.source, piece, self.job.text_columns, first)
-            first += len(texts)
-            padding = self.config.data.padding == "max_length"
-            yield piece, TokenDataset(tokenize(texts, self.tokenizer), self.frame, None, padding), texts
-
-    def _predicted(self, piece: pa.Table, dataset: TokenDataset, texts: list[str], schema: pa.Schema) -> pa.Table:
-        loader = make_loader(dataset, LengthBatchSampler(dataset.lengths, self.config.data.eval_batch_size, None))
-        with torch.inference_mode():
-            batches: Any = self.trainer.predict(self.model, loader)
-        columns: dict[str, Any] = {"text": texts, **in_row_order(batches, self.model.label_names).columns()}
-        arrays = [columns[name] if name in columns else piece.column(name) for name in schema.names]
-        return pa.table(arrays, schema=schema)
-
-
-def joined_texts(path: Path, piece: pa.Table, text_columns: Sequence[str], first: int) -> list[str]:
-    """The texts of some rows, the first of which has this number in its file.
-
-    Raises:
-        RefusedError: One is missing, empty or no text; file, row and column are named.
-    """
-    from lightning_lora.commands.predict import check_texts  # which imports this module
-
-    cells = {name: _cells(path, piece.column(name), name, first) for name in text_columns}
-    table = Table(str(path), cells, range(first, first + piece.num_rows), "row")
-    for name in text_columns:
-        try:
-            check_texts(table, name)
-        except UserError as error:
-            raise RefusedError(str(error)) from None
-    return [" ".join(parts) for parts in zip(*cells.values(), strict=True)]
-
-
-def _cells(path: Path, column: pa.ChunkedArray, name: str, first: int) -> list[Any]:
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        for i, cell in enumerate(column):
-            try:
-                cell.as_py()
-            except UnicodeDecodeError as error:
-                where = f"{path}, row {first + i}, column '{name}'"
-                raise RefusedError(
-                    f"{where}: a text is needed, got bytes that are not UTF-8 ({error.reason})"
-                ) from None
-        raise
-
-
-@contextmanager
-def refused_reading(path: Path) -> Iterator[None]:
-    """Refuses the file for what is said while it is read: a disk that is full when it is written is another matter."""
-    try:
-        with reading(path):
-            yield
-    except UserError as error:
-        raise RefusedError(str(error)) from None
-
-
-def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The items, each of which is made while the one before is used: tokens of the next rows, while the model runs."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
-
-
-class _RowCounter(Callback):
-    """Says how many rows each batch had."""
-
-    advance: Advance
-
-    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
-        """Counts the batch."""
-        self.advance(len(outputs["rows"]), True)
 
 
 def predict_shards(job: Job, predictor: Predictor, advance: Advance, refused: MutableSequence[int]) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from lightning_lora.cli import main
-from lightning_lora.commands import many_files, predict_files
+from lightning_lora.commands import many_files, predict_files, predictor
 from tests.conftest import make_rows, write_csv
 from tests.faults.processes import Run, kill_in_rows
 
@@ -101,7 +101,7 @@ def refusal(capsys: pytest.CaptureFixture, status: int = 2) -> str:
 
 def small_pieces(count: int = 0) -> None:
     """Hook: files go through in several chunks, and each takes a while."""
-    predict_files.CHUNK_ROWS = 16
+    predictor.CHUNK_ROWS = 16
     predicted = predict_files.Predictor._predicted
 
     def slow(self: Any, *args: Any) -> Any:
@@ -127,7 +127,7 @@ def noted(milliseconds: int) -> None:
 def test_each_file_has_the_rows_that_predict_gives_for_it_alone(
     place: Path, expected: list[pa.Table], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(predict_files, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(predictor, "CHUNK_ROWS", 16)
     assert main(words(place)) == 0
     assert "250 rows in 5 files in out" in capsys.readouterr().err
     same(whole(place), expected)
@@ -306,7 +306,7 @@ def not_utf8() -> pa.Array:
 def test_a_bad_cell_is_named_and_other_files_are_done(
     place: Path, column: pa.Array, said: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict_files, "CHUNK_ROWS", 16)
+    monkeypatch.setattr(predictor, "CHUNK_ROWS", 16)
     write_inputs(Path("in"), files=2, rows=4)
     pq.write_table(pa.table({"text": column}), "in/bad.parquet")
     assert main(words(place, source="in")) == 2
@@ -396,7 +396,7 @@ def peak(count: int) -> None:
     """Hook: says the peak of the process's memory at its end."""
     from lightning_lora.evaluation.costs import peak_memory_mb
 
-    predict_files.CHUNK_ROWS = count
+    predictor.CHUNK_ROWS = count
     run = predict_files.run_files
 
     def measured(cli: Any) -> int:
