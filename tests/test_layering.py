@@ -49,6 +49,7 @@ def test_a_room_imports_only_what_comes_before_it(path: Path) -> None:
         "evaluation/intervals.py",
         "commands/report.py",
         "reports/ablation.py",
+        "reports/ablation_pages.py",
         "ablation/results.py",
         "ablation/runs.py",
     ],

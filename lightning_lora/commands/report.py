@@ -20,6 +20,7 @@ from lightning_lora.commands.options import OptionParser
 from lightning_lora.errors import UserError
 from lightning_lora.files import write_text
 from lightning_lora.reports import ablation as reports
+from lightning_lora.reports import ablation_pages
 from lightning_lora.reports.tables import markdown
 
 
@@ -82,10 +83,10 @@ def write_runs_report(places: Sequence[Path], baseline: Path, output: Path, comm
 def write_report(report: reports.Report, folder: Path) -> None:
     """Writes a report in every form, and prints the answer and the table."""
     written = {
-        "html": reports.as_html(report),
-        "md": reports.as_markdown(report),
-        "csv": reports.as_csv(report),
-        "tex": reports.as_latex(report),
+        "html": ablation_pages.as_html(report),
+        "md": ablation_pages.as_markdown(report),
+        "csv": ablation_pages.as_csv(report),
+        "tex": ablation_pages.as_latex(report),
     }
     for ending, content in written.items():
         write_text(folder / f"report.{ending}", content)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lightning_lora.ablation.results import compare_arms
-from lightning_lora.reports.ablation import Report, as_html
+from lightning_lora.reports.ablation import Report
+from lightning_lora.reports.ablation_pages import as_html
 from tests.ablation.test_results import PLAN, VAL, cells
 
 BROWSER = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)

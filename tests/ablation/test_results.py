@@ -151,7 +151,8 @@ def test_cells_of_other_code_or_versions_are_told_of() -> None:
 
 
 def test_a_label_in_brackets_is_no_option_of_latex() -> None:
-    from lightning_lora.reports.ablation import Report, as_latex
+    from lightning_lora.reports.ablation import Report
+    from lightning_lora.reports.ablation_pages import as_latex
 
     axes = {"layers": {"names": ["[q]", "[q, v]"], "a": [1, 2]}}
     plan = make_plan({**CONTENT, "axes": axes, "baseline": {"layers": "[q]"}}, Path("a.yaml"))
@@ -176,7 +177,8 @@ def test_a_second_difference_is_found() -> None:
 
 
 def test_the_answer_and_the_tables_of_a_report() -> None:
-    from lightning_lora.reports.ablation import Report, answer, as_csv, as_html, as_latex, as_markdown, table
+    from lightning_lora.reports.ablation import Report, answer, table
+    from lightning_lora.reports.ablation_pages import as_csv, as_html, as_latex, as_markdown
 
     found = cells(VAL, test={"2": 0.62, "8": 0.8}, lost={("2", "0.0001", 2)})
     arms = compare_arms(PLAN, found)
@@ -195,7 +197,8 @@ def test_the_answer_and_the_tables_of_a_report() -> None:
 
 
 def test_labels_that_are_markup_stay_words() -> None:
-    from lightning_lora.reports.ablation import Report, as_html
+    from lightning_lora.reports.ablation import Report
+    from lightning_lora.reports.ablation_pages import as_html
 
     found = [
         CellResult(c.cell, c.status, "<script>alert(1)</script>", {}, c.val, None, ["<b>", "</table>"])
