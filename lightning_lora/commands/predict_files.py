@@ -41,6 +41,8 @@ EXECUTORS = ("local", "ray")
 MODEL_SETTINGS = ("base_model", "method", "adapter", "quantization")
 DATA_SETTINGS = ("max_length", "truncation", "window_overlap", "padding")
 _POLL_S = 0.2
+#: How often a file is begun again whose process or machine was lost.
+RAY_RETRIES = 3
 
 
 def run_files(cli: ConfiguredRun) -> int:
@@ -257,6 +259,9 @@ def predict_by_ray(ray: Any, job: Job, shards: list[Shard], advance: Advance, wo
         shards: The files without an output.
         advance: Called with numbers of rows that are done.
         workers: Actors at most; by default one for each GPU, or else each CPU of the cluster.
+
+    Raises:
+        UserError: The cluster has no place for an actor, or the same file ended ``RAY_RETRIES`` more of them.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -278,13 +283,21 @@ def predict_by_ray(ray: Any, job: Job, shards: list[Shard], advance: Advance, wo
         ),
         num_cpus=1,
         num_gpus=1 if gpus else 0,
+        max_task_retries=RAY_RETRIES,
     )
     said = []
-    for result in results.iter_rows():
-        advance(result["rows"], True)
-        if result["failed"]:
-            raise UserError(result["failed"])
-        said += [result["refused"]] if result["refused"] else []
+    try:
+        for result in results.iter_rows():
+            advance(result["rows"], True)
+            if result["failed"]:
+                raise UserError(result["failed"])
+            said += [result["refused"]] if result["refused"] else []
+    except ray.exceptions.RayError as error:
+        left = [shard.source.name for shard in shards if not shard.output.exists()]
+        raise UserError(
+            f"--executor ray: the same file ended {RAY_RETRIES + 1} processes (is memory short?); it is one of "
+            f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}; the same command goes on with what is left"
+        ) from error
     return said
 
 

@@ -469,6 +469,34 @@ def test_a_ray_cluster_gives_the_same(
         ray.shutdown()
 
 
+class DyingPredictor(predict_files.RayPredictor):
+    """Its process ends at one of the files."""
+
+    def __call__(self, row: dict) -> dict:
+        if self.job.shards[row["index"]].source.name == "part-1.parquet":
+            os._exit(1)
+        return super().__call__(row)
+
+
+@pytest.mark.faults
+def test_a_file_that_always_ends_its_ray_actor_ends_the_command(
+    place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setattr(predict_files, "RayPredictor", DyingPredictor)
+    try:
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+        assert main(words(place, "--executor", "ray")) == 2
+    finally:
+        ray.shutdown()
+    said = refusal(capsys)
+    assert "the same file ended 4 processes" in said and "part-1.parquet" in said
+    assert not Path("out/part-1.parquet").exists()
+    monkeypatch.undo()
+
+
 @pytest.mark.faults
 def test_a_node_of_a_ray_cluster_is_lost_and_each_row_is_there_once(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
