@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--train_rows", type=int, default=1500)
     parser.add_argument("--eval_rows", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="a few rows, one rate, one round: does it still run?")
     options = parser.parse_args()
