@@ -34,7 +34,8 @@ class Speedups:
         first_token_only: Compute the last layer, from its attention on, for the first token alone, where the head
             reads no other (bert, roberta, electra, distilbert, deberta).
         fused_lora: Compute a LoRA layer that has no dropout in one step with a backward pass of its own.
-        fused_bias: Compute a frozen linear layer in bfloat16 on a CPU without a pass of its own for the bias.
+        fused_bias: Compute a frozen linear layer in bfloat16 on a CPU without a pass of its own for the bias; a fused
+            LoRA layer always is.
         merged_evaluation: Evaluate with the product of A and B added to the weights of such a LoRA layer.
     """
 
@@ -52,8 +53,8 @@ def install(base: Base, speedups: Speedups) -> list[str]:
         done.append("last layer for the first token only")
     if speedups.fused_lora and (count := fuse_lora(base.model)):
         done.append(f"{count} LoRA layers fused" + (", merged in evaluation" if speedups.merged_evaluation else ""))
-    if speedups.fused_bias and (count := fuse_bias(base.model)):
-        done.append(f"{count} linear layers with their bias in one pass")
+    if speedups.fused_bias and _ONE_PASS and not torch.cuda.is_available():
+        fuse_bias(base.model)  # which shows in bfloat16 only
     return done
 
 
@@ -87,8 +88,6 @@ def fuse_lora(model: nn.Module) -> int:
 
 def fuse_bias(model: nn.Module) -> int:
     """Makes frozen linear layers outside of adapters take their bias along where they can; gives their number."""
-    if not _ONE_PASS:
-        return 0
     adapted = {id(inner) for layer in model.modules() if isinstance(layer, BaseTunerLayer) for inner in layer.modules()}
     count = 0
     for module in model.modules():

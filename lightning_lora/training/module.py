@@ -19,7 +19,14 @@ from lightning_lora.models.attention import EXACT
 from lightning_lora.models.base import load_base
 from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
 from lightning_lora.models.quantization import Quantization, check_quantization
-from lightning_lora.models.speedups import Speedups, begin_evaluation, end_evaluation, install, lower_frozen
+from lightning_lora.models.speedups import (
+    FrozenLinear,
+    Speedups,
+    begin_evaluation,
+    end_evaluation,
+    install,
+    lower_frozen,
+)
 from lightning_lora.seeding import stream_seed
 from lightning_lora.training.optim import Schedule, make_optimizer, make_schedule
 
@@ -179,7 +186,9 @@ class TextClassifier(LightningModule):
     def speed_choices(self, precision: str) -> list[str]:
         """What is done for speed in a run of this precision, in words."""
         lowered = ["frozen weights in bfloat16"] if self.lowers_frozen(precision) else []
-        return [*lowered, *self.speed_notes]
+        one_pass = sum(isinstance(module, FrozenLinear) for module in self.model.modules()) if lowered else 0
+        biases = [f"{one_pass} linear layers with their bias in one pass"] if one_pass else []
+        return [*lowered, *self.speed_notes, *biases]
 
     def lowers_frozen(self, precision: str) -> bool:
         """Whether frozen weights are kept in bfloat16."""

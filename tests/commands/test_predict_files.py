@@ -494,7 +494,6 @@ def test_a_file_that_always_ends_its_ray_actor_ends_the_command(
     said = refusal(capsys)
     assert "the same file ended 4 processes" in said and "part-1.parquet" in said
     assert not Path("out/part-1.parquet").exists()
-    monkeypatch.undo()
 
 
 @pytest.mark.faults
