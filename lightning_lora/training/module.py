@@ -293,6 +293,10 @@ class TextClassifier(LightningModule):
         """Takes adapters apart again."""
         end_evaluation(self.model)
 
+    def on_validation_model_train(self) -> None:
+        """Goes back to training and its attention: Lightning by itself sets the modules' flags past ``train``."""
+        self.train(self.trainer.state.fn == "fit")
+
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 

@@ -275,21 +275,33 @@ def test_an_evaluation_with_merged_adapters_is_that_of_the_adapters(tiny_base, p
         assert name in before and (torch.equal(value, before[name]) or "lora_B" in name)
 
 
-def test_training_goes_on_with_the_adapters_after_a_validation(tiny_base, reviews) -> None:
-    from lightning import Trainer
+def test_training_goes_on_as_it_was_after_a_validation(tiny_base, reviews) -> None:
+    from lightning import Callback, Trainer
 
     from lightning_lora.data.datamodule import TextDataModule
 
+    used: set[tuple[str, str]] = set()
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *args) -> None:
+            used.add(("train", pl_module.model.config._attn_implementation))
+
+        def on_validation_batch_start(self, trainer, pl_module, *args) -> None:
+            used.add(("validate", pl_module.model.config._attn_implementation))
+
     ends = []
-    for merged in (True, False):
+    for merged, validate in ((True, True), (False, True), (True, False)):
         data = TextDataModule(str(reviews), str(tiny_base), max_length=32)
         model = TextClassifier(str(tiny_base), data.label_names, speedups=Speedups(merged_evaluation=merged))
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        Trainer(max_epochs=2, val_check_interval=1, accelerator="cpu", precision="32-true", **quiet).fit(model, data)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "callbacks": [Watch()]}
+        when = {"val_check_interval": 1} if validate else {"limit_val_batches": 0}
+        Trainer(max_epochs=2, accelerator="cpu", precision="32-true", **when, **quiet).fit(model, data)
         assert all(m.evaluated_weight is None for m in model.modules() if isinstance(m, FusedLora))
         ends.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
-    for name, value in ends[0].items():
-        assert torch.equal(value, ends[1][name]), name
+    for name, value in ends[2].items():  # of the run that never stopped to validate
+        assert torch.equal(value, ends[0][name]) and torch.equal(value, ends[1][name]), name
+    assert used == {("train", model.attention_for(True)), ("validate", model.attention_for(False))}
+    assert torch.cuda.is_available() or len({name for _, name in used}) == 2
 
 
 def test_biases_are_said_to_be_taken_along_where_they_are(tiny_base) -> None:
