@@ -56,10 +56,13 @@ class ExactAttention(torch.autograd.Function):
         dtype = compute_dtype(q)
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-            scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scaling)
-            if mask is not None:
-                scores.view(*shape[:3], -1).add_(mask)
-            shares = scores.softmax(-1)
+            if mask is None:
+                scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scaling)
+            else:  # added within the product
+                added = mask.to(dtype).clamp(min=torch.finfo(dtype).min)  # not -inf, of which a whole row would be NaN
+                added = added.expand(-1, shape[1], -1, -1).flatten(0, 1)
+                scores = torch.baddbmm(added, q, k.transpose(1, 2), alpha=scaling)
+            shares = softmax(scores)
             out = shares.bmm(v)
         ctx.save_for_backward(q, k, v, shares)
         ctx.scaling, ctx.heads, ctx.dtypes = scaling, shape[:2], (query.dtype, key.dtype, value.dtype)
@@ -84,6 +87,15 @@ class ExactAttention(torch.autograd.Function):
             for g, dtype in zip((grad_q, grad_k, grad_v), ctx.dtypes, strict=True)
         ]
         return *shaped, None, None
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Of the last dimension, in the number format of the scores."""
+    width = scores.shape[-1]
+    if scores.dtype == torch.bfloat16 and width % 32 and width < 100:
+        # By way of float32, as torch takes what is left of a width, 32 at a time, one by one (docs/LOG.md).
+        return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+    return scores.softmax(-1)
 
 
 def additive_mask(*args: Any, mask_function: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -106,6 +106,23 @@ def test_exact_attention_is_attention_and_so_are_its_gradients(mask: str, querie
     torch.autograd.gradcheck(lambda *x: ExactAttention.apply(*x, added, 0.3), (q, k, v))
 
 
+@pytest.mark.parametrize("width", [24, 32, 104])
+def test_exact_attention_in_bfloat16_is_attention(width: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, width, 8, requires_grad=True) for _ in range(3))
+    added = torch.zeros(2, 1, width, width)
+    added[1, ..., 4:] = torch.finfo(torch.float32).min
+    added[1, :, 5] = torch.finfo(torch.float32).min  # padding that sees no other token, as in windows of attention
+    weights = torch.randn(2, width, 3, 8)
+    expected = ((q @ k.mT * 8**-0.5 + added).softmax(-1) @ v).transpose(1, 2)
+    truth = [expected, *torch.autograd.grad((expected * weights).sum(), (q, k, v))]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ExactAttention.apply(q, k, v, added, 8**-0.5)
+    assert found.dtype == torch.bfloat16
+    for got, value in zip([found, *torch.autograd.grad((found * weights).sum(), (q, k, v))], truth, strict=True):
+        torch.testing.assert_close(got.float() / value.abs().max(), value / value.abs().max(), **BF16)
+
+
 def test_the_mask_is_that_of_transformers() -> None:
     present = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
     sizes = {"batch_size": 2, "q_length": 4, "kv_length": 4, "dtype": torch.float32}
