@@ -1,7 +1,6 @@
 """``main.py validate`` and ``main.py test``: metrics of a run's checkpoint, before and after fine-tuning."""
 
 import shlex
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from lightning_lora.artifacts.weights import check_weights, load_weights, traine
 from lightning_lora.commands.configured import ConfiguredRun, row_columns
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.costs import peak_memory_mb
+from lightning_lora.evaluation.costs import PassClock, peak_memory_mb
 from lightning_lora.evaluation.intervals import intervals
 from lightning_lora.files import check_writable, write_text
 from lightning_lora.processes import started_to_follow
@@ -132,12 +131,11 @@ def refuse_trained_rows(texts: Sequence[str], folder: RunFolder, seen: Sequence[
 
 
 def _run_pass(cli: ConfiguredRun, command: str, split: str, trainer: Any) -> tuple[dict[str, float], float]:
-    started = time.perf_counter()
+    clock = PassClock.on(trainer)
     results = getattr(trainer, command)(cli.model, datamodule=cli.datamodule, verbose=False)
-    seconds = time.perf_counter() - started
     if not results:
         raise UserError(f"the {command} pass was interrupted")
-    return {name.removeprefix(f"{split}/"): value for name, value in results[0].items()}, seconds
+    return {name.removeprefix(f"{split}/"): value for name, value in results[0].items()}, clock.seconds
 
 
 def majority_accuracy(train_labels: np.ndarray, labels: np.ndarray) -> float:

@@ -46,6 +46,31 @@ def peak_memory_mb() -> dict[str, float]:
     return peaks
 
 
+class PassClock(Callback):
+    """Seconds of an evaluation from its first batch to its metrics; what others do with them comes after it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._started = 0.0
+
+    @classmethod
+    def on(cls, trainer: Any) -> "PassClock":
+        """A clock before all other callbacks of the trainer."""
+        clock = cls()
+        trainer.callbacks.insert(0, clock)
+        return clock
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._started = time.perf_counter()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops it."""
+        self.seconds = time.perf_counter() - self._started
+
+    on_validation_start, on_validation_end = on_test_start, on_test_end
+
+
 class CostMeter(Callback):
     """Counts seconds and tokens of training apart from validation, without asking the device."""
 

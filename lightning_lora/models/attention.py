@@ -1,14 +1,15 @@
-"""Attention for training without a GPU, registered with transformers under a name of its own.
+"""Attention without a GPU, registered with transformers under a name of its own.
 
 There the backward pass of torch's fused attention is slow, and transformers' eager one makes passes over the T x T
-scores that can be saved. This one scales within the matrix product, adds the mask in place, and gives its gradients by
-hand. It is exact attention: softmax(Q K' scaling + mask) V.
+scores that can be saved. This one scales and adds the mask within the matrix product, and gives its gradients by hand.
+It is exact attention: softmax(Q K' scaling + mask) V. Without gradients torch's own is taken where it is faster.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, eager_mask
 from transformers.models.bert.modeling_bert import eager_attention_forward
@@ -41,7 +42,11 @@ def exact_attention(
     if cut:
         query = query[:, :, :1]
         attention_mask = None if attention_mask is None else attention_mask[:, :, :1]
-    out = ExactAttention.apply(query, key, value, attention_mask, scaling)
+    if torch.is_grad_enabled() or _uneven(key.shape[2], compute_dtype(query)):
+        out = ExactAttention.apply(query, key, value, attention_mask, scaling)
+    else:
+        mask = None if attention_mask is None else finite(attention_mask, compute_dtype(query))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling).transpose(1, 2)
     return out.expand(-1, length, -1, -1) if cut else out, None
 
 
@@ -59,8 +64,7 @@ class ExactAttention(torch.autograd.Function):
             if mask is None:
                 scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scaling)
             else:  # added within the product
-                added = mask.to(dtype).clamp(min=torch.finfo(dtype).min)  # not -inf, of which a whole row would be NaN
-                added = added.expand(-1, shape[1], -1, -1).flatten(0, 1)
+                added = finite(mask, dtype).expand(-1, shape[1], -1, -1).flatten(0, 1)
                 scores = torch.baddbmm(added, q, k.transpose(1, 2), alpha=scaling)
             shares = softmax(scores)
             out = shares.bmm(v)
@@ -89,13 +93,24 @@ class ExactAttention(torch.autograd.Function):
         return *shaped, None, None
 
 
+def _uneven(width: int, dtype: torch.dtype) -> bool:
+    """Whether torch's softmax over so many scores is slow: what is left after 32 at a time it takes one by one.
+
+    Measured; from 100 on that is too small a part to matter (docs/LOG.md).
+    """
+    return dtype == torch.bfloat16 and width % 32 != 0 and width < 100
+
+
 def softmax(scores: Tensor) -> Tensor:
     """Of the last dimension, in the number format of the scores."""
-    width = scores.shape[-1]
-    if scores.dtype == torch.bfloat16 and width % 32 and width < 100:
-        # By way of float32, as torch takes what is left of a width, 32 at a time, one by one (docs/LOG.md).
+    if _uneven(scores.shape[-1], scores.dtype):
         return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
     return scores.softmax(-1)
+
+
+def finite(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask in another number format without -inf: a row of nothing else would become NaN."""
+    return mask.to(dtype).clamp(min=torch.finfo(dtype).min)
 
 
 def additive_mask(*args: Any, mask_function: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

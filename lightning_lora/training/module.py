@@ -69,9 +69,9 @@ class TextClassifier(LightningModule):
         label_smoothing: From 0 up to 1; in training only.
         class_weights: Weights of the classes in the training loss: "balanced" (inverse to their share of
             the training rows) or one number a class; they are scaled so that a row weighs 1 on average.
-        attention: Implementation of the attention: "auto" (what transformers chooses, but "exact" for training
-            without a GPU, where the backward pass of "sdpa" is slower), "eager", "sdpa", or "exact", this
-            project's own (``models/attention.py``).
+        attention: Implementation of the attention: "auto" (what transformers chooses, but "exact" without a GPU,
+            where "sdpa" is slower, its backward pass above all), "eager", "sdpa", or "exact", this project's own
+            (``models/attention.py``).
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them: less
             memory, about a third more time, the same gradients.
         frozen_dropout: Keep the dropout of a frozen encoder. Drawing its random numbers takes up to half of
@@ -176,12 +176,17 @@ class TextClassifier(LightningModule):
         return self
 
     def attention_for(self, training: bool) -> str:
-        """As configured; "auto" is what transformers chose, but ``EXACT`` for training without a GPU."""
+        """As configured; "auto" is what transformers chose, but without a GPU ``EXACT``.
+
+        Architectures that are not known by name get "eager" instead, and that for training only.
+        """
         if self.attention != "auto":
             return self.attention
-        if not training or torch.cuda.is_available():
+        if torch.cuda.is_available():
             return self.loaded_attention
-        return EXACT if self.known_architecture and self.loaded_attention == "sdpa" else "eager"
+        if self.known_architecture and self.loaded_attention == "sdpa":
+            return EXACT
+        return "eager" if training else self.loaded_attention
 
     def speed_choices(self, precision: str) -> list[str]:
         """What is done for speed in a run of this precision, in words."""
@@ -231,7 +236,11 @@ class TextClassifier(LightningModule):
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Starts dropout's random stream of this batch: a run that goes on draws what it would have drawn."""
         rank = f"/{self.trainer.global_rank}" if self.trainer.global_rank else ""
-        torch.manual_seed(stream_seed(self.seed, f"dropout/{self.trainer.fit_loop.total_batch_idx}{rank}"))
+        seed = stream_seed(self.seed, f"dropout/{self.trainer.fit_loop.total_batch_idx}{rank}")
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)
+        else:  # also asks every kind of device that is not there, which takes 3 ms
+            torch.manual_seed(seed)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss to step on."""

@@ -1,4 +1,5 @@
 import dataclasses
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.costs import CostMeter
+from lightning_lora.evaluation.costs import CostMeter, PassClock
 from lightning_lora.evaluation.predictions import PredictionCollector
 from lightning_lora.models.methods import AdapterOptions
 from lightning_lora.training.module import TextClassifier, pooled
@@ -319,6 +320,22 @@ def test_weight_decay_spares_biases_and_norms_and_covers_the_rest_once(tiny_base
         n for n in names.values() if n.endswith("bias") or "LayerNorm" in n
     }
     assert len(decayed["params"]) + len(spared["params"]) == len(names)
+
+
+def test_an_evaluation_is_timed_to_its_metrics_and_not_what_is_made_of_them(tiny_base: Path, reviews: Path) -> None:
+    class Slow(Callback):
+        def on_validation_batch_end(self, *args) -> None:
+            time.sleep(0.05)
+
+        def on_validation_end(self, *args) -> None:
+            time.sleep(1.5)
+
+    model, data = make(tiny_base, reviews)
+    evaluation = trainer(Slow())
+    clock = PassClock.on(evaluation)
+    evaluation.validate(model, data, verbose=False)
+    batches = sum(evaluation.num_val_batches)
+    assert 0.05 * batches <= clock.seconds < 0.05 * batches + 1.4
 
 
 def test_costs_count_each_token_once(tiny_base: Path, reviews: Path) -> None:
