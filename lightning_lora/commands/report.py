@@ -23,6 +23,9 @@ from lightning_lora.reports import ablation as reports
 from lightning_lora.reports import ablation_pages
 from lightning_lora.reports.tables import markdown
 
+#: Many configs are read; libyaml takes a tenth of the time.
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 
 def run(words: list[str]) -> int:
     """Writes the report of each ablation again, and one of all plain runs together."""
@@ -81,16 +84,12 @@ def write_runs_report(places: Sequence[Path], baseline: Path, output: Path, comm
 
 
 def write_report(report: reports.Report, folder: Path) -> None:
-    """Writes a report in every form, and prints the answer and the table."""
-    written = {
-        "html": ablation_pages.as_html(report),
-        "md": ablation_pages.as_markdown(report),
-        "csv": ablation_pages.as_csv(report),
-        "tex": ablation_pages.as_latex(report),
-    }
-    for ending, content in written.items():
-        write_text(folder / f"report.{ending}", content)
-    print(f"\n{report.plan.question}\n{reports.answer(report)}\n\n{markdown(reports.table(report))}\n")
+    """Prints the answer and the table, and writes the report in every form, the page with its pictures last."""
+    print(f"\n{report.plan.question}\n{reports.answer(report)}\n\n{markdown(reports.table(report))}\n", flush=True)
+    write_text(folder / "report.md", ablation_pages.as_markdown(report))
+    write_text(folder / "report.csv", ablation_pages.as_csv(report))
+    write_text(folder / "report.tex", ablation_pages.as_latex(report))
+    write_text(folder / "report.html", ablation_pages.as_html(report))
     print(f"written: {folder / 'report'}.html, .md, .csv, .tex")
 
 
@@ -215,7 +214,7 @@ def _of_best(record: Mapping[str, Any], name: str) -> bool:
 
 def _different(cell: Cell, config: Path) -> str:
     """The first setting of the plan that a cell was not trained with; empty where there is none."""
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    settings = yaml.load(config.read_text(encoding="utf-8"), Loader=_YAML)
     for key, wanted in {**cell.change, "seed_everything": cell.seed}.items():
         value: Any = settings
         for part in key.split("."):

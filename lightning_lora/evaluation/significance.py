@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
+from scipy.special import bdtr, nctdtrinc, ndtri, stdtr, stdtridf, stdtrit
 
 LEVEL = 0.95
 POWER = 0.8
@@ -105,8 +105,6 @@ def estimate(values: NDArray) -> Estimate:
 
 def degrees_of_freedom(of_seeds: float, seeds: int, of_rows: float, rows: int) -> float:
     """Of the t distribution whose interval is that of both parts of the variance together: see above."""
-    from scipy.optimize import brentq
-
     if of_seeds + of_rows == 0:
         return math.inf
     if of_seeds == 0 or seeds < 2:
@@ -118,7 +116,7 @@ def degrees_of_freedom(of_seeds: float, seeds: int, of_rows: float, rows: int) -
     low, high = min(seeds, rows) - 1.0, max(seeds, rows) - 1.0
     if wanted >= _t(low) or wanted <= _t(high):  # one part is as good as nothing
         return low if wanted >= _t(low) else high
-    return float(brentq(lambda df: _t(df) - wanted, low, high))
+    return float(stdtridf((1 + LEVEL) / 2, wanted))
 
 
 def _t(df: float) -> float:
@@ -135,8 +133,6 @@ def difference(arm: NDArray, baseline: NDArray, margin: float, higher_is_better:
         margin: Differences under this count as none.
         higher_is_better: Else the difference is turned round, so that above 0 is always better.
     """
-    from scipy import stats
-
     if arm.shape != baseline.shape:
         raise ValueError(f"shapes differ: {arm.shape} and {baseline.shape}; compare the seeds that both have")
     sign = 1.0 if higher_is_better else -1.0
@@ -146,10 +142,8 @@ def difference(arm: NDArray, baseline: NDArray, margin: float, higher_is_better:
         p = 1.0 if found.mean == 0 else 0.0
         p_equivalent = 0.0 if abs(found.mean) < margin else 1.0
     else:
-        p = float(2 * stats.t.sf(abs(found.mean) / found.se, found.df))
-        lower = stats.t.sf((found.mean + margin) / found.se, found.df)
-        upper = stats.t.sf((margin - found.mean) / found.se, found.df)
-        p_equivalent = float(max(lower, upper))
+        p = float(2 * stdtr(found.df, -abs(found.mean) / found.se))
+        p_equivalent = float(stdtr(found.df, (abs(found.mean) - margin) / found.se))  # the larger of both sides
     binary = bool(np.isin(arm, (0, 1)).all() and np.isin(baseline, (0, 1)).all())
     per_seed = [mcnemar_p(one, other) for one, other in zip(arm, baseline, strict=True)] if binary else []
     return Difference(
@@ -167,10 +161,8 @@ def difference(arm: NDArray, baseline: NDArray, margin: float, higher_is_better:
 
 def mcnemar_p(arm: NDArray, baseline: NDArray) -> float:
     """The exact p-value of McNemar's test: of the rows that one of the two has right, is it either as often?"""
-    from scipy.stats import binomtest
-
     only_arm, only_baseline = int((arm > baseline).sum()), int((arm < baseline).sum())
-    return float(binomtest(only_arm, only_arm + only_baseline).pvalue) if only_arm + only_baseline else 1.0
+    return min(1.0, 2 * float(bdtr(min(only_arm, only_baseline), only_arm + only_baseline, 0.5)))
 
 
 def corrected(differences: Sequence[Difference]) -> list[Difference]:
@@ -200,20 +192,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def detectable(se: float, df: float) -> float:
-    """The smallest true difference that a test with this standard error finds with ``POWER``."""
-    from scipy import optimize, stats
-
+    """The smallest true difference that a test with this standard error finds with ``POWER``, on the right side."""
     if se == 0:
         return 0.0
-    critical = _t(df)
-
-    def power(effect: float) -> float:
-        if df > 1e5:  # where scipy's noncentral t gives up, and is a normal
-            return float(stats.norm.sf(critical - effect) + stats.norm.cdf(-critical - effect))
-        upper, lower = stats.nct.sf(critical, df, effect), stats.nct.cdf(-critical, df, effect)
-        return float(np.nan_to_num(upper, nan=1.0) + np.nan_to_num(lower))  # NaN where it is as good as that
-
-    return se * float(optimize.brentq(lambda effect: power(effect) - POWER, 0.0, 4 * critical + 5))
+    if df > 1e5:  # the noncentral t is a normal by then
+        return se * (_t(df) + float(ndtri(POWER)))
+    return se * float(nctdtrinc(df, 1 - POWER, _t(df)))
 
 
 def seeds_needed(differences: NDArray) -> int | None:

@@ -33,6 +33,8 @@ def pareto(report: Any) -> str:
     arms = [(arm, found) for arm, found in arms if found is not None]
     if not arms:
         return ""
+    from matplotlib.ticker import EngFormatter
+
     figure, axes = _figure(1, 3, 3.4)
     for panel, (cost, label) in zip(axes, (("trainable_params", "trainable parameters"), ("train_s", "training, s"),
                                            ("peak_memory_mb", "peak memory, MiB")), strict=True):  # fmt: skip
@@ -50,6 +52,9 @@ def pareto(report: Any) -> str:
         positive = [x for x, _ in points if x > 0]
         if cost == "trainable_params" and positive and max(positive) / min(positive) > 20:
             panel.set_xscale("symlog" if len(positive) < len(points) else "log")
+        else:
+            panel.locator_params(axis="x", nbins=5)
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.set_xlabel(label)
     axes[0].set_ylabel(f"{report.split} {report.plan.metric}")
     _legend(figure, axes[0])
@@ -200,12 +205,17 @@ def _figure(rows: int, columns: int, height: float) -> tuple[Any, list[Any]]:
 def _legend(figure: Any, panel: Any) -> None:
     handles, labels = panel.get_legend_handles_labels()
     if 1 < len(labels) <= 24:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), fontsize=8, frameon=False)
+        inches = 0.6 + 0.07 * max(map(len, labels))  # of a line's mark, and of its words at 8 points
+        columns = max(1, min(len(labels), 6, int(figure.get_figwidth() / inches)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _svg(figure: Any, alt: str) -> str:
     import matplotlib as mpl
 
+    # Laid out once; a figure that still has a layout is drawn twice when it is saved, and laid out each time.
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine(None)
     out = io.StringIO()
     # Paths instead of fonts: the page looks the same everywhere. No date: the same numbers give the same file.
     with mpl.rc_context({"svg.hashsalt": alt, "svg.fonttype": "path"}):
