@@ -87,7 +87,8 @@ def ours(system: System, task: Task, settings: Sequence[str], rate: float, seed:
     config.write_text("{}\n")
     call(["main.py", "fit", "--config", str(config), *words], work)
     if test:
-        call(["main.py", "test", "--run", str(work / "run"), "--before", "false"], work)
+        # Timed is the pass after fine-tuning; the one before it has met each shape, as the peer has on validation rows.
+        call(["main.py", "test", "--run", str(work / "run")], work)
     record = json.loads((work / "run" / "run.json").read_text())
     costs = record["costs"]
     result = {
@@ -111,7 +112,12 @@ SYSTEMS = (
     System("Trainer, common", [()]),
     System(
         "Trainer, tuned",
-        [("--attention", a, "--batch_size", b) for a in ("sdpa", "eager") for b in ("16", "32")],
+        [
+            ("--attention", attention, "--batch_size", batch_size, "--base_dtype", dtype)
+            for attention in ("sdpa", "eager")
+            for batch_size in ("16", "32")
+            for dtype in ("float32", "bfloat16")
+        ],
     ),
     System("lightning_lora", [("--data.batch_size", b) for b in ("16", "32")]),
 )
@@ -185,16 +191,28 @@ def small(task: Task, rows: int, out: Path) -> Task:
     return Task(folder, task.max_length, task.base, 1)
 
 
+def try_settings(system: System, trial: Task, rate: float, out: Path) -> dict[tuple[str, ...], float]:
+    """Training texts/s of each of the system's settings; of the two fastest the better of two tries."""
+    speeds: dict[tuple[str, ...], float] = {}
+
+    def attempt(settings: tuple[str, ...]) -> None:
+        speed = system.run(trial, settings, rate, 1, out / "work", False)["train_rows_per_s"]
+        speeds[settings] = max(speeds.get(settings, 0.0), speed)
+        say(f"{system.name} {' '.join(settings)}: {speed:.1f} texts/s")
+
+    for settings in system.settings:
+        attempt(settings)
+    for settings in sorted(speeds, key=lambda tried: speeds[tried])[-2:]:  # a slow moment must not decide
+        attempt(settings)
+    return speeds
+
+
 def compare(task: Task, out: Path, rates: Sequence[float], rounds: int, trial_rows: int) -> dict[str, Any]:
     """Settings, learning rates and rounds of every system; without trial rows the first settings are taken."""
     trial = small(task, trial_rows, out)
     found: dict[str, Any] = {}
     for system in SYSTEMS:
-        speeds = {}
-        for settings in system.settings if trial_rows and len(system.settings) > 1 else ():
-            result = system.run(trial, settings, rates[0], 1, out / "work", False)
-            speeds[settings] = result["train_rows_per_s"]
-            say(f"{system.name} {' '.join(settings)}: {result['train_rows_per_s']:.1f} texts/s")
+        speeds = try_settings(system, trial, rates[0], out) if trial_rows and len(system.settings) > 1 else {}
         settings = max(speeds, key=lambda s: speeds[s]) if speeds else system.settings[0]
         sweep = {}
         for rate in rates:
@@ -288,7 +306,7 @@ def main() -> None:
     parser.add_argument("--train_rows", type=int, default=1500)
     parser.add_argument("--eval_rows", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3, 1.6e-2])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="a few rows, one rate, one round: does it still run?")
     options = parser.parse_args()

@@ -72,10 +72,16 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) 
 def encoder_flops(model: torch.nn.Module) -> float:
     """Floating-point operations a token, forward and backward, of the encoder's frozen linear layers.
 
-    2 a weight forward and 2 backward: frozen weights need no gradient. Adapters and attention scores are not counted.
+    2 a weight forward and 2 backward: frozen weights need no gradient. Adapters and attention scores are not counted,
+    nor what is computed for the first token of a text only: behind the last attention, and the pooler.
     """
-    layers = (m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in n)
-    return 4.0 * sum(m.weight.numel() for m in layers if not m.weight.requires_grad)
+    count = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or "lora_" in name or module.weight.requires_grad:
+            continue
+        behind = getattr(module, "first_token_only", False) and ".attention.self." not in name
+        count += 0 if behind or ".pooler." in name else module.weight.numel()
+    return 4.0 * count
 
 
 def main() -> None:

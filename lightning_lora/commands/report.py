@@ -84,12 +84,16 @@ def write_runs_report(places: Sequence[Path], baseline: Path, output: Path, comm
 
 
 def write_report(report: reports.Report, folder: Path) -> None:
-    """Prints the answer and the table, and writes the report in every form, the page with its pictures last."""
-    print(f"\n{report.plan.question}\n{reports.answer(report)}\n\n{markdown(reports.table(report))}\n", flush=True)
-    write_text(folder / "report.md", ablation_pages.as_markdown(report))
-    write_text(folder / "report.csv", ablation_pages.as_csv(report))
-    write_text(folder / "report.tex", ablation_pages.as_latex(report))
-    write_text(folder / "report.html", ablation_pages.as_html(report))
+    """Prints the answer and the table, then draws the pictures, then writes the report in every form."""
+    print(f"\n{report.plan.question}\n{reports.answer(report)}\n\n{markdown(reports.table(report))}\n")
+    written = {
+        "html": ablation_pages.as_html(report),
+        "md": ablation_pages.as_markdown(report),
+        "csv": ablation_pages.as_csv(report),
+        "tex": ablation_pages.as_latex(report),
+    }
+    for ending, content in written.items():
+        write_text(folder / f"report.{ending}", content)
     print(f"written: {folder / 'report'}.html, .md, .csv, .tex")
 
 

@@ -61,11 +61,13 @@ class ExactAttention(torch.autograd.Function):
         dtype = compute_dtype(q)
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-            if mask is None:
-                scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scaling)
-            else:  # added within the product
-                added = finite(mask, dtype).expand(-1, shape[1], -1, -1).flatten(0, 1)
+            if mask is not None and mask.shape[2] == 1:  # added within the product
+                added = finite(mask, dtype).expand(*shape[:2], -1, -1).flatten(0, 1)
                 scores = torch.baddbmm(added, q, k.transpose(1, 2), alpha=scaling)
+            else:
+                scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scaling)
+                if mask is not None:
+                    scores.view(*shape[:3], -1).add_(finite(mask, dtype))
             shares = softmax(scores)
             out = shares.bmm(v)
         ctx.save_for_backward(q, k, v, shares)

@@ -54,7 +54,8 @@ def pareto(report: Any) -> str:
             panel.set_xscale("symlog" if len(positive) < len(points) else "log")
         else:
             panel.locator_params(axis="x", nbins=5)
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if cost == "trainable_params":
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.set_xlabel(label)
     axes[0].set_ylabel(f"{report.split} {report.plan.metric}")
     _legend(figure, axes[0])

@@ -15,6 +15,7 @@ from lightning_lora.evaluation.significance import (
     POWER,
     Difference,
     corrected,
+    degrees_of_freedom,
     detectable,
     difference,
     estimate,
@@ -58,6 +59,23 @@ def test_where_seeds_do_not_vary_it_is_the_t_test_over_rows() -> None:
     interval = stats.ttest_1samp(row, 0).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
     assert found.sd == pytest.approx(0)
+
+
+@pytest.mark.parametrize("df", [1.0, 1.05, 2.0, 30.0, 1e3, 9e4, 1e6])
+def test_the_detectable_difference_is_found_in_four_of_five(df: float) -> None:
+    critical, effect = stats.t.isf(0.025, df), detectable(1.0, df)
+    power = stats.nct.sf(critical, df, effect) if df < 1e5 else stats.norm.sf(critical - effect)
+    assert power == pytest.approx(0.8, abs=1e-5)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 30])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_the_degrees_of_freedom_give_the_interval_of_both_parts(seeds: int, share: float) -> None:
+    rows, of_seeds, of_rows = 2000, share, 1 - share
+    half = math.hypot(
+        stats.t.isf(0.025, seeds - 1) * math.sqrt(of_seeds), stats.t.isf(0.025, rows - 1) * math.sqrt(of_rows)
+    )
+    assert stats.t.isf(0.025, degrees_of_freedom(of_seeds, seeds, of_rows, rows)) == pytest.approx(half, rel=1e-6)
 
 
 def test_the_detectable_difference_is_that_of_statsmodels() -> None:
