@@ -38,7 +38,7 @@ class Task:
 
 @dataclass(frozen=True)
 class System:
-    """One way to train. ``settings`` are tried for speed, the fastest is kept."""
+    """One way to train. ``settings`` are tried for speed; of those within 5% of the fastest the first is kept."""
 
     name: str
     settings: Sequence[tuple[str, ...]]
@@ -114,8 +114,8 @@ SYSTEMS = (
         "Trainer, tuned",
         [
             ("--attention", attention, "--batch_size", batch_size, "--base_dtype", dtype)
-            for attention in ("sdpa", "eager")
             for batch_size in ("16", "32")
+            for attention in ("sdpa", "eager")
             for dtype in ("float32", "bfloat16")
         ],
     ),
@@ -207,13 +207,18 @@ def try_settings(system: System, trial: Task, rate: float, out: Path) -> dict[tu
     return speeds
 
 
+def chosen(system: System, speeds: dict[tuple[str, ...], float]) -> tuple[str, ...]:
+    """The first of those that are as fast as the fastest but for noise: small batches, which learn in more steps."""
+    return next(s for s in system.settings if speeds[s] >= 0.95 * max(speeds.values()))
+
+
 def compare(task: Task, out: Path, rates: Sequence[float], rounds: int, trial_rows: int) -> dict[str, Any]:
     """Settings, learning rates and rounds of every system; without trial rows the first settings are taken."""
     trial = small(task, trial_rows, out)
     found: dict[str, Any] = {}
     for system in SYSTEMS:
         speeds = try_settings(system, trial, rates[0], out) if trial_rows and len(system.settings) > 1 else {}
-        settings = max(speeds, key=lambda s: speeds[s]) if speeds else system.settings[0]
+        settings = chosen(system, speeds) if speeds else system.settings[0]
         sweep = {}
         for rate in rates:
             sweep[rate] = system.run(task, settings, rate, 1, out / "work", False)["validation_accuracy"]
