@@ -42,11 +42,10 @@ def exact_attention(
     if cut:
         query = query[:, :, :1]
         attention_mask = None if attention_mask is None else attention_mask[:, :, :1]
-    if torch.is_grad_enabled() or _uneven(key.shape[2], compute_dtype(query)):
+    if torch.is_grad_enabled():
         out = ExactAttention.apply(query, key, value, attention_mask, scaling)
     else:
-        mask = None if attention_mask is None else finite(attention_mask, compute_dtype(query))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling).transpose(1, 2)
+        out = attend_without_backward(query, key, value, attention_mask, scaling).transpose(1, 2)
     return out.expand(-1, length, -1, -1) if cut else out, None
 
 
@@ -57,19 +56,10 @@ class ExactAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Of (B, H, Q, D), (B, H, T, D), (B, H, T, D) and what is added to scores, (B, 1, 1 or Q, T): (B, Q, H, D)."""
         shape = query.shape
-        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (query, key, value))
-        dtype = compute_dtype(q)
-        with torch.autocast(q.device.type, enabled=False):
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-            if mask is not None and mask.shape[2] == 1:  # added within the product
-                added = finite(mask, dtype).expand(*shape[:2], -1, -1).flatten(0, 1)
-                scores = torch.baddbmm(added, q, k.transpose(1, 2), alpha=scaling)
-            else:
-                scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scaling)
-                if mask is not None:
-                    scores.view(*shape[:3], -1).add_(finite(mask, dtype))
-            shares = softmax(scores)
-            out = shares.bmm(v)
+        dtype = compute_dtype(query)
+        with torch.autocast(query.device.type, enabled=False):
+            q, k, v = (x.reshape(-1, *x.shape[2:]).to(dtype) for x in (query, key, value))
+            out, shares = attend(q, k, v, mask, scaling)
         ctx.save_for_backward(q, k, v, shares)
         ctx.scaling, ctx.heads, ctx.dtypes = scaling, shape[:2], (query.dtype, key.dtype, value.dtype)
         return out.view(shape).transpose(1, 2)
@@ -78,21 +68,55 @@ class ExactAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v."""
         q, k, v, shares = ctx.saved_tensors
-        none = q.new_empty(1)
         grad = grads[0].transpose(1, 2).reshape(q.shape)
-        grad_v = shares.transpose(1, 2).bmm(grad) if ctx.needs_input_grad[2] else None
-        grad_q = grad_k = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            grad_scores = torch._softmax_backward_data(grad.bmm(v.transpose(1, 2)), shares, -1, shares.dtype)
-            if ctx.needs_input_grad[0]:
-                grad_q = torch.baddbmm(none, grad_scores, k, beta=0, alpha=ctx.scaling)
-            if ctx.needs_input_grad[1]:
-                grad_k = torch.baddbmm(none, grad_scores.transpose(1, 2), q, beta=0, alpha=ctx.scaling)
-        shaped = [
-            None if g is None else g.view(*ctx.heads, *g.shape[1:]).to(dtype)
-            for g, dtype in zip((grad_q, grad_k, grad_v), ctx.dtypes, strict=True)
-        ]
-        return *shaped, None, None
+        found = attend_backward(grad, q, k, v, shares, ctx.scaling)
+        return *(g.view(*ctx.heads, *g.shape[1:]).to(t) for g, t in zip(found, ctx.dtypes, strict=True)), None, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
+    """The result, (N, Q, D), and the probabilities, (N, Q, T), of q (N, Q, D) and k and v (N, T, D).
+
+    Args:
+        q: Of all texts and heads, N of them.
+        k: As q.
+        v: As q.
+        mask: What is added to the scores: (B, 1, 1 or Q, T), where N is B times the number of heads.
+        scaling: Of the scores.
+    """
+    if mask is not None:
+        mask, shape = finite(mask, q.dtype), (len(mask), len(q) // len(mask), q.shape[1], k.shape[1])
+        if mask.shape[2] == 1:  # added within the product
+            scores = torch.baddbmm(mask.expand(-1, shape[1], -1, -1).flatten(0, 1), q, k.mT, alpha=scaling)
+        else:
+            scores = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scaling)
+            scores.view(shape).add_(mask)
+    else:
+        scores = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scaling)
+    shares = softmax(scores)
+    return shares.bmm(v), shares
+
+
+def attend_without_backward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """The result alone, (B, H, Q, D), of (B, H, Q, D), (B, H, T, D) and (B, H, T, D): torch's where it is faster."""
+    dtype = compute_dtype(q)
+    if not _uneven(k.shape[2], dtype):
+        mask = None if mask is None else finite(mask, dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    with torch.autocast(q.device.type, enabled=False):
+        rows, keys, values = (x.reshape(-1, *x.shape[2:]).to(dtype) for x in (q, k, v))
+        return attend(rows, keys, values, mask, scaling)[0].view(q.shape)
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, shares: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v by that of the result."""
+    none = q.new_empty(1)
+    grad_v = shares.mT.bmm(grad)
+    grad_scores = torch._softmax_backward_data(grad.bmm(v.mT), shares, -1, shares.dtype)
+    grad_q = torch.baddbmm(none, grad_scores, k, beta=0, alpha=scaling)
+    grad_k = torch.baddbmm(none, grad_scores.mT, q, beta=0, alpha=scaling)
+    return grad_q, grad_k, grad_v
 
 
 def _uneven(width: int, dtype: torch.dtype) -> bool:

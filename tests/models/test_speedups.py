@@ -15,10 +15,10 @@ from transformers.masking_utils import bidirectional_mask_function, eager_mask
 from lightning_lora.models.architectures import ARCHITECTURES
 from lightning_lora.models.attention import EXACT, ExactAttention, exact_attention
 from lightning_lora.models.base import load_base
+from lightning_lora.models.encoder_layer import FusedEncoderLayer
+from lightning_lora.models.fused_linear import FrozenLinear, FusedLora, add_product, one_pass
 from lightning_lora.models.methods import AdapterOptions, tune
 from lightning_lora.models.speedups import (
-    FrozenLinear,
-    FusedLora,
     Speedups,
     begin_evaluation,
     end_evaluation,
@@ -29,7 +29,7 @@ from lightning_lora.models.speedups import (
 )
 from lightning_lora.training.module import AUTOCAST, TextClassifier
 
-PLAIN = Speedups("float32", first_token_only=False, fused_lora=False, fused_bias=False, merged_evaluation=False)
+PLAIN = Speedups("float32", False, False, False, False, False)
 #: bfloat16 has 8 bits: one rounding is off by up to 2^-9, and outputs are sums of roundings.
 BF16 = {"rtol": 4e-2, "atol": 4e-2}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -227,12 +227,68 @@ def test_what_is_done_is_said_and_can_be_switched_off(tiny_base) -> None:
     tuned = tune(base, "lora", AdapterOptions(), 0, False)
     assert install(base, PLAIN) == []
     done = ["last layer for the first token only", "12 LoRA layers fused, merged in evaluation"]
+    done += ["2 encoder layers in one step each"]
     assert install(base, Speedups()) == done
     assert sum(isinstance(m, FusedLora) for m in tuned.model.modules()) == 12
     states = []
     base.model.bert.encoder.layer[-1].register_forward_hook(lambda m, i, out: states.append(out.shape))
     tuned.model(input_ids=torch.full((2, 9), 6))
     assert states == [(2, 1, 32)]
+
+
+@pytest.mark.parametrize("targets", ["all_linear", "query_value", ["output.dense"]])
+@pytest.mark.parametrize("model_type", [name for name, entry in ARCHITECTURES.items() if entry.layer])
+def test_an_encoder_layer_in_one_step_has_the_gradients_of_its_function(make_base, model_type: str, targets) -> None:
+    """Of padded states in double precision, for a layer and for the last one, which goes on with the first token."""
+    if targets == ["output.dense"]:  # the feed-forward block's second alone
+        targets = [ARCHITECTURES[model_type].feed_forward_out]
+    base = load_base(str(make_base(model_type)), ["a", "b"], 0)
+    tune(base, "lora", AdapterOptions(rank=2, target_modules=targets), 0, False)
+    install(base, Speedups())
+    base.model.double().set_attn_implementation(EXACT)
+    layers = [module for module in base.model.modules() if isinstance(module, FusedEncoderLayer)]
+    mask = torch.zeros(2, 1, 1, 5, dtype=torch.double)
+    mask[1, ..., 3:] = torch.finfo(torch.double).min
+    torch.manual_seed(0)
+    for layer in (layers[0], layers[-1]):
+        states = torch.randn(2, 5, layer.parts.norms[0].normalized_shape[0], dtype=torch.double, requires_grad=True)
+        adapters = [p for p in layer.parameters() if p.requires_grad]
+        for adapter in adapters:
+            nn.init.normal_(adapter, std=0.3)
+        assert layer.weights(states) is not None  # it is computed in one step
+        torch.autograd.gradcheck(lambda x, *_, layer=layer: layer(x, mask), (states, *adapters), atol=1e-4)
+
+
+def test_a_layer_that_has_more_to_do_computes_as_ever(tiny_base) -> None:
+    """Active dropout, another attention, and numbers of another format are for the layer's own modules."""
+    base = load_base(str(tiny_base), ["a", "b"], 0)
+    tune(base, "lora", AdapterOptions(), 0, False)
+    install(base, Speedups())
+    base.model.set_attn_implementation(EXACT)
+    layer = next(module for module in base.model.modules() if isinstance(module, FusedEncoderLayer)).train()
+    states = torch.randn(2, 5, 32)
+    assert layer.weights(states) is not None
+    layer.parts.dropouts[0].p = 0.1
+    assert layer.weights(states) is None
+    assert layer.eval().weights(states) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.weights(states) is None
+    base.model.set_attn_implementation("eager")
+    assert layer.weights(states) is None
+    assert layer(states).shape == states.shape
+
+
+@pytest.mark.parametrize("rows", [700, 900, 1100])
+def test_a_product_in_pieces_is_the_product(rows: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 1536).bfloat16(), torch.randn(384, 1536).bfloat16()
+    bias, added = torch.randn(384).bfloat16(), torch.randn(rows, 384).bfloat16()
+    truth = x.double() @ weight.double().t() + bias.double() + added.double()
+    found = one_pass(x, weight, bias, added).double()
+    assert (found - truth).norm() < 0.01 * truth.norm()
+    into = added.clone()
+    assert add_product(into, x, weight.t()) is into
+    assert (into.double() - (truth - bias.double())).norm() < 0.01 * truth.norm()
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit", "head", "full"])

@@ -1,0 +1,210 @@
+"""Whole encoder layers in one step without a GPU, with a backward pass of their own.
+
+A layer of attention and feed-forward, each added to its input and then normalised (as in BERT, Devlin et al. 2019),
+whose weights are frozen and of which at most LoRA is trained, needs few of the passes that its modules make when each
+keeps, copies and hands on what any other might want. What comes out is the same but for rounding. Whether it may be
+computed so is looked at in each call; where not, the layer's own modules compute.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import GELUActivation
+
+from lightning_lora.devices import compute_dtype
+from lightning_lora.models.architectures import LayerNames
+from lightning_lora.models.attention import EXACT, attend, attend_backward, attend_without_backward
+from lightning_lora.models.base import Base
+from lightning_lora.models.fused_linear import FrozenLinear, FusedLora, SharedInput, Weights
+
+#: Called by their full names, as torch otherwise looks through all forms of an operator at each call.
+_GELU_BACKWARD = torch.ops.aten.gelu_backward.default
+_NORM_BACKWARD = torch.ops.aten.native_layer_norm_backward.default
+
+
+@dataclass
+class LayerParts:
+    """The modules of one encoder layer.
+
+    Args:
+        linears: Query, key, value, the attention's output, and the feed-forward block's two.
+        norms: Behind the attention and behind the feed-forward block.
+        dropouts: All that there are; none may be active.
+        heads: Of the attention.
+        config: The model's, which names the attention to be used.
+    """
+
+    linears: list[Any]
+    norms: list[nn.LayerNorm]
+    dropouts: list[nn.Dropout]
+    heads: int
+    config: Any
+
+
+def fuse_layers(base: Base) -> int:
+    """Lets every encoder layer that can be computed in one step be; gives their number."""
+    names = base.architecture.layer if base.architecture is not None else None
+    if names is None:
+        return 0
+    count = 0
+    for module in base.model.modules():
+        parts = find_parts(module, names, base.model.config)
+        if parts is not None:
+            module.__class__ = type(f"Fused{type(module).__name__}", (FusedEncoderLayer, type(module)), {})
+            module.parts = parts
+            count += 1
+    return count
+
+
+def find_parts(module: nn.Module, names: LayerNames, config: Any) -> LayerParts | None:
+    """The parts of a layer; None for a module that is none, or has more to train, or to compute, than there is here."""
+    try:
+        linears = [module.get_submodule(name) for name in names.linears]
+        norms: list[Any] = [module.get_submodule(name) for name in names.norms]
+        activation = module.get_submodule(names.activation)
+    except AttributeError:
+        return None
+    plain = all(isinstance(m, FusedLora) or type(m) in (nn.Linear, FrozenLinear) for m in linears)
+    weights = [p for m in linears for p in getattr(m, "base_layer", m).parameters()]
+    weights += [p for norm in norms for p in norm.parameters()]
+    if not plain or type(activation) is not GELUActivation or any(p.requires_grad for p in weights):
+        return None
+    dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout)]
+    return LayerParts(linears, norms, dropouts, config.num_attention_heads, config)
+
+
+class FusedEncoderLayer(nn.Module):
+    """An encoder layer of transformers, computed by ``EncoderLayerFunction`` while that is the same.
+
+    It only ever replaces the class of a layer that transformers has made.
+    """
+
+    parts: LayerParts
+    first_token_only = False
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The layer's result of states (B, T, H) and what is added to the scores: (B, T, H), or (B, 1, H)."""
+        weights = self.weights(hidden_states)
+        if weights is None or any(a is not None for a in (*args, kwargs.get("encoder_hidden_states"))):
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        adapters = [w for layer in weights for w in (layer.a, layer.b) if w is not None]
+        backward = torch.is_grad_enabled() and (hidden_states.requires_grad or bool(adapters))
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return EncoderLayerFunction.apply(hidden_states, attention_mask, self, weights, backward, *adapters)
+
+    def weights(self, states: Tensor) -> list[Weights] | None:
+        """What the linear layers multiply by; None where something is asked for that is not computed here."""
+        parts, dtype = self.parts, states.dtype
+        usual = states.device.type == "cpu" and parts.config._attn_implementation == EXACT
+        usual = usual and compute_dtype(states) == dtype and all(n.weight.dtype == dtype for n in parts.norms)
+        if not usual or (self.training and any(d.p for d in parts.dropouts)):
+            return None
+        found = []
+        for linear in parts.linears:
+            weights = linear.weights() if isinstance(linear, FusedLora) else Weights(linear.weight, linear.bias)
+            if weights is None or weights.weight.dtype != dtype:
+                return None
+            found.append(weights)
+        return found
+
+
+class EncoderLayerFunction(torch.autograd.Function):
+    """Attention and feed-forward, each added to its input and normalised, of frozen weights and trained adapters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        mask: Tensor | None,
+        layer: FusedEncoderLayer,
+        weights: list[Weights],
+        backward: bool,
+        *adapters: Tensor,
+    ) -> Tensor:
+        """The layer's result; with ``backward`` what that needs is kept."""
+        parts, cut = layer.parts, layer.first_token_only
+        (batch, length, width), heads = states.shape, parts.heads
+        qkv, out, up, down = (
+            SharedInput(shared, states.dtype) for shared in (weights[:3], weights[3:4], weights[4:5], weights[5:])
+        )
+        rows = states.reshape(-1, width)
+        results, qkv_inner = qkv.forward(rows)
+        q, k, v = (result.view(batch, length, heads, -1).transpose(1, 2) for result in results)
+        if cut:
+            q, mask = q[:, :, :1], None if mask is None else mask[:, :, :1]
+        scaling = q.shape[-1] ** -0.5
+        shares = None
+        if backward:
+            q, k, v = (x.reshape(batch * heads, x.shape[2], -1) for x in (q, k, v))
+            context, shares = attend(q, k, v, mask, scaling)
+            context = context.view(batch, heads, -1, q.shape[-1])
+        else:
+            context = attend_without_backward(q, k, v, mask, scaling)
+        context = context.transpose(1, 2).reshape(-1, width)
+        (first,), out_inner = out.forward(context, states[:, 0].contiguous() if cut else rows)
+        middle, *first_stats = normalised(first, parts.norms[0])
+        (raised,), up_inner = up.forward(middle)
+        activated = F.gelu(raised)
+        (second,), down_inner = down.forward(activated, middle)
+        result, *second_stats = normalised(second, parts.norms[1])
+        if backward:
+            inputs = (rows, context, middle, activated)
+            kept = [x if shared.adapted else None for x, shared in zip(inputs, (qkv, out, up, down), strict=True)]
+            inner = (qkv_inner, out_inner, up_inner, down_inner)
+            ctx.save_for_backward(*kept, *inner, q, k, v, shares, raised, first, *first_stats, second, *second_stats)
+            ctx.layers, ctx.parts, ctx.shape, ctx.scaling, ctx.cut = (
+                (qkv, out, up, down),
+                parts,
+                states.shape,
+                scaling,
+                cut,
+            )
+        return result.view(batch, -1, width)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the states, and those of the adapters."""
+        rows, context, middle, activated, qkv_inner, out_inner, up_inner, down_inner = ctx.saved_tensors[:8]
+        q, k, v, shares, raised, first, mean_1, rstd_1, second, mean_2, rstd_2 = ctx.saved_tensors[8:]
+        qkv, out, up, down = ctx.layers
+        (batch, length, width), heads, norms = ctx.shape, ctx.parts.heads, ctx.parts.norms
+        below = ctx.needs_input_grad[0]
+
+        grad_second = normalised_backward(grads[0].reshape(-1, width), second, mean_2, rstd_2, norms[1])
+        grad_activated, of_down = down.backward([grad_second], activated, down_inner)
+        grad_raised = _GELU_BACKWARD(grad_activated, raised)
+        grad_middle, of_up = up.backward([grad_raised], middle, up_inner, into=grad_second)
+        grad_first = normalised_backward(grad_middle, first, mean_1, rstd_1, norms[0])
+        inside = below or bool(qkv.adapted)
+        grad_context, of_out = out.backward([grad_first], context, out_inner, inside)
+        if not inside:
+            return None, None, None, None, None, *of_out, *of_up, *of_down
+        grad_heads = grad_context.view(batch, -1, heads, q.shape[-1]).transpose(1, 2).reshape(q.shape)
+        found = attend_backward(grad_heads, q, k, v, shares, ctx.scaling)
+        grad_qkv = [x.view(batch, heads, -1, q.shape[-1]).transpose(1, 2).reshape(-1, width) for x in found]
+        if ctx.cut:  # the query and the sum were of the first token alone
+            grad_qkv[0], grad_first = (at_first(x, length) for x in (grad_qkv[0], grad_first))
+        grad_states, of_qkv = qkv.backward(grad_qkv, rows, qkv_inner, below, grad_first)
+        shaped = None if grad_states is None else grad_states.view(ctx.shape)
+        return shaped, None, None, None, None, *of_qkv, *of_out, *of_up, *of_down
+
+
+def at_first(rows: Tensor, length: int) -> Tensor:
+    """Rows (B, H) as those of the first of ``length`` tokens, (B * length, H), the others nought."""
+    whole = rows.new_zeros(len(rows), length, rows.shape[1])
+    whole[:, 0] = rows
+    return whole.view(-1, rows.shape[1])
+
+
+def normalised(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer norm of rows, and its mean and inverse deviation."""
+    return torch.native_layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def normalised_backward(grad: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """The gradient of the rows."""
+    shape, weight, bias = norm.normalized_shape, norm.weight, norm.bias
+    return _NORM_BACKWARD(grad, rows, shape, mean, rstd, weight, bias, [True, False, False])[0]

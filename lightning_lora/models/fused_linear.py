@@ -1,0 +1,238 @@
+"""Linear layers whose own weights are frozen, with or without LoRA, computed and differentiated in few passes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lora.devices import compute_dtype
+
+#: Whether torch has the operators of ``one_pass``, which it keeps for its compiler.
+ONE_PASS = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+#: Called by their full names, as torch otherwise looks through all forms of an operator at each call.
+_LINEAR: Any = torch.ops.mkldnn._linear_pointwise.default if ONE_PASS else None
+_LINEAR_ADDED: Any = torch.ops.mkldnn._linear_pointwise.binary if ONE_PASS else None
+#: So many rows at which oneDNN 3.12 multiplies by a narrow matrix with one thread, and how wide its pieces are then.
+_NARROW_ROWS = range(704, 1024)
+_NARROW_WIDTH = 256
+
+
+def one_pass(rows: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None = None) -> Tensor:
+    """rows W' + b, and what is to be added to it, without passes of their own for either where that can be.
+
+    In bfloat16 on a CPU oneDNN does it, without torch's copy of the bias for each row.
+
+    Args:
+        rows: (N, in), contiguous.
+        weight: W, (out, in).
+        bias: b, (out,).
+        added: (N, out), contiguous.
+    """
+    low = rows.dtype == weight.dtype == torch.bfloat16 and rows.device.type == "cpu"
+    if not (ONE_PASS and low) or bias is None or bias.dtype != torch.bfloat16:
+        out = F.linear(rows, weight, bias)
+        return out if added is None else out.add_(added)
+    if added is None:
+        return _LINEAR(rows, weight, bias, "none", [], "")
+    if _is_narrow(rows, weight.shape[0]):
+        return add_product(added + bias, rows, weight.t())
+    return _LINEAR_ADDED(rows, added, weight, bias, "add")
+
+
+def add_product(into: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
+    """``into``, (N, out), to which the product of rows (N, in) and a matrix (in, out) was added in place."""
+    if not _is_narrow(rows, matrix.shape[1]):
+        return into.addmm_(rows, matrix)
+    for start in range(0, matrix.shape[1], _NARROW_WIDTH):
+        piece = slice(start, start + _NARROW_WIDTH)
+        into[:, piece].addmm_(rows, matrix[:, piece])
+    return into
+
+
+def _is_narrow(rows: Tensor, width: int) -> bool:
+    """Whether the product is one that is up to twice as fast in pieces.
+
+    Measured (docs/LOG.md): from a few hundred rows on, and until there are enough for two threads, oneDNN has one
+    thread multiply by a matrix that is much taller than wide, such as the second of a feed-forward block.
+    """
+    tall = rows.shape[1] >= 2 * width and _NARROW_WIDTH < width < 1024
+    return tall and rows.dtype == torch.bfloat16 and rows.device.type == "cpu" and len(rows) in _NARROW_ROWS
+
+
+@dataclass
+class Weights:
+    """What one linear layer multiplies by at this moment.
+
+    Args:
+        weight: W, (out, in).
+        bias: b, (out,).
+        a: A of its adapter, (rank, in); None where it has none, or where W holds it.
+        b: B, (out, rank).
+        scaling: What the adapter's product is multiplied by.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scaling: float = 1.0
+
+
+class SharedInput:
+    """Linear layers of one input: W x + b + scaling B A x of each, and the backward pass, for adapters only.
+
+    Against PEFT's composition of modules it keeps no scaled copies for the backward pass, reads the input once for all
+    adapters, and adds into its results instead of making new ones.
+
+    Args:
+        layers: Of each layer.
+        dtype: In which all is computed; adapters are brought to it, weights have it.
+    """
+
+    def __init__(self, layers: Sequence[Weights], dtype: torch.dtype) -> None:
+        self.layers = layers
+        self.adapted = [i for i, layer in enumerate(layers) if layer.a is not None]
+        of_a = [layer.a for layer in layers if layer.a is not None]
+        self.a = (of_a[0] if len(of_a) == 1 else torch.cat(of_a)).to(dtype) if of_a else None
+        self.b = [layer.b.to(dtype) for layer in layers if layer.b is not None]
+
+    def forward(self, rows: Tensor, added: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """The layers' results, (N, out) each, of an input (N, in); and what A makes of it, (N, ranks).
+
+        Args:
+            rows: The input, contiguous.
+            added: What is added to the results.
+        """
+        outs = [one_pass(rows, layer.weight, layer.bias, added) for layer in self.layers]
+        if self.a is None:
+            return outs, None
+        inner = rows.mm(self.a.t())
+        for i, b, part in zip(self.adapted, self.b, self._parts(inner, 1), strict=True):
+            outs[i].addmm_(part, b.t(), alpha=self.layers[i].scaling)
+        return outs, inner
+
+    def backward(
+        self,
+        grads: Sequence[Tensor],
+        rows: Tensor | None,
+        inner: Tensor | None,
+        wanted: bool = True,
+        into: Tensor | None = None,
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradient of the input, None where it is not wanted, and those of A and B of each adapter in turn.
+
+        Args:
+            grads: Of the results.
+            rows: The input; it is needed where a layer has an adapter.
+            inner: What ``forward`` gave beside its results.
+            wanted: Whether the input's is.
+            into: What else reaches the input; it is changed.
+        """
+        adapters: list[Tensor] = []
+        grad_inner = None
+        if self.a is not None and rows is not None and inner is not None:
+            parts = [grads[i].mm(b).mul_(self.layers[i].scaling) for i, b in zip(self.adapted, self.b, strict=True)]
+            grad_inner = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            of_a = self._parts(grad_inner.t().mm(rows), 0)
+            for i, grad_a, kept in zip(self.adapted, of_a, self._parts(inner, 1), strict=True):
+                a: Any = self.layers[i].a
+                # In this order, as the product of a tall transposed matrix is twice as slow on a CPU.
+                grad_b = kept.t().mm(grads[i]).t().to(a.dtype).mul_(self.layers[i].scaling)
+                adapters += [grad_a.to(a.dtype), grad_b]
+        if not wanted:
+            return None, adapters
+        for grad, layer in zip(grads, self.layers, strict=True):
+            into = grad.mm(layer.weight) if into is None else add_product(into, grad, layer.weight)
+        if grad_inner is not None and self.a is not None and into is not None:
+            into.addmm_(grad_inner, self.a)
+        return into, adapters
+
+    def _parts(self, whole: Tensor, dim: int) -> Sequence[Tensor]:
+        return [whole] if len(self.b) == 1 else whole.split([b.shape[1] for b in self.b], dim)
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer that is not trained; it only ever replaces the class of one that is there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W' + b; x of shape (..., in), the result (..., out)."""
+        dtype = compute_dtype(x)
+        if dtype != torch.bfloat16 or self.weight.dtype != dtype or self.weight.requires_grad:
+            return super().forward(x)
+        return FrozenWeightFunction.apply(x, Weights(self.weight, self.bias))
+
+
+class FusedLora(lora.Linear):
+    """PEFT's layer, computed in few passes while it has one adapter that is neither merged nor dropped out.
+
+    It only ever replaces the class of a layer that PEFT has made, so everything else is PEFT's.
+    """
+
+    #: W + scaling B A while a model is evaluated (``merge_for_evaluation``); PEFT's own merging would change W itself.
+    evaluated_weight: Tensor | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x W' + b + scaling x A' B'; x of shape (..., in), the result (..., out)."""
+        weights = None if args or kwargs else self.weights()
+        if weights is None:
+            return super().forward(x, *args, **kwargs)
+        return FrozenWeightFunction.apply(x, weights, *(w for w in (weights.a, weights.b) if w is not None))
+
+    def weights(self) -> Weights | None:
+        """What the layer multiplies by; None where it does more, or trains more than its adapter."""
+        base: Any = self.base_layer
+        if self.merged or any(p.requires_grad for p in base.parameters()):
+            return None
+        if self.disable_adapters:
+            return Weights(base.weight, base.bias)
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if len(names) != 1 or self.lora_bias[names[0]]:
+            return None
+        if self.training and not isinstance(self.lora_dropout[names[0]], nn.Identity):
+            return None
+        if self.evaluated_weight is not None:
+            return Weights(self.evaluated_weight, base.bias)
+        a: Any = self.lora_A[names[0]].weight
+        b: Any = self.lora_B[names[0]].weight
+        return Weights(base.weight, base.bias, a, b, self.scaling[names[0]])
+
+    def merge_for_evaluation(self, dtype: torch.dtype | None) -> None:
+        """Computes with W and its update in one matrix of the given number format, or that of W."""
+        weights = self.weights()
+        if weights is not None and weights.a is not None:
+            merged = weights.weight.float() + self.get_delta_weight(self.active_adapters[0]).float()
+            self.evaluated_weight = merged.to(dtype or weights.weight.dtype)
+
+
+class FrozenWeightFunction(torch.autograd.Function):
+    """A linear layer with a low-rank update or without, of which only the update is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Weights, *adapter: Tensor) -> Tensor:
+        """The layer's output, in autocast's number format or that of the input."""
+        dtype = compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if weights.bias is None else weights.bias.to(dtype)
+            low = Weights(weights.weight.to(dtype), bias, weights.a, weights.b, weights.scaling)
+            ctx.layer = SharedInput([low], dtype)
+            rows = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
+            (out,), inner = ctx.layer.forward(rows)
+        ctx.save_for_backward(*((rows, inner) if adapter else (None, None)))
+        ctx.shape, ctx.input_dtype = x.shape, x.dtype
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the input, of A and of B."""
+        rows, inner = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_x, adapter = ctx.layer.backward([grad], rows, inner, ctx.needs_input_grad[0])
+        return (None if grad_x is None else grad_x.view(ctx.shape).to(ctx.input_dtype)), None, *adapter
