@@ -14,7 +14,7 @@ from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.artifacts.weights import load_weights, weights_labels
 from lightning_lora.commands.configured import ConfiguredRun
 from lightning_lora.commands.many_files import is_many
-from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
+from lightning_lora.data.batching import LengthBatchSampler, TokenDataset, evaluated_together
 from lightning_lora.data.datamodule import make_loader
 from lightning_lora.data.prepare import is_unicode
 from lightning_lora.data.reading import READERS, Table, read_file, read_text
@@ -76,7 +76,7 @@ def predict_texts(cli: ConfiguredRun, model: TextClassifier, texts: list[str]) -
     tokenizer = load_tokenizer(resolve(data.base_model, "model.base_model").target, "model.base_model")
     frame = InputFormat.of(tokenizer, data.max_length, data.truncation, data.window_overlap)
     dataset = TokenDataset(tokenize(texts, tokenizer), frame, None, data.padding == "max_length")
-    loader = make_loader(dataset, LengthBatchSampler(dataset.lengths, data.eval_batch_size, None))
+    loader = make_loader(dataset, LengthBatchSampler(dataset.lengths, evaluated_together(data.eval_batch_size), None))
     with torch.inference_mode():
         batches: Any = cli.make_trainer(None).predict(model, loader)
     return in_row_order(batches, model.label_names)

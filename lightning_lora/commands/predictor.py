@@ -17,7 +17,7 @@ from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.artifacts.weights import load_weights
 from lightning_lora.commands.configured import ConfiguredRun
 from lightning_lora.commands.many_files import Shard, input_stamp, open_flat, output_schema, read_pieces, reading
-from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
+from lightning_lora.data.batching import LengthBatchSampler, TokenDataset, evaluated_together
 from lightning_lora.data.datamodule import make_loader
 from lightning_lora.data.reading import Table
 from lightning_lora.data.tokens import InputFormat, load_tokenizer, tokenize
@@ -134,7 +134,8 @@ class Predictor:
             yield piece, TokenDataset(tokenize(texts, self.tokenizer), self.frame, None, padding), texts
 
     def _predicted(self, piece: pa.Table, dataset: TokenDataset, texts: list[str], schema: pa.Schema) -> pa.Table:
-        loader = make_loader(dataset, LengthBatchSampler(dataset.lengths, self.config.data.eval_batch_size, None))
+        together = evaluated_together(self.config.data.eval_batch_size)
+        loader = make_loader(dataset, LengthBatchSampler(dataset.lengths, together, None))
         with torch.inference_mode():
             batches: Any = self.trainer.predict(self.model, loader)
         columns: dict[str, Any] = {"text": texts, **in_row_order(batches, self.model.label_names).columns()}

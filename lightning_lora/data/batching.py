@@ -13,7 +13,7 @@ from lightning_lora.data.splits import position_type
 from lightning_lora.data.tokens import InputFormat, TokenRows
 from lightning_lora.seeding import stream_seed
 
-#: A batch is padded to a multiple of so many tokens: few different shapes, each of which costs a set-up once.
+#: A batch is padded to a multiple of so many tokens, up to eight times as many; see ``padded_widths``.
 WIDTH_STEP = 8
 #: So many batches are sorted by length together: enough for little padding, few enough for a random order.
 POOL_BATCHES = 50
@@ -21,6 +21,16 @@ POOL_BATCHES = 50
 _ROWS_AT_ONCE = 2**20
 #: What the batches of an epoch have in equal number.
 BatchBy = Literal["texts", "tokens"]
+
+
+def padded_widths(lengths: Any) -> Any:
+    """What texts of so many tokens are padded to: multiples of an eighth of the next power of two, and of WIDTH_STEP.
+
+    Few different widths: each costs time once, and memory that is kept, as oneDNN generates code for its products.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    steps = np.maximum(2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64) // 8, WIDTH_STEP)
+    return -(-lengths // steps) * steps
 
 
 class StepPart(list[int]):
@@ -74,7 +84,7 @@ class TokenDataset(Dataset):
         documents = [frame.inputs(ids) for ids in self.ids(part, part.epoch)]
         inputs = [ids for windows in documents for ids in windows]
         lengths = np.array([len(ids) for ids in inputs])
-        longest = math.ceil(lengths.max() / WIDTH_STEP) * WIDTH_STEP
+        longest = int(padded_widths(lengths.max()))
         width = frame.max_length if self.pad_to_max else min(longest, frame.max_length)
         input_ids = np.full((len(inputs), width), frame.pad_id, dtype=np.int64)
         for i, ids in enumerate(inputs):
@@ -164,17 +174,13 @@ def equal_cuts(lengths: np.ndarray, order: np.ndarray, count: int, unit: int = 1
     """
     at_once = max(_ROWS_AT_ONCE, 4 * math.ceil(len(order) / count))
     parts = np.array_split(order, math.ceil(len(order) / at_once))
-    tokens = np.cumsum([_widths(lengths[part]).sum() for part in parts])
+    tokens = np.cumsum([padded_widths(lengths[part]).sum() for part in parts])
     counts = np.diff(np.rint(count * tokens / tokens[-1]).astype(np.int64), prepend=0)
     cuts, before = [np.zeros(1, np.int64)], 0
     for part, number in zip(parts, counts, strict=True):
-        cuts.append(before + _cuts(_widths(lengths[part]), int(number), max(unit, 1))[1:])
+        cuts.append(before + _cuts(padded_widths(lengths[part]), int(number), max(unit, 1))[1:])
         before += len(part)
     return np.concatenate(cuts)
-
-
-def _widths(lengths: np.ndarray) -> np.ndarray:
-    return -(-lengths.astype(np.int64) // WIDTH_STEP)
 
 
 def _cuts(widths: np.ndarray, count: int, unit: int) -> np.ndarray:
@@ -191,6 +197,11 @@ def _cuts(widths: np.ndarray, count: int, unit: int) -> np.ndarray:
         # Once more, with what each row is padded to there.
         costs = np.repeat(np.maximum.reduceat(widths, cuts[:-1]), np.diff(cuts))
     return cuts
+
+
+def evaluated_together(wanted: int | None) -> int:
+    """How many texts are evaluated together: as wanted, or where that is left open what is fast on this machine."""
+    return (256 if torch.cuda.is_available() else 32) if wanted is None else wanted
 
 
 def evaluation_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -310,6 +321,11 @@ class LengthBatchSampler(Sampler[list[int]]):
             if i >= taken:
                 self.position = (self.epoch, i + 1)
                 yield batch
+
+    def largest(self) -> list[int]:
+        """The batch of this epoch with the most tokens, padding included, among the first ten thousand."""
+        batches = itertools.islice(self._batches(), 10_000)
+        return max(batches, key=lambda batch: len(batch) * int(padded_widths(self.lengths[batch].max())))
 
     def _batches(self) -> Iterator[list[int]]:
         if self.seed is None:

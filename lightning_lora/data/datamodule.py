@@ -9,7 +9,13 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_lora.data.augment import Augmentation, AugmentedDataset
-from lightning_lora.data.batching import BatchBy, LengthBatchSampler, ResumableLoader, TokenDataset
+from lightning_lora.data.batching import (
+    BatchBy,
+    LengthBatchSampler,
+    ResumableLoader,
+    TokenDataset,
+    evaluated_together,
+)
 from lightning_lora.data.prepare import Prepared, SourceOptions, SplitRows
 from lightning_lora.data.stored import default_cache_dir
 from lightning_lora.data.streaming import read_splits
@@ -39,7 +45,8 @@ class TextDataModule(LightningDataModule):
             learnt.
         batch_by: Whether training batches have as many "tokens" (as nearly as whole texts allow; ``batch_size`` texts
             on average, more where they are short), or as many "texts". Each text weighs the same either way.
-        eval_batch_size: Texts a batch in validation, test and prediction, on each device.
+        eval_batch_size: Texts a batch in validation, test and prediction, on each device; by default 32, and 256 with a
+            GPU.
         val_size: Rows (or fraction) of train carved for validation, 0.1 by default; only where the source
             has no validation split of its own.
         test_size: Rows (or fraction) carved for testing before anything else, 0.2 by default; only where
@@ -71,7 +78,7 @@ class TextDataModule(LightningDataModule):
         padding: Literal["longest", "max_length"] = "longest",
         batch_size: int = 16,
         batch_by: BatchBy = "texts",
-        eval_batch_size: int = 64,
+        eval_batch_size: int | None = None,
         val_size: int | float | None = None,
         test_size: int | float | None = None,
         train_rows: int | float | None = None,
@@ -84,6 +91,7 @@ class TextDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
+        eval_batch_size = evaluated_together(eval_batch_size)
         for key, value in (
             ("max_length", max_length),
             ("batch_size", batch_size),

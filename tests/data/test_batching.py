@@ -6,10 +6,10 @@ import pytest
 from lightning_lora.data import batching
 from lightning_lora.data.batching import (
     POOL_BATCHES,
-    WIDTH_STEP,
     LengthBatchSampler,
     equal_cuts,
     evaluation_batches,
+    padded_widths,
     training_batches,
 )
 from lightning_lora.seeding import stream_seed
@@ -105,7 +105,7 @@ def test_the_trainer_gives_each_epoch_an_order_of_its_own(tiny_base: Path, revie
 
 def held(rows: list[int]) -> int:
     """Tokens of a padded batch."""
-    return len(rows) * -(-int(LENGTHS[list(rows)].max()) // WIDTH_STEP) * WIDTH_STEP
+    return len(rows) * int(padded_widths(LENGTHS[list(rows)].max()))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 2000])
@@ -181,3 +181,20 @@ def test_devices_and_accumulation_leave_steps_by_tokens_as_they_are() -> None:
     assert [sorted(row for part in parts[i : i + 4] for row in part) for i in range(0, len(parts), 4)] == whole
     shared = zip(*(LengthBatchSampler(LENGTHS, 32, 0, 1, rank, 2, "tokens") for rank in range(2)), strict=True)
     assert [sorted([*a, *b]) for a, b in shared] == whole
+
+
+def test_widths_are_few_and_waste_little() -> None:
+    lengths = np.arange(1, 513)
+    widths = padded_widths(lengths)
+    assert (widths >= lengths).all()
+    assert (widths % 8 == 0).all()
+    assert (widths - lengths < np.maximum(lengths / 4, 8)).all()
+    assert {int(w) for w in widths if w > 64} == {*range(80, 129, 16), *range(160, 257, 32), *range(320, 513, 64)}
+
+
+@pytest.mark.parametrize("by", ["texts", "tokens"])
+def test_the_largest_batch_is_one_of_the_epoch(by) -> None:
+    sampler = LengthBatchSampler(LENGTHS, 16, seed=3, by=by)
+    sampler.set_epoch(2)
+    tokens = {tuple(batch): len(batch) * int(padded_widths(LENGTHS[batch].max())) for batch in sampler}
+    assert tokens[tuple(sampler.largest())] == max(tokens.values())
