@@ -13,14 +13,15 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_lora import processes
 from lightning_lora.artifacts.checkpoints import CheckpointIdentity
+from lightning_lora.data.batching import ResumableLoader
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metrics import counts, make_metrics, metric_values, set_counts
 from lightning_lora.models.attention import EXACT
 from lightning_lora.models.base import load_base
+from lightning_lora.models.fused_linear import FrozenLinear
 from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
 from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.models.speedups import (
-    FrozenLinear,
     Speedups,
     begin_evaluation,
     end_evaluation,
@@ -166,6 +167,7 @@ class TextClassifier(LightningModule):
         self._counted: dict[str, Any] = {}
         self._step_losses: list[Tensor] = []
         self._step_rows: list[Tensor] = []
+        self._gradient_norm = torch.zeros(())
 
     def train(self, mode: bool = True) -> "TextClassifier":
         """Sets training or evaluation mode, and with it the attention that is faster in that mode."""
@@ -262,9 +264,9 @@ class TextClassifier(LightningModule):
         losses, rows = torch.stack(self._step_losses), torch.cat(self._step_rows)
         self._step_losses, self._step_rows = [], []
         checked = {"loss": losses}
-        if str(self.trainer.precision) != "16-mixed":  # whose scaler meets infinite gradients, and leaves them out
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            checked["gradient"] = nn.utils.get_total_norm(gradients)
+        if not self.scales_loss:  # its scaler meets infinite gradients, and leaves them out
+            self._gradient_norm = nn.utils.get_total_norm([p.grad for p in stepped(optimizer) if p.grad is not None])
+            checked["gradient"] = self._gradient_norm
         finite = torch.stack([values.isfinite().all() for values in checked.values()])
         spoilt = processes.agreed(*(~finite).tolist())  # all processes stop, or none
         if not any(spoilt):
@@ -273,6 +275,22 @@ class TextClassifier(LightningModule):
         parts = processes.gathered((losses.tolist(), rows.cpu().tolist()))
         said = ", ".join(f"{loss:g}" for part, _ in parts for loss in part)
         raise NotFiniteError(what, said, self.trainer.global_step + 1, [row for _, part in parts for row in part])
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether Lightning multiplies the loss, so that small gradients are not lost in float16."""
+        return str(self.trainer.precision) == "16-mixed"
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clips as Lightning does, which refuses it to a fused optimizer even where no loss is scaled (2.6.6)."""
+        if self.scales_loss or not gradient_clip_val:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(stepped(optimizer), gradient_clip_val)
+        else:
+            nn.utils.clip_grads_with_norm_(stepped(optimizer), gradient_clip_val, self._gradient_norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the method do what it does after a step."""
@@ -360,14 +378,33 @@ class TextClassifier(LightningModule):
         self.train()
 
     def on_train_start(self) -> None:
-        """Goes on counting where an interrupted epoch was."""
+        """Meets the largest batch, and goes on counting where an interrupted epoch was."""
+        self._meet_largest_batch()
         if self._counted and self.trainer.is_global_zero:  # it holds what all processes had counted
             set_counts(self._counters("train"), self._counted)
         self._counted = {}
 
+    def _meet_largest_batch(self) -> None:
+        """Computes the gradients of the epoch's largest batch once and forgets them.
+
+        If it does not fit, that is known before anything is learnt; and memory is laid out by it: where batches grow
+        one after the other, freed pieces are too small for the next (a fifth more, without a GPU).
+        """
+        loader = self.trainer.train_dataloader
+        if not isinstance(loader, ResumableLoader):
+            return
+        data: Any = loader.dataset
+        batch = self.trainer.strategy.batch_to_device(data.__getitems__(loader.batch_sampler.largest()))
+        trained = [p for p in self.parameters() if p.requires_grad]
+        with self.trainer.precision_plugin.forward_context():
+            loss = F.cross_entropy(self.document_logits(batch), batch["labels"])
+        torch.autograd.grad(loss, trained, allow_unused=True)
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and its schedule, which moves on each optimizer step."""
-        optimizer = make_optimizer(self.model, self.learning_rate, self.weight_decay, self.tuned.lr_factors)
+        optimizer = make_optimizer(
+            self.model, self.learning_rate, self.weight_decay, self.tuned.lr_factors, not self.scales_loss
+        )
         total_steps = int(self.trainer.estimated_stepping_batches)
         if self.tuned.steps is not None:
             self.tuned.steps.plan(total_steps)
@@ -402,6 +439,11 @@ class TextClassifier(LightningModule):
         if not kept & {name for name, _ in self.named_parameters()}:  # nothing is trained, but the head is new
             kept |= {f"model.{m}.{n}" for m in self.head_modules for n in self.model.get_submodule(m).state_dict()}
         return kept & set(self.state_dict())
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters that an optimizer changes."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def wide(values: Tensor) -> torch.dtype:

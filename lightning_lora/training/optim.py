@@ -12,7 +12,11 @@ _TRANSFORMERS_NAMES = {"linear": "linear", "cosine": "cosine", "constant": "cons
 
 
 def make_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, lr_factors: Mapping[str, float] | None = None
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    lr_factors: Mapping[str, float] | None = None,
+    fused: bool = False,
 ) -> AdamW:
     """AdamW over the trainable parameters; no weight decay on biases and norms (all that is one-dimensional).
 
@@ -21,6 +25,7 @@ def make_optimizer(
         learning_rate: The peak.
         weight_decay: Of the matrices.
         lr_factors: The learning rate of parameters whose name holds the key is multiplied by the value.
+        fused: Step in one pass over each parameter, where torch can on its device.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -28,12 +33,14 @@ def make_optimizer(
             factor = math.prod(value for part, value in (lr_factors or {}).items() if part in name)
             decay = weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((factor, decay), []).append(parameter)
+    fused = fused and all(p.device.type in ("cpu", "cuda") for parameters in groups.values() for p in parameters)
     return AdamW(
         [
             {"params": parameters, "lr": learning_rate * factor, "weight_decay": decay}
             for (factor, decay), parameters in groups.items()
         ],
         lr=learning_rate,
+        fused=fused,
     )
 
 

@@ -13,7 +13,7 @@ from lightning_lora.artifacts.checkpoints import ResumePoints
 from lightning_lora.interrupts import StopRequest
 
 #: Saving may take this share of the time of training.
-SHARE = 0.02
+SHARE = 0.01
 
 
 class StateSaver(Checkpoint):

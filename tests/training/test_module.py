@@ -363,3 +363,56 @@ def test_costs_count_each_token_once(tiny_base: Path, reviews: Path) -> None:
 def test_settings_out_of_range_are_refused_by_name(tiny_base: Path, setting: str, value: float) -> None:
     with pytest.raises(UserError, match=rf"model\.{setting}"):
         TextClassifier(str(tiny_base), ["a", "b"], **{setting: value})
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_are_clipped_as_torch_does(tiny_base: Path, reviews: Path, algorithm: str) -> None:
+    class Gradients(Callback):
+        before: torch.Tensor
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            self.before = torch.cat([p.grad.flatten() for p in pl_module.parameters() if p.grad is not None])
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            after = torch.cat([p.grad.flatten() for p in pl_module.parameters() if p.grad is not None])
+            if algorithm == "norm":
+                expected = self.before * min(1.0, 1e-3 / (float(self.before.norm()) + 1e-6))
+            else:
+                expected = self.before.clamp(-1e-3, 1e-3)
+            torch.testing.assert_close(after, expected)
+            assert float(self.before.abs().max()) > 1e-3  # there is something to clip
+
+    model, data = make(tiny_base, reviews)
+    options = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": algorithm, "precision": "bf16-mixed"}
+    trainer(Gradients(), max_epochs=1, **options).fit(model, data)
+
+
+def test_a_step_in_one_pass_is_adamws() -> None:
+    weights = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(7, 5)
+        optimizer = make_optimizer(layer, 1e-2, 0.1, fused=fused)
+        for _ in range(5):
+            optimizer.zero_grad()
+            layer(torch.ones(3, 7)).square().sum().backward()
+            optimizer.step()
+        weights.append(layer.weight.detach())
+    torch.testing.assert_close(*weights)
+
+
+def test_meeting_the_largest_batch_leaves_nothing_behind(tiny_base: Path, reviews: Path) -> None:
+    class Left(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if batch_idx == 0 and trainer.current_epoch == 0:
+                assert all(p.grad is None for p in pl_module.parameters())
+                self.losses = list(pl_module._step_losses)
+
+    model, data = make(tiny_base, reviews)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    left = Left()
+    trainer(left, max_epochs=1, limit_train_batches=1).fit(model, data)
+    assert left.losses == []
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed
+    assert all("lora_" in name or "classifier" in name or "metrics" in name or "loss" in name for name in changed)
