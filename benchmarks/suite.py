@@ -2,13 +2,15 @@
 
     python benchmarks/suite.py --out logs/benchmark [--data FOLDER]      (make benchmark)
 
-Each system first finds its fastest settings on a few rows, then its best learning rate of one small sweep by
-validation accuracy; then all systems train and test in turn, a round for each seed, so that a slow minute of the
-machine meets all of them. Reported are medians over the rounds. Test rows choose nothing.
+Each system first finds, for each batch size that it may have, its fastest settings on a few rows, and the best learning
+rate of one small sweep by validation accuracy; it takes the batch size that trains fastest among those that are within
+a standard error of the best accuracy. Then all systems train and test in turn, a round for each seed, so that a slow
+minute of the machine meets all of them. Reported are medians over the rounds. Test rows choose nothing.
 """
 
 import argparse
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -38,10 +40,17 @@ class Task:
 
 @dataclass(frozen=True)
 class System:
-    """One way to train. ``settings`` are tried for speed; of those within 5% of the fastest the first is kept."""
+    """One way to train.
+
+    Args:
+        name: As it is shown.
+        batches: The batch sizes that it may choose from, as options.
+        settings: What it may choose from besides, for speed alone.
+    """
 
     name: str
-    settings: Sequence[tuple[str, ...]]
+    batches: Sequence[tuple[str, ...]] = ((),)
+    settings: Sequence[tuple[str, ...]] = ((),)
 
     def run(
         self, task: Task, settings: Sequence[str], rate: float, seed: int, work: Path, test: bool
@@ -107,19 +116,19 @@ def ours(system: System, task: Task, settings: Sequence[str], rate: float, seed:
     return result
 
 
-#: The peers as they are used, and this project. Batch sizes and attention are what each may choose from.
+#: The peers as they are used, and this project.
 SYSTEMS = (
-    System("Trainer, common", [()]),
+    System("Trainer, common"),
     System(
         "Trainer, tuned",
+        [("--batch_size", "16"), ("--batch_size", "32")],
         [
-            ("--attention", attention, "--batch_size", batch_size, "--base_dtype", dtype)
-            for batch_size in ("16", "32")
+            ("--attention", attention, "--base_dtype", dtype)
             for attention in ("sdpa", "eager")
             for dtype in ("float32", "bfloat16")
         ],
     ),
-    System("lightning_lora", [("--data.batch_size", b) for b in ("16", "32")]),
+    System("lightning_lora", [("--data.batch_size", "16"), ("--data.batch_size", "32")]),
 )
 COLUMNS = {
     "train_rows_per_s": ("training, texts/s", "{:.1f}"),
@@ -191,8 +200,12 @@ def small(task: Task, rows: int, out: Path) -> Task:
     return Task(folder, task.max_length, task.base, 1)
 
 
-def try_settings(system: System, trial: Task, rate: float, out: Path) -> dict[tuple[str, ...], float]:
-    """Training texts/s of each of the system's settings; of the two fastest the better of two tries."""
+def fastest(
+    system: System, batch: tuple[str, ...], trial: Task, rate: float, out: Path, tried: dict[str, float]
+) -> tuple[str, ...]:
+    """The settings with which a system trains fastest at a batch size; of the two fastest the better of two tries."""
+    if len(system.settings) == 1:
+        return (*batch, *system.settings[0])
     speeds: dict[tuple[str, ...], float] = {}
 
     def attempt(settings: tuple[str, ...]) -> None:
@@ -200,38 +213,53 @@ def try_settings(system: System, trial: Task, rate: float, out: Path) -> dict[tu
         speeds[settings] = max(speeds.get(settings, 0.0), speed)
         say(f"{system.name} {' '.join(settings)}: {speed:.1f} texts/s")
 
-    for settings in system.settings:
+    for more in system.settings:
+        attempt((*batch, *more))
+    for settings in sorted(speeds, key=lambda s: speeds[s])[-2:]:  # a slow moment must not decide
         attempt(settings)
-    for settings in sorted(speeds, key=lambda tried: speeds[tried])[-2:]:  # a slow moment must not decide
-        attempt(settings)
-    return speeds
+    tried |= {" ".join(s): speed for s, speed in speeds.items()}
+    return max(speeds, key=lambda s: speeds[s])
 
 
-def chosen(system: System, speeds: dict[tuple[str, ...], float]) -> tuple[str, ...]:
-    """The first of those that are as fast as the fastest but for noise: small batches, which learn in more steps."""
-    return next(s for s in system.settings if speeds[s] >= 0.95 * max(speeds.values()))
+def choose(system: System, task: Task, trial: Task | None, rates: Sequence[float], out: Path, rows: int) -> Any:
+    """A system's settings and learning rate, found on validation rows, with what was tried.
 
-
-def compare(task: Task, out: Path, rates: Sequence[float], rounds: int, trial_rows: int) -> dict[str, Any]:
-    """Settings, learning rates and rounds of every system; without trial rows the first settings are taken."""
-    trial = small(task, trial_rows, out)
-    found: dict[str, Any] = {}
-    for system in SYSTEMS:
-        speeds = try_settings(system, trial, rates[0], out) if trial_rows and len(system.settings) > 1 else {}
-        settings = chosen(system, speeds) if speeds else system.settings[0]
-        sweep = {}
+    Args:
+        system: The system.
+        task: The whole task.
+        trial: The task with a few rows, to find fast settings; without it the first are taken.
+        rates: Learning rates to try.
+        out: Where work is put.
+        rows: Validation rows, of which the standard error is.
+    """
+    tried: dict[str, float] = {}
+    sweep = []
+    for batch in system.batches if trial is not None else system.batches[:1]:
+        first = (*batch, *system.settings[0])
+        settings = fastest(system, batch, trial, rates[0], out, tried) if trial is not None else first
         for rate in rates:
-            sweep[rate] = system.run(task, settings, rate, 1, out / "work", False)["validation_accuracy"]
-            say(f"{system.name} learning rate {rate:g}: validation accuracy {sweep[rate]:.4f}")
-        best = max(sweep, key=lambda r: sweep[r])
-        tried = {" ".join(s): v for s, v in speeds.items()}
-        found[system.name] = {
-            "settings": settings,
-            "tried": tried,
-            "sweep": sweep,
-            "learning_rate": best,
-            "rounds": [],
-        }
+            result = system.run(task, settings, rate, 1, out / "work", False)
+            accuracy, speed = result["validation_accuracy"], result["train_rows_per_s"]
+            sweep.append({"settings": settings, "learning_rate": rate, "accuracy": accuracy, "texts_per_s": speed})
+            said = f"validation accuracy {accuracy:.4f}, {speed:.1f} texts/s"
+            say(f"{system.name} {' '.join(settings)}, learning rate {rate:g}: {said}")
+    best = max(entry["accuracy"] for entry in sweep)
+    error = math.sqrt(best * (1 - best) / rows)
+    good = [entry for entry in sweep if entry["accuracy"] >= best - error]
+    speeds = {
+        s: statistics.median(e["texts_per_s"] for e in sweep if e["settings"] == s)
+        for s in {e["settings"] for e in good}
+    }
+    settings = max(speeds, key=lambda s: speeds[s])
+    chosen = max((e for e in good if e["settings"] == settings), key=lambda e: e["accuracy"])
+    return {**chosen, "tried": tried, "sweep": sweep, "standard_error": error, "rounds": []}
+
+
+def compare(
+    task: Task, out: Path, rates: Sequence[float], rounds: int, trial: Task | None, rows: int
+) -> dict[str, Any]:
+    """Settings, learning rates and rounds of every system."""
+    found: dict[str, Any] = {s.name: choose(s, task, trial, rates, out, rows) for s in SYSTEMS}
     for seed in range(1, rounds + 1):
         order = SYSTEMS if seed % 2 else SYSTEMS[::-1]
         for system in order:
@@ -321,7 +349,8 @@ def main() -> None:
     rows = {"train": options.train_rows, "validation": options.eval_rows // 2, "test": options.eval_rows}
     folder = prepare(options.data, out, rows)
     task = Task(folder, options.max_length, options.base_model, options.epochs)
-    found = compare(task, out, options.rates, options.rounds, 0 if options.smoke else 256)
+    trial = None if options.smoke else small(task, 256, out)
+    found = compare(task, out, options.rates, options.rounds, trial, rows["validation"])
     shutil.rmtree(out / "work")
     told = {"rows": rows, "max_length": options.max_length, "epochs": options.epochs, "rates": options.rates}
     source = options.data.name if options.data else "imdb_packaged"

@@ -102,7 +102,8 @@ class SharedInput:
         self.adapted = [i for i, layer in enumerate(layers) if layer.a is not None]
         of_a = [layer.a for layer in layers if layer.a is not None]
         self.a = (of_a[0] if len(of_a) == 1 else torch.cat(of_a)).to(dtype) if of_a else None
-        self.b = [layer.b.to(dtype) for layer in layers if layer.b is not None]
+        #: B of each adapter, scaled: a smaller matrix to scale than any result.
+        self.b = [(layer.b * layer.scaling).to(dtype) for layer in layers if layer.b is not None]
 
     def forward(self, rows: Tensor, added: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
         """The layers' results, (N, out) each, of an input (N, in); and what A makes of it, (N, ranks).
@@ -116,7 +117,7 @@ class SharedInput:
             return outs, None
         inner = rows.mm(self.a.t())
         for i, b, part in zip(self.adapted, self.b, self._parts(inner, 1), strict=True):
-            outs[i].addmm_(part, b.t(), alpha=self.layers[i].scaling)
+            outs[i].addmm_(part, b.t())
         return outs, inner
 
     def backward(
@@ -139,7 +140,7 @@ class SharedInput:
         adapters: list[Tensor] = []
         grad_inner = None
         if self.a is not None and rows is not None and inner is not None:
-            parts = [grads[i].mm(b).mul_(self.layers[i].scaling) for i, b in zip(self.adapted, self.b, strict=True)]
+            parts = [grads[i].mm(b) for i, b in zip(self.adapted, self.b, strict=True)]
             grad_inner = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             of_a = self._parts(grad_inner.t().mm(rows), 0)
             for i, grad_a, kept in zip(self.adapted, of_a, self._parts(inner, 1), strict=True):
