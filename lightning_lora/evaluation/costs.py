@@ -85,9 +85,10 @@ class CostMeter(Callback):
         self._mark = 0.0
         self._training = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
-        self._mark, self._training = time.perf_counter(), True
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Starts the clock with the first step; what comes before is the start."""
+        if not self._training:
+            self._mark, self._training = time.perf_counter(), True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -101,18 +102,19 @@ class CostMeter(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock while validating."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if self._training and not trainer.sanity_checking:
             self.train_s += time.perf_counter() - self._mark
             self._training = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes on."""
-        self._mark, self._training = time.perf_counter(), trainer.state.fn == "fit"
+        """Goes on, where a step was done before."""
+        self._mark, self._training = time.perf_counter(), trainer.state.fn == "fit" and self.startup_s is not None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock."""
-        self.train_s += time.perf_counter() - self._mark
-        self._training = False
+        if self._training:
+            self.train_s += time.perf_counter() - self._mark
+            self._training = False
         self._add()
 
     def _add(self) -> None:

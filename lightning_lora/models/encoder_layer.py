@@ -6,6 +6,7 @@ keeps, copies and hands on what any other might want. What comes out is the same
 computed so is looked at in each call; where not, the layer's own modules compute.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,10 @@ from transformers.activations import GELUActivation
 
 from lightning_lora.devices import compute_dtype
 from lightning_lora.models.architectures import LayerNames
-from lightning_lora.models.attention import EXACT, attend, attend_backward, attend_without_backward
+from lightning_lora.models.attention import EXACT
 from lightning_lora.models.base import Base
 from lightning_lora.models.fused_linear import FrozenLinear, FusedLora, SharedInput, Weights
+from lightning_lora.models.layer_attention import EveryToken, FirstToken
 
 #: Called by their full names, as torch otherwise looks through all forms of an operator at each call.
 _GELU_BACKWARD = torch.ops.aten.gelu_backward.default
@@ -125,78 +127,50 @@ class EncoderLayerFunction(torch.autograd.Function):
         *adapters: Tensor,
     ) -> Tensor:
         """The layer's result; with ``backward`` what that needs is kept."""
-        parts, cut = layer.parts, layer.first_token_only
-        (batch, length, width), heads = states.shape, parts.heads
-        qkv, out, up, down = (
-            SharedInput(shared, states.dtype) for shared in (weights[:3], weights[3:4], weights[4:5], weights[5:])
-        )
-        rows = states.reshape(-1, width)
-        results, qkv_inner = qkv.forward(rows)
-        q, k, v = (result.view(batch, length, heads, -1).transpose(1, 2) for result in results)
-        if cut:
-            q, mask = q[:, :, :1], None if mask is None else mask[:, :, :1]
-        scaling = q.shape[-1] ** -0.5
-        shares = None
-        if backward:
-            q, k, v = (x.reshape(batch * heads, x.shape[2], -1) for x in (q, k, v))
-            context, shares = attend(q, k, v, mask, scaling)
-            context = context.view(batch, heads, -1, q.shape[-1])
-        else:
-            context = attend_without_backward(q, k, v, mask, scaling)
-        context = context.transpose(1, 2).reshape(-1, width)
-        (first,), out_inner = out.forward(context, states[:, 0].contiguous() if cut else rows)
+        parts, dtype = layer.parts, states.dtype
+        batch, _, width = states.shape
+        states = states.contiguous()
+        attention = (FirstToken if layer.first_token_only else EveryToken)(weights[:3], parts.heads, dtype)
+        out, up, down = (SharedInput([linear], dtype) for linear in weights[3:])
+
+        context, kept = attention.forward(states, mask, backward)
+        beside = states[:, 0].contiguous() if layer.first_token_only else states.view(-1, width)
+        (first,), out_inner = out.forward(context, beside)
         middle, *first_stats = normalised(first, parts.norms[0])
         (raised,), up_inner = up.forward(middle)
         activated = F.gelu(raised)
         (second,), down_inner = down.forward(activated, middle)
         result, *second_stats = normalised(second, parts.norms[1])
         if backward:
-            inputs = (rows, context, middle, activated)
-            kept = [x if shared.adapted else None for x, shared in zip(inputs, (qkv, out, up, down), strict=True)]
-            inner = (qkv_inner, out_inner, up_inner, down_inner)
-            ctx.save_for_backward(*kept, *inner, q, k, v, shares, raised, first, *first_stats, second, *second_stats)
-            ctx.layers, ctx.parts, ctx.shape, ctx.scaling, ctx.cut = (
-                (qkv, out, up, down),
-                parts,
-                states.shape,
-                scaling,
-                cut,
-            )
+            inputs = zip((context, middle, activated), (out, up, down), strict=True)
+            read = [x if linear.adapted else None for x, linear in inputs]  # by adapters
+            inner = (out_inner, up_inner, down_inner)
+            ctx.save_for_backward(states, *kept, *read, *inner, raised, first, *first_stats, second, *second_stats)
+            ctx.layers, ctx.norms = (attention, out, up, down), parts.norms
         return result.view(batch, -1, width)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the states, and those of the adapters."""
-        rows, context, middle, activated, qkv_inner, out_inner, up_inner, down_inner = ctx.saved_tensors[:8]
-        q, k, v, shares, raised, first, mean_1, rstd_1, second, mean_2, rstd_2 = ctx.saved_tensors[8:]
-        qkv, out, up, down = ctx.layers
-        (batch, length, width), heads, norms = ctx.shape, ctx.parts.heads, ctx.parts.norms
+        attention, out, up, down = ctx.layers
+        states, *kept = ctx.saved_tensors[: 1 + attention.kept]
+        context, middle, activated, out_inner, up_inner, down_inner, raised, *normed = ctx.saved_tensors[
+            1 + len(kept) :
+        ]
         below = ctx.needs_input_grad[0]
 
-        grad_second = normalised_backward(grads[0].reshape(-1, width), second, mean_2, rstd_2, norms[1])
-        grad_activated, of_down = down.backward([grad_second], activated, down_inner)
-        grad_raised = _GELU_BACKWARD(grad_activated, raised)
-        grad_middle, of_up = up.backward([grad_raised], middle, up_inner, into=grad_second)
-        grad_first = normalised_backward(grad_middle, first, mean_1, rstd_1, norms[0])
-        inside = below or bool(qkv.adapted)
-        grad_context, of_out = out.backward([grad_first], context, out_inner, inside)
-        if not inside:
-            return None, None, None, None, None, *of_out, *of_up, *of_down
-        grad_heads = grad_context.view(batch, -1, heads, q.shape[-1]).transpose(1, 2).reshape(q.shape)
-        found = attend_backward(grad_heads, q, k, v, shares, ctx.scaling)
-        grad_qkv = [x.view(batch, heads, -1, q.shape[-1]).transpose(1, 2).reshape(-1, width) for x in found]
-        if ctx.cut:  # the query and the sum were of the first token alone
-            grad_qkv[0], grad_first = (at_first(x, length) for x in (grad_qkv[0], grad_first))
-        grad_states, of_qkv = qkv.backward(grad_qkv, rows, qkv_inner, below, grad_first)
-        shaped = None if grad_states is None else grad_states.view(ctx.shape)
-        return shaped, None, None, None, None, *of_qkv, *of_out, *of_up, *of_down
-
-
-def at_first(rows: Tensor, length: int) -> Tensor:
-    """Rows (B, H) as those of the first of ``length`` tokens, (B * length, H), the others nought."""
-    whole = rows.new_zeros(len(rows), length, rows.shape[1])
-    whole[:, 0] = rows
-    return whole.view(-1, rows.shape[1])
+        of_second = normalised_backward(grads[0].reshape(-1, states.shape[-1]), normed[3:], ctx.norms[1])
+        of_activated, of_down = down.backward([of_second], activated, down_inner)
+        of_raised = _GELU_BACKWARD(of_activated, raised)
+        of_middle, of_up = up.backward([of_raised], middle, up_inner, into=of_second)
+        of_first = normalised_backward(of_middle, normed[:3], ctx.norms[0])
+        inside = below or attention.trained
+        of_context, of_out = out.backward([of_first], context, out_inner, inside)
+        of_states, of_attention = None, []
+        if inside:
+            of_states, of_attention = attention.backward(of_context, states, kept, below, of_first)
+        shaped = None if of_states is None else of_states.view(states.shape)
+        return shaped, None, None, None, None, *of_attention, *of_out, *of_up, *of_down
 
 
 def normalised(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,7 +178,8 @@ def normalised(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor
     return torch.native_layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def normalised_backward(grad: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """The gradient of the rows."""
+def normalised_backward(grad: Tensor, normed: Sequence[Tensor], norm: nn.LayerNorm) -> Tensor:
+    """The gradient of rows, by themselves, their mean and inverse deviation."""
+    rows, mean, rstd = normed
     shape, weight, bias = norm.normalized_shape, norm.weight, norm.bias
     return _NORM_BACKWARD(grad, rows, shape, mean, rstd, weight, bias, [True, False, False])[0]
