@@ -340,6 +340,7 @@ def main() -> None:
     parser.add_argument("--eval_rows", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3, 1.6e-2])
+    parser.add_argument("--trial_rows", type=int, default=256, help="rows on which fast settings are found")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="a few rows, one rate, one round: does it still run?")
     options = parser.parse_args()
@@ -349,7 +350,7 @@ def main() -> None:
     rows = {"train": options.train_rows, "validation": options.eval_rows // 2, "test": options.eval_rows}
     folder = prepare(options.data, out, rows)
     task = Task(folder, options.max_length, options.base_model, options.epochs)
-    trial = None if options.smoke else small(task, 256, out)
+    trial = None if options.smoke else small(task, options.trial_rows, out)
     found = compare(task, out, options.rates, options.rounds, trial, rows["validation"])
     shutil.rmtree(out / "work")
     told = {"rows": rows, "max_length": options.max_length, "epochs": options.epochs, "rates": options.rates}
