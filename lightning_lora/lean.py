@@ -62,9 +62,10 @@ def without_signal() -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[name]
-        if vars(sys.modules.get("scipy")).get("signal") is placeholder:
-            del sys.modules["scipy"].signal
+        sys.modules.pop(name, None)
+        scipy: Any = sys.modules.get("scipy")
+        if scipy is not None and vars(scipy).get("signal") is placeholder:
+            del scipy.signal
 
 
 #: In what a module's code is run when it is imported.

@@ -1,8 +1,11 @@
 """What a process is forked from that trains or evaluates: the code, imported, and what it is."""
 
+import importlib
+
+from lightning_lora import lean
 from lightning_lora.artifacts.runs import commit
-from lightning_lora.commands import evaluate, fit
 
-__all__ = ["evaluate", "fit"]
-
+lean.install()
+for command in ("evaluate", "fit"):
+    importlib.import_module(f"lightning_lora.commands.{command}")
 commit()

@@ -90,7 +90,8 @@ class FusedEncoderLayer(nn.Module):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The layer's result of states (B, T, H) and what is added to the scores: (B, T, H), or (B, 1, H)."""
         weights = self.weights(hidden_states)
-        if weights is None or any(a is not None for a in (*args, kwargs.get("encoder_hidden_states"))):
+        more = (*args, kwargs.get("encoder_hidden_states"), kwargs.get("past_key_values"))
+        if weights is None or any(argument is not None for argument in more):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         adapters = [w for layer in weights for w in (layer.a, layer.b) if w is not None]
         backward = torch.is_grad_enabled() and (hidden_states.requires_grad or bool(adapters))
@@ -153,10 +154,9 @@ class EncoderLayerFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the states, and those of the adapters."""
         attention, out, up, down = ctx.layers
-        states, *kept = ctx.saved_tensors[: 1 + attention.kept]
-        context, middle, activated, out_inner, up_inner, down_inner, raised, *normed = ctx.saved_tensors[
-            1 + len(kept) :
-        ]
+        saved = ctx.saved_tensors  # read once: with gradient checkpointing it can be only once
+        states, *kept = saved[: 1 + attention.kept]
+        context, middle, activated, out_inner, up_inner, down_inner, raised, *normed = saved[1 + len(kept) :]
         below = ctx.needs_input_grad[0]
 
         of_second = normalised_backward(grads[0].reshape(-1, states.shape[-1]), normed[3:], ctx.norms[1])

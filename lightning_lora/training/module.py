@@ -285,7 +285,7 @@ class TextClassifier(LightningModule):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clips as Lightning does, which refuses it to a fused optimizer even where no loss is scaled (2.6.6)."""
-        if self.scales_loss or not gradient_clip_val:
+        if self.scales_loss or not gradient_clip_val or gradient_clip_val < 0:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(stepped(optimizer), gradient_clip_val)
@@ -394,6 +394,7 @@ class TextClassifier(LightningModule):
         if not isinstance(loader, ResumableLoader):
             return
         data: Any = loader.dataset
+        loader.batch_sampler.set_epoch(self.trainer.current_epoch)  # as Lightning does, but later
         batch = self.trainer.strategy.batch_to_device(data.__getitems__(loader.batch_sampler.largest()))
         trained = [p for p in self.parameters() if p.requires_grad]
         with self.trainer.precision_plugin.forward_context():
