@@ -54,6 +54,13 @@ def predict(trainer: Trainer, rows: Dataset, split: str, tuned: bool) -> dict[st
     return {f"{split}_s": seconds, f"{split}_accuracy": accuracy, f"{split}_rows": len(rows)}
 
 
+def dropout(base: float | None) -> dict[str, float]:
+    """Settings of a BERT model's config; that of the head stays 0.1."""
+    if base is None:
+        return {}
+    return {"hidden_dropout_prob": base, "attention_probs_dropout_prob": base, "classifier_dropout": 0.1}
+
+
 def main() -> None:
     """Trains, predicts, writes ``--out``."""
     parser = argparse.ArgumentParser()
@@ -68,6 +75,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int)
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--base_dtype", default="float32", help="number format of the frozen weights")
+    parser.add_argument("--base_dropout", type=float, help="of the frozen encoder; by default its own")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--no_test", action="store_true", help="predict the validation rows only")
     options = parser.parse_args()
@@ -91,6 +99,7 @@ def main() -> None:
         attn_implementation=options.attention,
         dtype=getattr(torch, options.base_dtype),
         ignore_mismatched_sizes=True,
+        **dropout(options.base_dropout),
     )
     model.classifier.float()  # it is trained
     lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, target_modules=["query", "value"])

@@ -92,6 +92,7 @@ def ours(system: System, task: Task, settings: Sequence[str], rate: float, seed:
     words += ["--data.max_length", str(task.max_length), "--trainer.max_epochs", str(task.epochs)]
     words += ["--model.adapter.target_modules", "query_value", "--model.learning_rate", str(rate)]
     words += ["--seed_everything", str(seed), "--logs_dir", str(work), "--name", "run", *settings]
+    words += ["--data.cache_dir", str(work / "cache")]  # tokenized anew, as the peer does
     config = work / "task.yaml"
     config.write_text("{}\n")
     call(["main.py", "fit", "--config", str(config), *words], work)
