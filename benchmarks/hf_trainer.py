@@ -92,10 +92,9 @@ def main() -> None:
         return encoded | ({"length": [len(ids) for ids in encoded["input_ids"]]} if tuned else {})
 
     data = data.map(encode, batched=True, remove_columns=["text"])
-    labels = data["train"].unique("label")
     model = AutoModelForSequenceClassification.from_pretrained(
         options.base_model,
-        num_labels=len(labels),
+        num_labels=len(data["train"].unique("label")),
         attn_implementation=options.attention,
         dtype=getattr(torch, options.base_dtype),
         ignore_mismatched_sizes=True,
