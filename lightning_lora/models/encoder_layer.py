@@ -155,7 +155,7 @@ class EncoderLayerFunction(torch.autograd.Function):
         """The gradient of the states, and those of the adapters."""
         attention, out, up, down = ctx.layers
         saved = ctx.saved_tensors  # read once: with gradient checkpointing it can be only once
-        states, *kept = saved[: 1 + attention.kept]
+        states, *kept = saved[: 1 + attention.keeps]
         context, middle, activated, out_inner, up_inner, down_inner, raised, *normed = saved[1 + len(kept) :]
         below = ctx.needs_input_grad[0]
 

@@ -26,7 +26,8 @@ class EveryToken:
         dtype: In which all is computed.
     """
 
-    kept = 5
+    #: Tensors that ``forward`` gives to be kept.
+    keeps = 5
 
     def __init__(self, weights: list[Weights], heads: int, dtype: torch.dtype) -> None:
         self.layer = SharedInput(weights, dtype)
@@ -79,7 +80,8 @@ class FirstToken:
         dtype: In which all is computed.
     """
 
-    kept = 7
+    #: Tensors that ``forward`` gives to be kept.
+    keeps = 7
 
     def __init__(self, weights: list[Weights], heads: int, dtype: torch.dtype) -> None:
         self.query = SharedInput(weights[:1], dtype)
@@ -96,14 +98,14 @@ class FirstToken:
         batch, _, width = states.shape
         (rows,), inner = self.query.forward(states[:, 0].contiguous())
         q = rows.view(batch, self.heads, -1).transpose(0, 1).contiguous()
-        asked, asked_inner = self.key.backwards(q)
+        asked, asked_inner = self.key.times_transposed(q)
         asked = asked.transpose(0, 1).contiguous()
         scores = torch.baddbmm(q.new_empty(1), asked, states.mT, beta=0, alpha=q.shape[-1] ** -0.5)
         if mask is not None:
             scores += finite(mask[:, 0, :1], scores.dtype)
         shares = softmax(scores)
         seen = shares.bmm(states).transpose(0, 1).contiguous()
-        out, seen_inner = self.value.forwards(seen)
+        out, seen_inner = self.value.times(seen)
         return out.transpose(0, 1).reshape(batch, width), [inner, q, asked_inner, asked, shares, seen, seen_inner]
 
     def backward(
@@ -115,12 +117,12 @@ class FirstToken:
         assert q is not None and asked is not None and shares is not None and seen is not None
         scaling = q.shape[-1] ** -0.5
         of_out = grad.view(batch, self.heads, -1).transpose(0, 1).contiguous()
-        of_seen, back = self.value.backwards(of_out)
+        of_seen, back = self.value.times_transposed(of_out)
         of_value = self.value.adapter_gradients(back, seen, of_out, seen_inner)
         of_seen = of_seen.transpose(0, 1).contiguous()
         of_scores = torch._softmax_backward_data(of_seen.bmm(states.mT), shares, -1, shares.dtype)
         of_asked = torch.baddbmm(q.new_empty(1), of_scores, states, beta=0, alpha=scaling).transpose(0, 1).contiguous()
-        of_q, forth = self.key.forwards(of_asked, bias=False)
+        of_q, forth = self.key.times(of_asked, bias=False)
         of_key = self.key.adapter_gradients(asked_inner, of_asked, q, forth)
         rows = of_q.transpose(0, 1).reshape(batch, width)
         first, of_query = self.query.backward([rows], states[:, 0].contiguous(), inner, wanted, beside)
@@ -147,7 +149,7 @@ class PerHead:
         self.a = None if layer.a is None else layer.a.to(dtype)
         self.b = None if layer.b is None else (layer.b * layer.scaling).to(dtype).view(heads, -1, layer.b.shape[1])
 
-    def forwards(self, x: Tensor, bias: bool = True) -> tuple[Tensor, Tensor | None]:
+    def times(self, x: Tensor, bias: bool = True) -> tuple[Tensor, Tensor | None]:
         """W x + b of each head, (heads, B, D), of (heads, B, H); and what A makes of it."""
         out = x.bmm(self.weight.mT)
         if bias and self.bias is not None:
@@ -157,7 +159,7 @@ class PerHead:
         inner = x @ self.a.t()
         return out.baddbmm_(inner, self.b.mT), inner
 
-    def backwards(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    def times_transposed(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """W' y of each head, (heads, B, H), of (heads, B, D); and what B' makes of it."""
         out = y.bmm(self.weight)
         if self.a is None or self.b is None:
