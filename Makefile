@@ -9,7 +9,7 @@ RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt lightning_lora/models/kernels.c
 	@echo "installing pinned versions into $(VENV): some minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded,dev]'

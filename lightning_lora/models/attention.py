@@ -15,9 +15,11 @@ from transformers.masking_utils import bidirectional_mask_function, eager_mask
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from lightning_lora.devices import compute_dtype
+from lightning_lora.models.kernels import CompiledAttention
 
-#: The name for ``set_attn_implementation``.
+#: Names for ``set_attn_implementation``: by torch, and where it can be by ``kernels.c``.
 EXACT = "exact"
+COMPILED = "exact_compiled"
 
 
 def exact_attention(
@@ -28,6 +30,7 @@ def exact_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    compiled: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """As transformers' attention functions: q, k, v of shape (B, H, T, D), the result (B, T, H, D).
@@ -43,80 +46,101 @@ def exact_attention(
         query = query[:, :, :1]
         attention_mask = None if attention_mask is None else attention_mask[:, :, :1]
     if torch.is_grad_enabled():
-        out = ExactAttention.apply(query, key, value, attention_mask, scaling)
+        out = ExactAttention.apply(query, key, value, attention_mask, scaling, compiled)
     else:
-        out = attend_without_backward(query, key, value, attention_mask, scaling).transpose(1, 2)
+        out = attend_without_backward(query, key, value, attention_mask, scaling, compiled)
     return out.expand(-1, length, -1, -1) if cut else out, None
 
 
+def compiled_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """``exact_attention``, compiled where it can be."""
+    return exact_attention(*args, **kwargs, compiled=True)
+
+
 class ExactAttention(torch.autograd.Function):
-    """Softmax attention that keeps q, k, v and the probabilities for its backward pass."""
+    """Softmax attention with a backward pass of its own."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, compiled: bool
+    ) -> Tensor:
         """Of (B, H, Q, D), (B, H, T, D), (B, H, T, D) and what is added to scores, (B, 1, 1 or Q, T): (B, Q, H, D)."""
-        shape = query.shape
         dtype = compute_dtype(query)
         with torch.autocast(query.device.type, enabled=False):
-            q, k, v = (x.reshape(-1, *x.shape[2:]).to(dtype) for x in (query, key, value))
-            out, shares = attend(q, k, v, mask, scaling)
-        ctx.save_for_backward(q, k, v, shares)
-        ctx.scaling, ctx.heads, ctx.dtypes = scaling, shape[:2], (query.dtype, key.dtype, value.dtype)
-        return out.view(shape).transpose(1, 2)
+            q, k, v = (x.to(dtype) for x in (query, key, value))
+            ctx.way = way(q, k, mask, compiled)
+            out, kept = ctx.way.forward(q, k, v, mask, scaling)
+        ctx.save_for_backward(*kept)
+        ctx.scaling, ctx.dtypes = scaling, (query.dtype, key.dtype, value.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v."""
-        q, k, v, shares = ctx.saved_tensors
-        grad = grads[0].transpose(1, 2).reshape(q.shape)
-        found = attend_backward(grad, q, k, v, shares, ctx.scaling)
-        return *(g.view(*ctx.heads, *g.shape[1:]).to(t) for g, t in zip(found, ctx.dtypes, strict=True)), None, None
+        found = ctx.way.backward(grads[0], list(ctx.saved_tensors), ctx.scaling)
+        return *(g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)), None, None, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
-    """The result, (N, Q, D), and the probabilities, (N, Q, T), of q (N, Q, D) and k and v (N, T, D).
+def way(q: Tensor, k: Tensor, mask: Tensor | None, compiled: bool) -> type[CompiledAttention] | type["TorchAttention"]:
+    """What computes the attention and its gradients."""
+    return CompiledAttention if compiled and CompiledAttention.computes(q, k, mask) else TorchAttention
 
-    Args:
-        q: Of all texts and heads, N of them.
-        k: As q.
-        v: As q.
-        mask: What is added to the scores: (B, 1, 1 or Q, T), where N is B times the number of heads.
-        scaling: Of the scores.
-    """
-    if mask is not None:
-        mask, shape = finite(mask, q.dtype), (len(mask), len(q) // len(mask), q.shape[1], k.shape[1])
-        if mask.shape[2] == 1:  # added within the product
-            scores = torch.baddbmm(mask.expand(-1, shape[1], -1, -1).flatten(0, 1), q, k.mT, alpha=scaling)
+
+class TorchAttention:
+    """Softmax attention by torch, which keeps q, k, v and the probabilities for its backward pass."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, list[Tensor]]:
+        """The result, (B, Q, H, D), and what ``backward`` needs.
+
+        Args:
+            q: Queries, (B, H, Q, D).
+            k: Keys, (B, H, T, D).
+            v: Values, as keys.
+            mask: What is added to the scores: (B, 1, 1 or Q, T).
+            scaling: Of the scores.
+        """
+        shape = q.shape
+        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+        if mask is not None:
+            mask, scored = finite(mask, q.dtype), (len(mask), len(q) // len(mask), q.shape[1], k.shape[1])
+            if mask.shape[2] == 1:  # added within the product
+                scores = torch.baddbmm(mask.expand(-1, scored[1], -1, -1).flatten(0, 1), q, k.mT, alpha=scaling)
+            else:
+                scores = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scaling)
+                scores.view(scored).add_(mask)
         else:
             scores = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scaling)
-            scores.view(shape).add_(mask)
-    else:
-        scores = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scaling)
-    shares = softmax(scores)
-    return shares.bmm(v), shares
+        shares = softmax(scores)
+        return shares.bmm(v).view(shape).transpose(1, 2), [q, k, v, shares]
+
+    @staticmethod
+    def backward(grad: Tensor, kept: list[Tensor], scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v, of their shapes, by that of the result."""
+        q, k, v, shares = kept
+        batch, heads = grad.shape[0], grad.shape[2]
+        grad = grad.transpose(1, 2).reshape(q.shape)
+        none = q.new_empty(1)
+        of_v = shares.mT.bmm(grad)
+        of_scores = torch._softmax_backward_data(grad.bmm(v.mT), shares, -1, shares.dtype)
+        of_q = torch.baddbmm(none, of_scores, k, beta=0, alpha=scaling)
+        of_k = torch.baddbmm(none, of_scores.mT, q, beta=0, alpha=scaling)
+        of_q, of_k, of_v = (x.view(batch, heads, *x.shape[1:]) for x in (of_q, of_k, of_v))
+        return of_q, of_k, of_v
 
 
-def attend_without_backward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """The result alone, (B, H, Q, D), of (B, H, Q, D), (B, H, T, D) and (B, H, T, D): torch's where it is faster."""
+def attend_without_backward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, compiled: bool
+) -> Tensor:
+    """The result alone, (B, Q, H, D), of (B, H, Q, D), (B, H, T, D) and (B, H, T, D): torch's where it is faster."""
     dtype = compute_dtype(q)
-    if not _uneven(k.shape[2], dtype):
-        mask = None if mask is None else finite(mask, dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
     with torch.autocast(q.device.type, enabled=False):
-        rows, keys, values = (x.reshape(-1, *x.shape[2:]).to(dtype) for x in (q, k, v))
-        return attend(rows, keys, values, mask, scaling)[0].view(q.shape)
-
-
-def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, shares: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v by that of the result."""
-    none = q.new_empty(1)
-    grad_v = shares.mT.bmm(grad)
-    grad_scores = torch._softmax_backward_data(grad.bmm(v.mT), shares, -1, shares.dtype)
-    grad_q = torch.baddbmm(none, grad_scores, k, beta=0, alpha=scaling)
-    grad_k = torch.baddbmm(none, grad_scores.mT, q, beta=0, alpha=scaling)
-    return grad_q, grad_k, grad_v
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        chosen = way(q, k, mask, compiled)
+        if chosen is CompiledAttention or _uneven(k.shape[2], dtype):
+            return chosen.forward(q, k, v, mask, scaling)[0]
+        mask = None if mask is None else finite(mask, dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).transpose(1, 2)
 
 
 def _uneven(width: int, dtype: torch.dtype) -> bool:
@@ -154,4 +178,6 @@ def additive_mask(*args: Any, mask_function: Any, attention_mask: Tensor | None 
 
 
 AttentionInterface.register(EXACT, exact_attention)
-AttentionMaskInterface.register(EXACT, additive_mask)
+AttentionInterface.register(COMPILED, compiled_attention)
+for _name in (EXACT, COMPILED):
+    AttentionMaskInterface.register(_name, additive_mask)

@@ -17,7 +17,8 @@ from transformers.activations import GELUActivation
 
 from lightning_lora.devices import compute_dtype
 from lightning_lora.models.architectures import LayerNames
-from lightning_lora.models.attention import EXACT
+from lightning_lora.models import kernels
+from lightning_lora.models.attention import COMPILED, EXACT
 from lightning_lora.models.base import Base
 from lightning_lora.models.fused_linear import FrozenLinear, FusedLora, SharedInput, Weights
 from lightning_lora.models.layer_attention import EveryToken, FirstToken
@@ -101,7 +102,7 @@ class FusedEncoderLayer(nn.Module):
     def weights(self, states: Tensor) -> list[Weights] | None:
         """What the linear layers multiply by; None where something is asked for that is not computed here."""
         parts, dtype = self.parts, states.dtype
-        usual = states.device.type == "cpu" and parts.config._attn_implementation == EXACT
+        usual = states.device.type == "cpu" and parts.config._attn_implementation in (EXACT, COMPILED)
         usual = usual and compute_dtype(states) == dtype and all(n.weight.dtype == dtype for n in parts.norms)
         if not usual or (self.training and any(d.p for d in parts.dropouts)):
             return None
@@ -131,23 +132,29 @@ class EncoderLayerFunction(torch.autograd.Function):
         parts, dtype = layer.parts, states.dtype
         batch, _, width = states.shape
         states = states.contiguous()
-        attention = (FirstToken if layer.first_token_only else EveryToken)(weights[:3], parts.heads, dtype)
+        compiled = parts.config._attn_implementation == COMPILED
+        attention: EveryToken | FirstToken
+        if layer.first_token_only:
+            attention = FirstToken(weights[:3], parts.heads, dtype)
+        else:
+            attention = EveryToken(weights[:3], parts.heads, dtype, compiled)
         out, up, down = (SharedInput([linear], dtype) for linear in weights[3:])
 
         context, kept = attention.forward(states, mask, backward)
         beside = states[:, 0].contiguous() if layer.first_token_only else states.view(-1, width)
         (first,), out_inner = out.forward(context, beside)
-        middle, *first_stats = normalised(first, parts.norms[0])
+        middle, first_stats = normalised(first, parts.norms[0], compiled)
         (raised,), up_inner = up.forward(middle)
         activated = F.gelu(raised)
         (second,), down_inner = down.forward(activated, middle)
-        result, *second_stats = normalised(second, parts.norms[1])
+        result, second_stats = normalised(second, parts.norms[1], compiled)
         if backward:
             inputs = zip((context, middle, activated), (out, up, down), strict=True)
             read = [x if linear.adapted else None for x, linear in inputs]  # by adapters
             inner = (out_inner, up_inner, down_inner)
             ctx.save_for_backward(states, *kept, *read, *inner, raised, first, *first_stats, second, *second_stats)
-            ctx.layers, ctx.norms = (attention, out, up, down), parts.norms
+            ctx.layers, ctx.norms, ctx.kept = (attention, out, up, down), parts.norms, len(kept)
+            ctx.compiled = compiled and kernels.computes(raised)
         return result.view(batch, -1, width)
 
     @staticmethod
@@ -155,15 +162,16 @@ class EncoderLayerFunction(torch.autograd.Function):
         """The gradient of the states, and those of the adapters."""
         attention, out, up, down = ctx.layers
         saved = ctx.saved_tensors  # read once: with gradient checkpointing it can be only once
-        states, *kept = saved[: 1 + attention.keeps]
+        states, *kept = saved[: 1 + ctx.kept]
         context, middle, activated, out_inner, up_inner, down_inner, raised, *normed = saved[1 + len(kept) :]
+        of_norm = len(normed) // 2
         below = ctx.needs_input_grad[0]
 
-        of_second = normalised_backward(grads[0].reshape(-1, states.shape[-1]), normed[3:], ctx.norms[1])
+        of_second = normalised_backward(grads[0].reshape(-1, states.shape[-1]), normed[of_norm:], ctx.norms[1])
         of_activated, of_down = down.backward([of_second], activated, down_inner)
-        of_raised = _GELU_BACKWARD(of_activated, raised)
+        of_raised = (kernels.gelu_backward if ctx.compiled else _GELU_BACKWARD)(of_activated, raised)
         of_middle, of_up = up.backward([of_raised], middle, up_inner, into=of_second)
-        of_first = normalised_backward(of_middle, normed[:3], ctx.norms[0])
+        of_first = normalised_backward(of_middle, normed[:of_norm], ctx.norms[0])
         inside = below or attention.trained
         of_context, of_out = out.backward([of_first], context, out_inner, inside)
         of_states, of_attention = None, []
@@ -173,13 +181,17 @@ class EncoderLayerFunction(torch.autograd.Function):
         return shaped, None, None, None, None, *of_attention, *of_out, *of_up, *of_down
 
 
-def normalised(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer norm of rows, and its mean and inverse deviation."""
-    return torch.native_layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+def normalised(rows: Tensor, norm: nn.LayerNorm, compiled: bool) -> tuple[Tensor, list[Tensor]]:
+    """The layer norm of rows, and what the backward pass needs beside them."""
+    if compiled and kernels.normalises(rows, norm):
+        return kernels.norm_forward(rows, norm)
+    result, *stats = torch.native_layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return result, stats
 
 
 def normalised_backward(grad: Tensor, normed: Sequence[Tensor], norm: nn.LayerNorm) -> Tensor:
-    """The gradient of rows, by themselves, their mean and inverse deviation."""
-    rows, mean, rstd = normed
-    shape, weight, bias = norm.normalized_shape, norm.weight, norm.bias
-    return _NORM_BACKWARD(grad, rows, shape, mean, rstd, weight, bias, [True, False, False])[0]
+    """The gradient of rows, by themselves and what was given beside them."""
+    rows, *stats = normed
+    if len(stats) == 1:
+        return kernels.norm_backward(grad, rows, stats[0], norm)
+    return _NORM_BACKWARD(grad, rows, norm.normalized_shape, *stats, norm.weight, norm.bias, [True, False, False])[0]

@@ -5,12 +5,12 @@ q (W x + b) = (q W) x + q b: W is multiplied by the one query instead of by all 
 them, does nothing to a softmax. The result is the sum of p (W x + b) = W (sum of p x) + b.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lightning_lora.models.attention import attend, attend_backward, attend_without_backward, finite, softmax
+from lightning_lora.models.attention import attend_without_backward, finite, softmax, way
 from lightning_lora.models.fused_linear import SharedInput, Weights
 
 #: What a backward pass needs; None where no adapter asks for it.
@@ -24,14 +24,13 @@ class EveryToken:
         weights: Of query, key and value.
         heads: Of the attention.
         dtype: In which all is computed.
+        compiled: Whether by ``kernels.c`` where it can be.
     """
 
-    #: Tensors that ``forward`` gives to be kept.
-    keeps = 5
-
-    def __init__(self, weights: list[Weights], heads: int, dtype: torch.dtype) -> None:
+    def __init__(self, weights: list[Weights], heads: int, dtype: torch.dtype, compiled: bool) -> None:
         self.layer = SharedInput(weights, dtype)
         self.heads = heads
+        self.compiled = compiled
 
     @property
     def trained(self) -> bool:
@@ -45,10 +44,10 @@ class EveryToken:
         q, k, v = (result.view(batch, length, self.heads, -1).transpose(1, 2) for result in results)
         scaling = q.shape[-1] ** -0.5
         if not backward:
-            return attend_without_backward(q, k, v, mask, scaling).transpose(1, 2).reshape(-1, width), []
-        q, k, v = (x.reshape(batch * self.heads, length, -1) for x in (q, k, v))
-        out, shares = attend(q, k, v, mask, scaling)
-        return out.view(batch, self.heads, length, -1).transpose(1, 2).reshape(-1, width), [inner, q, k, v, shares]
+            return attend_without_backward(q, k, v, mask, scaling, self.compiled).reshape(-1, width), []
+        self.way = way(q, k, mask, self.compiled)
+        out, kept = self.way.forward(q, k, v, mask, scaling)
+        return out.reshape(-1, width), [inner, *kept]
 
     def backward(
         self, grad: Tensor, states: Tensor, kept: Kept, wanted: bool, beside: Tensor
@@ -62,12 +61,11 @@ class EveryToken:
             wanted: Whether the states' gradient is.
             beside: The gradient that goes past the attention; it is changed.
         """
-        inner, q, k, v, shares = kept
+        inner, *attended = kept
         batch, length, width = states.shape
-        assert q is not None and k is not None and v is not None and shares is not None
-        of_heads = grad.view(batch, length, self.heads, -1).transpose(1, 2).reshape(q.shape)
-        found = attend_backward(of_heads, q, k, v, shares, q.shape[-1] ** -0.5)
-        grads = [x.view(batch, self.heads, length, -1).transpose(1, 2).reshape(-1, width) for x in found]
+        of_heads = grad.view(batch, length, self.heads, -1)
+        found = self.way.backward(of_heads, cast(list[Tensor], attended), of_heads.shape[-1] ** -0.5)
+        grads = [x.transpose(1, 2).reshape(-1, width) for x in found]
         return self.layer.backward(grads, states.view(-1, width), inner, wanted, beside)
 
 
@@ -79,9 +77,6 @@ class FirstToken:
         heads: Of the attention.
         dtype: In which all is computed.
     """
-
-    #: Tensors that ``forward`` gives to be kept.
-    keeps = 7
 
     def __init__(self, weights: list[Weights], heads: int, dtype: torch.dtype) -> None:
         self.query = SharedInput(weights[:1], dtype)

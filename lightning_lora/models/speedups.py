@@ -31,6 +31,8 @@ class Speedups:
             LoRA layer always is.
         fused_layers: Compute a whole encoder layer of which at most such adapters are trained in one step without a GPU
             (bert, roberta, electra, distilbert).
+        compiled: Compute attention, and the passes between the products of such a layer, by this project's C code where
+            it was compiled at installation and the processor has AMX (``models/kernels.py``).
         merged_evaluation: Evaluate with the product of A and B added to the weights of such a LoRA layer.
     """
 
@@ -39,6 +41,7 @@ class Speedups:
     fused_lora: bool = True
     fused_bias: bool = True
     fused_layers: bool = True
+    compiled: bool = True
     merged_evaluation: bool = True
 
 

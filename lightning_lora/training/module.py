@@ -16,7 +16,8 @@ from lightning_lora.artifacts.checkpoints import CheckpointIdentity
 from lightning_lora.data.batching import ResumableLoader
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metrics import counts, make_metrics, metric_values, set_counts
-from lightning_lora.models.attention import EXACT
+from lightning_lora.models import kernels
+from lightning_lora.models.attention import COMPILED, EXACT
 from lightning_lora.models.base import load_base
 from lightning_lora.models.fused_linear import FrozenLinear
 from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
@@ -182,13 +183,14 @@ class TextClassifier(LightningModule):
 
         Architectures that are not known by name get "eager" instead, and that for training only.
         """
-        if self.attention != "auto":
-            return self.attention
-        if torch.cuda.is_available():
-            return self.loaded_attention
-        if self.known_architecture and self.loaded_attention == "sdpa":
-            return EXACT
-        return "eager" if training else self.loaded_attention
+        chosen = self.attention
+        if chosen == "auto" and torch.cuda.is_available():
+            chosen = self.loaded_attention
+        elif chosen == "auto" and self.known_architecture and self.loaded_attention == "sdpa":
+            chosen = EXACT
+        elif chosen == "auto":
+            chosen = "eager" if training else self.loaded_attention
+        return COMPILED if chosen == EXACT and self.speedups.compiled and kernels.LIBRARY else chosen
 
     def speed_choices(self, precision: str) -> list[str]:
         """What is done for speed in a run of this precision, in words."""

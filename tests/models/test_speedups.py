@@ -29,7 +29,7 @@ from lightning_lora.models.speedups import (
 )
 from lightning_lora.training.module import AUTOCAST, TextClassifier
 
-PLAIN = Speedups("float32", False, False, False, False, False)
+PLAIN = Speedups("float32", False, False, False, False, False, False)
 #: bfloat16 has 8 bits: one rounding is off by up to 2^-9, and outputs are sums of roundings.
 BF16 = {"rtol": 4e-2, "atol": 4e-2}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -102,8 +102,8 @@ def test_exact_attention_is_attention_and_so_are_its_gradients(mask: str, querie
         added = torch.zeros(2, 1, 1 if mask == "padding" else queries, 7, dtype=torch.double)
         added[1, ..., 4:] = torch.finfo(torch.double).min
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=0.3).transpose(1, 2)
-    torch.testing.assert_close(ExactAttention.apply(q, k, v, added, 0.3), expected)
-    torch.autograd.gradcheck(lambda *x: ExactAttention.apply(*x, added, 0.3), (q, k, v))
+    torch.testing.assert_close(ExactAttention.apply(q, k, v, added, 0.3, False), expected)
+    torch.autograd.gradcheck(lambda *x: ExactAttention.apply(*x, added, 0.3, False), (q, k, v))
 
 
 @pytest.mark.parametrize("width", [24, 32, 104])
@@ -117,7 +117,7 @@ def test_exact_attention_in_bfloat16_is_attention(width: int) -> None:
     expected = ((q @ k.mT * 8**-0.5 + added).softmax(-1) @ v).transpose(1, 2)
     truth = [expected, *torch.autograd.grad((expected * weights).sum(), (q, k, v))]
     with torch.autocast("cpu", torch.bfloat16):
-        found = ExactAttention.apply(q, k, v, added, 8**-0.5)
+        found = ExactAttention.apply(q, k, v, added, 8**-0.5, False)
     assert found.dtype == torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # torch's own, for an even width
         evaluated, _ = exact_attention(nn.Module(), q, k, v, added)

@@ -1,0 +1,466 @@
+/* The parts of an encoder layer that are no products with weights, in bfloat16 on a CPU with AMX tiles and AVX-512.
+ *
+ * torch makes a pass over memory of each operation, and small matrices one by one. Here the attention of one head of
+ * one text is computed while it lies in the cache, and the feed-forward block's activation brings its derivative along.
+ * What is exact attention, GELU or layer norm there is so here, with sums in float32; kernels.py says what is passed.
+ *
+ * A tile is 16 rows of 64 bytes. In a product C += A B of tiles A has 16 rows of 32 bfloat16; row i of B has, for 16
+ * columns, rows 2i and 2i + 1 of the matrix beside each other ("paired"); C has 16 rows of 16 float32.
+ */
+
+#include <immintrin.h>
+#include <math.h>
+#include <pmmintrin.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+
+int kernels_version(void) { return 1; }
+
+/* ---- vectors ------------------------------------------------------------------------------------------------- */
+
+static inline __m512 from_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+static inline __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+static inline __m512 load(const bf16 *x) { return from_bf16(_mm256_loadu_si256((const __m256i *)x)); }
+
+static inline void store(bf16 *x, __m512 value) { _mm256_storeu_si256((__m256i *)x, to_bf16(value)); }
+
+/* Results too small for float32's usual form become 0: the processor takes a hundred times as long over them. */
+static inline unsigned begin_vectors(void) {
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON);
+    return before;
+}
+
+/* 2^x: 2^floor(x) times a polynomial of the rest, from 0 to 1, off by 3e-6 of the value at most. */
+static inline __m512 exp2_of(__m512 x) {
+    __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 p = _mm512_set1_ps(1.35347402e-2f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.20103042e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.41443477e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93003705e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.00000259f));
+    return _mm512_scalef_ps(p, x);
+}
+
+/* Pairs of 16 bfloat16 each: a[i] in the low half of element i, b[i] in the high one. */
+static inline __m512i paired(__m256i a, __m256i b) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
+}
+
+/* Transposes 16 vectors of 16 elements of 32 bits. */
+static inline void transpose(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) { /* of each four lanes of 128 bits: 0 and 2, 1 and 3 */
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+/* ---- tiles --------------------------------------------------------------------------------------------------- */
+
+/* The compiler does not know that the tile instructions read memory: what was written before must be there. */
+#define WRITTEN(address) __asm__ volatile("" ::"r"(address) : "memory")
+
+static void begin_tiles(void) {
+    struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        config.bytes[i] = 64;
+        config.rows[i] = 16;
+    }
+    WRITTEN(&config);
+    _tile_loadconfig(&config);
+}
+
+/* C = A B, or C += A B: A of 16 m rows and 32 k columns, B paired, of 16 n columns. Lengths of rows are in bytes. */
+static void product(const void *a, int64_t a_row, const void *b, int64_t b_row, float *c, int64_t c_row, int m, int n,
+                    int k, int add) {
+    const char *A = a, *B = b;
+    char *C = (char *)c;
+    WRITTEN(c);
+    for (int i = 0; i < m; i += 2) {
+        int two_rows = i + 1 < m;
+        for (int j = 0; j < n; j += 2) {
+            int two_columns = j + 1 < n;
+            char *c0 = C + i * 16 * c_row + j * 64, *c1 = c0 + 16 * c_row;
+            if (add) {
+                _tile_loadd(0, c0, c_row);
+                if (two_columns) _tile_loadd(1, c0 + 64, c_row);
+                if (two_rows) _tile_loadd(2, c1, c_row);
+                if (two_rows && two_columns) _tile_loadd(3, c1 + 64, c_row);
+            } else {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            for (int l = 0; l < k; l++) {
+                const char *a0 = A + i * 16 * a_row + l * 64, *b0 = B + l * 16 * b_row + j * 64;
+                _tile_loadd(4, a0, a_row);
+                _tile_loadd(6, b0, b_row);
+                _tile_dpbf16ps(0, 4, 6);
+                if (two_columns) {
+                    _tile_loadd(7, b0 + 64, b_row);
+                    _tile_dpbf16ps(1, 4, 7);
+                }
+                if (two_rows) {
+                    _tile_loadd(5, a0 + 16 * a_row, a_row);
+                    _tile_dpbf16ps(2, 5, 6);
+                    if (two_columns) _tile_dpbf16ps(3, 5, 7);
+                }
+            }
+            _tile_stored(0, c0, c_row);
+            if (two_columns) _tile_stored(1, c0 + 64, c_row);
+            if (two_rows) _tile_stored(2, c1, c_row);
+            if (two_rows && two_columns) _tile_stored(3, c1 + 64, c_row);
+        }
+    }
+}
+
+/* ---- one head of one text: (tokens, width) with rows apart in memory, brought into the forms that tiles read ---- */
+
+/* (padded, width), with zeros behind the last token. */
+static void copy_rows(bf16 *to, const bf16 *from, int64_t apart, int tokens, int padded, int width) {
+    for (int t = 0; t < tokens; t++) memcpy(to + t * width, from + t * apart, width * sizeof(bf16));
+    memset(to + tokens * width, 0, (padded - tokens) * width * sizeof(bf16));
+}
+
+/* The transposed matrix, paired: (width / 2, padded) of 32 bits; and, where asked for, as it is: (width, padded). */
+static void transpose_rows(uint32_t *pairs, bf16 *plain, const bf16 *from, int64_t apart, int tokens, int padded,
+                           int width) {
+    for (int t = 0; t < padded; t += 16) {
+        for (int w = 0; w < width / 2; w += 16) {
+            __m512i r[16];
+            for (int i = 0; i < 16; i++)
+                r[i] = t + i < tokens ? _mm512_loadu_si512(from + (t + i) * apart + 2 * w) : _mm512_setzero_si512();
+            transpose(r);
+            for (int i = 0; i < 16; i++) {
+                if (pairs) _mm512_storeu_si512(pairs + (w + i) * padded + t, r[i]);
+                if (plain) {
+                    bf16 *row = plain + 2 * (w + i) * padded + t;
+                    _mm256_storeu_si256((__m256i *)row, _mm512_cvtepi32_epi16(r[i]));
+                    _mm256_storeu_si256((__m256i *)(row + padded), _mm512_cvtepi32_epi16(_mm512_srli_epi32(r[i], 16)));
+                }
+            }
+        }
+    }
+}
+
+/* The matrix paired: (padded / 2, width) of 32 bits. */
+static void pair_rows(uint32_t *to, const bf16 *from, int64_t apart, int tokens, int padded, int width) {
+    const __m256i none = _mm256_setzero_si256();
+    for (int t = 0; t < padded; t += 2) {
+        const bf16 *row = from + t * apart;
+        for (int w = 0; w < width; w += 16) {
+            __m256i a = t < tokens ? _mm256_loadu_si256((const __m256i *)(row + w)) : none;
+            __m256i b = t + 1 < tokens ? _mm256_loadu_si256((const __m256i *)(row + apart + w)) : none;
+            _mm512_storeu_si512(to + t / 2 * width + w, paired(a, b));
+        }
+    }
+}
+
+/* Rows of 32 queries or keys that are computed together. */
+enum { STRIP = 32 };
+
+static const float LOG2_E = 1.44269504f;
+
+static inline int least(int a, int b) { return a < b ? a : b; }
+
+/* A piece of memory at an address that vectors and tiles like. */
+static inline void *take(char **memory, int64_t bytes) {
+    char *piece = *memory;
+    *memory += (bytes + 63) / 64 * 64;
+    return piece;
+}
+
+/* x * by, zeros where x is null, and behind them `none` up to padded. */
+static void fill(float *to, const float *x, float by, int count, int padded, float none) {
+    for (int i = 0; i < padded; i++) to[i] = i < count ? (x ? x[i] * by : 0.0f) : none;
+}
+
+/* ---- attention ----------------------------------------------------------------------------------------------- */
+
+/* 2^(score - the row's largest) of a row of scores, times `by` and with what is added to them; gives the logarithm of
+ * the sum of 2^score to base 2, and 1 / the sum of what is stored. */
+static float softmax_row(bf16 *to, float *row, const float *plus, float by, int columns, int padded, float *share) {
+    __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (int t = 0; t < columns; t += 16) {
+        __m512 x = _mm512_fmadd_ps(_mm512_load_ps(row + t), _mm512_set1_ps(by), _mm512_load_ps(plus + t));
+        _mm512_store_ps(row + t, x);
+        top = _mm512_max_ps(top, x);
+    }
+    float largest = _mm512_reduce_max_ps(top);
+    for (int t = 0; t < columns; t += 16) {
+        __m512 e = exp2_of(_mm512_sub_ps(_mm512_load_ps(row + t), _mm512_set1_ps(largest)));
+        sum = _mm512_add_ps(sum, e);
+        store(to + t, e);
+    }
+    if (columns < padded) store(to + columns, _mm512_setzero_ps());
+    float total = _mm512_reduce_add_ps(sum);
+    *share = 1.0f / total;
+    return largest + log2f(total);
+}
+
+/* softmax(scale Q K' + added) V of each text and head.
+ *
+ * q, k, v: (texts, heads, tokens, width), so many elements apart in the first three; width is a multiple of 32.
+ * added: (texts, tokens) or null, for keys; a text's largest is 0.
+ * out: (texts, tokens, heads, width).
+ * sums: (texts, heads, tokens) or null; by them the backward pass finds the probabilities again. */
+void attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *apart, const float *added, bf16 *out,
+                       float *sums, int64_t texts, int64_t heads, int64_t tokens, int64_t width, float scale,
+                       int threads) {
+    const int T = tokens, D = width, padded = (T + STRIP - 1) / STRIP * STRIP, tiles = (T + 15) / 16;
+    const int64_t out_apart = heads * D, row = apart[2];
+#pragma omp parallel num_threads(threads)
+    {
+        char *memory = aligned_alloc(64, padded * (D * 6 + 4) + STRIP * (padded * 6 + D * 4) + 4096), *left = memory;
+        bf16 *queries = take(&left, padded * D * 2), *shares = take(&left, STRIP * padded * 2);
+        uint32_t *keys = take(&left, padded * D * 2), *values = take(&left, padded * D * 2);
+        float *plus = take(&left, padded * 4), *scores = take(&left, STRIP * padded * 4);
+        float *results = take(&left, STRIP * D * 4);
+        unsigned before = begin_vectors();
+        begin_tiles();
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < texts * heads; i++) {
+            const int64_t text = i / heads, head = i % heads, at = text * apart[0] + head * apart[1];
+            copy_rows(queries, q + at, row, T, padded, D);
+            transpose_rows(keys, NULL, k + at, row, T, padded, D);
+            pair_rows(values, v + at, row, T, padded, D);
+            fill(plus, added ? added + text * T : NULL, LOG2_E, T, padded, -INFINITY);
+            for (int s = 0; s < T; s += STRIP) {
+                const int count = least(STRIP, T - s), m = (count + 15) / 16;
+                float share[STRIP];
+                product(queries + s * D, D * 2, keys, padded * 4, scores, padded * 4, m, tiles, D / 32, 0);
+                for (int r = 0; r < count; r++) {
+                    float sum = softmax_row(shares + r * padded, scores + r * padded, plus, scale * LOG2_E, tiles * 16,
+                                            padded, share + r);
+                    if (sums) sums[i * T + s + r] = sum;
+                }
+                product(shares, padded * 2, values, D * 4, results, D * 4, m, D / 16, padded / 32, 0);
+                bf16 *to = out + (text * T + s) * out_apart + head * D;
+                for (int r = 0; r < count; r++)
+                    for (int w = 0; w < D; w += 16)
+                        store(to + r * out_apart + w, _mm512_mul_ps(_mm512_load_ps(results + r * D + w), _mm512_set1_ps(share[r])));
+            }
+        }
+        _tile_release();
+        _mm_setcsr(before);
+        free(memory);
+    }
+}
+
+static void store_rows(bf16 *to, int64_t apart, const float *from, int count, int width) {
+    for (int r = 0; r < count; r++)
+        for (int w = 0; w < width; w += 16) store(to + r * apart + w, _mm512_load_ps(from + r * width + w));
+}
+
+/* Of a key, for all queries: probabilities and the gradients of scores, by scores and gradients of probabilities. */
+static inline __m256i score_gradients(bf16 *share, bf16 *grad_score, const float *score, const float *grad_share,
+                                      const float *sum, const float *mean, float plus, float scale) {
+    __m512 x = _mm512_fmadd_ps(_mm512_load_ps(score), _mm512_set1_ps(scale * LOG2_E), _mm512_load_ps(sum));
+    __m512 p = exp2_of(_mm512_add_ps(x, _mm512_set1_ps(plus)));
+    __m512 g = _mm512_fmadd_ps(_mm512_load_ps(grad_share), _mm512_set1_ps(scale), _mm512_load_ps(mean));
+    __m256i low = to_bf16(_mm512_mul_ps(g, p));
+    store(share, p);
+    _mm256_store_si256((__m256i *)grad_score, low);
+    return low;
+}
+
+/* Gradients of q, k and v, (texts, tokens, heads, width) each, by `grad`, that of `out`, of the same shape, and by what
+ * attention_forward was given and gave. */
+void attention_backward(const bf16 *grad, const bf16 *out, const bf16 *q, const bf16 *k, const bf16 *v,
+                        const int64_t *apart, const float *added, const float *sums, bf16 *grad_q, bf16 *grad_k,
+                        bf16 *grad_v, int64_t texts, int64_t heads, int64_t tokens, int64_t width, float scale,
+                        int threads) {
+    const int T = tokens, D = width, padded = (T + STRIP - 1) / STRIP * STRIP, tiles = (T + 15) / 16;
+    const int64_t out_apart = heads * D, row = apart[2];
+#pragma omp parallel num_threads(threads)
+    {
+        char *memory = aligned_alloc(64, padded * (D * 18 + 12) + STRIP * (padded * 14 + D * 4) + 8192), *left = memory;
+        bf16 *keys = take(&left, padded * D * 2), *values = take(&left, padded * D * 2);
+        bf16 *keys_across = take(&left, padded * D * 2);
+        uint32_t *q_across = take(&left, padded * D * 2), *q_pairs = take(&left, padded * D * 2);
+        uint32_t *grad_across = take(&left, padded * D * 2), *grad_pairs = take(&left, padded * D * 2);
+        float *of_q = take(&left, padded * D * 4); /* (D, padded) */
+        float *plus = take(&left, padded * 4), *sum = take(&left, padded * 4), *mean = take(&left, padded * 4);
+        float *scores = take(&left, STRIP * padded * 4), *grad_shares = take(&left, STRIP * padded * 4);
+        float *results = take(&left, STRIP * D * 4);
+        bf16 *shares = take(&left, STRIP * padded * 2), *grad_scores = take(&left, STRIP * padded * 2);
+        uint32_t *grad_score_pairs = take(&left, STRIP * padded * 2);
+        unsigned before = begin_vectors();
+        begin_tiles();
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < texts * heads; i++) {
+            const int64_t text = i / heads, head = i % heads, at = text * apart[0] + head * apart[1];
+            const int64_t out_at = text * T * out_apart + head * D;
+            copy_rows(keys, k + at, row, T, padded, D);
+            copy_rows(values, v + at, row, T, padded, D);
+            transpose_rows(NULL, keys_across, k + at, row, T, padded, D);
+            transpose_rows(q_across, NULL, q + at, row, T, padded, D);
+            transpose_rows(grad_across, NULL, grad + out_at, out_apart, T, padded, D);
+            pair_rows(q_pairs, q + at, row, T, padded, D);
+            pair_rows(grad_pairs, grad + out_at, out_apart, T, padded, D);
+            fill(plus, added ? added + text * T : NULL, LOG2_E, T, padded, 0.0f);
+            fill(sum, sums + i * T, -1.0f, T, padded, -INFINITY);
+            for (int t = 0; t < padded; t++) { /* of a query's gradients of probabilities, weighted by these */
+                const bf16 *x = out + out_at + t * out_apart, *y = grad + out_at + t * out_apart;
+                __m512 total = _mm512_setzero_ps();
+                for (int w = 0; t < T && w < D; w += 16) total = _mm512_fmadd_ps(load(x + w), load(y + w), total);
+                mean[t] = -scale * _mm512_reduce_add_ps(total);
+            }
+            for (int s = 0; s < T; s += STRIP) { /* rows are keys here, and columns queries */
+                const int count = least(STRIP, T - s), m = (count + 15) / 16, even = (count + 1) / 2 * 2;
+                product(keys + s * D, D * 2, q_across, padded * 4, scores, padded * 4, m, tiles, D / 32, 0);
+                product(values + s * D, D * 2, grad_across, padded * 4, grad_shares, padded * 4, m, tiles, D / 32, 0);
+                for (int r = 0; r < even; r += 2) {
+                    for (int t = 0; t < tiles * 16; t += 16) {
+                        const int64_t a = r * padded + t, b = a + padded;
+                        __m256i low = score_gradients(shares + a, grad_scores + a, scores + a, grad_shares + a, sum + t,
+                                                      mean + t, plus[s + r], scale);
+                        __m256i high = score_gradients(shares + b, grad_scores + b, scores + b, grad_shares + b, sum + t,
+                                                       mean + t, plus[s + r + 1], scale);
+                        _mm512_store_si512(grad_score_pairs + r / 2 * padded + t, paired(low, high));
+                    }
+                    for (int j = r; j < r + 2 && tiles * 16 < padded; j++) { /* queries that are none */
+                        memset(shares + j * padded + tiles * 16, 0, 16 * sizeof(bf16));
+                        memset(grad_scores + j * padded + tiles * 16, 0, 16 * sizeof(bf16));
+                    }
+                }
+                if (even < STRIP) /* keys that are none */
+                    memset(grad_score_pairs + even / 2 * padded, 0, (STRIP - even) / 2 * padded * sizeof(uint32_t));
+                product(shares, padded * 2, grad_pairs, D * 4, results, D * 4, m, D / 16, padded / 32, 0);
+                store_rows(grad_v + out_at + s * out_apart, out_apart, results, count, D);
+                product(grad_scores, padded * 2, q_pairs, D * 4, results, D * 4, m, D / 16, padded / 32, 0);
+                store_rows(grad_k + out_at + s * out_apart, out_apart, results, count, D);
+                product(keys_across + s, padded * 2, grad_score_pairs, padded * 4, of_q, padded * 4, D / 16, tiles, 1,
+                        s > 0);
+            }
+            for (int t = 0; t < T; t += 16) {
+                for (int w = 0; w < D; w += 16) {
+                    __m512i r[16];
+                    for (int j = 0; j < 16; j++) r[j] = _mm512_load_si512(of_q + (w + j) * padded + t);
+                    transpose(r);
+                    for (int j = 0; j < least(16, T - t); j++)
+                        store(grad_q + out_at + (t + j) * out_apart + w, _mm512_castsi512_ps(r[j]));
+                }
+            }
+        }
+        _tile_release();
+        _mm_setcsr(before);
+        free(memory);
+    }
+}
+
+/* ---- activation and norm ------------------------------------------------------------------------------------- */
+
+/* The gradient of x by that of GELU(x) = x P(X < x) for a standard normal X, which is grad (P(X < x) + x density(x)).
+ * P by Abramowitz and Stegun 7.1.26; it is off by 3e-5 at most, as the processor's 1 / (1 + z) is. */
+void gelu_backward(const bf16 *grad, const bf16 *x, bf16 *to, int64_t count, int threads) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+#pragma omp parallel num_threads(threads)
+    {
+        unsigned before = begin_vectors();
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; i += 16) {
+            const __mmask16 in = count - i < 16 ? (1u << (count - i)) - 1 : 0xffff;
+            __m512 value = from_bf16(_mm256_maskz_loadu_epi16(in, x + i));
+            __m512 z = _mm512_mul_ps(_mm512_abs_ps(value), _mm512_set1_ps(0.3275911f * 0.70710678f));
+            __m512 t = _mm512_rcp14_ps(_mm512_add_ps(z, one));
+            __m512 e = exp2_of(_mm512_mul_ps(_mm512_mul_ps(value, value), _mm512_set1_ps(-0.5f * LOG2_E)));
+            __m512 p = _mm512_set1_ps(0.5f * 1.061405429f);
+            p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * -1.453152027f));
+            p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * 1.421413741f));
+            p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * -0.284496736f));
+            p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * 0.254829592f));
+            p = _mm512_mul_ps(_mm512_mul_ps(p, t), e); /* P(X > |x|) */
+            __mmask16 above = _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_GT_OQ);
+            p = _mm512_mask_sub_ps(p, above, one, p);
+            __m512 slope = _mm512_fmadd_ps(_mm512_mul_ps(e, _mm512_set1_ps(0.39894228f)), value, p);
+            __m512 g = from_bf16(_mm256_maskz_loadu_epi16(in, grad + i));
+            _mm256_mask_storeu_epi16(to + i, in, to_bf16(_mm512_mul_ps(g, slope)));
+        }
+        _mm_setcsr(before);
+    }
+}
+
+/* (x - mean) / deviation * weight + bias of rows of `width`, a multiple of 16; stats: (rows, 2) or null, mean and
+ * 1 / deviation. */
+void norm_forward(const bf16 *x, const bf16 *weight, const bf16 *bias, bf16 *to, float *stats, int64_t rows,
+                  int64_t width, float eps, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        unsigned before = begin_vectors();
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            const bf16 *row = x + r * width;
+            __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+            for (int64_t w = 0; w < width; w += 16) sum = _mm512_add_ps(sum, load(row + w));
+            float mean = _mm512_reduce_add_ps(sum) / width;
+            for (int64_t w = 0; w < width; w += 16) {
+                __m512 apart = _mm512_sub_ps(load(row + w), _mm512_set1_ps(mean));
+                squares = _mm512_fmadd_ps(apart, apart, squares);
+            }
+            float inverse = 1.0f / sqrtf(_mm512_reduce_add_ps(squares) / width + eps);
+            for (int64_t w = 0; w < width; w += 16) {
+                __m512 value = _mm512_mul_ps(_mm512_sub_ps(load(row + w), _mm512_set1_ps(mean)), _mm512_set1_ps(inverse));
+                store(to + r * width + w, _mm512_fmadd_ps(value, load(weight + w), load(bias + w)));
+            }
+            if (stats) {
+                stats[2 * r] = mean;
+                stats[2 * r + 1] = inverse;
+            }
+        }
+        _mm_setcsr(before);
+    }
+}
+
+/* The gradient of x by that of the result. */
+void norm_backward(const bf16 *grad, const bf16 *x, const bf16 *weight, const float *stats, bf16 *to, int64_t rows,
+                   int64_t width, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        unsigned before = begin_vectors();
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            const bf16 *g = grad + r * width, *row = x + r * width;
+            __m512 mean = _mm512_set1_ps(stats[2 * r]), inverse = _mm512_set1_ps(stats[2 * r + 1]);
+            __m512 sum = _mm512_setzero_ps(), along = _mm512_setzero_ps();
+            for (int64_t w = 0; w < width; w += 16) {
+                __m512 value = _mm512_mul_ps(load(g + w), load(weight + w));
+                sum = _mm512_add_ps(sum, value);
+                along = _mm512_fmadd_ps(value, _mm512_mul_ps(_mm512_sub_ps(load(row + w), mean), inverse), along);
+            }
+            __m512 level = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / width);
+            __m512 tilt = _mm512_set1_ps(_mm512_reduce_add_ps(along) / width);
+            for (int64_t w = 0; w < width; w += 16) {
+                __m512 value = _mm512_sub_ps(_mm512_mul_ps(load(g + w), load(weight + w)), level);
+                value = _mm512_fnmadd_ps(_mm512_mul_ps(_mm512_sub_ps(load(row + w), mean), inverse), tilt, value);
+                store(to + r * width + w, _mm512_mul_ps(value, inverse));
+            }
+        }
+        _mm_setcsr(before);
+    }
+}

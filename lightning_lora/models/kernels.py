@@ -1,0 +1,134 @@
+"""What ``kernels.c`` computes, for tensors: attention and the passes between the products of an encoder layer.
+
+It is compiled at installation where there is a C compiler, and used in bfloat16 on a processor with AMX (Intel's
+servers from 2023 on). Elsewhere torch computes the same.
+"""
+
+import ctypes
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: The compiled code, and what its ``kernels_version`` must give.
+COMPILED = Path(__file__).with_name(f"_kernels{EXTENSION_SUFFIXES[0]}")
+VERSION = 1
+
+_ADDRESS, _COUNT, _REAL, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_SIGNATURES = {
+    "attention_forward": [_ADDRESS] * 7 + [_COUNT] * 4 + [_REAL, _INT],
+    "attention_backward": [_ADDRESS] * 11 + [_COUNT] * 4 + [_REAL, _INT],
+    "gelu_backward": [_ADDRESS] * 3 + [_COUNT, _INT],
+    "norm_forward": [_ADDRESS] * 5 + [_COUNT] * 2 + [_REAL, _INT],
+    "norm_backward": [_ADDRESS] * 5 + [_COUNT] * 2 + [_INT],
+}
+
+
+def _load() -> tuple[Any, str]:
+    """The compiled code, or None and why not, in words."""
+    if not (torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()):
+        return None, "this processor has no AMX"
+    try:
+        library = ctypes.CDLL(str(COMPILED))
+    except OSError:
+        return None, "they were not compiled at installation, which needs a C compiler; install again with one"
+    if library.kernels_version() != VERSION:
+        return None, "they were compiled from other code; install again"
+    if not torch.cpu._init_amx():
+        return None, "the system does not let this process use AMX"
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, None
+    return library, ""
+
+
+#: The compiled functions; or None, and the reason.
+LIBRARY, MISSING = _load()
+
+
+def computes(tensor: Tensor) -> bool:
+    """Whether tensors such as this one can be passed."""
+    return LIBRARY is not None and tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+
+
+class CompiledAttention:
+    """softmax(q k' scaling + mask) v of all tokens, whose probabilities are found again in the backward pass."""
+
+    @staticmethod
+    def computes(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+        """Whether it can: heads of a multiple of 32 wide, and a mask that is the same for all queries."""
+        fits = q.shape[2] == k.shape[2] and q.shape[3] % 32 == 0 and q.numel() > 0
+        return fits and (mask is None or mask.shape[1:3] == (1, 1)) and computes(q)
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, list[Tensor]]:
+        """The result, (B, T, H, D), of three (B, H, T, D) and a mask (B, 1, 1, T); and what ``backward`` needs."""
+        batch, heads, length, width = q.shape
+        if not (q.stride() == k.stride() == v.stride() and q.stride(3) == 1):
+            q, k, v = (x.contiguous() for x in (q, k, v))
+        out, sums = q.new_empty(batch, length, heads, width), torch.empty(batch, heads, length)
+        added = [] if mask is None else [_added(mask, batch)]
+        LIBRARY.attention_forward(
+            *(x.data_ptr() for x in (q, k, v)), _apart(q), _address(added), out.data_ptr(), sums.data_ptr(),
+            batch, heads, length, width, scaling, torch.get_num_threads(),
+        )  # fmt: skip
+        return out, [q, k, v, out, sums, *added]
+
+    @staticmethod
+    def backward(grad: Tensor, kept: list[Tensor], scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of q, k and v, (B, H, T, D), by that of the result."""
+        q, k, v, out, sums, *added = kept
+        batch, heads, length, width = q.shape
+        grads = [torch.empty_like(out) for _ in range(3)]
+        grad = grad.contiguous()
+        LIBRARY.attention_backward(
+            *(x.data_ptr() for x in (grad, out, q, k, v)), _apart(q), _address(added), sums.data_ptr(),
+            *(x.data_ptr() for x in grads), batch, heads, length, width, scaling, torch.get_num_threads(),
+        )  # fmt: skip
+        of_q, of_k, of_v = (x.transpose(1, 2) for x in grads)
+        return of_q, of_k, of_v
+
+
+def _apart(x: Tensor) -> Any:
+    return (_COUNT * 3)(*x.stride()[:3])
+
+
+def _address(tensors: list[Tensor]) -> int | None:
+    return tensors[0].data_ptr() if tensors else None
+
+
+def _added(mask: Tensor, batch: int) -> Tensor:
+    """What is added to scores, (B, T): the largest of a text 0, which changes nothing, and none so low as to overflow."""
+    rows = mask[:, 0, 0].float().clamp(min=-1e30).expand(batch, -1)
+    return rows - rows.amax(1, keepdim=True)
+
+
+def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x by that of GELU(x)."""
+    out = torch.empty_like(x)
+    LIBRARY.gelu_backward(*(t.data_ptr() for t in (grad, x, out)), x.numel(), torch.get_num_threads())
+    return out
+
+
+def normalises(rows: Tensor, norm: nn.LayerNorm) -> bool:
+    """Whether a layer norm of rows can be computed."""
+    return computes(rows) and rows.shape[-1] % 16 == 0 and norm.bias is not None
+
+
+def norm_forward(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, list[Tensor]]:
+    """The layer norm of rows (N, width), and what ``norm_backward`` needs beside them."""
+    count, width = rows.shape
+    out, stats = torch.empty_like(rows), torch.empty(count, 2)
+    tensors: Any = (rows, norm.weight, norm.bias, out, stats)
+    LIBRARY.norm_forward(*(t.data_ptr() for t in tensors), count, width, norm.eps, torch.get_num_threads())
+    return out, [stats]
+
+
+def norm_backward(grad: Tensor, rows: Tensor, stats: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """The gradient of rows by that of their layer norm."""
+    out = torch.empty_like(rows)
+    tensors = (grad, rows, norm.weight, stats, out)
+    LIBRARY.norm_backward(*(t.data_ptr() for t in tensors), *rows.shape, torch.get_num_threads())
+    return out

@@ -1,0 +1,180 @@
+"""What the compiled code gives against torch's operations in double precision."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_lora.models import kernels
+from lightning_lora.models.attention import TorchAttention, exact_attention
+from lightning_lora.models.encoder_layer import FusedEncoderLayer
+from lightning_lora.models.speedups import Speedups, lower_frozen
+from lightning_lora.training.module import TextClassifier
+
+needs_kernels = pytest.mark.skipif(kernels.LIBRARY is None, reason=kernels.MISSING)
+#: bfloat16 has 8 bits: a rounding is off by 2^-9 at most, by its norm by less; a result has one or a few of them.
+ROUNDINGS = 5e-3
+
+
+def apart(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """The distance of two tensors by the norm of the second."""
+    assert found.shape == truth.shape and found.dtype == torch.bfloat16
+    return float((found.double() - truth).detach().norm() / truth.detach().norm())
+
+
+def heads(length: int, width: int, batch: int = 2, count: int = 3) -> list[torch.Tensor]:
+    """q, k, v of (B, H, T, D) as they lie in the results of linear layers, and the gradient of what comes out."""
+    torch.manual_seed(length)
+    states = [torch.randn(batch, length, count, width).bfloat16() for _ in range(4)]
+    return [x.transpose(1, 2) for x in states[:3]] + states[3:]
+
+
+def attention(*states: torch.Tensor) -> torch.Tensor:
+    """In double precision, (B, T, H, D)."""
+    return F.scaled_dot_product_attention(*(x.double() for x in states), scale=1.0).transpose(1, 2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("length", "width"), [(2, 32), (16, 64), (17, 32), (33, 96), (48, 32), (64, 128), (130, 64)])
+def test_attention_and_its_gradients_are_those_of_the_function(length: int, width: int, masked: bool) -> None:
+    q, k, v, grad = heads(length, width)
+    mask = torch.zeros(2, 1, 1, length)
+    mask[1, ..., length // 2 :] = torch.finfo(torch.float32).min
+    mask[0] = 3.0  # the same for all keys is none
+    truths = [x.double().requires_grad_() for x in (q, k, v)]
+    added = mask.double() if masked else None
+    expected = F.scaled_dot_product_attention(*truths, attn_mask=added, scale=0.2).transpose(1, 2)
+    gradients = torch.autograd.grad(expected, truths, grad.double())
+    assert kernels.CompiledAttention.computes(q, k, mask)
+    out, kept = kernels.CompiledAttention.forward(q, k, v, mask if masked else None, 0.2)
+    assert apart(out, expected) < ROUNDINGS
+    found = kernels.CompiledAttention.backward(grad, kept, 0.2)
+    for got, value in zip(found, gradients, strict=True):
+        assert apart(got, value) < ROUNDINGS
+
+
+@needs_kernels
+def test_attention_takes_any_layout_and_large_scores() -> None:
+    q, k, v, _ = heads(40, 32)
+    large = (30 * q).contiguous()
+    out, _ = kernels.CompiledAttention.forward(large, k, v.contiguous(), None, 1.0)
+    assert apart(out, attention(large, k, v)) < ROUNDINGS
+    nothing = torch.full((2, 1, 1, 40), torch.finfo(torch.bfloat16).min)  # a text of padding alone sees all of it
+    out, _ = kernels.CompiledAttention.forward(q, k, v, nothing, 1.0)
+    assert apart(out, attention(q, k, v)) < ROUNDINGS
+
+
+@needs_kernels
+def test_what_it_cannot_compute_is_left_to_torch() -> None:
+    q, k, _, _ = heads(8, 32)
+    can = kernels.CompiledAttention.computes
+    assert can(q, k, None)
+    assert not can(q.float(), k.float(), None)  # another number format
+    assert not can(q[..., :24], k[..., :24], None)  # heads of another width
+    assert not can(q[:, :, :1], k, None)  # one query
+    assert not can(q, k, torch.zeros(2, 1, 8, 8))  # a mask of each query
+
+
+@needs_kernels
+def test_the_same_numbers_come_out_with_any_number_of_threads() -> None:
+    q, k, v, grad = heads(50, 32)
+    found, threads = [], torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        out, kept = kernels.CompiledAttention.forward(q, k, v, None, 0.2)
+        found.append([out, *kernels.CompiledAttention.backward(grad, kept, 0.2)])
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [5, 16, 1003])
+def test_the_gradient_of_gelu_is_that_of_the_function(count: int) -> None:
+    x = torch.linspace(-9, 9, count).bfloat16()
+    grad = torch.linspace(-3, 2, count).bfloat16()
+    truth = x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(F.gelu(truth), truth, grad.double())
+    found = kernels.gelu_backward(grad, x)
+    assert apart(found, expected) < ROUNDINGS
+    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=2**-8)
+
+
+@needs_kernels
+@pytest.mark.parametrize("width", [16, 400])
+def test_a_norm_and_its_gradient_are_those_of_the_function(width: int) -> None:
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(width).bfloat16()
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    rows, grad = (torch.randn(7, width) * 3 + 5).bfloat16(), torch.randn(7, width).bfloat16()
+    truth = rows.double().requires_grad_()
+    expected = F.layer_norm(truth, (width,), norm.weight.double(), norm.bias.double(), norm.eps)
+    (gradient,) = torch.autograd.grad(expected, truth, grad.double())
+    assert kernels.normalises(rows, norm)
+    out, (stats,) = kernels.norm_forward(rows, norm)
+    assert apart(out, expected) < ROUNDINGS
+    assert apart(kernels.norm_backward(grad, rows, stats, norm), gradient) < ROUNDINGS
+
+
+def outcome(base: str, compiled: bool, low: bool) -> dict[str, torch.Tensor]:
+    """Logits and gradients of a padded batch, and how often the compiled attention computed."""
+    model = TextClassifier(base, ["a", "b"], speedups=Speedups(compiled=compiled)).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    if low:
+        lower_frozen(model.model, torch.bfloat16)
+    ids = torch.randint(5, 30, (3, 20), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        logits = model(ids, mask)
+        F.cross_entropy(logits, torch.tensor([0, 1, 1])).backward()
+    return {"logits": logits.detach(), **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+
+
+@needs_kernels
+@pytest.mark.parametrize("model_type", ["bert", "distilbert", "albert", "modernbert"])
+def test_a_model_learns_what_it_would_without(make_base, monkeypatch, model_type: str) -> None:
+    """In bfloat16, within two percent of float32 by norm; in a fused layer, and in those that are not."""
+    sizes = {"dim": 64, "n_heads": 2} if model_type == "distilbert" else {"hidden_size": 64, "num_attention_heads": 2}
+    base, calls = str(make_base(model_type, **sizes)), []
+    forward = kernels.CompiledAttention.forward
+    monkeypatch.setattr(kernels.CompiledAttention, "forward", lambda *x: calls.append(x) or forward(*x))
+    truth = outcome(base, False, False)
+    assert not calls
+    found = outcome(base, True, True)
+    assert calls
+    together = [torch.cat([outcome[n].flatten().float() for n in found]) for outcome in (found, truth)]
+    assert (together[0] - together[1]).norm() < 0.02 * together[1].norm()
+
+
+def test_without_them_torch_computes(tiny_base, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "LIBRARY", None)
+    q, k, v, _ = heads(8, 32)
+    assert not kernels.CompiledAttention.computes(q, k, None)
+    model = TextClassifier(str(tiny_base), ["a", "b"]).train()
+    assert model.attention_for(True) == "exact"
+    assert any(isinstance(module, FusedEncoderLayer) for module in model.modules())
+    out, _ = exact_attention(nn.Module(), q, k, v, None, 0.2, compiled=True)
+    torch.testing.assert_close(out, TorchAttention.forward(q, k, v, None, 0.2)[0])
+
+
+def test_why_there_are_none_is_said(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert kernels._load() == (None, "this processor has no AMX")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(kernels, "COMPILED", tmp_path / "none.so")
+    assert "not compiled at installation" in kernels._load()[1]
+
+
+@needs_kernels
+def test_code_of_another_version_is_not_used(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "VERSION", kernels.VERSION + 1)
+    assert kernels._load() == (None, "they were compiled from other code; install again")
