@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.activations import GELUActivation
 
 from lightning_lora.devices import compute_dtype
@@ -20,11 +19,10 @@ from lightning_lora.models.architectures import LayerNames
 from lightning_lora.models import kernels
 from lightning_lora.models.attention import COMPILED, EXACT
 from lightning_lora.models.base import Base
-from lightning_lora.models.fused_linear import FrozenLinear, FusedLora, SharedInput, Weights
+from lightning_lora.models.fused_linear import FrozenLinear, FusedLora, Weights, shared_input
 from lightning_lora.models.layer_attention import EveryToken, FirstToken
 
 #: Called by their full names, as torch otherwise looks through all forms of an operator at each call.
-_GELU_BACKWARD = torch.ops.aten.gelu_backward.default
 _NORM_BACKWARD = torch.ops.aten.native_layer_norm_backward.default
 
 
@@ -133,28 +131,22 @@ class EncoderLayerFunction(torch.autograd.Function):
         batch, _, width = states.shape
         states = states.contiguous()
         compiled = parts.config._attn_implementation == COMPILED
-        attention: EveryToken | FirstToken
-        if layer.first_token_only:
-            attention = FirstToken(weights[:3], parts.heads, dtype)
-        else:
-            attention = EveryToken(weights[:3], parts.heads, dtype, compiled)
-        out, up, down = (SharedInput([linear], dtype) for linear in weights[3:])
+        attention = (FirstToken if layer.first_token_only else EveryToken)(weights[:3], parts.heads, dtype, compiled)
+        out, up, down = (shared_input([linear], dtype, compiled) for linear in weights[3:])
 
         context, kept = attention.forward(states, mask, backward)
         beside = states[:, 0].contiguous() if layer.first_token_only else states.view(-1, width)
         (first,), out_inner = out.forward(context, beside)
         middle, first_stats = normalised(first, parts.norms[0], compiled)
-        (raised,), up_inner = up.forward(middle)
-        activated = F.gelu(raised)
+        activated, gelu, up_inner = up.forward_gelu(middle, backward)
         (second,), down_inner = down.forward(activated, middle)
         result, second_stats = normalised(second, parts.norms[1], compiled)
         if backward:
             inputs = zip((context, middle, activated), (out, up, down), strict=True)
             read = [x if linear.adapted else None for x, linear in inputs]  # by adapters
             inner = (out_inner, up_inner, down_inner)
-            ctx.save_for_backward(states, *kept, *read, *inner, raised, first, *first_stats, second, *second_stats)
+            ctx.save_for_backward(states, *kept, *read, *inner, gelu, first, *first_stats, second, *second_stats)
             ctx.layers, ctx.norms, ctx.kept = (attention, out, up, down), parts.norms, len(kept)
-            ctx.compiled = compiled and kernels.computes(raised)
         return result.view(batch, -1, width)
 
     @staticmethod
@@ -163,13 +155,12 @@ class EncoderLayerFunction(torch.autograd.Function):
         attention, out, up, down = ctx.layers
         saved = ctx.saved_tensors  # read once: with gradient checkpointing it can be only once
         states, *kept = saved[: 1 + ctx.kept]
-        context, middle, activated, out_inner, up_inner, down_inner, raised, *normed = saved[1 + len(kept) :]
+        context, middle, activated, out_inner, up_inner, down_inner, gelu, *normed = saved[1 + len(kept) :]
         of_norm = len(normed) // 2
         below = ctx.needs_input_grad[0]
 
         of_second = normalised_backward(grads[0].reshape(-1, states.shape[-1]), normed[of_norm:], ctx.norms[1])
-        of_activated, of_down = down.backward([of_second], activated, down_inner)
-        of_raised = (kernels.gelu_backward if ctx.compiled else _GELU_BACKWARD)(of_activated, raised)
+        of_raised, of_down = down.backward([of_second], activated, down_inner, gelu=gelu)
         of_middle, of_up = up.backward([of_raised], middle, up_inner, into=of_second)
         of_first = normalised_backward(of_middle, normed[:of_norm], ctx.norms[0])
         inside = below or attention.trained

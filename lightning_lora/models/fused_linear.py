@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners import lora
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.devices import compute_dtype
+from lightning_lora.models import kernels
+from lightning_lora.models.kernels import STEP, Then
 
 #: Whether torch has the operators of ``one_pass``, which it keeps for its compiler.
 ONE_PASS = (
@@ -20,6 +22,7 @@ ONE_PASS = (
 #: Called by their full names, as torch otherwise looks through all forms of an operator at each call.
 _LINEAR: Any = torch.ops.mkldnn._linear_pointwise.default if ONE_PASS else None
 _LINEAR_ADDED: Any = torch.ops.mkldnn._linear_pointwise.binary if ONE_PASS else None
+_GELU_BACKWARD = torch.ops.aten.gelu_backward.default
 #: So many rows at which oneDNN 3.12 multiplies by a narrow matrix with one thread, and how wide its pieces are then.
 _NARROW_ROWS = range(704, 1024)
 _NARROW_WIDTH = 256
@@ -120,6 +123,11 @@ class SharedInput:
             outs[i].addmm_(part, b.t())
         return outs, inner
 
+    def forward_gelu(self, rows: Tensor, backward: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """GELU of the only layer's result; what ``backward`` needs to go back through it; and as ``forward``."""
+        (raised,), inner = self.forward(rows)
+        return F.gelu(raised), raised, inner
+
     def backward(
         self,
         grads: Sequence[Tensor],
@@ -127,6 +135,7 @@ class SharedInput:
         inner: Tensor | None,
         wanted: bool = True,
         into: Tensor | None = None,
+        gelu: Tensor | None = None,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """The gradient of the input, None where it is not wanted, and those of A and B of each adapter in turn.
 
@@ -136,6 +145,7 @@ class SharedInput:
             inner: What ``forward`` gave beside its results.
             wanted: Whether the input's is.
             into: What else reaches the input; it is changed.
+            gelu: Where the input is GELU of something, what was given to go back through it.
         """
         adapters: list[Tensor] = []
         grad_inner = None
@@ -154,10 +164,114 @@ class SharedInput:
             into = grad.mm(layer.weight) if into is None else add_product(into, grad, layer.weight)
         if grad_inner is not None and self.a is not None and into is not None:
             into.addmm_(grad_inner, self.a)
-        return into, adapters
+        return (into if gelu is None or into is None else _GELU_BACKWARD(into, gelu)), adapters
 
     def _parts(self, whole: Tensor, dim: int) -> Sequence[Tensor]:
         return [whole] if len(self.b) == 1 else whole.split([b.shape[1] for b in self.b], dim)
+
+
+class CompiledInput:
+    """As ``SharedInput``, by ``kernels.c``: adapters are multiplied by along with the weights.
+
+    What A of all adapters makes of the input lies side by side, with zeros up to a multiple of 32.
+    """
+
+    def __init__(self, layers: Sequence[Weights]) -> None:
+        self.layers = layers
+        self.adapted = [i for i, layer in enumerate(layers) if layer.a is not None]
+        self.places: dict[int, slice] = {}
+        self.a: Tensor | None = None
+        #: B of each adapter, scaled, at its place among zeros: (out, ranks).
+        self.lows: dict[int, Tensor] = {}
+        end = 0
+        for i in self.adapted:
+            rank = cast(Tensor, layers[i].a).shape[0]
+            self.places[i], end = slice(end, end + rank), end + rank
+        if not self.adapted:
+            return
+        ranks = -(-end // STEP) * STEP
+        self.a = torch.zeros(ranks, layers[0].weight.shape[1], dtype=torch.bfloat16)
+        for i, place in self.places.items():
+            layer: Any = layers[i]
+            self.a[place] = layer.a
+            self.lows[i] = torch.zeros(len(layer.weight), ranks, dtype=torch.bfloat16)
+            torch.mul(layer.b, layer.scaling, out=self.lows[i][:, place])
+
+    @staticmethod
+    def computes(layers: Sequence[Weights], dtype: torch.dtype) -> bool:
+        """Whether it can: in bfloat16 without a GPU, and sizes that are multiples of 32."""
+        fits = all(size % STEP == 0 for layer in layers for size in layer.weight.shape)
+        plain = all(t.is_contiguous() for layer in layers for t in (layer.weight, layer.bias) if t is not None)
+        return fits and plain and all(kernels.computes(layer.weight) for layer in layers) and dtype == torch.bfloat16
+
+    def forward(self, rows: Tensor, added: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
+        """As ``SharedInput.forward``."""
+        inner, then = self._inner(rows), Then.PLAIN if added is None else Then.ADDED
+        return [self._result(i, rows, inner, then, added) for i in range(len(self.layers))], inner
+
+    def forward_gelu(self, rows: Tensor, backward: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As ``SharedInput.forward_gelu``."""
+        inner = self._inner(rows)
+        slope = rows.new_empty(len(rows), len(self.layers[0].weight)) if backward else None
+        then = Then.GELU if backward else Then.GELU_ALONE
+        return self._result(0, rows, inner, then, slope), slope, inner
+
+    def _inner(self, rows: Tensor) -> Tensor | None:
+        if self.a is None:
+            return None
+        return kernels.linear(rows, kernels.pack(self.a, True), len(self.a), True)
+
+    def _result(self, i: int, rows: Tensor, inner: Tensor | None, then: Then, other: Tensor | None) -> Tensor:
+        layer = self.layers[i]
+        low = None if inner is None or i not in self.lows else (inner, self.lows[i])
+        form, width = kernels.packed(layer.weight, True), len(layer.weight)
+        return kernels.linear(rows, form, width, True, layer.bias, low, then, other)
+
+    def backward(
+        self,
+        grads: Sequence[Tensor],
+        rows: Tensor | None,
+        inner: Tensor | None,
+        wanted: bool = True,
+        into: Tensor | None = None,
+        gelu: Tensor | None = None,
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """As ``SharedInput.backward``."""
+        grads = [grad.contiguous() for grad in grads]
+        of_inner: Tensor | None = None
+        adapters: list[Tensor] = []
+        if self.a is not None and rows is not None and inner is not None:
+            for i in self.adapted:
+                then, form = Then.PLAIN if of_inner is None else Then.ADDED, kernels.pack(self.lows[i], False)
+                of_inner = kernels.linear(grads[i], form, len(self.a), False, None, None, then, of_inner, of_inner)
+            assert of_inner is not None
+            of_a = kernels.row_products(of_inner, rows)
+            for i, place in self.places.items():
+                of_b = kernels.row_products(inner, grads[i])[place].t().mul(self.layers[i].scaling)
+                adapters += [of_a[place], of_b]
+        if not wanted:
+            return None, adapters
+        low = None if of_inner is None or self.a is None else (of_inner, self.a)
+        for grad, layer in zip(grads, self.layers, strict=True):
+            then, other = (Then.PLAIN, None) if into is None else (Then.ADDED, into)
+            if gelu is not None:
+                then, other = Then.MULTIPLIED, gelu
+            form, width = kernels.packed(layer.weight, False), layer.weight.shape[1]
+            into, low = kernels.linear(grad, form, width, False, None, low, then, other, into), None
+        return into, adapters
+
+
+def shared_input(layers: Sequence[Weights], dtype: torch.dtype, compiled: bool) -> SharedInput | CompiledInput:
+    """What computes linear layers of one input.
+
+    Args:
+        layers: Of each layer.
+        dtype: In which all is computed.
+        compiled: Whether by ``kernels.c`` where it can be.
+    """
+    if compiled and CompiledInput.computes(layers, dtype):
+        return CompiledInput(layers)
+    return SharedInput(layers, dtype)
 
 
 class FrozenLinear(nn.Linear):

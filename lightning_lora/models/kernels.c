@@ -17,7 +17,7 @@
 
 typedef uint16_t bf16;
 
-int kernels_version(void) { return 1; }
+int kernels_version(void) { return 2; }
 
 /* ---- vectors ------------------------------------------------------------------------------------------------- */
 
@@ -374,37 +374,289 @@ void attention_backward(const bf16 *grad, const bf16 *out, const bf16 *q, const 
     }
 }
 
-/* ---- activation and norm ------------------------------------------------------------------------------------- */
+/* ---- linear layers ------------------------------------------------------------------------------------------- */
 
-/* The gradient of x by that of GELU(x) = x P(X < x) for a standard normal X, which is grad (P(X < x) + x density(x)).
- * P by Abramowitz and Stegun 7.1.26; it is off by 3e-5 at most, as the processor's 1 / (1 + z) is. */
-void gelu_backward(const bf16 *grad, const bf16 *x, bf16 *to, int64_t count, int threads) {
+/* What becomes of a product and its bias, x. */
+enum { PLAIN, ADDED, GELU, GELU_ALONE, MULTIPLIED };
+
+/* P(X < x) for a standard normal X, by Abramowitz and Stegun 7.1.26; it is off by 3e-5 at most, as the processor's
+ * 1 / (1 + z) is. */
+static inline __m512 normal(__m512 x, __m512 *density) {
     const __m512 one = _mm512_set1_ps(1.0f);
+    __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(0.3275911f * 0.70710678f));
+    __m512 t = _mm512_rcp14_ps(_mm512_add_ps(z, one));
+    __m512 e = exp2_of(_mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(-0.5f * LOG2_E)));
+    __m512 p = _mm512_set1_ps(0.5f * 1.061405429f);
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * -1.453152027f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * 1.421413741f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * -0.284496736f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * 0.254829592f));
+    p = _mm512_mul_ps(_mm512_mul_ps(p, t), e); /* P(X > |x|) */
+    *density = _mm512_mul_ps(e, _mm512_set1_ps(0.39894228f));
+    return _mm512_mask_sub_ps(p, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), one, p);
+}
+
+/* GELU(x) = x P(X < x), and its derivative, P(X < x) + x density(x). */
+static inline __m512 gelu(__m512 x, __m512 *slope) {
+    __m512 density, p = normal(x, &density);
+    *slope = _mm512_fmadd_ps(x, density, p);
+    return _mm512_mul_ps(x, p);
+}
+
+static inline __mmask32 upto(int64_t count, int most) {
+    return count >= most ? (__mmask32)((1ull << most) - 1) : count > 0 ? (1u << count) - 1 : 0;
+}
+
+/* Packs the tile of 32 rows from k on and 16 columns from n on of a (depth, width) matrix; or, `across`, of one that is
+ * stored as (width, depth). */
+static void pack(char *tile, const bf16 *matrix, int64_t apart, int across, int64_t k, int64_t n, int64_t depth,
+                 int64_t width) {
+    if (across) {
+        __m512i r[16];
+        const __mmask32 in = upto(depth - k, 32);
+        for (int i = 0; i < 16; i++)
+            r[i] = n + i < width ? _mm512_maskz_loadu_epi16(in, matrix + (n + i) * apart + k) : _mm512_setzero_si512();
+        transpose(r);
+        for (int i = 0; i < 16; i++) _mm512_store_si512(tile + i * 64, r[i]);
+        return;
+    }
+    for (int i = 0; i < 16; i++) {
+        const int64_t row = k + 2 * i;
+        const __mmask16 in = upto(width - n, 16);
+        __m256i a = _mm256_maskz_loadu_epi16(row < depth ? in : 0, matrix + row * apart + n);
+        __m256i b = _mm256_maskz_loadu_epi16(row + 1 < depth ? in : 0, matrix + (row + 1) * apart + n);
+        _mm512_store_si512(tile + i * 64, paired(a, b));
+    }
+}
+
+/* 32 rows and columns of a result: sums of a product to which the bias is added, and what `mode` makes of them. */
+typedef struct {
+    const float *sums;
+    __m512 bias0, bias1;
+    bf16 *beside, *out;
+    int64_t width, count; /* elements from row to row; rows that there are */
+    __mmask32 in;
+} result;
+
+static inline __attribute__((always_inline)) void finish(const result *of, int64_t from, int64_t to, const int mode) {
+    for (int64_t r = from; r < to && r < of->count; r++) {
+        const float *sums = of->sums + r * 32;
+        bf16 *beside = of->beside + r * of->width;
+        __m512 x0 = _mm512_add_ps(_mm512_load_ps(sums), of->bias0);
+        __m512 x1 = _mm512_add_ps(_mm512_load_ps(sums + 16), of->bias1);
+        if (mode == ADDED || mode == MULTIPLIED) {
+            __m512i both = _mm512_maskz_loadu_epi16(of->in, beside);
+            __m512 y0 = from_bf16(_mm512_castsi512_si256(both)), y1 = from_bf16(_mm512_extracti64x4_epi64(both, 1));
+            x0 = mode == ADDED ? _mm512_add_ps(x0, y0) : _mm512_mul_ps(x0, y0);
+            x1 = mode == ADDED ? _mm512_add_ps(x1, y1) : _mm512_mul_ps(x1, y1);
+        }
+        if (mode == GELU || mode == GELU_ALONE) {
+            __m512 slope0, slope1;
+            x0 = gelu(x0, &slope0);
+            x1 = gelu(x1, &slope1);
+            if (mode == GELU) _mm512_mask_storeu_epi16(beside, of->in, (__m512i)_mm512_cvtne2ps_pbh(slope1, slope0));
+        }
+        _mm512_mask_storeu_epi16(of->out + r * of->width, of->in, (__m512i)_mm512_cvtne2ps_pbh(x1, x0));
+    }
+}
+
+/* Steps of 32 over which rows are multiplied by all columns while they lie in the first cache. */
+enum { DEPTH = 12 };
+
+/* Memory of a thread that is kept from call to call: new pages would take as long as a product. */
+static char *workspace(int64_t bytes, char **memory, int64_t *size) {
+    if (*size < bytes) {
+        free(*memory);
+        *size = (bytes + 4095) / 4096 * 4096;
+        *memory = aligned_alloc(4096, *size);
+    }
+    return *memory;
+}
+
+/* Packs a (depth, width) matrix, or one stored as (width, depth), for `linear`: all tiles of the first 16 columns, then
+ * of the next, an even number of times; depth is a multiple of 32. */
+void pack_weight(const bf16 *matrix, char *to, int64_t depth, int64_t width, int across, int threads) {
+    const int64_t steps = depth / 32;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t j = 0; j < (width + 31) / 32 * 2; j++)
+        for (int64_t k = 0; k < steps; k++)
+            pack(to + (j / 2 * steps * 2 + k * 2 + j % 2) * 1024, matrix, across ? depth : width, across, k * 32, j * 16, depth, width);
+}
+
+/* Adds a product of 32 rows and 32 columns to tiles 0 to 3, while the result before is finished: the processor does
+ * both at once. */
+static inline __attribute__((always_inline)) void multiply(const char *a, int64_t a_row, const char *b, int64_t steps,
+                                                           const result *before, const int mode) {
+    for (int64_t k = 0; k < steps; k++) {
+        for (int i = 0; i < 32; i++) _mm_prefetch(b + (k + 2) * 2048 + i * 64, _MM_HINT_T0);
+        _tile_loadd(4, a + k * 64, a_row);
+        _tile_loadd(6, b + k * 2048, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + k * 2048 + 1024, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + 16 * a_row + k * 64, a_row);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        if (before) finish(before, 32 * k / steps, 32 * (k + 1) / steps, mode);
+    }
+}
+
+static inline void zero_sums(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+static inline void load_sums(const float *sums) {
+    _tile_loadd(0, sums, 128);
+    _tile_loadd(1, sums + 16, 128);
+    _tile_loadd(2, sums + 16 * 32, 128);
+    _tile_loadd(3, sums + 16 * 32 + 16, 128);
+}
+
+static inline void store_sums(float *sums) {
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    _tile_stored(2, sums + 16 * 32, 128);
+    _tile_stored(3, sums + 16 * 32 + 16, 128);
+}
+
+/* What `linear` multiplies. */
+typedef struct {
+    const bf16 *rows, *inner, *bias;
+    const char *packed, *low;
+    bf16 *beside, *out;
+    int64_t count, depth, width, rank;
+} product_of;
+
+/* Rows at .. at + 32 of a result, from x and y, the rows of the input and of what is beside it. */
+static inline __attribute__((always_inline)) void block(const product_of *of, int64_t at, const char *x, const char *y,
+                                                        float *sums, int64_t parts, const int mode) {
+    const int64_t steps = of->depth / 32, more = of->inner ? of->rank / 32 : 0, columns = (of->width + 31) / 32;
+    result done = {.width = of->width, .count = of->count - at < 32 ? of->count - at : 32};
+    for (int64_t from = 0; from < steps; from += DEPTH) {
+        const int64_t here = steps - from < DEPTH ? steps - from : DEPTH;
+        const int last = from + here == steps;
+        for (int64_t j = 0; j < columns; j++) {
+            float *found = sums + (parts > 2 ? j : j % 2) * 1024;
+            if (from)
+                load_sums(found);
+            else
+                zero_sums();
+            multiply(x + from * 64, of->depth * 2, of->packed + (j * steps + from) * 2048, here, last && j ? &done : NULL, mode);
+            if (last) multiply(y, of->rank * 2, of->low + j * more * 2048, more, NULL, mode);
+            store_sums(found);
+            if (!last) continue;
+            const __mmask32 in = upto(of->width - j * 32, 32);
+            const __m512i bias = of->bias ? _mm512_maskz_loadu_epi16(in, of->bias + j * 32) : _mm512_setzero_si512();
+            done.sums = found;
+            done.in = in;
+            done.bias0 = from_bf16(_mm512_castsi512_si256(bias));
+            done.bias1 = from_bf16(_mm512_extracti64x4_epi64(bias, 1));
+            done.beside = of->beside + at * of->width + j * 32;
+            done.out = of->out + at * of->width + j * 32;
+        }
+    }
+    finish(&done, 0, 32, mode);
+}
+
+/* x W + inner L + bias, or what `mode` makes of it:
+ * ADDED adds `beside`, MULTIPLIED multiplies by it; GELU takes GELU(x) and puts its derivative into `beside`, GELU_ALONE
+ * does without.
+ *
+ * rows: x, (count, depth); depth is a multiple of 32. packed: W, (depth, width), by pack_weight. bias: (width) or null.
+ * inner: (count, rank) or null, rank a multiple of 32; low: L, (rank, width), or, `across`, (width, rank).
+ * out, beside: (count, width); they may be the same. */
+void linear(const bf16 *rows, const char *packed, const bf16 *bias, const bf16 *inner, const bf16 *low, bf16 *beside,
+            bf16 *out, int64_t count, int64_t depth, int64_t width, int64_t rank, int across, int mode, int threads) {
+    static __thread char *shared;
+    static __thread int64_t shared_size;
+    const int64_t more = inner ? rank / 32 : 0, columns = (width + 31) / 32, blocks = (count + 31) / 32;
+    const int64_t parts = depth / 32 > DEPTH ? columns : 2;
+    char *low_packed = workspace(columns * 2 * more * 1024 + 4096, &shared, &shared_size);
+    const product_of of = {rows, inner, bias, packed, low_packed, beside, out, count, depth, width, rank};
 #pragma omp parallel num_threads(threads)
     {
+        static __thread char *own;
+        static __thread int64_t own_size;
+        char *left = workspace(parts * 4096 + 32 * (depth + rank) * 2 + 128, &own, &own_size);
+        float *sums = take(&left, parts * 4096);
+        bf16 *tail = take(&left, 32 * depth * 2), *inner_tail = take(&left, 32 * rank * 2);
         unsigned before = begin_vectors();
+        begin_tiles();
+        if (more) {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < count; i += 16) {
-            const __mmask16 in = count - i < 16 ? (1u << (count - i)) - 1 : 0xffff;
-            __m512 value = from_bf16(_mm256_maskz_loadu_epi16(in, x + i));
-            __m512 z = _mm512_mul_ps(_mm512_abs_ps(value), _mm512_set1_ps(0.3275911f * 0.70710678f));
-            __m512 t = _mm512_rcp14_ps(_mm512_add_ps(z, one));
-            __m512 e = exp2_of(_mm512_mul_ps(_mm512_mul_ps(value, value), _mm512_set1_ps(-0.5f * LOG2_E)));
-            __m512 p = _mm512_set1_ps(0.5f * 1.061405429f);
-            p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * -1.453152027f));
-            p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * 1.421413741f));
-            p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * -0.284496736f));
-            p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.5f * 0.254829592f));
-            p = _mm512_mul_ps(_mm512_mul_ps(p, t), e); /* P(X > |x|) */
-            __mmask16 above = _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_GT_OQ);
-            p = _mm512_mask_sub_ps(p, above, one, p);
-            __m512 slope = _mm512_fmadd_ps(_mm512_mul_ps(e, _mm512_set1_ps(0.39894228f)), value, p);
-            __m512 g = from_bf16(_mm256_maskz_loadu_epi16(in, grad + i));
-            _mm256_mask_storeu_epi16(to + i, in, to_bf16(_mm512_mul_ps(g, slope)));
+            for (int64_t j = 0; j < columns * 2; j++)
+                for (int64_t k = 0; k < more; k++)
+                    pack(low_packed + (j / 2 * more * 2 + k * 2 + j % 2) * 1024, low, across ? rank : width, across,
+                         k * 32, j * 16, rank, width);
         }
+        if (count % 32) {
+            const int64_t at = count / 32 * 32, in = count - at;
+            copy_rows(tail, rows + at * depth, depth, in, 32, depth);
+            if (inner) copy_rows(inner_tail, inner + at * rank, rank, in, 32, rank);
+        }
+        WRITTEN(low_packed);
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < threads; part++) {
+            for (int64_t i = blocks * part / threads; i < blocks * (part + 1) / threads; i++) {
+                const int64_t at = i * 32;
+                const int whole = count - at >= 32;
+                const char *x = (const char *)(whole ? rows + at * depth : tail);
+                const char *y = (const char *)(whole ? inner + at * rank : inner_tail);
+                if (mode == PLAIN) block(&of, at, x, y, sums, parts, PLAIN);
+                if (mode == ADDED) block(&of, at, x, y, sums, parts, ADDED);
+                if (mode == GELU) block(&of, at, x, y, sums, parts, GELU);
+                if (mode == GELU_ALONE) block(&of, at, x, y, sums, parts, GELU_ALONE);
+                if (mode == MULTIPLIED) block(&of, at, x, y, sums, parts, MULTIPLIED);
+            }
+        }
+        _tile_release();
         _mm_setcsr(before);
     }
 }
+
+/* left' right in float32, (rank, width), of (count, rank) and (count, width); rank is a multiple of 32. */
+void row_products(const bf16 *left, const bf16 *right, float *out, int64_t count, int64_t rank, int64_t width,
+                  int threads) {
+    static __thread char *shared;
+    static __thread int64_t shared_size;
+    const int64_t padded = (count + 31) / 32 * 32, steps = padded / 32, columns = (width + 31) / 32;
+    bf16 *across = (bf16 *)workspace(padded * rank * 2, &shared, &shared_size); /* (rank, padded) */
+    transpose_rows(NULL, across, left, rank, count, padded, rank);
+    WRITTEN(across);
+#pragma omp parallel num_threads(threads)
+    {
+        static __thread char *own;
+        static __thread int64_t own_size;
+        char *memory = workspace(4096 + steps * 2048, &own, &own_size), *packed = memory + 4096;
+        float *sums = (float *)memory;
+        begin_tiles();
+#pragma omp for schedule(static)
+        for (int64_t j = 0; j < columns; j++) {
+            for (int64_t k = 0; k < steps; k++) {
+                pack(packed + k * 2048, right, width, 0, k * 32, j * 32, count, width);
+                pack(packed + k * 2048 + 1024, right, width, 0, k * 32, j * 32 + 16, count, width);
+            }
+            WRITTEN(packed);
+            const __mmask32 there = upto(width - j * 32, 32);
+            for (int64_t i = 0; i < rank; i += 32) {
+                zero_sums();
+                multiply((const char *)(across + i * padded), padded * 2, packed, steps, NULL, PLAIN);
+                store_sums(sums);
+                for (int64_t r = 0; r < 32; r++) {
+                    float *to = out + (i + r) * width + j * 32;
+                    _mm512_mask_storeu_ps(to, there & 0xffff, _mm512_load_ps(sums + r * 32));
+                    _mm512_mask_storeu_ps(to + 16, there >> 16, _mm512_load_ps(sums + r * 32 + 16));
+                }
+            }
+        }
+        _tile_release();
+    }
+}
+
+/* ---- norm ----------------------------------------------------------------------------------------------------- */
 
 /* (x - mean) / deviation * weight + bias of rows of `width`, a multiple of 16; stats: (rows, 2) or null, mean and
  * 1 / deviation. */

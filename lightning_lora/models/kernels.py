@@ -1,26 +1,31 @@
-"""What ``kernels.c`` computes, for tensors: attention and the passes between the products of an encoder layer.
+"""What ``kernels.c`` computes, for tensors: attention, linear layers with what follows them, and norms.
 
 It is compiled at installation where there is a C compiler, and used in bfloat16 on a processor with AMX (Intel's
 servers from 2023 on). Elsewhere torch computes the same.
 """
 
 import ctypes
+from collections.abc import MutableMapping
+from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 #: The compiled code, and what its ``kernels_version`` must give.
 COMPILED = Path(__file__).with_name(f"_kernels{EXTENSION_SUFFIXES[0]}")
-VERSION = 1
+VERSION = 2
 
 _ADDRESS, _COUNT, _REAL, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
     "attention_forward": [_ADDRESS] * 7 + [_COUNT] * 4 + [_REAL, _INT],
     "attention_backward": [_ADDRESS] * 11 + [_COUNT] * 4 + [_REAL, _INT],
-    "gelu_backward": [_ADDRESS] * 3 + [_COUNT, _INT],
+    "pack_weight": [_ADDRESS] * 2 + [_COUNT] * 2 + [_INT] * 2,
+    "linear": [_ADDRESS] * 7 + [_COUNT] * 4 + [_INT] * 3,
+    "row_products": [_ADDRESS] * 3 + [_COUNT] * 3 + [_INT],
     "norm_forward": [_ADDRESS] * 5 + [_COUNT] * 2 + [_REAL, _INT],
     "norm_backward": [_ADDRESS] * 5 + [_COUNT] * 2 + [_INT],
 }
@@ -105,10 +110,82 @@ def _added(mask: Tensor, batch: int) -> Tensor:
     return rows - rows.amax(1, keepdim=True)
 
 
-def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of x by that of GELU(x)."""
-    out = torch.empty_like(x)
-    LIBRARY.gelu_backward(*(t.data_ptr() for t in (grad, x, out)), x.numel(), torch.get_num_threads())
+class Then(IntEnum):
+    """What becomes of a product and its bias, x, with another tensor."""
+
+    PLAIN = 0
+    #: The other is added.
+    ADDED = 1
+    #: GELU(x); its derivative is put into the other.
+    GELU = 2
+    #: GELU(x), without another.
+    GELU_ALONE = 3
+    #: It is multiplied by the other.
+    MULTIPLIED = 4
+
+
+#: What widths are multiples of.
+STEP = 32
+#: By weight, and whether its transposed is multiplied by: the weight's version and address, and its packed form.
+_packed: MutableMapping[Tensor, dict[bool, tuple[int, int, Tensor]]] = WeakIdKeyDictionary()
+
+
+def packed(weight: Tensor, across: bool) -> Tensor:
+    """A weight as ``linear`` reads it, made once for as long as it stays the same; a copy as large as the weight."""
+    version, address = 0 if weight.is_inference() else weight._version, weight.data_ptr()
+    forms = _packed.setdefault(weight, {})
+    if across not in forms or forms[across][:2] != (version, address):
+        forms[across] = version, address, pack(weight, across)
+    return forms[across][2]
+
+
+def pack(weight: Tensor, across: bool) -> Tensor:
+    """As ``packed``, made anew."""
+    depth, width = weight.shape[::-1] if across else weight.shape
+    form = torch.empty(-(-width // STEP) * STEP * depth, dtype=torch.bfloat16)
+    LIBRARY.pack_weight(weight.data_ptr(), form.data_ptr(), depth, width, across, torch.get_num_threads())
+    return form
+
+
+def linear(
+    rows: Tensor,
+    form: Tensor,
+    width: int,
+    across: bool,
+    bias: Tensor | None = None,
+    low: tuple[Tensor, Tensor] | None = None,
+    then: Then = Then.PLAIN,
+    other: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x W + y L + b, and what comes then: (N, width).
+
+    Args:
+        rows: x, (N, depth).
+        form: W, packed.
+        width: Of the result.
+        across: Whether L is given as W was: transposed, as a linear layer has it.
+        bias: b, (width,).
+        low: y, (N, rank), and L, (rank, width); ``across``, (width, rank). The rank is a multiple of 32.
+        then: What becomes of it.
+        other: What that needs, (N, width).
+        out: Where the result is put; it may be the other.
+    """
+    count, depth = rows.shape
+    out = rows.new_empty(count, width) if out is None else out
+    beside, matrix = (None, None) if low is None else low
+    LIBRARY.linear(
+        *(None if t is None else t.data_ptr() for t in (rows, form, bias, beside, matrix, other, out)),
+        count, depth, width, 0 if beside is None else beside.shape[1], across, then, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def row_products(left: Tensor, right: Tensor) -> Tensor:
+    """left' right in float32, (rank, width), of (N, rank) and (N, width); the rank is a multiple of 32."""
+    out = torch.empty(left.shape[1], right.shape[1])
+    addresses = (t.data_ptr() for t in (left, right, out))
+    LIBRARY.row_products(*addresses, *left.shape, right.shape[1], torch.get_num_threads())
     return out
 
 

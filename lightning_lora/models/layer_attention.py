@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.models.attention import attend_without_backward, finite, softmax, way
-from lightning_lora.models.fused_linear import SharedInput, Weights
+from lightning_lora.models.fused_linear import Weights, shared_input
 
 #: What a backward pass needs; None where no adapter asks for it.
 Kept = list[Tensor | None]
@@ -28,7 +28,7 @@ class EveryToken:
     """
 
     def __init__(self, weights: list[Weights], heads: int, dtype: torch.dtype, compiled: bool) -> None:
-        self.layer = SharedInput(weights, dtype)
+        self.layer = shared_input(weights, dtype, compiled)
         self.heads = heads
         self.compiled = compiled
 
@@ -76,10 +76,11 @@ class FirstToken:
         weights: Of query, key and value.
         heads: Of the attention.
         dtype: In which all is computed.
+        compiled: Whether by ``kernels.c`` where it can be.
     """
 
-    def __init__(self, weights: list[Weights], heads: int, dtype: torch.dtype) -> None:
-        self.query = SharedInput(weights[:1], dtype)
+    def __init__(self, weights: list[Weights], heads: int, dtype: torch.dtype, compiled: bool) -> None:
+        self.query = shared_input(weights[:1], dtype, compiled)
         self.key, self.value = (PerHead(w, heads, dtype) for w in weights[1:])
         self.heads = heads
 
