@@ -47,6 +47,19 @@ static inline __m512 exp2_of(__m512 x) {
     return _mm512_scalef_ps(p, x);
 }
 
+/* log2(x) for x >= 1, off by 2e-6 at most. */
+static inline __m512 log2_of(__m512 x) {
+    __m512 r = _mm512_sub_ps(_mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero), _mm512_set1_ps(1.0f));
+    __m512 p = _mm512_set1_ps(0.0154750324f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(-0.0794245692f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.194216188f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(-0.325941398f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.473608123f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(-0.720602214f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.44266912f));
+    return _mm512_fmadd_ps(p, r, _mm512_getexp_ps(x));
+}
+
 /* Pairs of 16 bfloat16 each: a[i] in the low half of element i, b[i] in the high one. */
 static inline __m512i paired(__m256i a, __m256i b) {
     return _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
@@ -77,6 +90,11 @@ static inline void transpose(__m512i r[16]) {
         r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
         r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
     }
+}
+
+/* The first of so many, of `most` there are. */
+static inline __mmask32 upto(int64_t count, int most) {
+    return count >= most ? (__mmask32)((1ull << most) - 1) : count > 0 ? (1u << count) - 1 : 0;
 }
 
 /* ---- tiles --------------------------------------------------------------------------------------------------- */
@@ -141,10 +159,18 @@ static void product(const void *a, int64_t a_row, const void *b, int64_t b_row, 
 
 /* ---- one head of one text: (tokens, width) with rows apart in memory, brought into the forms that tiles read ---- */
 
+/* Has rows that are needed next on their way. */
+static inline void expect_rows(const bf16 *rows, int64_t apart, int64_t count, int64_t width) {
+    for (int64_t r = 0; r < count; r++)
+        for (int64_t w = 0; w < width; w += 32) _mm_prefetch(rows + r * apart + w, _MM_HINT_T0);
+}
+
 /* (padded, width), with zeros behind the last token. */
-static void copy_rows(bf16 *to, const bf16 *from, int64_t apart, int tokens, int padded, int width) {
-    for (int t = 0; t < tokens; t++) memcpy(to + t * width, from + t * apart, width * sizeof(bf16));
-    memset(to + tokens * width, 0, (padded - tokens) * width * sizeof(bf16));
+static inline void copy_rows(bf16 *to, const bf16 *from, int64_t apart, int64_t tokens, int64_t padded, int64_t width) {
+    for (int64_t t = 0; t < padded; t++)
+        for (int64_t w = 0; w < width; w += 32)
+            _mm512_storeu_si512(to + t * width + w,
+                                t < tokens ? _mm512_loadu_si512(from + t * apart + w) : _mm512_setzero_si512());
 }
 
 /* The transposed matrix, paired: (width / 2, padded) of 32 bits; and, where asked for, as it is: (width, padded). */
@@ -202,25 +228,24 @@ static void fill(float *to, const float *x, float by, int count, int padded, flo
 
 /* ---- attention ----------------------------------------------------------------------------------------------- */
 
-/* 2^(score - the row's largest) of a row of scores, times `by` and with what is added to them; gives the logarithm of
- * the sum of 2^score to base 2, and 1 / the sum of what is stored. */
-static float softmax_row(bf16 *to, float *row, const float *plus, float by, int columns, int padded, float *share) {
-    __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+/* 2^(score - the row's largest) of a row of scores, times `by` and with what is added to them; gives the largest, and
+ * the sum of what is stored. */
+static inline void exponentials(bf16 *to, float *row, const float *plus, float by, int columns, int padded,
+                                float *largest, float *sum) {
+    __m512 top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
     for (int t = 0; t < columns; t += 16) {
         __m512 x = _mm512_fmadd_ps(_mm512_load_ps(row + t), _mm512_set1_ps(by), _mm512_load_ps(plus + t));
         _mm512_store_ps(row + t, x);
         top = _mm512_max_ps(top, x);
     }
-    float largest = _mm512_reduce_max_ps(top);
+    *largest = _mm512_reduce_max_ps(top);
     for (int t = 0; t < columns; t += 16) {
-        __m512 e = exp2_of(_mm512_sub_ps(_mm512_load_ps(row + t), _mm512_set1_ps(largest)));
-        sum = _mm512_add_ps(sum, e);
+        __m512 e = exp2_of(_mm512_sub_ps(_mm512_load_ps(row + t), _mm512_set1_ps(*largest)));
+        total = _mm512_add_ps(total, e);
         store(to + t, e);
     }
     if (columns < padded) store(to + columns, _mm512_setzero_ps());
-    float total = _mm512_reduce_add_ps(sum);
-    *share = 1.0f / total;
-    return largest + log2f(total);
+    *sum = _mm512_reduce_add_ps(total);
 }
 
 /* softmax(scale Q K' + added) V of each text and head.
@@ -246,18 +271,28 @@ void attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const int64_
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < texts * heads; i++) {
             const int64_t text = i / heads, head = i % heads, at = text * apart[0] + head * apart[1];
+            if (i + 1 < texts * heads) {
+                const int64_t next = (i + 1) / heads * apart[0] + (i + 1) % heads * apart[1];
+                expect_rows(q + next, row, T, D);
+                expect_rows(k + next, row, T, D);
+                expect_rows(v + next, row, T, D);
+            }
             copy_rows(queries, q + at, row, T, padded, D);
             transpose_rows(keys, NULL, k + at, row, T, padded, D);
             pair_rows(values, v + at, row, T, padded, D);
             fill(plus, added ? added + text * T : NULL, LOG2_E, T, padded, -INFINITY);
             for (int s = 0; s < T; s += STRIP) {
                 const int count = least(STRIP, T - s), m = (count + 15) / 16;
-                float share[STRIP];
                 product(queries + s * D, D * 2, keys, padded * 4, scores, padded * 4, m, tiles, D / 32, 0);
-                for (int r = 0; r < count; r++) {
-                    float sum = softmax_row(shares + r * padded, scores + r * padded, plus, scale * LOG2_E, tiles * 16,
-                                            padded, share + r);
-                    if (sums) sums[i * T + s + r] = sum;
+                float largest[STRIP] = {0}, share[STRIP] = {0};
+                for (int r = 0; r < count; r++)
+                    exponentials(shares + r * padded, scores + r * padded, plus, scale * LOG2_E, tiles * 16, padded,
+                                 largest + r, share + r);
+                for (int r = 0; r < count; r += 16) {
+                    const __m512 sum = _mm512_loadu_ps(share + r);
+                    const __m512 log = _mm512_add_ps(_mm512_loadu_ps(largest + r), log2_of(sum));
+                    if (sums) _mm512_mask_storeu_ps(sums + i * T + s + r, upto(count - r, 16), log);
+                    _mm512_storeu_ps(share + r, _mm512_div_ps(_mm512_set1_ps(1.0f), sum));
                 }
                 product(shares, padded * 2, values, D * 4, results, D * 4, m, D / 16, padded / 32, 0);
                 bf16 *to = out + (text * T + s) * out_apart + head * D;
@@ -316,6 +351,15 @@ void attention_backward(const bf16 *grad, const bf16 *out, const bf16 *q, const 
         for (int64_t i = 0; i < texts * heads; i++) {
             const int64_t text = i / heads, head = i % heads, at = text * apart[0] + head * apart[1];
             const int64_t out_at = text * T * out_apart + head * D;
+            if (i + 1 < texts * heads) {
+                const int64_t next = (i + 1) / heads * apart[0] + (i + 1) % heads * apart[1];
+                const int64_t out_next = ((i + 1) / heads * T * heads + (i + 1) % heads) * D;
+                expect_rows(q + next, row, T, D);
+                expect_rows(k + next, row, T, D);
+                expect_rows(v + next, row, T, D);
+                expect_rows(out + out_next, out_apart, T, D);
+                expect_rows(grad + out_next, out_apart, T, D);
+            }
             copy_rows(keys, k + at, row, T, padded, D);
             copy_rows(values, v + at, row, T, padded, D);
             transpose_rows(NULL, keys_across, k + at, row, T, padded, D);
@@ -345,8 +389,8 @@ void attention_backward(const bf16 *grad, const bf16 *out, const bf16 *q, const 
                         _mm512_store_si512(grad_score_pairs + r / 2 * padded + t, paired(low, high));
                     }
                     for (int j = r; j < r + 2 && tiles * 16 < padded; j++) { /* queries that are none */
-                        memset(shares + j * padded + tiles * 16, 0, 16 * sizeof(bf16));
-                        memset(grad_scores + j * padded + tiles * 16, 0, 16 * sizeof(bf16));
+                        store(shares + j * padded + tiles * 16, _mm512_setzero_ps());
+                        store(grad_scores + j * padded + tiles * 16, _mm512_setzero_ps());
                     }
                 }
                 if (even < STRIP) /* keys that are none */
@@ -401,10 +445,6 @@ static inline __m512 gelu(__m512 x, __m512 *slope) {
     __m512 density, p = normal(x, &density);
     *slope = _mm512_fmadd_ps(x, density, p);
     return _mm512_mul_ps(x, p);
-}
-
-static inline __mmask32 upto(int64_t count, int most) {
-    return count >= most ? (__mmask32)((1ull << most) - 1) : count > 0 ? (1u << count) - 1 : 0;
 }
 
 /* Packs the tile of 32 rows from k on and 16 columns from n on of a (depth, width) matrix; or, `across`, of one that is

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from lightning_lora.models import kernels
 from lightning_lora.models.attention import TorchAttention, exact_attention
 from lightning_lora.models.encoder_layer import FusedEncoderLayer
+from lightning_lora.models.fused_linear import CompiledInput, SharedInput, Weights, shared_input
+from lightning_lora.models.kernels import Then
 from lightning_lora.models.speedups import Speedups, lower_frozen
 from lightning_lora.training.module import TextClassifier
 
@@ -89,16 +91,95 @@ def test_the_same_numbers_come_out_with_any_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+def product(rows: int, depth: int, width: int, across: bool) -> tuple[torch.Tensor, ...]:
+    """x (N, depth), W, b, y (N, 32) and L, of which W and L are as they are given, and W and L as they multiply."""
+    torch.manual_seed(rows)
+    x, bias, y = torch.randn(rows, depth).bfloat16(), torch.randn(width).bfloat16(), torch.randn(rows, 32).bfloat16()
+    weight, low = torch.randn(depth, width).bfloat16() / 20, torch.randn(32, width).bfloat16() / 20
+    given = [t.t().contiguous() if across else t for t in (weight, low)]
+    return x, given[0], bias, y, given[1], weight.double(), low.double()
+
+
 @needs_kernels
-@pytest.mark.parametrize("count", [5, 16, 1003])
-def test_the_gradient_of_gelu_is_that_of_the_function(count: int) -> None:
-    x = torch.linspace(-9, 9, count).bfloat16()
-    grad = torch.linspace(-3, 2, count).bfloat16()
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize(("rows", "depth", "width"), [(1, 32, 32), (33, 64, 80), (64, 384, 8), (50, 800, 96)])
+def test_a_linear_layer_is_the_product(rows: int, depth: int, width: int, across: bool) -> None:
+    x, weight, bias, y, low, as_weight, as_low = product(rows, depth, width, across)
+    form = kernels.pack(weight, across)
+    truth = x.double() @ as_weight
+    assert apart(kernels.linear(x, form, width, across), truth) < ROUNDINGS
+    truth = truth + bias.double() + y.double() @ as_low
+    assert apart(kernels.linear(x, form, width, across, bias, (y, low)), truth) < ROUNDINGS
+    other = torch.randn(rows, width).bfloat16()
+    for then, expected in ((Then.ADDED, truth + other), (Then.MULTIPLIED, truth * other)):
+        assert apart(kernels.linear(x, form, width, across, bias, (y, low), then, other), expected) < ROUNDINGS
+        into = other.clone()
+        assert kernels.linear(x, form, width, across, bias, (y, low), then, into, into) is into
+        assert apart(into, expected) < ROUNDINGS
+
+
+@needs_kernels
+def test_gelu_comes_with_its_derivative() -> None:
+    """Of all that bfloat16 holds between -9 and 9, by a product with the unit matrix."""
+    x = torch.linspace(-9, 9, 64 * 1000).bfloat16().view(1000, 64)
     truth = x.double().requires_grad_()
-    (expected,) = torch.autograd.grad(F.gelu(truth), truth, grad.double())
-    found = kernels.gelu_backward(grad, x)
-    assert apart(found, expected) < ROUNDINGS
-    torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=2**-8)
+    expected = F.gelu(truth)
+    (slope,) = torch.autograd.grad(expected.sum(), truth)
+    form, found = kernels.pack(torch.eye(64).bfloat16(), True), torch.empty_like(x)
+    out = kernels.linear(x, form, 64, True, None, None, Then.GELU, found)
+    torch.testing.assert_close(out.double(), expected.detach(), atol=1e-4, rtol=2**-8)
+    torch.testing.assert_close(found.double(), slope, atol=1e-4, rtol=2**-8)
+    assert torch.equal(kernels.linear(x, form, 64, True, None, None, Then.GELU_ALONE), out)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("rows", "rank", "width"), [(1, 32, 8), (100, 64, 400)])
+def test_products_of_rows_are_in_float32(rows: int, rank: int, width: int) -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(rows, rank).bfloat16(), torch.randn(rows, width).bfloat16()
+    found = kernels.row_products(left, right)
+    torch.testing.assert_close(found.double(), left.double().t() @ right.double(), atol=1e-4, rtol=1e-5)
+
+
+@needs_kernels
+def test_a_packed_weight_is_made_anew_when_the_weight_changes() -> None:
+    weight = nn.Parameter(torch.randn(32, 32).bfloat16(), requires_grad=False)
+    form = kernels.packed(weight, True)
+    assert kernels.packed(weight, True) is form and kernels.packed(weight, False) is not form
+    for change in (lambda: weight.mul_(2), lambda: setattr(weight, "data", torch.randn(32, 32).bfloat16())):
+        before = kernels.packed(weight, True)
+        change()
+        assert kernels.packed(weight, True) is not before
+        assert torch.equal(kernels.packed(weight, True), kernels.pack(weight, True))
+    count = len(kernels._packed)
+    del weight
+    assert len(kernels._packed) == count - 1
+
+
+@needs_kernels
+@pytest.mark.parametrize("ranks", [(None, None, None), (4, None, 8), (None, 40, None), (8, 8, 20)])
+def test_compiled_linear_layers_are_those_of_torch(ranks: tuple[int | None, ...]) -> None:
+    """Of one input, with and without adapters: results, and all gradients."""
+    torch.manual_seed(0)
+    layers = []
+    for rank in ranks:
+        adapter = () if rank is None else (torch.randn(rank, 64) / 8, torch.randn(96, rank) / 8, 0.5)
+        layers.append(Weights(torch.randn(96, 64).bfloat16() / 8, torch.randn(96).bfloat16(), *adapter))
+    wide = [Weights(*(None if t is None else t.double() for t in (w.weight, w.bias, w.a, w.b)), w.scaling) for w in layers]
+    rows, added, into = (torch.randn(37, n).bfloat16() for n in (64, 96, 64))
+    grads = [torch.randn(37, 96).bfloat16() for _ in layers]
+    truth, ours = SharedInput(wide, torch.double), shared_input(layers, torch.bfloat16, True)
+    assert isinstance(ours, CompiledInput)
+    expected, inner = truth.forward(rows.double(), added.double())
+    below, adapters = truth.backward([g.double() for g in grads], rows.double(), inner, True, into.double())
+    found, our_inner = ours.forward(rows, added)
+    our_below, our_adapters = ours.backward(grads, rows, our_inner, True, into.clone())
+    for got, value in zip([*found, our_below], [*expected, below], strict=True):
+        assert apart(got, value) < ROUNDINGS
+    assert len(our_adapters) == len(adapters)
+    for got, value in zip(our_adapters, adapters, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - value).norm() < ROUNDINGS * value.norm()
 
 
 @needs_kernels

@@ -188,8 +188,11 @@ def test_a_model_with_all_speedups_learns_what_it_would_without(make_base, model
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_in_bfloat16_logits_and_gradients_are_within_two_percent_of_float32(make_base, model_type: str) -> None:
-    """By their norm; autocast alone, which keeps weights and sums of layers in float32, has up to 1.2 percent."""
-    base = str(make_base(model_type))
+    """By their norm; autocast alone, which keeps weights and sums of layers in float32, has up to 1.2 percent.
+
+    The weights are such that no ReLU of a head is so near to 0 that rounding decides whether its gradient counts.
+    """
+    base = str(make_base(model_type, seed=1))
     truth = learnt(base, PLAIN, "eager", False)
     plain, fast = learnt(base, PLAIN, "eager", True), learnt(base, Speedups(), "auto", True)
 
