@@ -36,6 +36,7 @@ class LayerParts:
         dropouts: All that there are; none may be active.
         heads: Of the attention.
         config: The model's, which names the attention to be used.
+        sizes_fit: Whether linear layers and norms have sizes for ``kernels.c``.
     """
 
     linears: list[Any]
@@ -43,6 +44,7 @@ class LayerParts:
     dropouts: list[nn.Dropout]
     heads: int
     config: Any
+    sizes_fit: bool
 
 
 def fuse_layers(base: Base) -> int:
@@ -74,7 +76,9 @@ def find_parts(module: nn.Module, names: LayerNames, config: Any) -> LayerParts 
     if not plain or type(activation) is not GELUActivation or any(p.requires_grad for p in weights):
         return None
     dropouts = [m for m in module.modules() if isinstance(m, nn.Dropout)]
-    return LayerParts(linears, norms, dropouts, config.num_attention_heads, config)
+    fit = all(size % kernels.STEP == 0 for weight in weights for size in weight.shape)
+    fit = fit and all(norm.bias is not None for norm in norms)
+    return LayerParts(linears, norms, dropouts, config.num_attention_heads, config, fit)
 
 
 class FusedEncoderLayer(nn.Module):
@@ -130,7 +134,7 @@ class EncoderLayerFunction(torch.autograd.Function):
         parts, dtype = layer.parts, states.dtype
         batch, _, width = states.shape
         states = states.contiguous()
-        compiled = parts.config._attn_implementation == COMPILED
+        compiled = parts.sizes_fit and parts.config._attn_implementation == COMPILED and kernels.computes(states)
         attention = (FirstToken if layer.first_token_only else EveryToken)(weights[:3], parts.heads, dtype, compiled)
         out, up, down = (shared_input([linear], dtype, compiled) for linear in weights[3:])
 
@@ -174,7 +178,7 @@ class EncoderLayerFunction(torch.autograd.Function):
 
 def normalised(rows: Tensor, norm: nn.LayerNorm, compiled: bool) -> tuple[Tensor, list[Tensor]]:
     """The layer norm of rows, and what the backward pass needs beside them."""
-    if compiled and kernels.normalises(rows, norm):
+    if compiled:
         return kernels.norm_forward(rows, norm)
     result, *stats = torch.native_layer_norm(rows, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     return result, stats

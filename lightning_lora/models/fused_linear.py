@@ -197,13 +197,6 @@ class CompiledInput:
             self.lows[i] = torch.zeros(len(layer.weight), ranks, dtype=torch.bfloat16)
             torch.mul(layer.b, layer.scaling, out=self.lows[i][:, place])
 
-    @staticmethod
-    def computes(layers: Sequence[Weights], dtype: torch.dtype) -> bool:
-        """Whether it can: in bfloat16 without a GPU, and sizes that are multiples of 32."""
-        fits = all(size % STEP == 0 for layer in layers for size in layer.weight.shape)
-        plain = all(t.is_contiguous() for layer in layers for t in (layer.weight, layer.bias) if t is not None)
-        return fits and plain and all(kernels.computes(layer.weight) for layer in layers) and dtype == torch.bfloat16
-
     def forward(self, rows: Tensor, added: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
         """As ``SharedInput.forward``."""
         inner, then = self._inner(rows), Then.PLAIN if added is None else Then.ADDED
@@ -267,11 +260,9 @@ def shared_input(layers: Sequence[Weights], dtype: torch.dtype, compiled: bool) 
     Args:
         layers: Of each layer.
         dtype: In which all is computed.
-        compiled: Whether by ``kernels.c`` where it can be.
+        compiled: Whether by ``kernels.c``, which needs sizes that are multiples of 32.
     """
-    if compiled and CompiledInput.computes(layers, dtype):
-        return CompiledInput(layers)
-    return SharedInput(layers, dtype)
+    return CompiledInput(layers) if compiled else SharedInput(layers, dtype)
 
 
 class FrozenLinear(nn.Linear):

@@ -482,6 +482,9 @@ static inline __attribute__((always_inline)) void finish(const result *of, int64
     for (int64_t r = from; r < to && r < of->count; r++) {
         const float *sums = of->sums + r * 32;
         bf16 *beside = of->beside + r * of->width;
+        /* Of the column after the next: rows lie too far apart for the processor to see where this goes. */
+        if (mode == ADDED || mode == MULTIPLIED) _mm_prefetch(beside + 64, _MM_HINT_T0);
+        __builtin_prefetch(of->out + r * of->width + 64, 1);
         __m512 x0 = _mm512_add_ps(_mm512_load_ps(sums), of->bias0);
         __m512 x1 = _mm512_add_ps(_mm512_load_ps(sums + 16), of->bias1);
         if (mode == ADDED || mode == MULTIPLIED) {
@@ -528,7 +531,7 @@ void pack_weight(const bf16 *matrix, char *to, int64_t depth, int64_t width, int
 static inline __attribute__((always_inline)) void multiply(const char *a, int64_t a_row, const char *b, int64_t steps,
                                                            const result *before, const int mode) {
     for (int64_t k = 0; k < steps; k++) {
-        for (int i = 0; i < 32; i++) _mm_prefetch(b + (k + 2) * 2048 + i * 64, _MM_HINT_T0);
+        for (int i = 0; i < 32; i++) _mm_prefetch(b + (k + 1) * 2048 + i * 64, _MM_HINT_T0);
         _tile_loadd(4, a + k * 64, a_row);
         _tile_loadd(6, b + k * 2048, 64);
         _tile_dpbf16ps(0, 4, 6);

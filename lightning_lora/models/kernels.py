@@ -5,7 +5,7 @@ servers from 2023 on). Elsewhere torch computes the same.
 """
 
 import ctypes
-from collections.abc import MutableMapping
+import weakref
 from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 #: The compiled code, and what its ``kernels_version`` must give.
 COMPILED = Path(__file__).with_name(f"_kernels{EXTENSION_SUFFIXES[0]}")
@@ -126,17 +125,23 @@ class Then(IntEnum):
 
 #: What widths are multiples of.
 STEP = 32
-#: By weight, and whether its transposed is multiplied by: the weight's version and address, and its packed form.
-_packed: MutableMapping[Tensor, dict[bool, tuple[int, int, Tensor]]] = WeakIdKeyDictionary()
+#: By a weight's identity, and whether its transposed is multiplied by: the weight, and its version and address when it
+#: was packed, and its packed form.
+_packed: dict[tuple[int, bool], tuple[weakref.ref[Tensor], int, int, Tensor]] = {}
 
 
 def packed(weight: Tensor, across: bool) -> Tensor:
     """A weight as ``linear`` reads it, made once for as long as it stays the same; a copy as large as the weight."""
     version, address = 0 if weight.is_inference() else weight._version, weight.data_ptr()
-    forms = _packed.setdefault(weight, {})
-    if across not in forms or forms[across][:2] != (version, address):
-        forms[across] = version, address, pack(weight, across)
-    return forms[across][2]
+    key = (id(weight), across)
+    known = _packed.get(key)
+    if known is not None and known[0]() is weight and known[1] == version and known[2] == address:
+        return known[3]
+    if known is None or known[0]() is not weight:
+        weakref.finalize(weight, _packed.pop, key, None)
+    form = pack(weight, across)
+    _packed[key] = weakref.ref(weight), version, address, form
+    return form
 
 
 def pack(weight: Tensor, across: bool) -> Tensor:
@@ -189,13 +194,8 @@ def row_products(left: Tensor, right: Tensor) -> Tensor:
     return out
 
 
-def normalises(rows: Tensor, norm: nn.LayerNorm) -> bool:
-    """Whether a layer norm of rows can be computed."""
-    return computes(rows) and rows.shape[-1] % 16 == 0 and norm.bias is not None
-
-
 def norm_forward(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, list[Tensor]]:
-    """The layer norm of rows (N, width), and what ``norm_backward`` needs beside them."""
+    """The layer norm of rows (N, width), the width a multiple of 16, and what ``norm_backward`` needs beside them."""
     count, width = rows.shape
     out, stats = torch.empty_like(rows), torch.empty(count, 2)
     tensors: Any = (rows, norm.weight, norm.bias, out, stats)
