@@ -17,7 +17,7 @@
 
 typedef uint16_t bf16;
 
-int kernels_version(void) { return 2; }
+int kernels_version(void) { return 3; }
 
 /* ---- vectors ------------------------------------------------------------------------------------------------- */
 
@@ -214,6 +214,16 @@ static const float LOG2_E = 1.44269504f;
 
 static inline int least(int a, int b) { return a < b ? a : b; }
 
+/* Memory of a thread that is kept from call to call: new pages would take as long as a product. */
+static char *workspace(int64_t bytes, char **memory, int64_t *size) {
+    if (*size < bytes) {
+        free(*memory);
+        *size = (bytes + 4095) / 4096 * 4096;
+        *memory = aligned_alloc(4096, *size);
+    }
+    return *memory;
+}
+
 /* A piece of memory at an address that vectors and tiles like. */
 static inline void *take(char **memory, int64_t bytes) {
     char *piece = *memory;
@@ -250,19 +260,23 @@ static inline void exponentials(bf16 *to, float *row, const float *plus, float b
 
 /* softmax(scale Q K' + added) V of each text and head.
  *
- * q, k, v: (texts, heads, tokens, width), so many elements apart in the first three; width is a multiple of 32.
+ * q: (texts, heads, asking, width), k, v: (texts, heads, tokens, width), so many elements apart in the first three, first
+ * of q and then of both others; width is a multiple of 32.
  * added: (texts, tokens) or null, for keys; a text's largest is 0.
- * out: (texts, tokens, heads, width).
- * sums: (texts, heads, tokens) or null; by them the backward pass finds the probabilities again. */
+ * out: (texts, asking, heads, width).
+ * sums: (texts, heads, asking) or null: logarithms to base 2; by them the backward pass finds the probabilities again. */
 void attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *apart, const float *added, bf16 *out,
-                       float *sums, int64_t texts, int64_t heads, int64_t tokens, int64_t width, float scale,
-                       int threads) {
-    const int T = tokens, D = width, padded = (T + STRIP - 1) / STRIP * STRIP, tiles = (T + 15) / 16;
-    const int64_t out_apart = heads * D, row = apart[2];
+                       float *sums, int64_t texts, int64_t heads, int64_t asking, int64_t tokens, int64_t width,
+                       float scale, int threads) {
+    const int Q = asking, T = tokens, D = width;
+    const int asked = (Q + STRIP - 1) / STRIP * STRIP, padded = (T + STRIP - 1) / STRIP * STRIP, tiles = (T + 15) / 16;
+    const int64_t out_apart = heads * D;
 #pragma omp parallel num_threads(threads)
     {
-        char *memory = aligned_alloc(64, padded * (D * 6 + 4) + STRIP * (padded * 6 + D * 4) + 4096), *left = memory;
-        bf16 *queries = take(&left, padded * D * 2), *shares = take(&left, STRIP * padded * 2);
+        static __thread char *own;
+        static __thread int64_t own_size;
+        char *left = workspace(asked * D * 2 + padded * (D * 4 + 4) + STRIP * (padded * 6 + D * 4) + 4096, &own, &own_size);
+        bf16 *queries = take(&left, asked * D * 2), *shares = take(&left, STRIP * padded * 2);
         uint32_t *keys = take(&left, padded * D * 2), *values = take(&left, padded * D * 2);
         float *plus = take(&left, padded * 4), *scores = take(&left, STRIP * padded * 4);
         float *results = take(&left, STRIP * D * 4);
@@ -270,19 +284,20 @@ void attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const int64_
         begin_tiles();
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < texts * heads; i++) {
-            const int64_t text = i / heads, head = i % heads, at = text * apart[0] + head * apart[1];
-            if (i + 1 < texts * heads) {
-                const int64_t next = (i + 1) / heads * apart[0] + (i + 1) % heads * apart[1];
-                expect_rows(q + next, row, T, D);
-                expect_rows(k + next, row, T, D);
-                expect_rows(v + next, row, T, D);
+            const int64_t text = i / heads, head = i % heads;
+            const bf16 *of_q = q + text * apart[0] + head * apart[1], *of_k = k + text * apart[3] + head * apart[4];
+            const bf16 *of_v = v + text * apart[3] + head * apart[4];
+            if (head + 1 < heads) {
+                expect_rows(of_q + apart[1], apart[2], Q, D);
+                expect_rows(of_k + apart[4], apart[5], T, D);
+                expect_rows(of_v + apart[4], apart[5], T, D);
             }
-            copy_rows(queries, q + at, row, T, padded, D);
-            transpose_rows(keys, NULL, k + at, row, T, padded, D);
-            pair_rows(values, v + at, row, T, padded, D);
+            copy_rows(queries, of_q, apart[2], Q, asked, D);
+            transpose_rows(keys, NULL, of_k, apart[5], T, padded, D);
+            pair_rows(values, of_v, apart[5], T, padded, D);
             fill(plus, added ? added + text * T : NULL, LOG2_E, T, padded, -INFINITY);
-            for (int s = 0; s < T; s += STRIP) {
-                const int count = least(STRIP, T - s), m = (count + 15) / 16;
+            for (int s = 0; s < Q; s += STRIP) {
+                const int count = least(STRIP, Q - s), m = (count + 15) / 16;
                 product(queries + s * D, D * 2, keys, padded * 4, scores, padded * 4, m, tiles, D / 32, 0);
                 float largest[STRIP] = {0}, share[STRIP] = {0};
                 for (int r = 0; r < count; r++)
@@ -291,19 +306,19 @@ void attention_forward(const bf16 *q, const bf16 *k, const bf16 *v, const int64_
                 for (int r = 0; r < count; r += 16) {
                     const __m512 sum = _mm512_loadu_ps(share + r);
                     const __m512 log = _mm512_add_ps(_mm512_loadu_ps(largest + r), log2_of(sum));
-                    if (sums) _mm512_mask_storeu_ps(sums + i * T + s + r, upto(count - r, 16), log);
+                    if (sums) _mm512_mask_storeu_ps(sums + i * Q + s + r, upto(count - r, 16), log);
                     _mm512_storeu_ps(share + r, _mm512_div_ps(_mm512_set1_ps(1.0f), sum));
                 }
                 product(shares, padded * 2, values, D * 4, results, D * 4, m, D / 16, padded / 32, 0);
-                bf16 *to = out + (text * T + s) * out_apart + head * D;
+                bf16 *to = out + (text * Q + s) * out_apart + head * D;
                 for (int r = 0; r < count; r++)
                     for (int w = 0; w < D; w += 16)
-                        store(to + r * out_apart + w, _mm512_mul_ps(_mm512_load_ps(results + r * D + w), _mm512_set1_ps(share[r])));
+                        store(to + r * out_apart + w,
+                              _mm512_mul_ps(_mm512_load_ps(results + r * D + w), _mm512_set1_ps(share[r])));
             }
         }
         _tile_release();
         _mm_setcsr(before);
-        free(memory);
     }
 }
 
@@ -324,97 +339,98 @@ static inline __m256i score_gradients(bf16 *share, bf16 *grad_score, const float
     return low;
 }
 
-/* Gradients of q, k and v, (texts, tokens, heads, width) each, by `grad`, that of `out`, of the same shape, and by what
- * attention_forward was given and gave. */
+/* Gradients of q, k and v, (texts, asking or tokens, heads, width) each, by `grad`, that of `out`, of the same shape, and
+ * by what attention_forward was given and gave. */
 void attention_backward(const bf16 *grad, const bf16 *out, const bf16 *q, const bf16 *k, const bf16 *v,
                         const int64_t *apart, const float *added, const float *sums, bf16 *grad_q, bf16 *grad_k,
-                        bf16 *grad_v, int64_t texts, int64_t heads, int64_t tokens, int64_t width, float scale,
-                        int threads) {
-    const int T = tokens, D = width, padded = (T + STRIP - 1) / STRIP * STRIP, tiles = (T + 15) / 16;
-    const int64_t out_apart = heads * D, row = apart[2];
+                        bf16 *grad_v, int64_t texts, int64_t heads, int64_t asking, int64_t tokens, int64_t width,
+                        float scale, int threads) {
+    const int Q = asking, T = tokens, D = width;
+    const int asked = (Q + STRIP - 1) / STRIP * STRIP, padded = (T + STRIP - 1) / STRIP * STRIP, tiles = (Q + 15) / 16;
+    const int64_t row = heads * D;
 #pragma omp parallel num_threads(threads)
     {
-        char *memory = aligned_alloc(64, padded * (D * 18 + 12) + STRIP * (padded * 14 + D * 4) + 8192), *left = memory;
+        static __thread char *own;
+        static __thread int64_t own_size;
+        char *left = workspace(padded * (D * 6 + 4) + asked * (D * 12 + 8) + STRIP * (asked * 14 + D * 4) + 8192, &own, &own_size);
         bf16 *keys = take(&left, padded * D * 2), *values = take(&left, padded * D * 2);
         bf16 *keys_across = take(&left, padded * D * 2);
-        uint32_t *q_across = take(&left, padded * D * 2), *q_pairs = take(&left, padded * D * 2);
-        uint32_t *grad_across = take(&left, padded * D * 2), *grad_pairs = take(&left, padded * D * 2);
-        float *of_q = take(&left, padded * D * 4); /* (D, padded) */
-        float *plus = take(&left, padded * 4), *sum = take(&left, padded * 4), *mean = take(&left, padded * 4);
-        float *scores = take(&left, STRIP * padded * 4), *grad_shares = take(&left, STRIP * padded * 4);
+        uint32_t *q_across = take(&left, asked * D * 2), *q_pairs = take(&left, asked * D * 2);
+        uint32_t *grad_across = take(&left, asked * D * 2), *grad_pairs = take(&left, asked * D * 2);
+        float *q_sums = take(&left, asked * D * 4); /* (D, asked) */
+        float *plus = take(&left, padded * 4), *sum = take(&left, asked * 4), *mean = take(&left, asked * 4);
+        float *scores = take(&left, STRIP * asked * 4), *grad_shares = take(&left, STRIP * asked * 4);
         float *results = take(&left, STRIP * D * 4);
-        bf16 *shares = take(&left, STRIP * padded * 2), *grad_scores = take(&left, STRIP * padded * 2);
-        uint32_t *grad_score_pairs = take(&left, STRIP * padded * 2);
+        bf16 *shares = take(&left, STRIP * asked * 2), *grad_scores = take(&left, STRIP * asked * 2);
+        uint32_t *grad_score_pairs = take(&left, STRIP * asked * 2);
         unsigned before = begin_vectors();
         begin_tiles();
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < texts * heads; i++) {
-            const int64_t text = i / heads, head = i % heads, at = text * apart[0] + head * apart[1];
-            const int64_t out_at = text * T * out_apart + head * D;
-            if (i + 1 < texts * heads) {
-                const int64_t next = (i + 1) / heads * apart[0] + (i + 1) % heads * apart[1];
-                const int64_t out_next = ((i + 1) / heads * T * heads + (i + 1) % heads) * D;
-                expect_rows(q + next, row, T, D);
-                expect_rows(k + next, row, T, D);
-                expect_rows(v + next, row, T, D);
-                expect_rows(out + out_next, out_apart, T, D);
-                expect_rows(grad + out_next, out_apart, T, D);
+            const int64_t text = i / heads, head = i % heads, q_at = text * Q * row + head * D, k_at = text * T * row + head * D;
+            const bf16 *of_q = q + text * apart[0] + head * apart[1], *of_k = k + text * apart[3] + head * apart[4];
+            const bf16 *of_v = v + text * apart[3] + head * apart[4], *of_out = grad + q_at, *was = out + q_at;
+            if (head + 1 < heads) {
+                expect_rows(of_q + apart[1], apart[2], Q, D);
+                expect_rows(of_k + apart[4], apart[5], T, D);
+                expect_rows(of_v + apart[4], apart[5], T, D);
+                expect_rows(of_out + D, row, Q, D);
+                expect_rows(was + D, row, Q, D);
             }
-            copy_rows(keys, k + at, row, T, padded, D);
-            copy_rows(values, v + at, row, T, padded, D);
-            transpose_rows(NULL, keys_across, k + at, row, T, padded, D);
-            transpose_rows(q_across, NULL, q + at, row, T, padded, D);
-            transpose_rows(grad_across, NULL, grad + out_at, out_apart, T, padded, D);
-            pair_rows(q_pairs, q + at, row, T, padded, D);
-            pair_rows(grad_pairs, grad + out_at, out_apart, T, padded, D);
+            copy_rows(keys, of_k, apart[5], T, padded, D);
+            copy_rows(values, of_v, apart[5], T, padded, D);
+            transpose_rows(NULL, keys_across, of_k, apart[5], T, padded, D);
+            transpose_rows(q_across, NULL, of_q, apart[2], Q, asked, D);
+            transpose_rows(grad_across, NULL, of_out, row, Q, asked, D);
+            pair_rows(q_pairs, of_q, apart[2], Q, asked, D);
+            pair_rows(grad_pairs, of_out, row, Q, asked, D);
             fill(plus, added ? added + text * T : NULL, LOG2_E, T, padded, 0.0f);
-            fill(sum, sums + i * T, -1.0f, T, padded, -INFINITY);
-            for (int t = 0; t < padded; t++) { /* of a query's gradients of probabilities, weighted by these */
-                const bf16 *x = out + out_at + t * out_apart, *y = grad + out_at + t * out_apart;
+            fill(sum, sums + i * Q, -1.0f, Q, asked, -INFINITY);
+            for (int t = 0; t < asked; t++) { /* of a query's gradients of probabilities, weighted by these */
                 __m512 total = _mm512_setzero_ps();
-                for (int w = 0; t < T && w < D; w += 16) total = _mm512_fmadd_ps(load(x + w), load(y + w), total);
+                for (int w = 0; t < Q && w < D; w += 16)
+                    total = _mm512_fmadd_ps(load(was + t * row + w), load(of_out + t * row + w), total);
                 mean[t] = -scale * _mm512_reduce_add_ps(total);
             }
             for (int s = 0; s < T; s += STRIP) { /* rows are keys here, and columns queries */
                 const int count = least(STRIP, T - s), m = (count + 15) / 16, even = (count + 1) / 2 * 2;
-                product(keys + s * D, D * 2, q_across, padded * 4, scores, padded * 4, m, tiles, D / 32, 0);
-                product(values + s * D, D * 2, grad_across, padded * 4, grad_shares, padded * 4, m, tiles, D / 32, 0);
+                product(keys + s * D, D * 2, q_across, asked * 4, scores, asked * 4, m, tiles, D / 32, 0);
+                product(values + s * D, D * 2, grad_across, asked * 4, grad_shares, asked * 4, m, tiles, D / 32, 0);
                 for (int r = 0; r < even; r += 2) {
                     for (int t = 0; t < tiles * 16; t += 16) {
-                        const int64_t a = r * padded + t, b = a + padded;
+                        const int64_t a = r * asked + t, b = a + asked;
                         __m256i low = score_gradients(shares + a, grad_scores + a, scores + a, grad_shares + a, sum + t,
                                                       mean + t, plus[s + r], scale);
                         __m256i high = score_gradients(shares + b, grad_scores + b, scores + b, grad_shares + b, sum + t,
                                                        mean + t, plus[s + r + 1], scale);
-                        _mm512_store_si512(grad_score_pairs + r / 2 * padded + t, paired(low, high));
+                        _mm512_store_si512(grad_score_pairs + r / 2 * asked + t, paired(low, high));
                     }
-                    for (int j = r; j < r + 2 && tiles * 16 < padded; j++) { /* queries that are none */
-                        store(shares + j * padded + tiles * 16, _mm512_setzero_ps());
-                        store(grad_scores + j * padded + tiles * 16, _mm512_setzero_ps());
+                    for (int j = r; j < r + 2 && tiles * 16 < asked; j++) { /* queries that are none */
+                        store(shares + j * asked + tiles * 16, _mm512_setzero_ps());
+                        store(grad_scores + j * asked + tiles * 16, _mm512_setzero_ps());
                     }
                 }
                 if (even < STRIP) /* keys that are none */
-                    memset(grad_score_pairs + even / 2 * padded, 0, (STRIP - even) / 2 * padded * sizeof(uint32_t));
-                product(shares, padded * 2, grad_pairs, D * 4, results, D * 4, m, D / 16, padded / 32, 0);
-                store_rows(grad_v + out_at + s * out_apart, out_apart, results, count, D);
-                product(grad_scores, padded * 2, q_pairs, D * 4, results, D * 4, m, D / 16, padded / 32, 0);
-                store_rows(grad_k + out_at + s * out_apart, out_apart, results, count, D);
-                product(keys_across + s, padded * 2, grad_score_pairs, padded * 4, of_q, padded * 4, D / 16, tiles, 1,
+                    memset(grad_score_pairs + even / 2 * asked, 0, (STRIP - even) / 2 * asked * sizeof(uint32_t));
+                product(shares, asked * 2, grad_pairs, D * 4, results, D * 4, m, D / 16, asked / 32, 0);
+                store_rows(grad_v + k_at + s * row, row, results, count, D);
+                product(grad_scores, asked * 2, q_pairs, D * 4, results, D * 4, m, D / 16, asked / 32, 0);
+                store_rows(grad_k + k_at + s * row, row, results, count, D);
+                product(keys_across + s, padded * 2, grad_score_pairs, asked * 4, q_sums, asked * 4, D / 16, tiles, 1,
                         s > 0);
             }
-            for (int t = 0; t < T; t += 16) {
+            for (int t = 0; t < Q; t += 16) {
                 for (int w = 0; w < D; w += 16) {
                     __m512i r[16];
-                    for (int j = 0; j < 16; j++) r[j] = _mm512_load_si512(of_q + (w + j) * padded + t);
+                    for (int j = 0; j < 16; j++) r[j] = _mm512_load_si512(q_sums + (w + j) * asked + t);
                     transpose(r);
-                    for (int j = 0; j < least(16, T - t); j++)
-                        store(grad_q + out_at + (t + j) * out_apart + w, _mm512_castsi512_ps(r[j]));
+                    for (int j = 0; j < least(16, Q - t); j++)
+                        store(grad_q + q_at + (t + j) * row + w, _mm512_castsi512_ps(r[j]));
                 }
             }
         }
         _tile_release();
         _mm_setcsr(before);
-        free(memory);
     }
 }
 
@@ -505,16 +521,6 @@ static inline __attribute__((always_inline)) void finish(const result *of, int64
 
 /* Steps of 32 over which rows are multiplied by all columns while they lie in the first cache. */
 enum { DEPTH = 12 };
-
-/* Memory of a thread that is kept from call to call: new pages would take as long as a product. */
-static char *workspace(int64_t bytes, char **memory, int64_t *size) {
-    if (*size < bytes) {
-        free(*memory);
-        *size = (bytes + 4095) / 4096 * 4096;
-        *memory = aligned_alloc(4096, *size);
-    }
-    return *memory;
-}
 
 /* Packs a (depth, width) matrix, or one stored as (width, depth), for `linear`: all tiles of the first 16 columns, then
  * of the next, an even number of times; depth is a multiple of 32. */

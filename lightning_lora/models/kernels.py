@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+#: What sizes are multiples of.
+STEP = 32
 #: The compiled code, and what its ``kernels_version`` must give.
 COMPILED = Path(__file__).with_name(f"_kernels{EXTENSION_SUFFIXES[0]}")
-VERSION = 2
+VERSION = 3
 
 _ADDRESS, _COUNT, _REAL, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
-    "attention_forward": [_ADDRESS] * 7 + [_COUNT] * 4 + [_REAL, _INT],
-    "attention_backward": [_ADDRESS] * 11 + [_COUNT] * 4 + [_REAL, _INT],
+    "attention_forward": [_ADDRESS] * 7 + [_COUNT] * 5 + [_REAL, _INT],
+    "attention_backward": [_ADDRESS] * 11 + [_COUNT] * 5 + [_REAL, _INT],
     "pack_weight": [_ADDRESS] * 2 + [_COUNT] * 2 + [_INT] * 2,
     "linear": [_ADDRESS] * 7 + [_COUNT] * 4 + [_INT] * 3,
     "row_products": [_ADDRESS] * 3 + [_COUNT] * 3 + [_INT],
@@ -58,45 +60,54 @@ def computes(tensor: Tensor) -> bool:
 
 
 class CompiledAttention:
-    """softmax(q k' scaling + mask) v of all tokens, whose probabilities are found again in the backward pass."""
+    """softmax(q k' scaling + mask) v, whose probabilities are found again in the backward pass."""
 
     @staticmethod
     def computes(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
         """Whether it can: heads of a multiple of 32 wide, and a mask that is the same for all queries."""
-        fits = q.shape[2] == k.shape[2] and q.shape[3] % 32 == 0 and q.numel() > 0
+        fits = q.shape[3] % STEP == 0 and q.numel() > 0 and k.numel() > 0
         return fits and (mask is None or mask.shape[1:3] == (1, 1)) and computes(q)
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, list[Tensor]]:
-        """The result, (B, T, H, D), of three (B, H, T, D) and a mask (B, 1, 1, T); and what ``backward`` needs."""
-        batch, heads, length, width = q.shape
-        if not (q.stride() == k.stride() == v.stride() and q.stride(3) == 1):
-            q, k, v = (x.contiguous() for x in (q, k, v))
-        out, sums = q.new_empty(batch, length, heads, width), torch.empty(batch, heads, length)
+        """The result, (B, Q, H, D), and what ``backward`` needs.
+
+        Args:
+            q: Queries, (B, H, Q, D).
+            k: Keys, (B, H, T, D).
+            v: Values, as keys.
+            mask: What is added to the scores, (B, 1, 1, T).
+            scaling: Of the scores.
+        """
+        batch, heads, asking, width = q.shape
+        q = q if q.stride(3) == 1 else q.contiguous()
+        if not (k.stride() == v.stride() and k.stride(3) == 1):
+            k, v = k.contiguous(), v.contiguous()
+        out, sums = q.new_empty(batch, asking, heads, width), torch.empty(batch, heads, asking)
         added = [] if mask is None else [_added(mask, batch)]
         LIBRARY.attention_forward(
-            *(x.data_ptr() for x in (q, k, v)), _apart(q), _address(added), out.data_ptr(), sums.data_ptr(),
-            batch, heads, length, width, scaling, torch.get_num_threads(),
+            *(x.data_ptr() for x in (q, k, v)), _apart(q, k), _address(added), out.data_ptr(), sums.data_ptr(),
+            batch, heads, asking, k.shape[2], width, scaling, torch.get_num_threads(),
         )  # fmt: skip
         return out, [q, k, v, out, sums, *added]
 
     @staticmethod
     def backward(grad: Tensor, kept: list[Tensor], scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of q, k and v, (B, H, T, D), by that of the result."""
+        """The gradients of q, k and v, of their shapes, by that of the result."""
         q, k, v, out, sums, *added = kept
-        batch, heads, length, width = q.shape
-        grads = [torch.empty_like(out) for _ in range(3)]
+        batch, heads, asking, width = q.shape
         grad = grad.contiguous()
+        grads = [torch.empty_like(out), *(q.new_empty(batch, k.shape[2], heads, width) for _ in range(2))]
         LIBRARY.attention_backward(
-            *(x.data_ptr() for x in (grad, out, q, k, v)), _apart(q), _address(added), sums.data_ptr(),
-            *(x.data_ptr() for x in grads), batch, heads, length, width, scaling, torch.get_num_threads(),
+            *(x.data_ptr() for x in (grad, out, q, k, v)), _apart(q, k), _address(added), sums.data_ptr(),
+            *(x.data_ptr() for x in grads), batch, heads, asking, k.shape[2], width, scaling, torch.get_num_threads(),
         )  # fmt: skip
         of_q, of_k, of_v = (x.transpose(1, 2) for x in grads)
         return of_q, of_k, of_v
 
 
-def _apart(x: Tensor) -> Any:
-    return (_COUNT * 3)(*x.stride()[:3])
+def _apart(q: Tensor, k: Tensor) -> Any:
+    return (_COUNT * 6)(*q.stride()[:3], *k.stride()[:3])
 
 
 def _address(tensors: list[Tensor]) -> int | None:
@@ -123,8 +134,6 @@ class Then(IntEnum):
     MULTIPLIED = 4
 
 
-#: What widths are multiples of.
-STEP = 32
 #: By a weight's identity, and whether its transposed is multiplied by: the weight, and its version and address when it
 #: was packed, and its packed form.
 _packed: dict[tuple[int, bool], tuple[weakref.ref[Tensor], int, int, Tensor]] = {}

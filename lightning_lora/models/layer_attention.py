@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_lora.models.attention import attend_without_backward, finite, softmax, way
+from lightning_lora.models.attention import attend_without_backward, way
 from lightning_lora.models.fused_linear import Weights, shared_input
 
 #: What a backward pass needs; None where no adapter asks for it.
@@ -81,6 +81,7 @@ class FirstToken:
 
     def __init__(self, weights: list[Weights], heads: int, dtype: torch.dtype, compiled: bool) -> None:
         self.query = shared_input(weights[:1], dtype, compiled)
+        self.compiled = compiled
         self.key, self.value = (PerHead(w, heads, dtype) for w in weights[1:])
         self.heads = heads
 
@@ -95,38 +96,36 @@ class FirstToken:
         (rows,), inner = self.query.forward(states[:, 0].contiguous())
         q = rows.view(batch, self.heads, -1).transpose(0, 1).contiguous()
         asked, asked_inner = self.key.times_transposed(q)
-        asked = asked.transpose(0, 1).contiguous()
-        scores = torch.baddbmm(q.new_empty(1), asked, states.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-        if mask is not None:
-            scores += finite(mask[:, 0, :1], scores.dtype)
-        shares = softmax(scores)
-        seen = shares.bmm(states).transpose(0, 1).contiguous()
+        # Each head asks all states, which are keys and values at once.
+        asked, mask = asked.transpose(0, 1)[:, None], None if mask is None else mask[:, :, :1]
+        self.way = way(asked, states[:, None], mask, self.compiled)
+        out, kept = self.way.forward(asked, states[:, None], states[:, None], mask, q.shape[-1] ** -0.5)
+        seen = out[:, :, 0].transpose(0, 1).contiguous()
         out, seen_inner = self.value.times(seen)
-        return out.transpose(0, 1).reshape(batch, width), [inner, q, asked_inner, asked, shares, seen, seen_inner]
+        return out.transpose(0, 1).reshape(batch, width), [inner, q, asked_inner, seen, seen_inner, *kept]
 
     def backward(
         self, grad: Tensor, states: Tensor, kept: Kept, wanted: bool, beside: Tensor
     ) -> tuple[Tensor | None, list[Tensor]]:
         """As ``EveryToken.backward``; the gradients of the result and beside are of the first token, (B, H)."""
-        inner, q, asked_inner, asked, shares, seen, seen_inner = kept
+        inner, q, asked_inner, seen, seen_inner, *attended = kept
         batch, _, width = states.shape
-        assert q is not None and asked is not None and shares is not None and seen is not None
-        scaling = q.shape[-1] ** -0.5
+        assert q is not None and seen is not None
         of_out = grad.view(batch, self.heads, -1).transpose(0, 1).contiguous()
         of_seen, back = self.value.times_transposed(of_out)
         of_value = self.value.adapter_gradients(back, seen, of_out, seen_inner)
-        of_seen = of_seen.transpose(0, 1).contiguous()
-        of_scores = torch._softmax_backward_data(of_seen.bmm(states.mT), shares, -1, shares.dtype)
-        of_asked = torch.baddbmm(q.new_empty(1), of_scores, states, beta=0, alpha=scaling).transpose(0, 1).contiguous()
+        of_heads = of_seen.transpose(0, 1)[:, :, None]
+        found = self.way.backward(of_heads, cast(list[Tensor], attended), q.shape[-1] ** -0.5)
+        of_asked = found[0][:, 0].transpose(0, 1).contiguous()
         of_q, forth = self.key.times(of_asked, bias=False)
         of_key = self.key.adapter_gradients(asked_inner, of_asked, q, forth)
         rows = of_q.transpose(0, 1).reshape(batch, width)
         first, of_query = self.query.backward([rows], states[:, 0].contiguous(), inner, wanted, beside)
         if first is None:
             return None, [*of_query, *of_key, *of_value]
-        into = torch.baddbmm(shares.mT.bmm(of_seen), of_scores.mT, asked, alpha=scaling)
+        into = found[1][:, 0] + found[2][:, 0]
         into[:, 0] += first
-        return into.view(-1, width), [*of_query, *of_key, *of_value]
+        return into.reshape(-1, width), [*of_query, *of_key, *of_value]
 
 
 class PerHead:

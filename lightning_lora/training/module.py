@@ -397,11 +397,14 @@ class TextClassifier(LightningModule):
             return
         data: Any = loader.dataset
         loader.batch_sampler.set_epoch(self.trainer.current_epoch)  # as Lightning does, but later
-        batch = self.trainer.strategy.batch_to_device(data.__getitems__(loader.batch_sampler.largest()))
         trained = [p for p in self.parameters() if p.requires_grad]
-        with self.trainer.precision_plugin.forward_context():
-            loss = F.cross_entropy(self.document_logits(batch), batch["labels"])
-        torch.autograd.grad(loss, trained, allow_unused=True)
+        largest = loader.batch_sampler.largest()
+        # One row first: what is made once and stays must not lie between what comes and goes.
+        for rows in (largest[:1], largest):
+            batch = self.trainer.strategy.batch_to_device(data.__getitems__(rows))
+            with self.trainer.precision_plugin.forward_context():
+                loss = F.cross_entropy(self.document_logits(batch), batch["labels"])
+            torch.autograd.grad(loss, trained, allow_unused=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and its schedule, which moves on each optimizer step."""

@@ -57,6 +57,22 @@ def test_attention_and_its_gradients_are_those_of_the_function(length: int, widt
 
 
 @needs_kernels
+@pytest.mark.parametrize(("asking", "length", "width"), [(1, 40, 32), (12, 7, 384), (50, 20, 64)])
+def test_there_may_be_more_or_fewer_queries_than_keys(asking: int, length: int, width: int) -> None:
+    q, _, _, grad = heads(asking, width)
+    _, k, v, _ = heads(length, width)
+    mask = torch.zeros(2, 1, 1, length)
+    mask[1, ..., 4:] = torch.finfo(torch.float32).min
+    truths = [x.double().requires_grad_() for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*truths, attn_mask=mask.double(), scale=0.1).transpose(1, 2)
+    gradients = torch.autograd.grad(expected, truths, grad.double())
+    out, kept = kernels.CompiledAttention.forward(q, k, v, mask, 0.1)
+    assert apart(out, expected) < ROUNDINGS
+    for got, value in zip(kernels.CompiledAttention.backward(grad, kept, 0.1), gradients, strict=True):
+        assert apart(got, value) < ROUNDINGS
+
+
+@needs_kernels
 def test_attention_takes_any_layout_and_large_scores() -> None:
     q, k, v, _ = heads(40, 32)
     large = (30 * q).contiguous()
@@ -74,7 +90,6 @@ def test_what_it_cannot_compute_is_left_to_torch() -> None:
     assert can(q, k, None)
     assert not can(q.float(), k.float(), None)  # another number format
     assert not can(q[..., :24], k[..., :24], None)  # heads of another width
-    assert not can(q[:, :, :1], k, None)  # one query
     assert not can(q, k, torch.zeros(2, 1, 8, 8))  # a mask of each query
 
 
