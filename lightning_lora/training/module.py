@@ -297,8 +297,6 @@ class TextClassifier(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the method do what it does after a step."""
         super().optimizer_step(*args, **kwargs)
-        # Lightning forgets gradients behind the next forward pass; till then they would lie between its activations.
-        self.zero_grad()
         if self.tuned.steps is not None:
             self.tuned.steps.after_step(self.trainer.global_step + 1)
 
