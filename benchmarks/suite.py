@@ -44,11 +44,13 @@ class System:
 
     Args:
         name: As it is shown.
+        recipe: Of ``hf_trainer.py``; None for this project.
         batches: The batch sizes that it may choose from, as options.
         settings: What it may choose from besides, for speed alone.
     """
 
     name: str
+    recipe: str | None = None
     batches: Sequence[tuple[str, ...]] = ((),)
     settings: Sequence[tuple[str, ...]] = ((),)
 
@@ -58,7 +60,7 @@ class System:
         """Trains and evaluates once, each as a process of its own; what came out, in plain numbers."""
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        run = ours if self.name == "lightning_lora" else trainer
+        run = ours if self.recipe is None else trainer
         return run(self, task, settings, rate, seed, work, test)
 
 
@@ -67,7 +69,7 @@ def trainer(system: System, task: Task, settings: Sequence[str], rate: float, se
     from lightning_lora.locations import resolve
 
     out = work / "report.json"
-    words = ["--recipe", system.name.split()[-1], "--data", str(task.folder), "--base_model"]
+    words = ["--recipe", str(system.recipe), "--data", str(task.folder), "--base_model"]
     words += [resolve(task.base, "base").target, "--max_length", str(task.max_length), "--epochs", str(task.epochs)]
     words += ["--out", str(out), "--learning_rate", str(rate), "--seed", str(seed), *settings]
     started = call([str(Path(__file__).with_name("hf_trainer.py")), *words, *([] if test else ["--no_test"])], work)
@@ -117,19 +119,19 @@ def ours(system: System, task: Task, settings: Sequence[str], rate: float, seed:
     return result
 
 
-#: The peers as they are used, and this project.
+BATCHES = (("--batch_size", "16"), ("--batch_size", "32"))
+#: Number formats of the base and implementations of its attention, from which the tuned peers choose.
+SETTINGS = tuple(
+    ("--attention", attention, "--base_dtype", dtype)
+    for attention in ("sdpa", "eager")
+    for dtype in ("float32", "bfloat16")
+)
+#: The peers as they are used, the second also with this project's habit of no dropout in a frozen base; this project.
 SYSTEMS = (
-    System("Trainer, common"),
-    System(
-        "Trainer, tuned",
-        [("--batch_size", "16"), ("--batch_size", "32")],
-        [
-            ("--attention", attention, "--base_dtype", dtype)
-            for attention in ("sdpa", "eager")
-            for dtype in ("float32", "bfloat16")
-        ],
-    ),
-    System("lightning_lora", [("--data.batch_size", "16"), ("--data.batch_size", "32")]),
+    System("Trainer, common", "common"),
+    System("Trainer, tuned", "tuned", BATCHES, SETTINGS),
+    System("Trainer, tuned, no base dropout", "tuned", BATCHES, [(*s, "--base_dropout", "0") for s in SETTINGS]),
+    System("lightning_lora", None, [("--data.batch_size", "16"), ("--data.batch_size", "32")]),
 )
 COLUMNS = {
     "train_rows_per_s": ("training, texts/s", "{:.1f}"),
@@ -297,8 +299,8 @@ def picture(found: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = ("train_rows_per_s", "test_rows_per_s", "peak_memory_mb", "test_accuracy")
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    colors = ("#999999", "#56B4E9", "#D55E00")  # Okabe and Ito: distinguishable without colour vision
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    colors = ("#999999", "#56B4E9", "#0072B2", "#D55E00")  # Okabe and Ito: distinguishable without colour vision
     for axes, key in zip(figure.subplots(1, len(shown)), shown, strict=True):
         for i, (entry, color) in enumerate(zip(found.values(), colors, strict=True)):
             values = [r[key] for r in entry["rounds"]]

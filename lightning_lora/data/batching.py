@@ -325,7 +325,7 @@ class LengthBatchSampler(Sampler[list[int]]):
     def largest(self) -> list[int]:
         """The batch of this epoch with the most tokens, padding included, among the first ten thousand."""
         batches = itertools.islice(self._batches(), 10_000)
-        return max(batches, key=lambda batch: int(padded_widths(self.lengths[batch]).sum()))
+        return max(batches, key=lambda batch: len(batch) * int(padded_widths(self.lengths[batch]).max()))
 
     def _batches(self) -> Iterator[list[int]]:
         if self.seed is None:

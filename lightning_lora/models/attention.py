@@ -5,6 +5,7 @@ scores that can be saved. This one scales and adds the mask within the matrix pr
 It is exact attention: softmax(Q K' scaling + mask) V. Without gradients torch's own is taken where it is faster.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,11 +51,6 @@ def exact_attention(
     else:
         out = attend_without_backward(query, key, value, attention_mask, scaling, compiled)
     return out.expand(-1, length, -1, -1) if cut else out, None
-
-
-def compiled_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """``exact_attention``, compiled where it can be."""
-    return exact_attention(*args, **kwargs, compiled=True)
 
 
 class ExactAttention(torch.autograd.Function):
@@ -178,6 +174,6 @@ def additive_mask(*args: Any, mask_function: Any, attention_mask: Tensor | None 
 
 
 AttentionInterface.register(EXACT, exact_attention)
-AttentionInterface.register(COMPILED, compiled_attention)
+AttentionInterface.register(COMPILED, partial(exact_attention, compiled=True))
 for _name in (EXACT, COMPILED):
     AttentionMaskInterface.register(_name, additive_mask)

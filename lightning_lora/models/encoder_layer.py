@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from lightning_lora.devices import compute_dtype
-from lightning_lora.models.architectures import LayerNames
 from lightning_lora.models import kernels
+from lightning_lora.models.architectures import LayerNames
 from lightning_lora.models.attention import COMPILED, EXACT
 from lightning_lora.models.base import Base
 from lightning_lora.models.fused_linear import FrozenLinear, FusedLora, Weights, shared_input

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_lora.devices import compute_dtype
 from lightning_lora.models import kernels
+from lightning_lora.models.buffers import BUFFERS
 from lightning_lora.models.kernels import STEP, Then
 
 #: Whether torch has the operators of ``one_pass``, which it keeps for its compiler.
@@ -205,7 +206,7 @@ class CompiledInput:
     def forward_gelu(self, rows: Tensor, backward: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """As ``SharedInput.forward_gelu``."""
         inner = self._inner(rows)
-        slope = rows.new_empty(len(rows), len(self.layers[0].weight)) if backward else None
+        slope = BUFFERS.empty(len(rows), len(self.layers[0].weight)) if backward else None
         then = Then.GELU if backward else Then.GELU_ALONE
         return self._result(0, rows, inner, then, slope), slope, inner
 

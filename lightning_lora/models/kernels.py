@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.models.buffers import BUFFERS
+
 #: What sizes are multiples of.
 STEP = 32
 #: The compiled code, and what its ``kernels_version`` must give.
@@ -83,7 +85,8 @@ class CompiledAttention:
         q = q if q.stride(3) == 1 else q.contiguous()
         if not (k.stride() == v.stride() and k.stride(3) == 1):
             k, v = k.contiguous(), v.contiguous()
-        out, sums = q.new_empty(batch, asking, heads, width), torch.empty(batch, heads, asking)
+        out = BUFFERS.empty(batch * asking, heads * width).view(batch, asking, heads, width)
+        sums = torch.empty(batch, heads, asking)
         added = [] if mask is None else [_added(mask, batch)]
         LIBRARY.attention_forward(
             *(x.data_ptr() for x in (q, k, v)), _apart(q, k), _address(added), out.data_ptr(), sums.data_ptr(),
@@ -97,7 +100,10 @@ class CompiledAttention:
         q, k, v, out, sums, *added = kept
         batch, heads, asking, width = q.shape
         grad = grad.contiguous()
-        grads = [torch.empty_like(out), *(q.new_empty(batch, k.shape[2], heads, width) for _ in range(2))]
+        grads = [
+            BUFFERS.empty(batch * count, heads * width).view(batch, count, heads, width)
+            for count in (asking, k.shape[2], k.shape[2])
+        ]
         LIBRARY.attention_backward(
             *(x.data_ptr() for x in (grad, out, q, k, v)), _apart(q, k), _address(added), sums.data_ptr(),
             *(x.data_ptr() for x in grads), batch, heads, asking, k.shape[2], width, scaling, torch.get_num_threads(),
@@ -115,7 +121,7 @@ def _address(tensors: list[Tensor]) -> int | None:
 
 
 def _added(mask: Tensor, batch: int) -> Tensor:
-    """What is added to scores, (B, T): the largest of a text 0, which changes nothing, and none so low as to overflow."""
+    """What is added to scores, (B, T): a text's largest 0, which changes nothing, and none so low as to overflow."""
     rows = mask[:, 0, 0].float().clamp(min=-1e30).expand(batch, -1)
     return rows - rows.amax(1, keepdim=True)
 
@@ -186,7 +192,7 @@ def linear(
         out: Where the result is put; it may be the other.
     """
     count, depth = rows.shape
-    out = rows.new_empty(count, width) if out is None else out
+    out = BUFFERS.empty(count, width) if out is None else out
     beside, matrix = (None, None) if low is None else low
     LIBRARY.linear(
         *(None if t is None else t.data_ptr() for t in (rows, form, bias, beside, matrix, other, out)),
@@ -206,7 +212,7 @@ def row_products(left: Tensor, right: Tensor) -> Tensor:
 def norm_forward(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, list[Tensor]]:
     """The layer norm of rows (N, width), the width a multiple of 16, and what ``norm_backward`` needs beside them."""
     count, width = rows.shape
-    out, stats = torch.empty_like(rows), torch.empty(count, 2)
+    out, stats = BUFFERS.empty(count, width), torch.empty(count, 2)
     tensors: Any = (rows, norm.weight, norm.bias, out, stats)
     LIBRARY.norm_forward(*(t.data_ptr() for t in tensors), count, width, norm.eps, torch.get_num_threads())
     return out, [stats]
@@ -214,7 +220,7 @@ def norm_forward(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, list[Tensor]
 
 def norm_backward(grad: Tensor, rows: Tensor, stats: Tensor, norm: nn.LayerNorm) -> Tensor:
     """The gradient of rows by that of their layer norm."""
-    out = torch.empty_like(rows)
+    out = BUFFERS.empty(*rows.shape)
     tensors = (grad, rows, norm.weight, stats, out)
     LIBRARY.norm_backward(*(t.data_ptr() for t in tensors), *rows.shape, torch.get_num_threads())
     return out

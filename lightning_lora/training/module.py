@@ -19,6 +19,7 @@ from lightning_lora.evaluation.metrics import counts, make_metrics, metric_value
 from lightning_lora.models import kernels
 from lightning_lora.models.attention import COMPILED, EXACT
 from lightning_lora.models.base import load_base
+from lightning_lora.models.buffers import BUFFERS
 from lightning_lora.models.fused_linear import FrozenLinear
 from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
 from lightning_lora.models.quantization import Quantization, check_quantization
@@ -173,6 +174,7 @@ class TextClassifier(LightningModule):
     def train(self, mode: bool = True) -> "TextClassifier":
         """Sets training or evaluation mode, and with it the attention that is faster in that mode."""
         super().train(mode)
+        BUFFERS.forget()
         if mode:  # after an evaluation that was broken off
             end_evaluation(self.model)
         self.model.set_attn_implementation(self.attention_for(mode))
@@ -183,7 +185,7 @@ class TextClassifier(LightningModule):
 
         Architectures that are not known by name get "eager" instead, and that for training only.
         """
-        chosen = self.attention
+        chosen: str = self.attention
         if chosen == "auto" and torch.cuda.is_available():
             chosen = self.loaded_attention
         elif chosen == "auto" and self.known_architecture and self.loaded_attention == "sdpa":

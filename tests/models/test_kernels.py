@@ -161,9 +161,12 @@ def test_a_packed_weight_is_made_anew_when_the_weight_changes() -> None:
     weight = nn.Parameter(torch.randn(32, 32).bfloat16(), requires_grad=False)
     form = kernels.packed(weight, True)
     assert kernels.packed(weight, True) is form and kernels.packed(weight, False) is not form
-    for change in (lambda: weight.mul_(2), lambda: setattr(weight, "data", torch.randn(32, 32).bfloat16())):
+    for change in ("in place", "another"):
         before = kernels.packed(weight, True)
-        change()
+        if change == "in place":
+            weight.mul_(2)
+        else:
+            weight.data = torch.randn(32, 32).bfloat16()
         assert kernels.packed(weight, True) is not before
         assert torch.equal(kernels.packed(weight, True), kernels.pack(weight, True))
     of = id(weight)
@@ -181,7 +184,9 @@ def test_compiled_linear_layers_are_those_of_torch(ranks: tuple[int | None, ...]
     for rank in ranks:
         adapter = () if rank is None else (torch.randn(rank, 64) / 8, torch.randn(96, rank) / 8, 0.5)
         layers.append(Weights(torch.randn(96, 64).bfloat16() / 8, torch.randn(96).bfloat16(), *adapter))
-    wide = [Weights(*(None if t is None else t.double() for t in (w.weight, w.bias, w.a, w.b)), w.scaling) for w in layers]
+    wide = [
+        Weights(*(None if t is None else t.double() for t in (w.weight, w.bias, w.a, w.b)), w.scaling) for w in layers
+    ]
     rows, added, into = (torch.randn(37, n).bfloat16() for n in (64, 96, 64))
     grads = [torch.randn(37, 96).bfloat16() for _ in layers]
     truth, ours = SharedInput(wide, torch.double), shared_input(layers, torch.bfloat16, True)
