@@ -1,12 +1,13 @@
-"""Imports without what libraries load only to have it: a second of each start, and 70 MB."""
+"""Imports without what libraries load only to have it: a second and a half of each start, and 130 MB."""
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from functools import wraps
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 
@@ -46,32 +47,101 @@ def compiling_later() -> Iterator[None]:
         torch.compile = real
 
 
-@contextmanager
-def without_signal() -> Iterator[None]:
-    """``import scipy.signal`` gives a placeholder; nothing keeps it, and the real one can be imported afterwards.
+class StandIn(ModuleType):
+    """What a module is taken for while others are imported; whoever uses it later uses the module itself.
 
-    torchmetrics 1.9 imports it to give it back a name that one audio package looks for.
+    Args:
+        name: Of the module.
+        names: What is asked of it while others are imported.
     """
-    name = "scipy.signal"
-    if name in sys.modules:
-        yield
-        return
-    placeholder = ModuleType(name)
-    placeholder.hamming = None  # type: ignore[attr-defined]  # the name: there is nothing to give back
-    sys.modules[name] = placeholder
+
+    def __init__(self, name: str, **names: Any) -> None:
+        super().__init__(name)
+        vars(self).update(names)
+        self._names = list(names)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what the import system asks
+            raise AttributeError(name)
+        return getattr(import_module(self.__name__), name)
+
+    def step_aside(self) -> None:
+        """Knows nothing of itself any more."""
+        for name in self._names:
+            vars(self).pop(name, None)
+
+
+@contextmanager
+def standing_in(*modules: StandIn) -> Iterator[None]:
+    """Importing any of the modules gives what stands in for it, if it is not there; later it gives the module."""
+    missing = [module for module in modules if module.__name__ not in sys.modules]
+    sys.modules.update({module.__name__: module for module in missing})
     try:
         yield
     finally:
-        sys.modules.pop(name, None)
-        scipy: Any = sys.modules.get("scipy")
-        if scipy is not None and vars(scipy).get("signal") is placeholder:
-            del scipy.signal
+        for module in missing:
+            if sys.modules.get(module.__name__) is module:
+                del sys.modules[module.__name__]
+            package, _, name = module.__name__.rpartition(".")
+            if vars(sys.modules.get(package, module)).get(name) is module:
+                delattr(sys.modules[package], name)
+            module.step_aside()
+
+
+def later(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported when the function is called."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(module), name)(*args, **kwargs)
+
+    return call
+
+
+class LaterClass(type):
+    """A class that is asked only what is an instance of it, of which the class of that name in its module decides."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, getattr(import_module(cls.__module__), cls.__name__))
+
+
+class LaterStyle(ContextDecorator):
+    """matplotlib's style, from when it is entered on."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+        self.entered: list[Any] = []
+
+    def __enter__(self) -> None:
+        self.entered.append(import_module("matplotlib.pyplot").style.context(*self.args))
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered.pop().__exit__(*error)
+
+
+def without_pictures_and_signals() -> AbstractContextManager[None]:
+    """torchmetrics 1.9 can draw, and gives scipy.signal back a name that one audio package looks for."""
+
+    def asked(module: str, name: str) -> StandIn:
+        return StandIn(module, **{name: LaterClass(name, (), {"__module__": module})})
+
+    axes, colors = asked("matplotlib.axes", "Axes"), asked("matplotlib.colors", "Colormap")
+    pyplot = StandIn("matplotlib.pyplot", Figure=object, style=SimpleNamespace(context=LaterStyle))
+    matplotlib = StandIn("matplotlib", axes=axes, colors=colors, pyplot=pyplot)
+    return standing_in(matplotlib, axes, colors, pyplot, StandIn("scipy.signal", hamming=None))
+
+
+def without_assignment() -> AbstractContextManager[None]:
+    """transformers 5.23 loads the losses of all models, of which those that find objects in pictures need scipy."""
+    name = "linear_sum_assignment"
+    return standing_in(StandIn("scipy.optimize", **{name: later("scipy.optimize", name)}))
 
 
 #: In what a module's code is run when it is imported.
 LEAN: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "bitsandbytes": compiling_later,
-    "torchmetrics": without_signal,
+    "torchmetrics": without_pictures_and_signals,
+    "transformers.loss.loss_utils": without_assignment,
 }
 
 

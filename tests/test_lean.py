@@ -14,8 +14,8 @@ def run(code: str) -> str:
     ).stdout
 
 
-def test_training_loads_neither_the_compiler_nor_scipys_signals() -> None:
-    heavy = ["torch._inductor.compile_fx", "scipy.signal"]
+def test_training_loads_neither_the_compiler_nor_what_draws_and_assigns() -> None:
+    heavy = ["torch._inductor.compile_fx", "scipy.signal", "scipy.optimize", "matplotlib"]
     code = f"import lightning_lora.commands.fit; print([name for name in {heavy} if name in sys.modules])"
     assert run(code).strip() == "[]"
 
@@ -23,6 +23,30 @@ def test_training_loads_neither_the_compiler_nor_scipys_signals() -> None:
 def test_scipys_signals_can_be_had_afterwards() -> None:
     code = "import torchmetrics, scipy.signal; print(scipy.signal.windows.hamming(3).sum())"
     assert float(run(code)) == pytest.approx(0.08 + 1 + 0.08)
+
+
+def test_torchmetrics_draws_as_ever() -> None:
+    code = (
+        "import torch, torchmetrics, matplotlib; matplotlib.use('agg')\n"
+        "metric = torchmetrics.classification.MulticlassConfusionMatrix(3)\n"
+        "metric.update(torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2]))\n"
+        "figure, axes = metric.plot()\n"
+        "from matplotlib.figure import Figure\n"
+        "from torchmetrics.utilities import plot\n"
+        "ours = plot.matplotlib.axes.Axes is matplotlib.axes.Axes\n"
+        "print(isinstance(figure, Figure), plot.plt.Figure is Figure, ours)"
+    )
+    assert run(code).split() == ["True"] * 3
+
+
+def test_losses_assign_as_ever() -> None:
+    code = (
+        "import transformers.loss.loss_utils, sys; print('scipy.optimize' in sys.modules)\n"
+        "from transformers.loss import loss_for_object_detection as loss\n"
+        "print(loss.linear_sum_assignment([[4, 1], [2, 0]])[1].tolist())\n"
+        "import scipy.optimize; print(scipy.optimize.linear_sum_assignment([[4, 1], [2, 0]])[1].tolist())"
+    )
+    assert run(code).splitlines() == ["False", "[1, 0]", "[1, 0]"]
 
 
 def test_torch_compiles_as_ever_and_what_was_put_off_compiles_when_called() -> None:
