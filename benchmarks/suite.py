@@ -2,15 +2,13 @@
 
     python benchmarks/suite.py --out logs/benchmark [--data FOLDER]      (make benchmark)
 
-Each system first finds, for each batch size that it may have, its fastest settings on a few rows, and the best learning
-rate of one small sweep by validation accuracy; it takes the batch size that trains fastest among those that are within
-a standard error of the best accuracy. Then all systems train and test in turn, a round for each seed, so that a slow
+Each system first finds, for each batch size that it may have, its fastest settings on a few rows; then the batch size
+and the learning rate of one small sweep with the best validation accuracy. Then all systems train and test in turn, a round for each seed, so that a slow
 minute of the machine meets all of them. Reported are medians over the rounds. Test rows choose nothing.
 """
 
 import argparse
 import json
-import math
 import platform
 import shutil
 import statistics
@@ -224,8 +222,8 @@ def fastest(
     return max(speeds, key=lambda s: speeds[s])
 
 
-def choose(system: System, task: Task, trial: Task | None, rates: Sequence[float], out: Path, rows: int) -> Any:
-    """A system's settings and learning rate, found on validation rows, with what was tried.
+def sweep(system: System, task: Task, trial: Task | None, rates: Sequence[float], out: Path) -> dict[str, Any]:
+    """Validation accuracies and speeds of a system at each batch size and learning rate.
 
     Args:
         system: The system.
@@ -233,36 +231,35 @@ def choose(system: System, task: Task, trial: Task | None, rates: Sequence[float
         trial: The task with a few rows, to find fast settings; without it the first are taken.
         rates: Learning rates to try.
         out: Where work is put.
-        rows: Validation rows, of which the standard error is.
     """
     tried: dict[str, float] = {}
-    sweep = []
+    found = []
     for batch in system.batches if trial is not None else system.batches[:1]:
         first = (*batch, *system.settings[0])
         settings = fastest(system, batch, trial, rates[0], out, tried) if trial is not None else first
         for rate in rates:
             result = system.run(task, settings, rate, 1, out / "work", False)
             accuracy, speed = result["validation_accuracy"], result["train_rows_per_s"]
-            sweep.append({"settings": settings, "learning_rate": rate, "accuracy": accuracy, "texts_per_s": speed})
+            found.append({"settings": settings, "learning_rate": rate, "accuracy": accuracy, "texts_per_s": speed})
             said = f"validation accuracy {accuracy:.4f}, {speed:.1f} texts/s"
             say(f"{system.name} {' '.join(settings)}, learning rate {rate:g}: {said}")
-    best = max(entry["accuracy"] for entry in sweep)
-    error = math.sqrt(best * (1 - best) / rows)
-    good = [entry for entry in sweep if entry["accuracy"] >= best - error]
-    speeds = {
-        s: statistics.median(e["texts_per_s"] for e in sweep if e["settings"] == s)
-        for s in {e["settings"] for e in good}
-    }
-    settings = max(speeds, key=lambda s: speeds[s])
-    chosen = max((e for e in good if e["settings"] == settings), key=lambda e: e["accuracy"])
-    return {**chosen, "tried": tried, "sweep": sweep, "standard_error": error, "rounds": []}
+    return {"tried": tried, "sweep": found}
+
+
+def best(found: dict[str, Any]) -> dict[str, Any]:
+    """What was tried, and the setting and learning rate of the best validation accuracy; of equals the faster."""
+    chosen = max(found["sweep"], key=lambda entry: (entry["accuracy"], entry["texts_per_s"]))
+    return {**chosen, "tried": found["tried"], "sweep": found["sweep"], "rounds": []}
 
 
 def compare(
-    task: Task, out: Path, rates: Sequence[float], rounds: int, trial: Task | None, rows: int
+    task: Task, out: Path, rates: Sequence[float], rounds: int, trial: Task | None, swept: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Settings, learning rates and rounds of every system."""
-    found: dict[str, Any] = {s.name: choose(s, task, trial, rates, out, rows) for s in SYSTEMS}
+    """Settings, learning rates and rounds of every system; with ``swept`` the sweeps are those of an earlier report."""
+    swept = swept or {s.name: sweep(s, task, trial, rates, out) for s in SYSTEMS}
+    found = {s.name: best(swept[s.name]) for s in SYSTEMS}
+    for name, entry in found.items():
+        say(f"{name}: {' '.join(entry['settings'])}, learning rate {entry['learning_rate']:g}")
     for seed in range(1, rounds + 1):
         order = SYSTEMS if seed % 2 else SYSTEMS[::-1]
         for system in order:
@@ -345,6 +342,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3, 1.6e-2])
     parser.add_argument("--trial_rows", type=int, default=256, help="rows on which fast settings are found")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sweeps", type=Path, help="a benchmark.json whose sweeps are taken instead of new ones")
     parser.add_argument("--smoke", action="store_true", help="a few rows, one rate, one round: does it still run?")
     options = parser.parse_args()
     if options.smoke:
@@ -354,7 +352,8 @@ def main() -> None:
     folder = prepare(options.data, out, rows)
     task = Task(folder, options.max_length, options.base_model, options.epochs)
     trial = None if options.smoke else small(task, options.trial_rows, out)
-    found = compare(task, out, options.rates, options.rounds, trial, rows["validation"])
+    swept = json.loads(options.sweeps.read_text())["systems"] if options.sweeps else None
+    found = compare(task, out, options.rates, options.rounds, trial, swept)
     shutil.rmtree(out / "work")
     told = {"rows": rows, "max_length": options.max_length, "epochs": options.epochs, "rates": options.rates}
     source = options.data.name if options.data else "imdb_packaged"

@@ -1,8 +1,9 @@
-/* The parts of an encoder layer that are no products with weights, in bfloat16 on a CPU with AMX tiles and AVX-512.
+/* What an encoder layer of frozen weights computes, in bfloat16 on a CPU with AMX tiles and AVX-512.
  *
- * torch makes a pass over memory of each operation, and small matrices one by one. Here the attention of one head of
- * one text is computed while it lies in the cache, and the feed-forward block's activation brings its derivative along.
- * What is exact attention, GELU or layer norm there is so here, with sums in float32; kernels.py says what is passed.
+ * torch makes a pass over memory of each operation, and multiplies small matrices one by one. Here the attention of one
+ * head of one text is computed while it lies in the cache; adapters, biases, what is added to a result and GELU with its
+ * derivative come along with the product; weights are brought into the order of tiles once. What is exact attention,
+ * GELU or layer norm there is so here, with sums in float32. kernels.py says what is passed.
  *
  * A tile is 16 rows of 64 bytes. In a product C += A B of tiles A has 16 rows of 32 bfloat16; row i of B has, for 16
  * columns, rows 2i and 2i + 1 of the matrix beside each other ("paired"); C has 16 rows of 16 float32.

@@ -196,10 +196,16 @@ class TextClassifier(LightningModule):
 
     def speed_choices(self, precision: str) -> list[str]:
         """What is done for speed in a run of this precision, in words."""
+        attention = self.attention_for(training=True)
+        said = [f"{EXACT if attention == COMPILED else attention} attention"]
+        if attention == COMPILED and precision == "bf16-mixed":
+            said.append("compiled kernels")
+        elif attention == EXACT and self.speedups.compiled and precision == "bf16-mixed":
+            said.append(f"no compiled kernels ({kernels.MISSING})")
         lowered = ["frozen weights in bfloat16"] if self.lowers_frozen(precision) else []
         one_pass = sum(isinstance(module, FrozenLinear) for module in self.model.modules()) if lowered else 0
         biases = [f"{one_pass} linear layers with their bias in one pass"] if one_pass else []
-        return [*lowered, *self.speed_notes, *biases]
+        return [*said, *lowered, *self.speed_notes, *biases]
 
     def lowers_frozen(self, precision: str) -> bool:
         """Whether frozen weights are kept in bfloat16."""
