@@ -3,8 +3,9 @@
     python benchmarks/suite.py --out logs/benchmark [--data FOLDER]      (make benchmark)
 
 Each system first finds, for each batch size that it may have, its fastest settings on a few rows; then the batch size
-and the learning rate of one small sweep with the best validation accuracy. Then all systems train and test in turn, a round for each seed, so that a slow
-minute of the machine meets all of them. Reported are medians over the rounds. Test rows choose nothing.
+and the learning rate of one small sweep with the best validation accuracy. Then all systems train and test in turn, a
+round for each seed, so that a slow minute of the machine meets all of them. Reported are medians over the rounds. Test
+rows choose nothing.
 """
 
 import argparse
