@@ -57,4 +57,4 @@ outside: $(INSTALLED)  ## compare an export in an environment without this proje
 	.venv-outside/bin/python examples/load_anywhere.py $(EXPORT) $(TEXTS)
 
 clean:  ## remove the environment and caches of tools (runs stay)
-	rm -rf $(VENV) .venv-outside .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-outside .pytest_cache .mypy_cache .ruff_cache build *.egg-info lightning_lora/models/_kernels*
