@@ -123,7 +123,7 @@ def _address(tensors: list[Tensor]) -> int | None:
 def _added(mask: Tensor, batch: int) -> Tensor:
     """What is added to scores, (B, T): a text's largest 0, which changes nothing, and none so low as to overflow."""
     rows = mask[:, 0, 0].float().clamp(min=-1e30).expand(batch, -1)
-    return rows - rows.amax(1, keepdim=True)
+    return (rows - rows.amax(1, keepdim=True)).contiguous()
 
 
 class Then(IntEnum):
@@ -162,6 +162,7 @@ def packed(weight: Tensor, across: bool) -> Tensor:
 def pack(weight: Tensor, across: bool) -> Tensor:
     """As ``packed``, made anew."""
     depth, width = weight.shape[::-1] if across else weight.shape
+    weight = weight.contiguous()
     form = torch.empty(-(-width // STEP) * STEP * depth, dtype=torch.bfloat16)
     LIBRARY.pack_weight(weight.data_ptr(), form.data_ptr(), depth, width, across, torch.get_num_threads())
     return form
@@ -221,6 +222,6 @@ def norm_forward(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, list[Tensor]
 def norm_backward(grad: Tensor, rows: Tensor, stats: Tensor, norm: nn.LayerNorm) -> Tensor:
     """The gradient of rows by that of their layer norm."""
     out = BUFFERS.empty(*rows.shape)
-    tensors = (grad, rows, norm.weight, stats, out)
+    tensors = (grad.contiguous(), rows, norm.weight, stats, out)
     LIBRARY.norm_backward(*(t.data_ptr() for t in tensors), *rows.shape, torch.get_num_threads())
     return out

@@ -239,6 +239,26 @@ def outcome(base: str, compiled: bool, low: bool) -> dict[str, torch.Tensor]:
 
 
 @needs_kernels
+def test_what_lies_in_one_number_or_across_is_read_as_the_tensor_it_is() -> None:
+    """A sum hands down one number as the gradient of all; a weight may be a transposed one."""
+    torch.manual_seed(0)
+    norm = nn.LayerNorm(64).bfloat16()
+    nn.init.normal_(norm.weight)
+    rows, one = torch.randn(7, 64).bfloat16(), torch.ones(1, 1).bfloat16().expand(7, 64)
+    _, (stats,) = kernels.norm_forward(rows, norm)
+    assert torch.equal(
+        kernels.norm_backward(one, rows, stats, norm), kernels.norm_backward(one.clone(), rows, stats, norm)
+    )
+    weight = torch.randn(64, 96).bfloat16()
+    assert torch.equal(kernels.pack(weight.t(), True), kernels.pack(weight, False))
+    q, k, v, grad = heads(20, 32)
+    _, kept = kernels.CompiledAttention.forward(q, k, v, None, 0.2)
+    wide = grad[:, :, :1].expand_as(grad)
+    for a, b in zip(*(kernels.CompiledAttention.backward(g, kept, 0.2) for g in (wide, wide.clone())), strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_kernels
 @pytest.mark.parametrize("model_type", ["bert", "distilbert", "albert", "modernbert"])
 def test_a_model_learns_what_it_would_without(make_base, monkeypatch, model_type: str) -> None:
     """In bfloat16, within two percent of float32 by norm; in a fused layer, and in those that are not."""
