@@ -7,6 +7,7 @@ from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -128,7 +129,10 @@ def without_pictures_and_signals() -> AbstractContextManager[None]:
     axes, colors = asked("matplotlib.axes", "Axes"), asked("matplotlib.colors", "Colormap")
     pyplot = StandIn("matplotlib.pyplot", Figure=object, style=SimpleNamespace(context=LaterStyle))
     matplotlib = StandIn("matplotlib", axes=axes, colors=colors, pyplot=pyplot)
-    return standing_in(matplotlib, axes, colors, pyplot, StandIn("scipy.signal", hamming=None))
+    signal = StandIn("scipy.signal", hamming=None)
+    if "matplotlib" in sys.modules or find_spec("scienceplots"):  # all of it or nothing
+        return standing_in(signal)
+    return standing_in(matplotlib, axes, colors, pyplot, signal)
 
 
 def without_assignment() -> AbstractContextManager[None]:

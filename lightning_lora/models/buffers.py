@@ -4,6 +4,7 @@ A step makes and forgets dozens of them, as long as its batch: the C library's m
 is long enough for the largest batch (a tenth more in all than that needs). Here a piece is as long as the longest.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor
 LEAST = 2**17
 
 
-class Buffers:
-    """Pieces of memory by the width of what lies in them; one is free when no tensor is left that was made of it."""
+class Buffers(threading.local):
+    """Pieces of memory by the width of what lies in them; one is free when no tensor is left that was made of it.
+
+    Each thread has its own.
+    """
 
     def __init__(self) -> None:
         self.forget()

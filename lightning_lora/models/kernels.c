@@ -385,7 +385,7 @@ void attention_backward(const bf16 *grad, const bf16 *out, const bf16 *q, const 
             transpose_rows(grad_across, NULL, of_out, row, Q, asked, D);
             pair_rows(q_pairs, of_q, apart[2], Q, asked, D);
             pair_rows(grad_pairs, of_out, row, Q, asked, D);
-            fill(plus, added ? added + text * T : NULL, LOG2_E, T, padded, 0.0f);
+            fill(plus, added ? added + text * T : NULL, LOG2_E, T, padded, -INFINITY);
             fill(sum, sums + i * Q, -1.0f, Q, asked, -INFINITY);
             for (int t = 0; t < asked; t++) { /* of a query's gradients of probabilities, weighted by these */
                 __m512 total = _mm512_setzero_ps();

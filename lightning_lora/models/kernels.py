@@ -67,7 +67,7 @@ class CompiledAttention:
     @staticmethod
     def computes(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
         """Whether it can: heads of a multiple of 32 wide, and a mask that is the same for all queries."""
-        fits = q.shape[3] % STEP == 0 and q.numel() > 0 and k.numel() > 0
+        fits = q.shape[:2] == k.shape[:2] and q.shape[3] % STEP == 0 and q.numel() > 0 and k.numel() > 0
         return fits and (mask is None or mask.shape[1:3] == (1, 1)) and computes(q)
 
     @staticmethod
@@ -86,7 +86,7 @@ class CompiledAttention:
         if not (k.stride() == v.stride() and k.stride(3) == 1):
             k, v = k.contiguous(), v.contiguous()
         out = BUFFERS.empty(batch * asking, heads * width).view(batch, asking, heads, width)
-        sums = torch.empty(batch, heads, asking)
+        sums = torch.empty(batch, heads, asking, dtype=torch.float32)
         added = [] if mask is None else [_added(mask, batch)]
         LIBRARY.attention_forward(
             *(x.data_ptr() for x in (q, k, v)), _apart(q, k), _address(added), out.data_ptr(), sums.data_ptr(),
@@ -204,7 +204,7 @@ def linear(
 
 def row_products(left: Tensor, right: Tensor) -> Tensor:
     """left' right in float32, (rank, width), of (N, rank) and (N, width); the rank is a multiple of 32."""
-    out = torch.empty(left.shape[1], right.shape[1])
+    out = torch.empty(left.shape[1], right.shape[1], dtype=torch.float32)
     addresses = (t.data_ptr() for t in (left, right, out))
     LIBRARY.row_products(*addresses, *left.shape, right.shape[1], torch.get_num_threads())
     return out
@@ -213,7 +213,7 @@ def row_products(left: Tensor, right: Tensor) -> Tensor:
 def norm_forward(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, list[Tensor]]:
     """The layer norm of rows (N, width), the width a multiple of 16, and what ``norm_backward`` needs beside them."""
     count, width = rows.shape
-    out, stats = BUFFERS.empty(count, width), torch.empty(count, 2)
+    out, stats = BUFFERS.empty(count, width), torch.empty(count, 2, dtype=torch.float32)
     tensors: Any = (rows, norm.weight, norm.bias, out, stats)
     LIBRARY.norm_forward(*(t.data_ptr() for t in tensors), count, width, norm.eps, torch.get_num_threads())
     return out, [stats]

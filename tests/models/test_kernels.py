@@ -73,6 +73,28 @@ def test_there_may_be_more_or_fewer_queries_than_keys(asking: int, length: int, 
 
 
 @needs_kernels
+@pytest.mark.parametrize("length", [1, 7])
+def test_keys_that_are_none_have_no_part_in_very_low_scores(length: int) -> None:
+    q, _, v, grad = heads(length, 32)
+    out, kept = kernels.CompiledAttention.forward(q, -9 * q, v, None, 1.0)
+    assert out.isfinite().all()
+    assert all(found.isfinite().all() for found in kernels.CompiledAttention.backward(grad, kept, 1.0))
+
+
+@needs_kernels
+def test_sums_are_float32_whatever_the_default_is() -> None:
+    q, k, v, _ = heads(20, 32)
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning's bf16-true does
+    try:
+        _, kept = kernels.CompiledAttention.forward(q, k, v, None, 1.0)
+        _, (stats,) = kernels.norm_forward(torch.ones(4, 32), nn.LayerNorm(32))
+        products = kernels.row_products(torch.ones(4, 32), torch.ones(4, 32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {kept[4].dtype, stats.dtype, products.dtype} == {torch.float32}
+
+
+@needs_kernels
 def test_attention_takes_any_layout_and_large_scores() -> None:
     q, k, v, _ = heads(40, 32)
     large = (30 * q).contiguous()
