@@ -62,7 +62,7 @@ class StandIn(ModuleType):
         self._names = list(names)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what the import system asks
+        if name.startswith("__") or sys.modules.get(self.__name__) is self:  # what the import system asks; unforeseen
             raise AttributeError(name)
         return getattr(import_module(self.__name__), name)
 

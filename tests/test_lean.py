@@ -39,6 +39,13 @@ def test_torchmetrics_draws_as_ever() -> None:
     assert run(code).split() == ["True"] * 3
 
 
+def test_a_matplotlib_that_is_there_already_stays() -> None:
+    code = (
+        "import matplotlib, torchmetrics; from torchmetrics.utilities import plot; print(plot.matplotlib is matplotlib)"
+    )
+    assert run(code).strip() == "True"
+
+
 def test_losses_assign_as_ever() -> None:
     code = (
         "import transformers.loss.loss_utils, sys; print('scipy.optimize' in sys.modules)\n"

@@ -31,13 +31,14 @@ from lightning_lora.data.batching import TokenDataset, evaluation_batches
 from lightning_lora.data.specs import find_spec
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.certificate import BROKEN, LATENCY_TEXTS, TOLERANCE, compare, measure
+from lightning_lora.evaluation.documents import pooled
 from lightning_lora.evaluation.intervals import METRICS, RowSums
 from lightning_lora.files import atomic_folder
 from lightning_lora.locations import PACKAGE_PREFIX, resolve
 from lightning_lora.models.methods import merged
 from lightning_lora.models.quantization import Quantization
 from lightning_lora.quiet import quiet_loading
-from lightning_lora.training.module import TextClassifier, pooled
+from lightning_lora.training.module import TextClassifier
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 

@@ -212,3 +212,16 @@ def _weight_files(location: Location) -> list[Path]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Makes a transformers model compute activations again in the backward pass.
+
+    Raises:
+        UserError: Its architecture cannot.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"model.gradient_checkpointing: architecture '{model.config.model_type}' cannot; leave it out")
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    # It also makes the embeddings ask for gradients, with which even a frozen encoder would be gone through backwards.
+    model.disable_input_require_grads()

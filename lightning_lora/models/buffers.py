@@ -37,13 +37,15 @@ class Buffers(threading.local):
         used = self._used.setdefault(width, [])
         longest = self._rows[width] = max(self._rows.get(width, 0), rows)
         if not free:
-            free += [piece for piece in used if piece.is_free()]
-            used[:] = [piece for piece in used if not piece.is_free()]
-        piece = free.pop() if free else None
-        if piece is None or piece.rows < rows:
-            piece = _Piece(longest, width)
-        used.append(piece)
-        return torch.empty(0, dtype=torch.bfloat16).set_(piece.storage, 0, (rows, width), (width, 1))
+            held: list[_Piece] = []
+            for piece in used:
+                (free if piece.is_free() else held).append(piece)
+            used[:] = held
+        taken = free.pop() if free else None
+        if taken is None or taken.rows < rows:
+            taken = _Piece(longest, width)
+        used.append(taken)
+        return torch.empty(0, dtype=torch.bfloat16).set_(taken.storage, 0, (rows, width), (width, 1))
 
 
 class _Piece:
@@ -58,5 +60,5 @@ class _Piece:
         return torch._C._storage_Use_Count(self._address) == self._kept
 
 
-#: Of this process.
+#: Of each thread.
 BUFFERS = Buffers()

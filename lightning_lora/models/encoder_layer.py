@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.activations import GELUActivation
 
 from lightning_lora.devices import compute_dtype
@@ -111,7 +112,7 @@ class FusedEncoderLayer(nn.Module):
         found = []
         for linear in parts.linears:
             weights = linear.weights() if isinstance(linear, FusedLora) else Weights(linear.weight, linear.bias)
-            if weights is None or weights.weight.dtype != dtype:
+            if weights is None or any(t.dtype != dtype for t in (weights.weight, weights.bias) if t is not None):
                 return None
             found.append(weights)
         return found
@@ -154,6 +155,7 @@ class EncoderLayerFunction(torch.autograd.Function):
         return result.view(batch, -1, width)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the states, and those of the adapters."""
         attention, out, up, down = ctx.layers

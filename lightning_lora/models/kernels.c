@@ -13,6 +13,7 @@
 #include <math.h>
 #include <pmmintrin.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -221,6 +222,10 @@ static char *workspace(int64_t bytes, char **memory, int64_t *size) {
         free(*memory);
         *size = (bytes + 4095) / 4096 * 4096;
         *memory = aligned_alloc(4096, *size);
+        if (!*memory) {
+            fprintf(stderr, "error: out of memory: %lld bytes for compiled layers\n", (long long)*size);
+            abort();
+        }
     }
     return *memory;
 }

@@ -40,10 +40,12 @@ def _load() -> tuple[Any, str]:
         return None, "this processor has no AMX"
     try:
         library = ctypes.CDLL(str(COMPILED))
-    except OSError:
-        return None, "they were not compiled at installation, which needs a C compiler; install again with one"
+    except OSError as error:
+        if COMPILED.is_file():
+            return None, f"the compiled code cannot be loaded: {error}"
+        return None, "nothing was compiled at installation, which needs a C compiler; install again with one"
     if library.kernels_version() != VERSION:
-        return None, "they were compiled from other code; install again"
+        return None, "the compiled code is of another version; install again"
     if not torch.cpu._init_amx():
         return None, "the system does not let this process use AMX"
     for name, arguments in _SIGNATURES.items():
@@ -52,7 +54,7 @@ def _load() -> tuple[Any, str]:
     return library, ""
 
 
-#: The compiled functions; or None, and the reason.
+#: The compiled functions; or None, and why.
 LIBRARY, MISSING = _load()
 
 
@@ -146,7 +148,10 @@ _packed: dict[tuple[int, bool], tuple[weakref.ref[Tensor], int, int, Tensor]] = 
 
 
 def packed(weight: Tensor, across: bool) -> Tensor:
-    """A weight as ``linear`` reads it, made once for as long as it stays the same; a copy as large as the weight."""
+    """A weight as ``linear`` reads it, made once for as long as it stays the same; a copy as large as the weight.
+
+    What is written into ``weight.data`` is not seen.
+    """
     version, address = 0 if weight.is_inference() else weight._version, weight.data_ptr()
     key = (id(weight), across)
     known = _packed.get(key)

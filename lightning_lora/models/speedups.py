@@ -12,8 +12,10 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lightning_lora.models import kernels
+from lightning_lora.models.attention import COMPILED, EXACT
 from lightning_lora.models.base import Base
-from lightning_lora.models.encoder_layer import fuse_layers
+from lightning_lora.models.encoder_layer import FusedEncoderLayer, fuse_layers
 from lightning_lora.models.fused_linear import ONE_PASS, FrozenLinear, FusedLora
 
 
@@ -31,8 +33,8 @@ class Speedups:
             LoRA layer always is.
         fused_layers: Compute a whole encoder layer of which at most such adapters are trained in one step without a GPU
             (bert, roberta, electra, distilbert).
-        compiled: Compute attention, and the passes between the products of such a layer, by this project's C code where
-            it was compiled at installation and the processor has AMX (``models/kernels.py``).
+        compiled: Compute attention and such layers by this project's C code, where it was compiled at installation and
+            the processor has AMX (``models/kernels.py``).
         merged_evaluation: Evaluate with the product of A and B added to the weights of such a LoRA layer.
     """
 
@@ -57,6 +59,50 @@ def install(base: Base, speedups: Speedups) -> list[str]:
     if speedups.fused_layers and not torch.cuda.is_available() and (count := fuse_layers(base)):
         done.append(f"{count} encoder layers in one step each")
     return done
+
+
+def choose_attention(asked: str, loaded: str, known: bool, training: bool, speedups: Speedups) -> str:
+    """The name of the attention: as asked for; "auto" is what transformers chose, but without a GPU ``EXACT``.
+
+    Args:
+        asked: By the configuration.
+        loaded: What transformers chose.
+        known: Whether the architecture is known by name; others get "eager", and that for training only.
+        training: Or evaluation.
+        speedups: Whether ``EXACT`` is computed by compiled code where it can be.
+    """
+    chosen = asked
+    if asked == "auto" and torch.cuda.is_available():
+        chosen = loaded
+    elif asked == "auto" and known and loaded == "sdpa":
+        chosen = EXACT
+    elif asked == "auto":
+        chosen = "eager" if training else loaded
+    return COMPILED if chosen == EXACT and speedups.compiled and kernels.LIBRARY else chosen
+
+
+def describe_computing(model: nn.Module, attention: str, speedups: Speedups, lowered: bool) -> list[str]:
+    """What a model computes with, in words.
+
+    Args:
+        model: With the replacements put in.
+        attention: The name of its attention.
+        speedups: What is done.
+        lowered: Whether frozen weights are kept in bfloat16.
+    """
+    said = [f"{EXACT if attention == COMPILED else attention} attention"]
+    if not lowered:
+        return said
+    said.append("frozen weights in bfloat16")
+    layers = [module for module in model.modules() if isinstance(module, FusedEncoderLayer)]
+    fitting = sum(layer.parts.sizes_fit for layer in layers)
+    if attention == COMPILED and layers:
+        said.append(f"{fitting} of {len(layers)} layers compiled")
+    elif attention == EXACT and speedups.compiled:
+        said.append(f"no compiled layers ({kernels.MISSING})")
+    if count := sum(isinstance(module, FrozenLinear) for module in model.modules()):
+        said.append(f"{count} linear layers with their bias in one pass")
+    return said
 
 
 def cut_last_layer(base: Base) -> bool:

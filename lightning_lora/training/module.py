@@ -15,17 +15,17 @@ from lightning_lora import processes
 from lightning_lora.artifacts.checkpoints import CheckpointIdentity
 from lightning_lora.data.batching import ResumableLoader
 from lightning_lora.errors import UserError
+from lightning_lora.evaluation.documents import pooled, wide
 from lightning_lora.evaluation.metrics import counts, make_metrics, metric_values, set_counts
-from lightning_lora.models import kernels
-from lightning_lora.models.attention import COMPILED, EXACT
-from lightning_lora.models.base import load_base
+from lightning_lora.models.base import enable_gradient_checkpointing, load_base
 from lightning_lora.models.buffers import BUFFERS
-from lightning_lora.models.fused_linear import FrozenLinear
 from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
 from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.models.speedups import (
     Speedups,
     begin_evaluation,
+    choose_attention,
+    describe_computing,
     end_evaluation,
     install,
     lower_frozen,
@@ -181,31 +181,14 @@ class TextClassifier(LightningModule):
         return self
 
     def attention_for(self, training: bool) -> str:
-        """As configured; "auto" is what transformers chose, but without a GPU ``EXACT``.
-
-        Architectures that are not known by name get "eager" instead, and that for training only.
-        """
-        chosen: str = self.attention
-        if chosen == "auto" and torch.cuda.is_available():
-            chosen = self.loaded_attention
-        elif chosen == "auto" and self.known_architecture and self.loaded_attention == "sdpa":
-            chosen = EXACT
-        elif chosen == "auto":
-            chosen = "eager" if training else self.loaded_attention
-        return COMPILED if chosen == EXACT and self.speedups.compiled and kernels.LIBRARY else chosen
+        """The name of the attention in training or evaluation."""
+        return choose_attention(self.attention, self.loaded_attention, self.known_architecture, training, self.speedups)
 
     def speed_choices(self, precision: str) -> list[str]:
         """What is done for speed in a run of this precision, in words."""
-        attention = self.attention_for(training=True)
-        said = [f"{EXACT if attention == COMPILED else attention} attention"]
-        if attention == COMPILED and precision == "bf16-mixed":
-            said.append("compiled kernels")
-        elif attention == EXACT and self.speedups.compiled and precision == "bf16-mixed":
-            said.append(f"no compiled kernels ({kernels.MISSING})")
-        lowered = ["frozen weights in bfloat16"] if self.lowers_frozen(precision) else []
-        one_pass = sum(isinstance(module, FrozenLinear) for module in self.model.modules()) if lowered else 0
-        biases = [f"{one_pass} linear layers with their bias in one pass"] if one_pass else []
-        return [*said, *lowered, *self.speed_notes, *biases]
+        low = self.lowers_frozen(precision)
+        computed = describe_computing(self.model, self.attention_for(training=True), self.speedups, low)
+        return [*computed, *self.speed_notes]
 
     def lowers_frozen(self, precision: str) -> bool:
         """Whether frozen weights are kept in bfloat16."""
@@ -458,38 +441,6 @@ class TextClassifier(LightningModule):
 def stepped(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """The parameters that an optimizer changes."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def wide(values: Tensor) -> torch.dtype:
-    """The widest number format of the values' device: Apple's GPUs have no double precision."""
-    return torch.float32 if values.device.type == "mps" else torch.float64
-
-
-def pooled(logits: Tensor, documents: Tensor, count: int) -> Tensor:
-    """Logits (B, C) whose softmax is the mean of the probabilities of each document's windows.
-
-    Args:
-        logits: Of all windows, (W, C).
-        documents: The document of each window, (W,), from 0 to ``count`` - 1.
-        count: Documents B.
-    """
-    probabilities = logits.softmax(dim=-1, dtype=wide(logits))  # the log of a small mean stays exact
-    # The sum is the mean but for a factor, and the softmax of its log is the same.
-    sums = probabilities.new_zeros(count, logits.shape[-1]).index_add(0, documents, probabilities)
-    return sums.clamp_min(torch.finfo(sums.dtype).tiny).log().float()
-
-
-def enable_gradient_checkpointing(model: Any) -> None:
-    """Makes a transformers model compute activations again in the backward pass.
-
-    Raises:
-        UserError: Its architecture cannot.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise UserError(f"model.gradient_checkpointing: architecture '{model.config.model_type}' cannot; leave it out")
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    # It also makes the embeddings ask for gradients, with which even a frozen encoder would be gone through backwards.
-    model.disable_input_require_grads()
 
 
 def check_range(key: str, value: float, low: float, high: float | None) -> None:

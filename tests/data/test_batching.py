@@ -196,6 +196,5 @@ def test_widths_are_few_and_waste_little() -> None:
 def test_the_largest_batch_is_one_of_the_epoch(by) -> None:
     sampler = LengthBatchSampler(LENGTHS, 16, seed=3, by=by)
     sampler.set_epoch(2)
-    # As wide as its longest text, which ``test_a_batch_is_padded`` and others see.
     tokens = {tuple(batch): len(batch) * int(padded_widths(LENGTHS[batch].max())) for batch in sampler}
     assert tokens[tuple(sampler.largest())] == max(tokens.values())

@@ -1,5 +1,7 @@
 """Memory is used again when nothing holds it any more, and not before."""
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -80,3 +82,13 @@ def test_what_was_made_while_evaluating_can_be_learnt_with() -> None:
     x = torch.ones(1, requires_grad=True)
     Keep.apply(x, buffers.empty(ROWS, 64).fill_(0)).backward()
     assert x.grad is not None
+
+
+def test_each_thread_has_its_own() -> None:
+    buffers = Buffers()
+    del [buffers.empty(ROWS, 64)][:]
+    seen: list[int] = []
+    thread = threading.Thread(target=lambda: seen.append(len(buffers._used)))
+    thread.start()
+    thread.join()
+    assert seen == [0] and len(buffers._used) == 1

@@ -111,6 +111,7 @@ def test_what_it_cannot_compute_is_left_to_torch() -> None:
     can = kernels.CompiledAttention.computes
     assert can(q, k, None)
     assert not can(q.float(), k.float(), None)  # another number format
+    assert not can(q, k[:, :1], None)  # keys that several heads share
     assert not can(q[..., :24], k[..., :24], None)  # heads of another width
     assert not can(q, k, torch.zeros(2, 1, 8, 8))  # a mask of each query
 
@@ -298,6 +299,15 @@ def test_a_model_learns_what_it_would_without(make_base, monkeypatch, model_type
     assert (together[0] - together[1]).norm() < 0.02 * together[1].norm()
 
 
+@needs_kernels
+def test_it_is_said_which_layers_are_compiled(make_base) -> None:
+    for wide, said in ((96, "2 of 2 layers compiled"), (48, "0 of 2 layers compiled")):
+        base = str(make_base("bert", hidden_size=64, num_attention_heads=2, intermediate_size=wide))
+        assert said in TextClassifier(base, ["a", "b"]).speed_choices("bf16-mixed")
+        off = TextClassifier(base, ["a", "b"], speedups=Speedups(compiled=False))
+        assert not any("compiled" in choice for choice in off.speed_choices("bf16-mixed"))
+
+
 def test_without_them_torch_computes(tiny_base, monkeypatch) -> None:
     monkeypatch.setattr(kernels, "LIBRARY", None)
     q, k, v, _ = heads(8, 32)
@@ -315,10 +325,12 @@ def test_why_there_are_none_is_said(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(kernels, "COMPILED", tmp_path / "none.so")
-    assert "not compiled at installation" in kernels._load()[1]
+    assert "needs a C compiler" in kernels._load()[1]
+    kernels.COMPILED.write_text("no library")
+    assert "cannot be loaded" in kernels._load()[1]
 
 
 @needs_kernels
 def test_code_of_another_version_is_not_used(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "VERSION", kernels.VERSION + 1)
-    assert kernels._load() == (None, "they were compiled from other code; install again")
+    assert kernels._load() == (None, "the compiled code is of another version; install again")

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import CostMeter, PassClock
+from lightning_lora.evaluation.documents import pooled
 from lightning_lora.evaluation.predictions import PredictionCollector
 from lightning_lora.models.encoder_layer import FusedEncoderLayer
 from lightning_lora.models.methods import AdapterOptions
-from lightning_lora.training.module import TextClassifier, pooled
+from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.optim import make_optimizer, make_schedule
 
 SETTINGS = {"learning_rate": 5e-3, "adapter": AdapterOptions(dropout=0.1)}
