@@ -98,8 +98,11 @@ def ours(system: System, task: Task, settings: Sequence[str], rate: float, seed:
     config.write_text("{}\n")
     call(["main.py", "fit", "--config", str(config), *words], work)
     if test:
+        from lightning_lora.models.kernels import LIBRARY
+
         # Timed is the pass after fine-tuning; the one before it has met each shape, as the peer has on validation rows.
-        call(["main.py", "test", "--run", str(work / "run")], work)
+        int8 = ["--int8", "true"] if LIBRARY else []
+        call(["main.py", "test", "--run", str(work / "run"), *int8], work)
     record = json.loads((work / "run" / "run.json").read_text())
     costs = record["costs"]
     result = {
@@ -115,6 +118,10 @@ def ours(system: System, task: Task, settings: Sequence[str], rate: float, seed:
         evaluation = record["evaluations"]["test"]
         result["test_accuracy"] = evaluation["after"]["accuracy"]
         result["test_rows_per_s"] = evaluation["rows"] / evaluation["after_s"]
+        if int8:
+            result["int8_accuracy"] = evaluation["int8"]["accuracy"]
+            result["int8_rows_per_s"] = evaluation["rows"] / evaluation["int8_s"]
+            result["int8_flipped"] = evaluation["int8_flipped"]
     return result
 
 
@@ -135,12 +142,16 @@ SYSTEMS = (
 COLUMNS = {
     "train_rows_per_s": ("training, texts/s", "{:.1f}"),
     "test_rows_per_s": ("evaluation, texts/s", "{:.0f}"),
+    "int8_rows_per_s": ("evaluation in int8, texts/s", "{:.0f}"),
     "test_accuracy": ("test accuracy", "{:.4f}"),
+    "int8_accuracy": ("test accuracy in int8", "{:.4f}"),
     "peak_memory_mb": ("peak memory, MiB", "{:,.0f}"),
     "checkpoint_bytes": ("adapter, bytes", "{:,.0f}"),
     "resumable_bytes": ("checkpoint to resume from, bytes", "{:,.0f}"),
     "startup_s": ("command to first step, s", "{:.1f}"),
 }
+#: What of a peer stands against what only this project has.
+AGAINST = {"int8_rows_per_s": "test_rows_per_s", "int8_accuracy": "test_accuracy"}
 
 
 def call(words: Sequence[str], work: Path) -> float:
@@ -270,7 +281,8 @@ def compare(
             rates_said = f"{result['train_rows_per_s']:.1f} and {result['test_rows_per_s']:.1f} texts/s"
             say(f"round {seed}, {system.name}: {rates_said}, test accuracy {result['test_accuracy']:.4f}")
     for entry in found.values():
-        entry["median"] = {key: statistics.median(r[key] for r in entry["rounds"]) for key in COLUMNS}
+        there = [key for key in COLUMNS if key in entry["rounds"][0]]
+        entry["median"] = {key: statistics.median(r[key] for r in entry["rounds"]) for key in there}
     return found
 
 
@@ -286,8 +298,11 @@ def table(found: dict[str, Any]) -> str:
     lines = ["|  | " + " | ".join([*found, *(f"ratio to {name}" for name in peers)]) + " |"]
     lines.append("| --- |" + " ---: |" * (len(found) + len(peers)))
     for key, (label, form) in COLUMNS.items():
-        cells = [form.format(entry["median"][key]) for entry in found.values()]
-        cells += [f"{own[key] / found[name]['median'][key]:.2f}" for name in peers]
+        if key not in own:
+            continue
+        cells = [form.format(entry["median"][key]) if key in entry["median"] else "-" for entry in found.values()]
+        theirs = [found[name]["median"] for name in peers]
+        cells += [f"{own[key] / peer.get(key, peer.get(AGAINST.get(key, key))):.2f}" for peer in theirs]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

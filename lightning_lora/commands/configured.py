@@ -54,7 +54,7 @@ SHARED_COMMANDS = frozenset({"fit", "validate", "test"})
 PLACE_SETTINGS = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
 #: Options that belong to one command and not to what is trained; they are left out of ``config.yaml``.
 COMMAND_KEYS = frozenset(
-    "config name logs_dir resume run checkpoint before texts input text_column output format "  # noqa: SIM905
+    "config name logs_dir resume run checkpoint before int8 texts input text_column output format "  # noqa: SIM905
     "formats rows licence base_model_id push_to_hub private workers executor address".split()
 )
 
@@ -347,8 +347,14 @@ def _run_options(parser: LightningArgumentParser) -> None:
     )
 
 
-def _test_options(parser: LightningArgumentParser) -> None:
+def _validate_options(parser: LightningArgumentParser) -> None:
     _run_options(parser)
+    asked = "Also evaluate in int8 (CPUs with AMX), and say how it compares."
+    parser.add_argument("--int8", type=bool, default=False, help=asked)
+
+
+def _test_options(parser: LightningArgumentParser) -> None:
+    _validate_options(parser)
     parser.add_argument("--before", type=bool, default=True, help="Also test the model as it was before training.")
 
 
@@ -383,13 +389,15 @@ def _predict_options(parser: LightningArgumentParser) -> None:
     parser.add_argument("--workers", type=int | None, default=None, help=workers)
     executor = "Of many input files: local (default), or ray for a cluster (needs the extra 'scale')."
     parser.add_argument("--executor", type=str | None, default=None, help=executor)
+    faster = "Compute in int8 (CPUs with AMX): faster, less exact; `test --int8 true` says by how much."
+    parser.add_argument("--int8", type=bool, default=False, help=faster)
     address = "Of the Ray cluster; without one a cluster of this machine is made."
     parser.add_argument("--address", type=str | None, default=None, help=address)
 
 
 COMMAND_OPTIONS = {
     "fit": _fit_options,
-    "validate": _run_options,
+    "validate": _validate_options,
     "test": _test_options,
     "predict": _predict_options,
     "export": _export_options,

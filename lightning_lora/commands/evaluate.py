@@ -54,6 +54,8 @@ def _follow(cli: ConfiguredRun, command: str, split: str) -> None:
         _run_pass(cli, command, split, cli.make_trainer(None))
     load_weights(cli.model, folder.checkpoint(cli.config.checkpoint))
     _run_pass(cli, command, split, cli.trainer)
+    if cli.config.int8:
+        _run_int8_pass(cli, command, split)
 
 
 def _lead(cli: ConfiguredRun, command: str, split: str) -> None:
@@ -62,6 +64,8 @@ def _lead(cli: ConfiguredRun, command: str, split: str) -> None:
     cli.steps_done = trained_steps(path)
     cli.build(folder)
     check_weights(cli.model, path)  # before minutes are spent on it
+    if cli.config.int8:
+        cli.model.check_int8(str(cli.config.trainer.precision))
     check_writable(folder.path)
     cli.datamodule.setup(command)
     rows = cli.datamodule.rows(split)
@@ -90,6 +94,12 @@ def _lead(cli: ConfiguredRun, command: str, split: str) -> None:
     if name == "val":
         file = file.with_name("val-best.parquet")  # val.parquet is what fit's last pass said
     predictions.write_parquet(file, **row_columns(rows))
+    if cli.config.int8:
+        print(f"{split} rows in int8: {len(rows):,}")
+        evaluation["int8"], evaluation["int8_s"] = _run_int8_pass(cli, command, split)
+        again = cli.collector.last[split]
+        evaluation["int8_flipped"] = int((again.classes != predictions.classes).sum())
+        again.write_parquet(file.with_stem(f"{file.stem}-int8"), **row_columns(rows))
     record = folder.add_evaluation(name, evaluation)
     metrics, costs = metric_rows(evaluation), cost_rows(record, evaluation)
     summary = f"# {folder.path.name}: {name}\n\n{markdown(metrics)}\n\n{markdown([['', ''], *costs])}\n"
@@ -136,6 +146,11 @@ def _run_pass(cli: ConfiguredRun, command: str, split: str, trainer: Any) -> tup
     if not results:
         raise UserError(f"the {command} pass was interrupted")
     return {name.removeprefix(f"{split}/"): value for name, value in results[0].items()}, clock.seconds
+
+
+def _run_int8_pass(cli: ConfiguredRun, command: str, split: str) -> tuple[dict[str, float], float]:
+    cli.model.int8 = True
+    return _run_pass(cli, command, split, cli.make_trainer(None))
 
 
 def majority_accuracy(train_labels: np.ndarray, labels: np.ndarray) -> float:

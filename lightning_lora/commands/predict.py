@@ -59,6 +59,9 @@ def run(words: list[str]) -> int:
     labels = weights_labels(path)
     model = TextClassifier(**config.model.as_dict(), label_names=list(labels))
     load_weights(model, path)
+    if config.int8:
+        model.check_int8(str(config.trainer.precision))
+        model.int8 = True
     columns = {"text": texts, **predict_texts(cli, model, texts).columns()}
     if output:
         write_output(output, columns)

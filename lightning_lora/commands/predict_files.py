@@ -98,7 +98,7 @@ def plan_job(cli: ConfiguredRun) -> Job:
     kept = {f"data.{name}": settings["data"][name] for name in DATA_SETTINGS}
     kept |= {f"model.{name}": value for name, value in settings["model"].items() if name in MODEL_SETTINGS}
     kept |= {"trainer.precision": str(config.trainer.precision), "text_column": text_columns, "labels": labels}
-    kept |= {"weights": fingerprint(checkpoint)}
+    kept |= {"weights": fingerprint(checkpoint), **({"int8": True} if config.int8 else {})}
     return Job(cli.words, plan_shards(files, Path(config.output), text_columns, new), kept, text_columns)
 
 

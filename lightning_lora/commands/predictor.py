@@ -90,6 +90,9 @@ class Predictor:
         checkpoint = RunFolder.open(Path(self.config.run)).checkpoint(self.config.checkpoint)
         self.model = TextClassifier(**self.config.model.as_dict(), label_names=job.settings["labels"])
         load_weights(self.model, checkpoint)
+        if self.config.int8:
+            self.model.check_int8(str(self.config.trainer.precision))
+            self.model.int8 = True
         if fingerprint(checkpoint) != job.settings["weights"]:
             raise UserError(f"{checkpoint} has changed since the command began (is it still trained?); start it again")
         data = self.config.data

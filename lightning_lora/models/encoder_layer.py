@@ -6,7 +6,7 @@ keeps, copies and hands on what any other might want. What comes out is the same
 computed so is looked at in each call; where not, the layer's own modules compute.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,8 @@ class FusedEncoderLayer(nn.Module):
 
     parts: LayerParts
     first_token_only = False
+    #: What computes the layer while a model is evaluated in int8 (``int8_layer.py``).
+    int8: Callable[[Tensor, Tensor | None], Tensor] | None = None
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The layer's result of states (B, T, H) and what is added to the scores: (B, T, H), or (B, 1, H)."""
@@ -97,6 +99,9 @@ class FusedEncoderLayer(nn.Module):
         more = (*args, kwargs.get("encoder_hidden_states"), kwargs.get("past_key_values"))
         if weights is None or any(argument is not None for argument in more):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        if self.int8 is not None:
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                return self.int8(hidden_states, attention_mask)
         adapters = [w for layer in weights for w in (layer.a, layer.b) if w is not None]
         backward = torch.is_grad_enabled() and (hidden_states.requires_grad or bool(adapters))
         with torch.autocast(hidden_states.device.type, enabled=False):
@@ -109,8 +114,12 @@ class FusedEncoderLayer(nn.Module):
         usual = usual and compute_dtype(states) == dtype and all(n.weight.dtype == dtype for n in parts.norms)
         if not usual or (self.training and any(d.p for d in parts.dropouts)):
             return None
+        return self.multiplied(dtype)
+
+    def multiplied(self, dtype: torch.dtype) -> list[Weights] | None:
+        """What the linear layers multiply by; None where that is not all, or of another number format."""
         found = []
-        for linear in parts.linears:
+        for linear in self.parts.linears:
             weights = linear.weights() if isinstance(linear, FusedLora) else Weights(linear.weight, linear.bias)
             if weights is None or any(t.dtype != dtype for t in (weights.weight, weights.bias) if t is not None):
                 return None

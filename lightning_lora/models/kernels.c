@@ -19,7 +19,7 @@
 
 typedef uint16_t bf16;
 
-int kernels_version(void) { return 3; }
+int kernels_version(void) { return 4; }
 
 /* ---- vectors ------------------------------------------------------------------------------------------------- */
 
@@ -469,6 +469,40 @@ static inline __m512 gelu(__m512 x, __m512 *slope) {
     return _mm512_mul_ps(x, p);
 }
 
+/* GELU(x) = x / 2 + G(|x|): G, which is even, by a polynomial of degree two in each of 32 pieces, the last of which is what
+ * it comes to, |x| / 2. Off by 2e-5 at most, which bfloat16 would show and whole numbers do not. */
+enum { PIECES = 32 };
+static const double PIECE = 5.0 / PIECES;
+static float gelu_pieces[3][PIECES];
+
+__attribute__((constructor)) static void fit_gelu(void) {
+    for (int i = 0; i < PIECES - 1; i++) { /* through its values at the piece's three Chebyshev nodes */
+        double z[3], g[3];
+        for (int n = 0; n < 3; n++) {
+            z[n] = PIECE * (i + 0.5 + 0.5 * cos(M_PI * (2 * n + 1) / 6));
+            g[n] = z[n] * 0.5 * erf(z[n] * M_SQRT1_2);
+        }
+        const double slope = (g[1] - g[0]) / (z[1] - z[0]), next = (g[2] - g[1]) / (z[2] - z[1]);
+        const double bend = (next - slope) / (z[2] - z[0]);
+        gelu_pieces[0][i] = g[0] - z[0] * (slope - bend * z[1]);
+        gelu_pieces[1][i] = slope - bend * (z[0] + z[1]);
+        gelu_pieces[2][i] = bend;
+    }
+    gelu_pieces[1][PIECES - 1] = 0.5f;
+}
+
+static inline __m512 gelu_of_piece(__m512 x) {
+    const __m512 z = _mm512_abs_ps(x);
+    __m512i piece = _mm512_cvttps_epi32(_mm512_mul_ps(z, _mm512_set1_ps(PIECES / 5.0f)));
+    piece = _mm512_min_epu32(piece, _mm512_set1_epi32(PIECES - 1));
+    __m512 g = _mm512_setzero_ps();
+    for (int i = 2; i >= 0; i--) {
+        const float *by = gelu_pieces[i];
+        g = _mm512_fmadd_ps(g, z, _mm512_permutex2var_ps(_mm512_loadu_ps(by), piece, _mm512_loadu_ps(by + 16)));
+    }
+    return _mm512_fmadd_ps(x, _mm512_set1_ps(0.5f), g);
+}
+
 /* Packs the tile of 32 rows from k on and 16 columns from n on of a (depth, width) matrix; or, `across`, of one that is
  * stored as (width, depth). */
 static void pack(char *tile, const bf16 *matrix, int64_t apart, int across, int64_t k, int64_t n, int64_t depth,
@@ -491,31 +525,45 @@ static void pack(char *tile, const bf16 *matrix, int64_t apart, int across, int6
     }
 }
 
-/* 32 rows and columns of a result: sums of a product to which the bias is added, and what `mode` makes of them. */
+/* 32 rows and columns of a result: sums of a product to which the bias is added, and what `mode` makes of them. Those of
+ * int8 are int32; they stand for as many units of their row times units of their column. */
 typedef struct {
-    const float *sums;
-    __m512 bias0, bias1;
+    const float *sums, *row_units;
+    __m512 unit0, unit1, bias0, bias1;
     bf16 *beside, *out;
     int64_t width, count; /* elements from row to row; rows that there are */
     __mmask32 in;
 } result;
 
-static inline __attribute__((always_inline)) void finish(const result *of, int64_t from, int64_t to, const int mode) {
+static inline __attribute__((always_inline)) void finish(const result *of, int64_t from, int64_t to, const int mode,
+                                                         const int int8) {
     for (int64_t r = from; r < to && r < of->count; r++) {
         const float *sums = of->sums + r * 32;
         bf16 *beside = of->beside + r * of->width;
         /* Of the column after the next: rows lie too far apart for the processor to see where this goes. */
         if (mode == ADDED || mode == MULTIPLIED) _mm_prefetch(beside + 64, _MM_HINT_T0);
         __builtin_prefetch(of->out + r * of->width + 64, 1);
-        __m512 x0 = _mm512_add_ps(_mm512_load_ps(sums), of->bias0);
-        __m512 x1 = _mm512_add_ps(_mm512_load_ps(sums + 16), of->bias1);
+        __m512 x0 = _mm512_load_ps(sums), x1 = _mm512_load_ps(sums + 16);
+        if (int8) {
+            const __m512 unit = _mm512_set1_ps(of->row_units[r]);
+            x0 = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(x0)), unit);
+            x1 = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_castps_si512(x1)), unit);
+            x0 = _mm512_fmadd_ps(x0, of->unit0, of->bias0);
+            x1 = _mm512_fmadd_ps(x1, of->unit1, of->bias1);
+        } else {
+            x0 = _mm512_add_ps(x0, of->bias0);
+            x1 = _mm512_add_ps(x1, of->bias1);
+        }
         if (mode == ADDED || mode == MULTIPLIED) {
             __m512i both = _mm512_maskz_loadu_epi16(of->in, beside);
             __m512 y0 = from_bf16(_mm512_castsi512_si256(both)), y1 = from_bf16(_mm512_extracti64x4_epi64(both, 1));
             x0 = mode == ADDED ? _mm512_add_ps(x0, y0) : _mm512_mul_ps(x0, y0);
             x1 = mode == ADDED ? _mm512_add_ps(x1, y1) : _mm512_mul_ps(x1, y1);
         }
-        if (mode == GELU || mode == GELU_ALONE) {
+        if (mode == GELU_ALONE && int8) {
+            x0 = gelu_of_piece(x0);
+            x1 = gelu_of_piece(x1);
+        } else if (mode == GELU || mode == GELU_ALONE) {
             __m512 slope0, slope1;
             x0 = gelu(x0, &slope0);
             x1 = gelu(x1, &slope1);
@@ -525,8 +573,17 @@ static inline __attribute__((always_inline)) void finish(const result *of, int64
     }
 }
 
-/* Steps of 32 over which rows are multiplied by all columns while they lie in the first cache. */
+/* Steps of 64 bytes over which rows are multiplied by all columns while they lie in the first cache. */
 enum { DEPTH = 12 };
+
+/* Bytes of packed columns by which all rows are multiplied while they lie in the second cache. */
+enum { PANEL = 5 << 18 };
+
+/* Columns, 32 each, of a panel. */
+static inline int64_t panel_columns(int64_t steps, int64_t columns) {
+    const int64_t most = PANEL / (steps * 2048);
+    return most < 1 ? 1 : most < columns ? most : columns;
+}
 
 /* Packs a (depth, width) matrix, or one stored as (width, depth), for `linear`: all tiles of the first 16 columns, then
  * of the next, an even number of times; depth is a multiple of 32. */
@@ -538,21 +595,25 @@ void pack_weight(const bf16 *matrix, char *to, int64_t depth, int64_t width, int
             pack(to + (j / 2 * steps * 2 + k * 2 + j % 2) * 1024, matrix, across ? depth : width, across, k * 32, j * 16, depth, width);
 }
 
+#define MULTIPLY_TILES(c, a, b) \
+    if (int8) _tile_dpbssd(c, a, b); \
+    else _tile_dpbf16ps(c, a, b)
+
 /* Adds a product of 32 rows and 32 columns to tiles 0 to 3, while the result before is finished: the processor does
  * both at once. */
 static inline __attribute__((always_inline)) void multiply(const char *a, int64_t a_row, const char *b, int64_t steps,
-                                                           const result *before, const int mode) {
+                                                           const result *before, const int mode, const int int8) {
     for (int64_t k = 0; k < steps; k++) {
         for (int i = 0; i < 32; i++) _mm_prefetch(b + (k + 1) * 2048 + i * 64, _MM_HINT_T0);
         _tile_loadd(4, a + k * 64, a_row);
         _tile_loadd(6, b + k * 2048, 64);
-        _tile_dpbf16ps(0, 4, 6);
+        MULTIPLY_TILES(0, 4, 6);
         _tile_loadd(7, b + k * 2048 + 1024, 64);
-        _tile_dpbf16ps(1, 4, 7);
+        MULTIPLY_TILES(1, 4, 7);
         _tile_loadd(5, a + 16 * a_row + k * 64, a_row);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        if (before) finish(before, 32 * k / steps, 32 * (k + 1) / steps, mode);
+        MULTIPLY_TILES(2, 5, 6);
+        MULTIPLY_TILES(3, 5, 7);
+        if (before) finish(before, 32 * k / steps, 32 * (k + 1) / steps, mode, int8);
     }
 }
 
@@ -577,30 +638,34 @@ static inline void store_sums(float *sums) {
     _tile_stored(3, sums + 16 * 32 + 16, 128);
 }
 
-/* What `linear` multiplies. */
+/* What `linear` or `linear_int8` multiplies; row_bytes are those of x, a multiple of 64. */
 typedef struct {
-    const bf16 *rows, *inner, *bias;
+    const bf16 *bias;
+    const float *column_units;
     const char *packed, *low;
-    bf16 *beside, *out;
-    int64_t count, depth, width, rank;
+    int64_t count, row_bytes, width, rank;
 } product_of;
 
-/* Rows at .. at + 32 of a result, from x and y, the rows of the input and of what is beside it. */
-static inline __attribute__((always_inline)) void block(const product_of *of, int64_t at, const char *x, const char *y,
-                                                        float *sums, int64_t parts, const int mode) {
-    const int64_t steps = of->depth / 32, more = of->inner ? of->rank / 32 : 0, columns = (of->width + 31) / 32;
-    result done = {.width = of->width, .count = of->count - at < 32 ? of->count - at : 32};
+/* Rows at .. at + 32 and columns of a panel of a result, from x and y, the rows of the input and of `inner` or null;
+ * row_units, beside and out are of these rows. */
+static inline __attribute__((always_inline)) void block(const product_of *of, int64_t at, int64_t first, int64_t end,
+                                                        const char *x, const char *y, const float *row_units,
+                                                        bf16 *beside, bf16 *out, float *sums, const int mode,
+                                                        const int int8) {
+    const int64_t steps = of->row_bytes / 64, more = y ? of->rank / 32 : 0;
+    result done = {.width = of->width, .count = of->count - at < 32 ? of->count - at : 32, .row_units = row_units};
     for (int64_t from = 0; from < steps; from += DEPTH) {
         const int64_t here = steps - from < DEPTH ? steps - from : DEPTH;
         const int last = from + here == steps;
-        for (int64_t j = 0; j < columns; j++) {
-            float *found = sums + (parts > 2 ? j : j % 2) * 1024;
+        for (int64_t j = first; j < end; j++) {
+            float *found = sums + (steps > DEPTH ? j - first : j % 2) * 1024;
             if (from)
                 load_sums(found);
             else
                 zero_sums();
-            multiply(x + from * 64, of->depth * 2, of->packed + (j * steps + from) * 2048, here, last && j ? &done : NULL, mode);
-            if (last) multiply(y, of->rank * 2, of->low + j * more * 2048, more, NULL, mode);
+            multiply(x + from * 64, of->row_bytes, of->packed + (j * steps + from) * 2048, here,
+                     last && j > first ? &done : NULL, mode, int8);
+            if (last && !int8) multiply(y, of->rank * 2, of->low + j * more * 2048, more, NULL, mode, 0);
             store_sums(found);
             if (!last) continue;
             const __mmask32 in = upto(of->width - j * 32, 32);
@@ -609,11 +674,15 @@ static inline __attribute__((always_inline)) void block(const product_of *of, in
             done.in = in;
             done.bias0 = from_bf16(_mm512_castsi512_si256(bias));
             done.bias1 = from_bf16(_mm512_extracti64x4_epi64(bias, 1));
-            done.beside = of->beside + at * of->width + j * 32;
-            done.out = of->out + at * of->width + j * 32;
+            if (int8) {
+                done.unit0 = _mm512_maskz_loadu_ps(in & 0xffff, of->column_units + j * 32);
+                done.unit1 = _mm512_maskz_loadu_ps(in >> 16, of->column_units + j * 32 + 16);
+            }
+            done.beside = beside + j * 32;
+            done.out = out + j * 32;
         }
     }
-    finish(&done, 0, 32, mode);
+    finish(&done, 0, 32, mode, int8);
 }
 
 /* x W + inner L + bias, or what `mode` makes of it:
@@ -628,9 +697,9 @@ void linear(const bf16 *rows, const char *packed, const bf16 *bias, const bf16 *
     static __thread char *shared;
     static __thread int64_t shared_size;
     const int64_t more = inner ? rank / 32 : 0, columns = (width + 31) / 32, blocks = (count + 31) / 32;
-    const int64_t parts = depth / 32 > DEPTH ? columns : 2;
+    const int64_t panel = panel_columns(depth / 32, columns), parts = panel < 2 ? 2 : panel;
     char *low_packed = workspace(columns * 2 * more * 1024 + 4096, &shared, &shared_size);
-    const product_of of = {rows, inner, bias, packed, low_packed, beside, out, count, depth, width, rank};
+    const product_of of = {bias, NULL, packed, low_packed, count, depth * 2, width, rank};
 #pragma omp parallel num_threads(threads)
     {
         static __thread char *own;
@@ -655,16 +724,108 @@ void linear(const bf16 *rows, const char *packed, const bf16 *bias, const bf16 *
         WRITTEN(low_packed);
 #pragma omp for schedule(static)
         for (int64_t part = 0; part < threads; part++) {
-            for (int64_t i = blocks * part / threads; i < blocks * (part + 1) / threads; i++) {
-                const int64_t at = i * 32;
-                const int whole = count - at >= 32;
-                const char *x = (const char *)(whole ? rows + at * depth : tail);
-                const char *y = (const char *)(whole ? inner + at * rank : inner_tail);
-                if (mode == PLAIN) block(&of, at, x, y, sums, parts, PLAIN);
-                if (mode == ADDED) block(&of, at, x, y, sums, parts, ADDED);
-                if (mode == GELU) block(&of, at, x, y, sums, parts, GELU);
-                if (mode == GELU_ALONE) block(&of, at, x, y, sums, parts, GELU_ALONE);
-                if (mode == MULTIPLIED) block(&of, at, x, y, sums, parts, MULTIPLIED);
+            const int64_t begin = blocks * part / threads, end = blocks * (part + 1) / threads;
+            for (int64_t j = 0; j < columns; j += panel) {
+                const int64_t to_j = j + panel < columns ? j + panel : columns;
+                for (int64_t i = begin; i < end; i++) {
+                    const int64_t at = i * 32;
+                    const int whole = count - at >= 32;
+                    const char *x = (const char *)(whole ? rows + at * depth : tail);
+                    const char *y = inner ? (const char *)(whole ? inner + at * rank : inner_tail) : NULL;
+                    bf16 *by = beside + at * width, *to = out + at * width;
+                    if (mode == PLAIN) block(&of, at, j, to_j, x, y, NULL, by, to, sums, PLAIN, 0);
+                    if (mode == ADDED) block(&of, at, j, to_j, x, y, NULL, by, to, sums, ADDED, 0);
+                    if (mode == GELU) block(&of, at, j, to_j, x, y, NULL, by, to, sums, GELU, 0);
+                    if (mode == GELU_ALONE) block(&of, at, j, to_j, x, y, NULL, by, to, sums, GELU_ALONE, 0);
+                    if (mode == MULTIPLIED) block(&of, at, j, to_j, x, y, NULL, by, to, sums, MULTIPLIED, 0);
+                }
+            }
+        }
+        _tile_release();
+        _mm_setcsr(before);
+    }
+}
+
+/* ---- int8 ----------------------------------------------------------------------------------------------------- */
+
+/* A row as whole numbers from -127 to 127, with zeros behind it up to `padded`; gives the unit that they count, 1/127 of
+ * the largest. What is not finite makes the unit so, and with it the results. */
+static inline float quantize_row(const bf16 *row, int8_t *to, int64_t width, int64_t padded) {
+    __m512i largest = _mm512_setzero_si512(); /* the numbers without their sign are in the order of their bits */
+    for (int64_t w = 0; w < width; w += 32) {
+        const __m512i x = _mm512_maskz_loadu_epi16(upto(width - w, 32), row + w);
+        largest = _mm512_max_epu16(largest, _mm512_and_si512(x, _mm512_set1_epi16(0x7fff)));
+    }
+    const __m512i even = _mm512_and_si512(largest, _mm512_set1_epi32(0xffff)), odd = _mm512_srli_epi32(largest, 16);
+    const uint32_t bits = (uint32_t)_mm512_reduce_max_epi32(_mm512_max_epi32(even, odd)) << 16;
+    float top;
+    memcpy(&top, &bits, sizeof top);
+    const __m512 by = _mm512_set1_ps(top < 1e-30f ? 0.0f : 127.0f / top);
+    const __m512 whole = _mm512_set1_ps(0x1.8p23f); /* added to a small number, it leaves that, rounded, in the last bits */
+    for (int64_t w = 0; w < padded; w += 32) {
+        const __m512i x = _mm512_maskz_loadu_epi16(upto(width - w, 32), row + w);
+        const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+        const __m512 high = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000)));
+        const __m512i a = _mm512_castps_si512(_mm512_fmadd_ps(low, by, whole));
+        const __m512i b = _mm512_castps_si512(_mm512_fmadd_ps(high, by, whole));
+        const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16));
+        _mm256_storeu_si256((__m256i *)(to + w), _mm512_cvtepi16_epi8(both));
+    }
+    return top < 1e-30f ? 0.0f : top / 127.0f;
+}
+
+/* Of rows (count, width): whole numbers (count, padded), padded being the next multiple of 64, and units (count). */
+void quantize(const bf16 *rows, int8_t *to, float *units, int64_t count, int64_t width, int threads) {
+    const int64_t padded = (width + 63) / 64 * 64;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t r = 0; r < count; r++) units[r] = quantize_row(rows + r * width, to + r * padded, width, padded);
+}
+
+/* x W + bias of whole numbers, or what `mode` makes of it: PLAIN, ADDED or GELU_ALONE.
+ *
+ * rows, row_units: x, (count, depth), depth a multiple of 64, and (count), as of `quantize`. packed, column_units: W in tiles,
+ * as kernels.py makes them, and (width). bias: (width) or null. beside: (count, width), may be null where it is not read.
+ * out: (count, width), in bfloat16; or null, and then as of `quantize` into out_rows and out_units. */
+void linear_int8(const int8_t *rows, const float *row_units, const char *packed, const float *column_units, const bf16 *bias,
+                 bf16 *beside, bf16 *out, int8_t *out_rows, float *out_units, int64_t count, int64_t depth,
+                 int64_t width, int mode, int threads) {
+    const int64_t columns = (width + 31) / 32, blocks = (count + 31) / 32, padded = (width + 63) / 64 * 64;
+    const int64_t panel = panel_columns(depth / 64, columns), parts = panel < 2 ? 2 : panel;
+    /* Blocks of 32 rows whose results are kept until the last of their columns is there. */
+    const int64_t kept = panel < columns ? (blocks + threads - 1) / threads : 1;
+    const product_of of = {bias, column_units, packed, NULL, count, depth, width, 0};
+#pragma omp parallel num_threads(threads)
+    {
+        static __thread char *own;
+        static __thread int64_t own_size;
+        char *left = workspace(parts * 4096 + 32 * depth + (out ? 0 : kept * 32 * width * 2) + 256, &own, &own_size);
+        float *sums = take(&left, parts * 4096);
+        int8_t *tail = take(&left, 32 * depth);
+        bf16 *results = out ? NULL : take(&left, kept * 32 * width * 2);
+        unsigned before = begin_vectors();
+        begin_tiles();
+        if (count % 32) {
+            const int64_t at = count / 32 * 32;
+            memcpy(tail, rows + at * depth, (count - at) * depth);
+            memset(tail + (count - at) * depth, 0, (32 - (count - at)) * depth);
+            WRITTEN(tail);
+        }
+#pragma omp for schedule(static)
+        for (int64_t part = 0; part < threads; part++) {
+            const int64_t begin = blocks * part / threads, end = blocks * (part + 1) / threads;
+            for (int64_t j = 0; j < columns; j += panel) {
+                const int64_t to_j = j + panel < columns ? j + panel : columns;
+                for (int64_t i = begin; i < end; i++) {
+                    const int64_t at = i * 32;
+                    const char *x = (const char *)(count - at >= 32 ? rows + at * depth : tail);
+                    const float *units = row_units + at;
+                    bf16 *by = beside + at * width, *to = out ? out + at * width : results + (i - begin) % kept * 32 * width;
+                    if (mode == PLAIN) block(&of, at, j, to_j, x, NULL, units, by, to, sums, PLAIN, 1);
+                    if (mode == ADDED) block(&of, at, j, to_j, x, NULL, units, by, to, sums, ADDED, 1);
+                    if (mode == GELU_ALONE) block(&of, at, j, to_j, x, NULL, units, by, to, sums, GELU_ALONE, 1);
+                    for (int64_t r = 0; !out && to_j == columns && r < 32 && at + r < count; r++)
+                        out_units[at + r] = quantize_row(to + r * width, out_rows + (at + r) * padded, width, padded);
+                }
             }
         }
         _tile_release();
@@ -698,7 +859,7 @@ void row_products(const bf16 *left, const bf16 *right, float *out, int64_t count
             const __mmask32 there = upto(width - j * 32, 32);
             for (int64_t i = 0; i < rank; i += 32) {
                 zero_sums();
-                multiply((const char *)(across + i * padded), padded * 2, packed, steps, NULL, PLAIN);
+                multiply((const char *)(across + i * padded), padded * 2, packed, steps, NULL, PLAIN, 0);
                 store_sums(sums);
                 for (int64_t r = 0; r < 32; r++) {
                     float *to = out + (i + r) * width + j * 32;

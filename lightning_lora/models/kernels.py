@@ -9,7 +9,7 @@ import weakref
 from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from lightning_lora.models.buffers import BUFFERS
 STEP = 32
 #: The compiled code, and what its ``kernels_version`` must give.
 COMPILED = Path(__file__).with_name(f"_kernels{EXTENSION_SUFFIXES[0]}")
-VERSION = 3
+VERSION = 4
 
 _ADDRESS, _COUNT, _REAL, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES = {
@@ -29,6 +29,8 @@ _SIGNATURES = {
     "pack_weight": [_ADDRESS] * 2 + [_COUNT] * 2 + [_INT] * 2,
     "linear": [_ADDRESS] * 7 + [_COUNT] * 4 + [_INT] * 3,
     "row_products": [_ADDRESS] * 3 + [_COUNT] * 3 + [_INT],
+    "quantize": [_ADDRESS] * 3 + [_COUNT] * 2 + [_INT],
+    "linear_int8": [_ADDRESS] * 9 + [_COUNT] * 3 + [_INT] * 2,
     "norm_forward": [_ADDRESS] * 5 + [_COUNT] * 2 + [_REAL, _INT],
     "norm_backward": [_ADDRESS] * 5 + [_COUNT] * 2 + [_INT],
 }
@@ -213,6 +215,75 @@ def row_products(left: Tensor, right: Tensor) -> Tensor:
     addresses = (t.data_ptr() for t in (left, right, out))
     LIBRARY.row_products(*addresses, *left.shape, right.shape[1], torch.get_num_threads())
     return out
+
+
+#: Whole numbers in a row are a multiple of.
+INT8_STEP = 64
+
+
+class Int8(NamedTuple):
+    """Rows as whole numbers, int8 (N, width and zeros up to a multiple of 64), and the unit of each row, float32 (N,)."""
+
+    rows: Tensor
+    units: Tensor
+
+
+def quantize(rows: Tensor) -> Int8:
+    """Rows (N, width) in units of 1/127 of the largest of each."""
+    count, width = rows.shape
+    found = _empty_int8(count, width)
+    addresses = (t.data_ptr() for t in (rows, *found))
+    LIBRARY.quantize(*addresses, count, width, torch.get_num_threads())
+    return found
+
+
+def _empty_int8(count: int, width: int) -> Int8:
+    padded = -(-width // INT8_STEP) * INT8_STEP
+    return Int8(torch.empty(count, padded, dtype=torch.int8), torch.empty(count, dtype=torch.float32))
+
+
+class Int8Weight:
+    """A linear layer's weight as whole numbers, each result in a unit of its own.
+
+    Args:
+        weight: (out, in), of any number format.
+        bias: (out,), bfloat16, or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        weight, self.bias, self.width = weight.detach().float(), bias, len(weight)
+        #: float32 (out,).
+        self.units = weight.abs().amax(1) / 127
+        numbers = (weight / self.units.clamp(min=1e-30)[:, None]).round().to(torch.int8)
+        columns, depth = -(-self.width // STEP), -(-weight.shape[1] // INT8_STEP)
+        padded = numbers.new_zeros(columns * STEP, depth * INT8_STEP)
+        padded[: self.width, : weight.shape[1]] = numbers
+        # Tiles of 16 columns and 64 rows, two beside each other; a row of a tile has four rows of each column.
+        self.form = padded.view(columns, 2, 16, depth, 16, 4).permute(0, 3, 1, 4, 2, 5).contiguous()
+
+    def times(self, x: Int8, then: Then = Then.PLAIN, other: Tensor | None = None) -> Tensor:
+        """x W + b, and what comes then (``PLAIN``, ``ADDED``, ``GELU_ALONE``): bfloat16 (N, out).
+
+        Args:
+            x: Its rows.
+            then: What becomes of it.
+            other: What that needs, (N, out).
+        """
+        out = BUFFERS.empty(len(x.rows), self.width)
+        self._times(x, then, other, out, None)
+        return out
+
+    def times_quantized(self, x: Int8, then: Then) -> Int8:
+        """As ``times``, the result as whole numbers again."""
+        out = _empty_int8(len(x.rows), self.width)
+        self._times(x, then, None, None, out)
+        return out
+
+    def _times(self, x: Int8, then: Then, other: Tensor | None, out: Tensor | None, numbers: Int8 | None) -> None:
+        tensors = (*x, self.form, self.units, self.bias, other, out, *(numbers or (None, None)))
+        LIBRARY.linear_int8(
+            *(None if t is None else t.data_ptr() for t in tensors), *x.rows.shape, self.width, then, torch.get_num_threads()
+        )
 
 
 def norm_forward(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, list[Tensor]]:

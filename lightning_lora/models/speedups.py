@@ -17,6 +17,7 @@ from lightning_lora.models.attention import COMPILED, EXACT
 from lightning_lora.models.base import Base
 from lightning_lora.models.encoder_layer import FusedEncoderLayer, fuse_layers
 from lightning_lora.models.fused_linear import ONE_PASS, FrozenLinear, FusedLora
+from lightning_lora.models.int8_layer import begin_int8, end_int8
 
 
 @dataclass
@@ -145,21 +146,28 @@ def fuse_bias(model: nn.Module) -> int:
     return count
 
 
-def begin_evaluation(model: nn.Module, dtype: torch.dtype | None) -> None:
+def begin_evaluation(
+    model: nn.Module, dtype: torch.dtype | None, speedups: Speedups = Speedups(), int8: bool = False  # noqa: B008
+) -> None:
     """Merges fused LoRA layers for as long as their weights do not change; ``end_evaluation`` undoes it.
 
     Args:
         model: In evaluation mode.
         dtype: In which autocast multiplies, or None where it is off.
+        speedups: Whether to merge.
+        int8: Whether to merge in any case, and then to let layers compute in int8 where they can.
     """
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, FusedLora):
+            if isinstance(module, FusedLora) and (speedups.merged_evaluation or int8):
                 module.merge_for_evaluation(dtype)
+        if int8:
+            begin_int8(model)
 
 
 def end_evaluation(model: nn.Module) -> None:
-    """Lets fused LoRA layers compute with W, A and B again."""
+    """Lets fused LoRA layers compute with W, A and B again, and layers in bfloat16."""
+    end_int8(model)
     for module in model.modules():
         if isinstance(module, FusedLora):
             module.evaluated_weight = None

@@ -15,14 +15,11 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 
 
 def metric_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """The table's rows, heading first: before (where measured) and after fine-tuning, with its interval."""
+    """The table's rows, heading first: before (where measured), after fine-tuning with its interval, and in int8."""
     rows = [["", *(heading for _, heading in COLUMNS)]]
-    for key, title in (("before", "before"), ("after", "after")):
-        if metrics := evaluation.get(key):
-            rows.append([title, *(_number(metrics.get(name)) for name, _ in COLUMNS)])
-    if intervals := evaluation.get("after_interval"):
-        cells = ["{} to {}".format(*map(_number, intervals.get(name, (None, None)))) for name, _ in COLUMNS]
-        rows.append(["95% interval", *cells])
+    for key, title in (("before", "before"), ("after", "after"), ("after_interval", "95% interval"), ("int8", "int8")):
+        if values := evaluation.get(key):
+            rows.append([title, *(_cell(values.get(name)) for name, _ in COLUMNS)])
     return rows
 
 
@@ -42,6 +39,9 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
         rows.append(["training time", f"{duration(costs['train_s'])} ({rate})"])
     if seconds := evaluation.get("after_s"):
         rows.append(["test time", f"{duration(seconds)} ({evaluation['rows'] / seconds:.1f} texts/s)"])
+    if seconds := evaluation.get("int8_s"):
+        said = f"{evaluation['rows'] / seconds:.1f} texts/s; {evaluation['int8_flipped']:,} labels differ"
+        rows.append(["in int8", f"{duration(seconds)} ({said})"])
     if "peak_gpu_memory_mb" in costs:
         rows.append(["peak GPU memory", f"{costs['peak_gpu_memory_mb']:,.0f} MiB"])
     if "peak_memory_mb" in costs:
@@ -86,5 +86,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def _number(value: float | None) -> str:
+def _cell(value: float | Sequence[float] | None) -> str:
+    if isinstance(value, Sequence):
+        return "{:.4f} to {:.4f}".format(*value)
     return "-" if value is None else f"{value:.4f}"

@@ -19,6 +19,7 @@ from lightning_lora.evaluation.documents import pooled, wide
 from lightning_lora.evaluation.metrics import counts, make_metrics, metric_values, set_counts
 from lightning_lora.models.base import enable_gradient_checkpointing, load_base
 from lightning_lora.models.buffers import BUFFERS
+from lightning_lora.models.int8_layer import check_int8
 from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
 from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.models.speedups import (
@@ -151,6 +152,8 @@ class TextClassifier(LightningModule):
             enable_gradient_checkpointing(base.model)
         self.tuned = tuned = tune(base, method, adapter, seed, frozen_dropout)
         self.speedups = speedups
+        #: Whether layers are evaluated in int8, where they can be.
+        self.int8 = False
         self.speed_notes = install(base, speedups)
         self.known_architecture = base.architecture is not None
         self.model: Any = tuned.model
@@ -194,6 +197,14 @@ class TextClassifier(LightningModule):
         """Whether frozen weights are kept in bfloat16."""
         wanted = self.speedups.frozen_weights == "auto" and precision == "bf16-mixed"
         return wanted and not all(p.requires_grad for p in self.model.parameters())
+
+    def check_int8(self, precision: str) -> None:
+        """Refuses to evaluate a run of this precision in int8 where that cannot be.
+
+        Raises:
+            UserError: As said.
+        """
+        check_int8(self.model, self.attention_for(training=False), self.lowers_frozen(precision))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits, float32 (B, C), of token ids (B, T) and their mask."""
@@ -306,8 +317,7 @@ class TextClassifier(LightningModule):
 
     def on_validation_start(self) -> None:
         """Merges adapters while their weights stay as they are."""
-        if self.speedups.merged_evaluation:
-            begin_evaluation(self.model, AUTOCAST.get(str(self.trainer.precision)))
+        begin_evaluation(self.model, AUTOCAST.get(str(self.trainer.precision)), self.speedups, self.int8)
 
     def on_validation_end(self) -> None:
         """Takes adapters apart again."""

@@ -13,7 +13,7 @@ def test_a_table_has_a_row_before_and_after_and_no_invented_numbers() -> None:
 
 def test_the_interval_stands_below_what_it_is_of() -> None:
     evaluation = {"after": {"accuracy": 0.9}, "after_interval": {"accuracy": [0.85, 0.95]}}
-    assert metric_rows(evaluation)[-1][:3] == ["95% interval", "0.8500 to 0.9500", "- to -"]
+    assert metric_rows(evaluation)[-1][:3] == ["95% interval", "0.8500 to 0.9500", "-"]
 
 
 def test_a_run_that_was_killed_has_fewer_lines() -> None:

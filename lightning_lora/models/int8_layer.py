@@ -1,0 +1,91 @@
+"""Encoder layers evaluated with whole numbers (int8), where ``kernels.c`` computes them.
+
+Weights count in units of 1/127 of the largest of each result's, and are quantized when an evaluation begins, after the
+adapters were added to them; rows count in units of 1/127 of the largest of each, and are quantized on their way. Sums are
+exact (int32). Attention, norms, what is added to a result, the embeddings, the head and a last layer of the first
+token alone stay in bfloat16. Nothing is calibrated, so no rows are needed for it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.errors import UserError
+from lightning_lora.models import kernels
+from lightning_lora.models.attention import COMPILED, attend_without_backward
+from lightning_lora.models.encoder_layer import FusedEncoderLayer, LayerParts
+from lightning_lora.models.fused_linear import Weights
+from lightning_lora.models.kernels import Int8Weight, Then, quantize
+
+
+class Int8Layer:
+    """An encoder layer of quantized weights.
+
+    Args:
+        parts: Of the layer.
+        weights: What its linear layers multiply by, adapters added.
+    """
+
+    def __init__(self, parts: LayerParts, weights: list[Weights]) -> None:
+        self.linears = [Int8Weight(w.weight, w.bias) for w in weights]
+        self.norms, self.heads = parts.norms, parts.heads
+
+    def __call__(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """The layer's result, (B, T, H), of states (B, T, H) and what is added to the scores."""
+        batch, length, width = states.shape
+        *asked, out, up, down = self.linears
+        rows = states.reshape(-1, width)
+        numbers = quantize(rows)
+        q, k, v = (x.times(numbers).view(batch, length, self.heads, -1).transpose(1, 2) for x in asked)
+        context = attend_without_backward(q, k, v, mask, q.shape[-1] ** -0.5, True).reshape(-1, width)
+        first = out.times(quantize(context), Then.ADDED, rows)
+        middle, _ = kernels.norm_forward(first, self.norms[0])
+        activated = up.times_quantized(quantize(middle), Then.GELU_ALONE)
+        second = down.times(activated, Then.ADDED, middle)
+        result, _ = kernels.norm_forward(second, self.norms[1])
+        return result.view(states.shape)
+
+
+def check_int8(model: nn.Module, attention: str, lowered: bool) -> None:
+    """Refuses int8 where it cannot be.
+
+    Args:
+        model: What is to be evaluated.
+        attention: The name of its attention.
+        lowered: Whether frozen weights are kept in bfloat16.
+
+    Raises:
+        UserError: No layer can be computed so.
+    """
+    if not _layers(model) or attention != COMPILED or not lowered:
+        why = kernels.MISSING or (
+            "for frozen layers such as BERT's with at most LoRA, in sizes that are multiples of 32, with trainer.precision "
+            "bf16-mixed, model.attention auto and all of model.speedups; this run has others"
+        )
+        raise UserError(f"--int8: {why} (`python main.py export` makes an int8 file for ONNX Runtime)")
+
+
+def begin_int8(model: nn.Module) -> int:
+    """Lets encoder layers compute with whole numbers until ``end_int8``; gives their number.
+
+    Args:
+        model: In evaluation mode, its adapters merged.
+    """
+    count = 0
+    for layer in _layers(model):
+        weights = layer.multiplied(torch.bfloat16)
+        if weights is not None and all(w.a is None for w in weights):
+            layer.int8 = Int8Layer(layer.parts, weights)
+            count += 1
+    return count
+
+
+def _layers(model: nn.Module) -> list[FusedEncoderLayer]:
+    found = (m for m in model.modules() if isinstance(m, FusedEncoderLayer))
+    return [layer for layer in found if layer.parts.sizes_fit and not layer.first_token_only]
+
+
+def end_int8(model: nn.Module) -> None:
+    """Lets encoder layers compute in bfloat16 again."""
+    for module in model.modules():
+        if isinstance(module, FusedEncoderLayer):
+            module.int8 = None
