@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from lightning_lora.artifacts.runs import RunFolder
-from lightning_lora.artifacts.weights import load_weights, weights_labels
+from lightning_lora.artifacts.weights import weights_labels
 from lightning_lora.commands.configured import ConfiguredRun
 from lightning_lora.commands.many_files import is_many
+from lightning_lora.commands.predictor import load_classifier
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset, evaluated_together
 from lightning_lora.data.datamodule import make_loader
 from lightning_lora.data.prepare import is_unicode
@@ -56,12 +57,7 @@ def run(words: list[str]) -> int:
         raise UserError("--text_column: only an --input file has columns; leave it out")
     texts = gather_texts(config.texts, config.input, config.text_column or config.data.text_column)
     path = RunFolder.open(Path(config.run)).checkpoint(config.checkpoint)
-    labels = weights_labels(path)
-    model = TextClassifier(**config.model.as_dict(), label_names=list(labels))
-    load_weights(model, path)
-    if config.int8:
-        model.check_int8(str(config.trainer.precision))
-        model.int8 = True
+    model = load_classifier(config, path, weights_labels(path))
     columns = {"text": texts, **predict_texts(cli, model, texts).columns()}
     if output:
         write_output(output, columns)

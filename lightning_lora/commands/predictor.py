@@ -73,6 +73,25 @@ def fingerprint(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
+def load_classifier(config: Any, checkpoint: Path, labels: Sequence[str]) -> TextClassifier:
+    """The model of a run, trained, as it is to predict.
+
+    Args:
+        config: Settings of the command.
+        checkpoint: Its weights.
+        labels: Names of its classes.
+
+    Raises:
+        UserError: The weights cannot be loaded, or the model cannot compute as is asked.
+    """
+    model = TextClassifier(**config.model.as_dict(), label_names=list(labels))
+    load_weights(model, checkpoint)
+    if config.int8:
+        model.check_int8(str(config.trainer.precision))
+        model.int8 = True
+    return model
+
+
 class Predictor:
     """The model, loaded once, and how a file goes through it.
 
@@ -88,11 +107,7 @@ class Predictor:
         self.config = cli.config
         self.job = job
         checkpoint = RunFolder.open(Path(self.config.run)).checkpoint(self.config.checkpoint)
-        self.model = TextClassifier(**self.config.model.as_dict(), label_names=job.settings["labels"])
-        load_weights(self.model, checkpoint)
-        if self.config.int8:
-            self.model.check_int8(str(self.config.trainer.precision))
-            self.model.int8 = True
+        self.model = load_classifier(self.config, checkpoint, job.settings["labels"])
         if fingerprint(checkpoint) != job.settings["weights"]:
             raise UserError(f"{checkpoint} has changed since the command began (is it still trained?); start it again")
         data = self.config.data

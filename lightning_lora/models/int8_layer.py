@@ -1,9 +1,9 @@
 """Encoder layers evaluated with whole numbers (int8), where ``kernels.c`` computes them.
 
-Weights count in units of 1/127 of the largest of each result's, and are quantized when an evaluation begins, after the
-adapters were added to them; rows count in units of 1/127 of the largest of each, and are quantized on their way. Sums are
-exact (int32). Attention, norms, what is added to a result, the embeddings, the head and a last layer of the first
-token alone stay in bfloat16. Nothing is calibrated, so no rows are needed for it.
+Weights count in units of 1/127 of the largest of each result's, and are quantized when an evaluation begins, after
+the adapters were added to them; rows count in units of 1/127 of the largest of each, and are quantized on their way.
+Sums are exact (int32). Attention, norms, what is added to a result, the embeddings, the head and a last layer of the
+first token alone stay in bfloat16. Nothing is calibrated, so no rows are needed for it.
 """
 
 import torch
@@ -58,8 +58,8 @@ def check_int8(model: nn.Module, attention: str, lowered: bool) -> None:
     """
     if not _layers(model) or attention != COMPILED or not lowered:
         why = kernels.MISSING or (
-            "for frozen layers such as BERT's with at most LoRA, in sizes that are multiples of 32, with trainer.precision "
-            "bf16-mixed, model.attention auto and all of model.speedups; this run has others"
+            "for frozen layers such as BERT's with at most LoRA, in sizes that are multiples of 32, with "
+            "trainer.precision bf16-mixed, model.attention auto and all of model.speedups; this run has others"
         )
         raise UserError(f"--int8: {why} (`python main.py export` makes an int8 file for ONNX Runtime)")
 

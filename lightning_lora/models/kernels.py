@@ -222,7 +222,7 @@ INT8_STEP = 64
 
 
 class Int8(NamedTuple):
-    """Rows as whole numbers, int8 (N, width and zeros up to a multiple of 64), and the unit of each row, float32 (N,)."""
+    """Rows as whole numbers, int8 (N, width and zeros up to a multiple of 64), and each row's unit, float32 (N,)."""
 
     rows: Tensor
     units: Tensor
@@ -281,9 +281,8 @@ class Int8Weight:
 
     def _times(self, x: Int8, then: Then, other: Tensor | None, out: Tensor | None, numbers: Int8 | None) -> None:
         tensors = (*x, self.form, self.units, self.bias, other, out, *(numbers or (None, None)))
-        LIBRARY.linear_int8(
-            *(None if t is None else t.data_ptr() for t in tensors), *x.rows.shape, self.width, then, torch.get_num_threads()
-        )
+        addresses = (None if t is None else t.data_ptr() for t in tensors)
+        LIBRARY.linear_int8(*addresses, *x.rows.shape, self.width, then, torch.get_num_threads())
 
 
 def norm_forward(rows: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, list[Tensor]]:

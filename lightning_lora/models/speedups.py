@@ -147,7 +147,10 @@ def fuse_bias(model: nn.Module) -> int:
 
 
 def begin_evaluation(
-    model: nn.Module, dtype: torch.dtype | None, speedups: Speedups = Speedups(), int8: bool = False  # noqa: B008
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    speedups: Speedups = Speedups(),
+    int8: bool = False,  # noqa: B008
 ) -> None:
     """Merges fused LoRA layers for as long as their weights do not change; ``end_evaluation`` undoes it.
 
