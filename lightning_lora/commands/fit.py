@@ -22,7 +22,8 @@ from lightning_lora.interrupts import Interrupted, requeue, requeued
 from lightning_lora.models.methods import find_method
 from lightning_lora.processes import started_to_follow
 from lightning_lora.reports.tables import duration
-from lightning_lora.training.module import NotFiniteError, TextClassifier
+from lightning_lora.training.guard import NotFiniteError
+from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.parallel import PATIENCE_S, device_count, end_followers, follow_the_leader
 from lightning_lora.training.saving import StateSaver
 

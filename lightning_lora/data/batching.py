@@ -17,6 +17,8 @@ from lightning_lora.seeding import stream_seed
 WIDTH_STEP = 8
 #: So many batches are sorted by length together: enough for little padding, few enough for a random order.
 POOL_BATCHES = 50
+#: Evaluation takes up to so many times as many short rows together as of the longest (measured: docs/LOG.md).
+EVALUATION_FACTOR = 2
 #: So many rows' lengths are looked at together.
 _ROWS_AT_ONCE = 2**20
 #: What the batches of an epoch have in equal number.
@@ -205,9 +207,21 @@ def evaluated_together(wanted: int | None) -> int:
 
 
 def evaluation_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Every position once, longest first: the least padding, and the largest batch shows itself at once."""
+    """Every position once, longest first: the least padding, and the largest batch shows itself at once.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Rows of the first batch. Those of shorter rows have more, up to ``EVALUATION_FACTOR`` times as many,
+            for at most as many tokens.
+    """
     order = np.argsort(-lengths, kind="stable")
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    widths = padded_widths(lengths[order])
+    batches, start = [], 0
+    while start < len(order):
+        count = min(batch_size * int(widths[0]) // max(int(widths[start]), 1), batch_size * EVALUATION_FACTOR)
+        batches.append(order[start : start + count])
+        start += count
+    return batches
 
 
 class ResumableLoader(DataLoader):
@@ -253,7 +267,7 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     Args:
         lengths: Tokens of each row.
-        batch_size: Rows a batch, of all processes together.
+        batch_size: Rows a batch, of all processes together; for evaluation see ``evaluation_batches``.
         seed: Of the order, or None for evaluation.
         accumulate: Parts a step.
         rank: Of this process.
@@ -284,6 +298,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         self._go_on_at: tuple[int, int] | None = None
         # Lightning tells the epoch to ``loader.batch_sampler.sampler``, as torch's own batch samplers have one.
         self.sampler = self
+        self._evaluated = evaluation_batches(lengths, batch_size) if seed is None else []
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer, so that each epoch has its own order."""
@@ -305,7 +320,9 @@ class LengthBatchSampler(Sampler[list[int]]):
         self._go_on_at = position
 
     def __len__(self) -> int:
-        if self.by == "tokens" and self.seed is not None:
+        if self.seed is None:
+            return len(self._evaluated)
+        if self.by == "tokens":
             return self._steps * self.accumulate
         return math.ceil(len(self.lengths) / self.batch_size)
 
@@ -329,7 +346,7 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     def _batches(self) -> Iterator[list[int]]:
         if self.seed is None:
-            for batch in evaluation_batches(self.lengths, self.batch_size):
+            for batch in self._evaluated:
                 yield self._mine(batch, 1.0)
             return
         for step in training_batches(self.lengths, self.accumulate * self.batch_size, self.seed, self.epoch, self.by):

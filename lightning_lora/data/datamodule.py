@@ -46,7 +46,7 @@ class TextDataModule(LightningDataModule):
         batch_by: Whether training batches have as many "tokens" (as nearly as whole texts allow; ``batch_size`` texts
             on average, more where they are short), or as many "texts". Each text weighs the same either way.
         eval_batch_size: Texts a batch in validation, test and prediction, on each device; by default 32, and 256 with a
-            GPU.
+            GPU. So many are taken of the longest, and of shorter ones up to twice as many, for as many tokens.
         val_size: Rows (or fraction) of train carved for validation, 0.1 by default; only where the source
             has no validation split of its own.
         test_size: Rows (or fraction) carved for testing before anything else, 0.2 by default; only where

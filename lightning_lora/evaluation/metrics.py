@@ -1,12 +1,12 @@
 """The metrics, all of torchmetrics. A new metric is one entry in ``METRICS``."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
@@ -14,6 +14,8 @@ from torchmetrics.classification import (
     MulticlassPrecision,
     MulticlassRecall,
 )
+
+from lightning_lora.evaluation.documents import wide
 
 CALIBRATION_BINS = 15
 
@@ -51,36 +53,61 @@ def make_metrics(num_classes: int, training: bool = False) -> MetricCollection:
     return MetricCollection(metrics, compute_groups=True)  # type: ignore[arg-type]
 
 
-def counts(counters: Iterable[Metric | MetricCollection]) -> dict[str, Any]:
-    """What the counters have counted, of all processes together, as tensors and lists of them."""
-    counted: dict[str, Any] = {}
-    for name, metric in _named(counters):
-        if metric._update_count:
-            with metric.sync_context(should_unsync=metric.distributed_available_fn()):
-                state = metric.metric_state  # in which processes have made one tensor of their lists
-                lists = {key for key, default in metric._defaults.items() if isinstance(default, list)}
-                state = {k: [v] if k in lists and isinstance(v, Tensor) else v for k, v in state.items()}
-                counted[name] = {"updates": metric._update_count, "state": _copied(state)}
-    return counted
+class StageCounter(nn.Module):
+    """All metrics and the mean loss of one stage.
 
+    Args:
+        num_classes: C.
+        training: Whether of training rows.
+    """
 
-def set_counts(counters: Iterable[Metric | MetricCollection], counted: Mapping[str, Any]) -> None:
-    """Lets fresh counters go on from what ``counts`` gave."""
-    for name, metric in _named(counters):
-        if name in counted:
-            metric._update_count = counted[name]["updates"]
-            for key, value in _copied(counted[name]["state"]).items():
-                moved = [v.to(metric.device) for v in value] if isinstance(value, list) else value.to(metric.device)
-                setattr(metric, key, moved)
+    def __init__(self, num_classes: int, training: bool) -> None:
+        super().__init__()
+        self.metrics = make_metrics(num_classes, training)
+        self.loss = MeanMetric()
 
+    def count(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        """Counts a batch: logits (B, C), labels (B,) and their mean loss."""
+        # Probabilities, as the calibration error would take logits that happen to lie between 0 and 1 for such; in
+        # double precision, so that the largest is the largest logit.
+        self.metrics.update(logits.detach().softmax(dim=-1, dtype=wide(logits)), labels)
+        self.loss.update(loss.detach(), len(labels))
 
-def _named(counters: Iterable[Metric | MetricCollection]) -> Iterator[tuple[str, Metric]]:
-    for i, counter in enumerate(counters):
-        if isinstance(counter, MetricCollection):
-            for name, metric in counter.items(keep_base=True, copy_state=True):
-                yield f"{i}/{name}", metric
-        else:
-            yield str(i), counter
+    def take_values(self, label_names: Sequence[str]) -> dict[str, float]:
+        """The loss and the values of ``metric_values``; the next batch begins anew."""
+        values = {"loss": self.loss.compute().item(), **metric_values(self.metrics.compute(), label_names)}
+        self.reset()
+        return values
+
+    def reset(self) -> None:
+        """Forgets what was counted."""
+        self.metrics.reset()
+        self.loss.reset()
+
+    def counted(self) -> dict[str, Any]:
+        """What was counted, of all processes together, as tensors and lists of them."""
+        counted: dict[str, Any] = {}
+        for name, metric in self._named():
+            if metric._update_count:
+                with metric.sync_context(should_unsync=metric.distributed_available_fn()):
+                    state = metric.metric_state  # in which processes have made one tensor of their lists
+                    lists = {key for key, default in metric._defaults.items() if isinstance(default, list)}
+                    state = {k: [v] if k in lists and isinstance(v, Tensor) else v for k, v in state.items()}
+                    counted[name] = {"updates": metric._update_count, "state": _copied(state)}
+        return counted
+
+    def go_on(self, counted: Mapping[str, Any]) -> None:
+        """Goes on, where nothing was counted, from what ``counted`` gave."""
+        for name, metric in self._named():
+            if name in counted:
+                metric._update_count = counted[name]["updates"]
+                for key, value in _copied(counted[name]["state"]).items():
+                    moved = [v.to(metric.device) for v in value] if isinstance(value, list) else value.to(metric.device)
+                    setattr(metric, key, moved)
+
+    def _named(self) -> Iterator[tuple[str, Metric]]:
+        yield from self.metrics.items(keep_base=True, copy_state=True)
+        yield "loss", self.loss
 
 
 def _copied(state: Mapping[str, Any]) -> dict[str, Any]:

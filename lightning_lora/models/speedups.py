@@ -146,23 +146,18 @@ def fuse_bias(model: nn.Module) -> int:
     return count
 
 
-def begin_evaluation(
-    model: nn.Module,
-    dtype: torch.dtype | None,
-    speedups: Speedups = Speedups(),
-    int8: bool = False,  # noqa: B008
-) -> None:
+def begin_evaluation(model: nn.Module, dtype: torch.dtype | None, merged: bool = True, int8: bool = False) -> None:
     """Merges fused LoRA layers for as long as their weights do not change; ``end_evaluation`` undoes it.
 
     Args:
         model: In evaluation mode.
         dtype: In which autocast multiplies, or None where it is off.
-        speedups: Whether to merge.
+        merged: Whether to merge.
         int8: Whether to merge in any case, and then to let layers compute in int8 where they can.
     """
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, FusedLora) and (speedups.merged_evaluation or int8):
+            if isinstance(module, FusedLora) and (merged or int8):
                 module.merge_for_evaluation(dtype)
         if int8:
             begin_int8(model)

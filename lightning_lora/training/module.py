@@ -9,14 +9,13 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, MetricCollection
 
 from lightning_lora import processes
 from lightning_lora.artifacts.checkpoints import CheckpointIdentity
 from lightning_lora.data.batching import ResumableLoader
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.documents import pooled, wide
-from lightning_lora.evaluation.metrics import counts, make_metrics, metric_values, set_counts
+from lightning_lora.evaluation.documents import pooled
+from lightning_lora.evaluation.metrics import StageCounter
 from lightning_lora.models.base import enable_gradient_checkpointing, load_base
 from lightning_lora.models.buffers import BUFFERS
 from lightning_lora.models.int8_layer import check_int8
@@ -32,27 +31,13 @@ from lightning_lora.models.speedups import (
     lower_frozen,
 )
 from lightning_lora.seeding import stream_seed
+from lightning_lora.training.guard import StepGuard, stepped
+from lightning_lora.training.loss import ClassWeights, make_class_weights, training_loss
 from lightning_lora.training.optim import Schedule, make_optimizer, make_schedule
 
 STAGES = ("train", "val", "test")
 #: In what a precision of Lightning's multiplies while weights are of another format.
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-
-
-class NotFiniteError(UserError):
-    """A step would have made the weights useless; it was not done.
-
-    Args:
-        what: What was not finite: "loss" or "gradient".
-        said: The losses of the step, in words.
-        step: The step, counted from 1.
-        rows: Positions of its rows in the training split.
-    """
-
-    def __init__(self, what: str, said: str, step: int, rows: list[int]) -> None:
-        super().__init__(f"the {what} of step {step} is not finite (loss {said}); the step was not done")
-        self.step = step
-        self.rows = rows
 
 
 class TextClassifier(LightningModule):
@@ -96,7 +81,7 @@ class TextClassifier(LightningModule):
         warmup_ratio: float = 0.06,
         weight_decay: float = 0.01,
         label_smoothing: float = 0.0,
-        class_weights: Literal["balanced"] | list[float] | None = None,
+        class_weights: ClassWeights | None = None,
         attention: Literal["auto", "eager", "sdpa", "exact"] = "auto",
         gradient_checkpointing: bool = False,
         frozen_dropout: bool = False,
@@ -166,13 +151,10 @@ class TextClassifier(LightningModule):
         # A checkpoint holds what is trained; the frozen rest comes from the base model.
         self.strict_loading = False
         classes = len(self.label_names)
-        self.stage_metrics = nn.ModuleDict({f"{s}_metrics": make_metrics(classes, s == "train") for s in STAGES})
-        self.stage_loss = nn.ModuleDict({f"{s}_loss": MeanMetric() for s in STAGES})
+        self.stage_counters = nn.ModuleDict({f"{s}_counter": StageCounter(classes, s == "train") for s in STAGES})
         self.register_buffer("loss_weights", None, persistent=False)
         self._counted: dict[str, Any] = {}
-        self._step_losses: list[Tensor] = []
-        self._step_rows: list[Tensor] = []
-        self._gradient_norm = torch.zeros(())
+        self.step_guard = StepGuard()
 
     def train(self, mode: bool = True) -> "TextClassifier":
         """Sets training or evaluation mode, and with it the attention that is faster in that mode."""
@@ -216,27 +198,16 @@ class TextClassifier(LightningModule):
         return pooled(logits, batch["documents"], len(batch["rows"])) if "documents" in batch else logits
 
     def shared_step(self, batch: dict[str, Any], stage: str) -> dict[str, Tensor]:
-        """Loss and logits of a batch; counts the metrics of the stage ("train", "val" or "test").
-
-        The training loss has label smoothing and class weights; elsewhere it is the plain cross-entropy, so
-        that it can be compared between runs.
-        """
+        """Loss and logits of a batch; counts the metrics of the stage ("train", "val" or "test")."""
         logits = self.document_logits(batch)
         labels = batch["labels"]
         if stage == "train":
-            # The mean over rows, also with class weights, so that it does not depend on how a step is cut up.
-            loss = F.cross_entropy(
-                logits, labels, self.loss_weights, label_smoothing=self.label_smoothing, reduction="none"
-            ).mean()
+            loss = training_loss(logits, labels, self.loss_weights, self.label_smoothing)
         else:
             loss = F.cross_entropy(logits, labels)
         if not batch["share"]:  # this process had no row of the part
             return {"loss": loss, "logits": logits}
-        metrics, mean_loss = self._counters(stage)
-        # Probabilities, as the calibration error would take logits that happen to lie between 0 and 1 for such; in
-        # double precision, so that the largest is the largest logit.
-        metrics.update(logits.detach().softmax(dim=-1, dtype=wide(logits)), labels)
-        mean_loss.update(loss.detach(), len(labels))
+        self._counter(stage).count(logits, labels, loss)
         return {"loss": loss, "logits": logits}
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -251,8 +222,7 @@ class TextClassifier(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss to step on."""
         loss = self.shared_step(batch, "train")["loss"]
-        self._step_losses.append(loss.detach())
-        self._step_rows.append(batch["rows"])
+        self.step_guard.add(loss, batch["rows"])
         # Lightning's own sync_dist has all processes wait for each other before each number.
         shown = processes.mean(loss.detach() * batch["part_share"])
         self.log("train/loss_step", shown, prog_bar=True, batch_size=len(batch["rows"]))
@@ -265,20 +235,8 @@ class TextClassifier(LightningModule):
         Raises:
             NotFiniteError: The loss or the gradient of the step is not finite.
         """
-        losses, rows = torch.stack(self._step_losses), torch.cat(self._step_rows)
-        self._step_losses, self._step_rows = [], []
-        checked = {"loss": losses}
-        if not self.scales_loss:  # its scaler meets infinite gradients, and leaves them out
-            self._gradient_norm = nn.utils.get_total_norm([p.grad for p in stepped(optimizer) if p.grad is not None])
-            checked["gradient"] = self._gradient_norm
-        finite = torch.stack([values.isfinite().all() for values in checked.values()])
-        spoilt = processes.agreed(*(~finite).tolist())  # all processes stop, or none
-        if not any(spoilt):
-            return
-        what = next(name for name, bad in zip(checked, spoilt, strict=True) if bad)
-        parts = processes.gathered((losses.tolist(), rows.cpu().tolist()))
-        said = ", ".join(f"{loss:g}" for part, _ in parts for loss in part)
-        raise NotFiniteError(what, said, self.trainer.global_step + 1, [row for _, part in parts for row in part])
+        # A scaler of the loss meets infinite gradients, and leaves them out.
+        self.step_guard.check(optimizer, self.trainer.global_step + 1, gradients=not self.scales_loss)
 
     @property
     def scales_loss(self) -> bool:
@@ -294,7 +252,7 @@ class TextClassifier(LightningModule):
         elif gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(stepped(optimizer), gradient_clip_val)
         else:
-            nn.utils.clip_grads_with_norm_(stepped(optimizer), gradient_clip_val, self._gradient_norm)
+            nn.utils.clip_grads_with_norm_(stepped(optimizer), gradient_clip_val, self.step_guard.gradient_norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the method do what it does after a step."""
@@ -317,7 +275,9 @@ class TextClassifier(LightningModule):
 
     def on_validation_start(self) -> None:
         """Merges adapters while their weights stay as they are."""
-        begin_evaluation(self.model, AUTOCAST.get(str(self.trainer.precision)), self.speedups, self.int8)
+        begin_evaluation(
+            self.model, AUTOCAST.get(str(self.trainer.precision)), self.speedups.merged_evaluation, self.int8
+        )
 
     def on_validation_end(self) -> None:
         """Takes adapters apart again."""
@@ -343,48 +303,32 @@ class TextClassifier(LightningModule):
         self._log_epoch("test")
 
     def _log_epoch(self, stage: str) -> None:
-        metrics, mean_loss = self._counters(stage)
-        values = {"loss": mean_loss.compute().item(), **metric_values(metrics.compute(), self.label_names)}
-        metrics.reset()
-        mean_loss.reset()
         shown = {"accuracy"} if stage != "train" else set()
-        for name, value in values.items():
+        for name, value in self._counter(stage).take_values(self.label_names).items():
             self.log(f"{stage}/{name}", value, prog_bar=name in shown, sync_dist=False)
 
-    def _counters(self, stage: str) -> tuple[MetricCollection, MeanMetric]:
-        """What counts the metrics and the mean loss of a stage."""
-        metrics, mean_loss = self.stage_metrics[f"{stage}_metrics"], self.stage_loss[f"{stage}_loss"]
-        return cast(MetricCollection, metrics), cast(MeanMetric, mean_loss)
+    def _counter(self, stage: str) -> StageCounter:
+        return cast(StageCounter, self.stage_counters[f"{stage}_counter"])
 
     def setup(self, stage: str) -> None:
         """Puts the frozen weights into their number format, and takes the class weights of the training loss."""
         if self.lowers_frozen(str(self.trainer.precision)):
             lower_frozen(self.model, torch.bfloat16)
-        if stage != "fit" or self.class_weights is None:
-            return
-        counts = torch.tensor(self.trainer.datamodule.class_counts, dtype=torch.float32)  # type: ignore[attr-defined]
-        if self.class_weights == "balanced":
-            weights = 1 / counts.clamp(min=1)
-        else:
-            weights = torch.tensor(self.class_weights, dtype=torch.float32)
-        if not (weights.isfinite() & (weights > 0)).all():
-            raise UserError(f"model.class_weights: numbers above 0 are needed, got {self.class_weights}")
-        if len(weights) != len(self.label_names):
-            raise UserError(f"model.class_weights: {len(weights)} weights for {len(self.label_names)} classes")
-        self.loss_weights = (weights * counts.sum() / (weights * counts).sum()).to(self.device)
+        if stage == "fit" and self.class_weights is not None:
+            found: Any = self.trainer.datamodule.class_counts  # type: ignore[attr-defined]
+            self.loss_weights = make_class_weights(self.class_weights, found).to(self.device)
 
     def on_fit_start(self) -> None:
         """Puts the model into training mode, and the counters to nought."""
         for stage in STAGES:  # a validation before may have left counters that can only be read
-            for counter in self._counters(stage):
-                counter.reset()
+            self._counter(stage).reset()
         self.train()
 
     def on_train_start(self) -> None:
         """Meets the largest batch, and goes on counting where an interrupted epoch was."""
         self._meet_largest_batch()
         if self._counted and self.trainer.is_global_zero:  # it holds what all processes had counted
-            set_counts(self._counters("train"), self._counted)
+            self._counter("train").go_on(self._counted)
         self._counted = {}
 
     def _meet_largest_batch(self) -> None:
@@ -424,7 +368,7 @@ class TextClassifier(LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         self.identity.write_to(checkpoint)
         if "optimizer_states" in checkpoint:  # a state to go on from, and not weights alone
-            checkpoint["counted"] = counts(self._counters("train"))
+            checkpoint["counted"] = self._counter("train").counted()
             if self.tuned.steps is not None:
                 checkpoint["method_state"] = self.tuned.steps.state_dict()
 
@@ -446,11 +390,6 @@ class TextClassifier(LightningModule):
         if not kept & {name for name, _ in self.named_parameters()}:  # nothing is trained, but the head is new
             kept |= {f"model.{m}.{n}" for m in self.head_modules for n in self.model.get_submodule(m).state_dict()}
         return kept & set(self.state_dict())
-
-
-def stepped(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """The parameters that an optimizer changes."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def check_range(key: str, value: float, low: float, high: float | None) -> None:

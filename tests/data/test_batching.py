@@ -5,6 +5,7 @@ import pytest
 
 from lightning_lora.data import batching
 from lightning_lora.data.batching import (
+    EVALUATION_FACTOR,
     POOL_BATCHES,
     LengthBatchSampler,
     equal_cuts,
@@ -19,9 +20,28 @@ LENGTHS = np.random.default_rng(0).integers(5, 200, size=1003)
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 2000])
 def test_each_row_stands_in_one_batch(batch_size: int) -> None:
-    for batches in (training_batches(LENGTHS, batch_size, 0, 0), evaluation_batches(LENGTHS, batch_size)):
-        np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(len(LENGTHS)))
-        assert sorted(map(len, batches), reverse=True)[:-1] == [batch_size] * (len(batches) - 1)
+    batches = training_batches(LENGTHS, batch_size, 0, 0)
+    assert sorted(map(len, batches), reverse=True)[:-1] == [batch_size] * (len(batches) - 1)
+    for found in (batches, evaluation_batches(LENGTHS, batch_size)):
+        np.testing.assert_array_equal(np.sort(np.concatenate(found)), np.arange(len(LENGTHS)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 16, 2000])
+def test_short_texts_are_evaluated_together_for_as_many_tokens_as_the_longest(batch_size: int) -> None:
+    sampler = LengthBatchSampler(LENGTHS, batch_size, None)
+    batches = [np.array(batch) for batch in sampler]
+    assert len(sampler) == len(batches)
+    widths = [int(padded_widths(LENGTHS[batch]).max()) for batch in batches]
+    assert widths == sorted(widths, reverse=True)
+    most = batch_size * widths[0]
+    for batch, width in zip(batches[:-1], widths, strict=False):
+        assert len(batch) == min(most // width, EVALUATION_FACTOR * batch_size) >= batch_size
+    assert len(batches[-1]) * widths[-1] <= most
+
+
+def test_nothing_is_evaluated_in_no_batches() -> None:
+    sampler = LengthBatchSampler(np.zeros(0, np.int64), 16, None)
+    assert len(sampler) == len(list(sampler)) == 0
 
 
 def test_batches_cut_from_one_array_are_those_of_a_list() -> None:
@@ -44,7 +64,7 @@ def test_batches_hold_texts_of_similar_length() -> None:
     shuffled = np.array_split(np.random.default_rng(1).permutation(len(LENGTHS)), 63)
     assert padding(shuffled) > 0.4
     assert padding(training_batches(LENGTHS, 16, 0, 0)) < 0.1
-    assert padding(evaluation_batches(LENGTHS, 16)) < 0.02
+    assert padding(evaluation_batches(LENGTHS, 16)) < 0.03
 
 
 def test_the_order_is_fixed_by_seed_and_epoch() -> None:

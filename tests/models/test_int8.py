@@ -109,7 +109,7 @@ def logits(model: TextClassifier, int8: bool, low: bool = True) -> torch.Tensor:
     ids = torch.randint(5, 30, (6, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
-    begin_evaluation(model.model, torch.bfloat16 if low else None, Speedups(), int8)
+    begin_evaluation(model.model, torch.bfloat16 if low else None, int8=int8)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=low):
         found = model(ids, mask)
     end_evaluation(model.model)
@@ -144,7 +144,7 @@ def test_adapters_are_part_of_the_numbers(make_base) -> None:
 @needs_kernels
 def test_all_layers_but_the_last_are_in_int8(make_base) -> None:
     model = classifier(str(make_base("bert", num_hidden_layers=3, **SIZES)))
-    begin_evaluation(model.model, torch.bfloat16, Speedups(merged_evaluation=False), int8=True)
+    begin_evaluation(model.model, torch.bfloat16, merged=False, int8=True)
     layers = [m for m in model.modules() if isinstance(m, FusedEncoderLayer)]
     assert [layer.int8 is not None for layer in layers] == [True, True, False]
     model.train()  # as after an evaluation that was broken off

@@ -412,7 +412,7 @@ def test_meeting_the_largest_batch_leaves_nothing_behind(tiny_base: Path, review
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             if batch_idx == 0 and trainer.current_epoch == 0:
                 assert all(p.grad is None for p in pl_module.parameters())
-                self.losses = list(pl_module._step_losses)
+                self.losses = list(pl_module.step_guard.losses)
 
     model, data = make(tiny_base, reviews)
     before = {name: value.clone() for name, value in model.state_dict().items()}
