@@ -35,7 +35,15 @@ _PACKAGES = (
     "torchmetrics",
     "jsonargparse",
 )
-_RESULTS_COME_FROM = ("seeding.py", "devices.py", "data/*.py", "models/*.py", "training/*.py", "evaluation/metrics.py")
+_RESULTS_COME_FROM = (
+    "seeding.py",
+    "devices.py",
+    "data/*.py",
+    "models/*.py",
+    "models/*.c",
+    "training/*.py",
+    "evaluation/metrics.py",
+)
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,99}")
 
 

@@ -13,7 +13,8 @@ from lightning_lora.commands.configured import ConfiguredRun, row_columns
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import PassClock, peak_memory_mb
-from lightning_lora.evaluation.intervals import intervals
+from lightning_lora.evaluation.intervals import RowSums, difference_interval, intervals
+from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.files import check_writable, write_text
 from lightning_lora.processes import started_to_follow
 from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, print_tables
@@ -55,6 +56,8 @@ def _follow(cli: ConfiguredRun, command: str, split: str) -> None:
     load_weights(cli.model, folder.checkpoint(cli.config.checkpoint))
     _run_pass(cli, command, split, cli.trainer)
     if cli.config.int8:
+        if not cli.config.get("before"):
+            _run_pass(cli, command, split, cli.make_trainer(None))
         _run_int8_pass(cli, command, split)
 
 
@@ -64,8 +67,7 @@ def _lead(cli: ConfiguredRun, command: str, split: str) -> None:
     cli.steps_done = trained_steps(path)
     cli.build(folder)
     check_weights(cli.model, path)  # before minutes are spent on it
-    if cli.config.int8:
-        cli.model.check_int8(str(cli.config.trainer.precision))
+    int8_layers = cli.model.check_int8(str(cli.config.trainer.precision)) if cli.config.int8 else 0
     check_writable(folder.path)
     cli.datamodule.setup(command)
     rows = cli.datamodule.rows(split)
@@ -94,19 +96,17 @@ def _lead(cli: ConfiguredRun, command: str, split: str) -> None:
     if name == "val":
         file = file.with_name("val-best.parquet")  # val.parquet is what fit's last pass said
     predictions.write_parquet(file, **row_columns(rows))
+    tables = _written(folder, name, evaluation)  # whatever becomes of the pass in int8
+    files = file.name
     if cli.config.int8:
-        print(f"{split} rows in int8: {len(rows):,}")
-        evaluation["int8"], evaluation["int8_s"] = _run_int8_pass(cli, command, split)
-        again = cli.collector.last[split]
-        evaluation["int8_flipped"] = int((again.classes != predictions.classes).sum())
-        again.write_parquet(file.with_stem(f"{file.stem}-int8"), **row_columns(rows))
-    record = folder.add_evaluation(name, evaluation)
-    metrics, costs = metric_rows(evaluation), cost_rows(record, evaluation)
-    summary = f"# {folder.path.name}: {name}\n\n{markdown(metrics)}\n\n{markdown([['', ''], *costs])}\n"
-    write_text(folder.path / f"{name}.md", summary)
+        evaluation["int8_layers"] = f"{int8_layers} of {cli.model.model.config.num_hidden_layers} layers"
+        again = _evaluate_int8(cli, command, split, evaluation, predictions)
+        file = file.with_stem(f"{file.stem}-int8")
+        again.write_parquet(file, **row_columns(rows))
+        tables, files = _written(folder, name, evaluation), f"{files} and {file.name}"
     print()
-    print_tables(f"{split}: {len(predictions):,} rows", metrics, costs)
-    print(f"\nrun folder:    {folder.path} (this table: {name}.md, every row: predictions/{file.name})")
+    print_tables(f"{split}: {len(predictions):,} rows", *tables)
+    print(f"\nrun folder:    {folder.path} (this table: {name}.md, every row: predictions/{files})")
     print(f"curves:        tensorboard --logdir {folder.path.parent}")
     print(f"your own text: python main.py predict --run {folder.path} 'What a film!'")
 
@@ -146,6 +146,31 @@ def _run_pass(cli: ConfiguredRun, command: str, split: str, trainer: Any) -> tup
     if not results:
         raise UserError(f"the {command} pass was interrupted")
     return {name.removeprefix(f"{split}/"): value for name, value in results[0].items()}, clock.seconds
+
+
+def _evaluate_int8(
+    cli: ConfiguredRun, command: str, split: str, evaluation: dict[str, Any], plain: Predictions
+) -> Predictions:
+    """What is said in int8 of rows that were evaluated before; how it compares is put into the evaluation."""
+    print(f"{split} rows in int8 ({evaluation['int8_layers']}): {len(plain):,}")
+    if not cli.config.get("before"):  # the pass before met each shape for the first time, and this one would not
+        evaluation["after_s"] = _run_pass(cli, command, split, cli.make_trainer(None))[1]
+    evaluation["int8"], evaluation["int8_s"] = _run_int8_pass(cli, command, split)
+    again = cli.collector.last[split]
+    evaluation["int8_flipped"] = int((again.classes != plain.classes).sum())
+    if plain.labels is not None and len(plain) > 1:
+        sums = [RowSums(found.logits, plain.labels) for found in (again, plain)]
+        evaluation["int8_accuracy_difference"] = list(difference_interval(sums[0], sums[1], "accuracy"))
+    return again
+
+
+def _written(folder: RunFolder, name: str, evaluation: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
+    """The tables of an evaluation, which are written beside the record that it is added to."""
+    record = folder.add_evaluation(name, evaluation)
+    metrics, costs = metric_rows(evaluation), cost_rows(record, evaluation)
+    summary = f"# {folder.path.name}: {name}\n\n{markdown(metrics)}\n\n{markdown([['', ''], *costs])}\n"
+    write_text(folder.path / f"{name}.md", summary)
+    return metrics, costs
 
 
 def _run_int8_pass(cli: ConfiguredRun, command: str, split: str) -> tuple[dict[str, float], float]:

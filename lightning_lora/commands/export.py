@@ -107,7 +107,7 @@ def compared_rows(cli: ConfiguredRun) -> tuple[list[dict[str, Any]], list[dict[s
     refuse_trained_rows(rows.texts, RunFolder.open(Path(cli.config.run)), ("train", "val"))
     dataset: TokenDataset = cli.datamodule.dataset("test")
     chosen = some_rows(len(dataset), cli.config.rows)
-    parts = evaluation_batches(dataset.lengths[chosen], cli.datamodule.eval_batch_size)
+    parts = evaluation_batches(dataset.widths[chosen], cli.datamodule.eval_batch_size)
     batches = [dataset.__getitems__(chosen[part].tolist()) for part in parts]
     singles = [dataset.__getitems__([int(row)]) for row in chosen[:LATENCY_TEXTS]]
     return batches, singles, rows.labels[chosen]

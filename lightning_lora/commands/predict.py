@@ -75,7 +75,7 @@ def predict_texts(cli: ConfiguredRun, model: TextClassifier, texts: list[str]) -
     tokenizer = load_tokenizer(resolve(data.base_model, "model.base_model").target, "model.base_model")
     frame = InputFormat.of(tokenizer, data.max_length, data.truncation, data.window_overlap)
     dataset = TokenDataset(tokenize(texts, tokenizer), frame, None, data.padding == "max_length")
-    loader = make_loader(dataset, LengthBatchSampler(dataset.lengths, evaluated_together(data.eval_batch_size), None))
+    loader = make_loader(dataset, LengthBatchSampler(dataset.widths, evaluated_together(data.eval_batch_size), None))
     with torch.inference_mode():
         batches: Any = cli.make_trainer(None).predict(model, loader)
     return in_row_order(batches, model.label_names)

@@ -21,6 +21,7 @@ from lightning_lora.data.batching import LengthBatchSampler, TokenDataset, evalu
 from lightning_lora.data.datamodule import make_loader
 from lightning_lora.data.reading import Table
 from lightning_lora.data.tokens import InputFormat, load_tokenizer, tokenize
+from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.predictions import in_row_order
 from lightning_lora.files import atomic_path
@@ -86,6 +87,7 @@ def load_classifier(config: Any, checkpoint: Path, labels: Sequence[str]) -> Tex
     """
     model = TextClassifier(**config.model.as_dict(), label_names=list(labels))
     load_weights(model, checkpoint)
+    keep_freed_memory()
     if config.int8:
         model.check_int8(str(config.trainer.precision))
         model.int8 = True
@@ -153,7 +155,7 @@ class Predictor:
 
     def _predicted(self, piece: pa.Table, dataset: TokenDataset, texts: list[str], schema: pa.Schema) -> pa.Table:
         together = evaluated_together(self.config.data.eval_batch_size)
-        loader = make_loader(dataset, LengthBatchSampler(dataset.lengths, together, None))
+        loader = make_loader(dataset, LengthBatchSampler(dataset.widths, together, None))
         with torch.inference_mode():
             batches: Any = self.trainer.predict(self.model, loader)
         columns: dict[str, Any] = {"text": texts, **in_row_order(batches, self.model.label_names).columns()}

@@ -71,6 +71,16 @@ class TokenDataset(Dataset):
         self.pad_to_max = pad_to_max
         self.lengths = frame.input_lengths(tokens)
 
+    @property
+    def widths(self) -> np.ndarray:
+        """Tokens that each row is padded to among rows of its length; of a row of several windows, in all of them."""
+        if self.frame.keep == "windows":
+            return np.maximum(padded_widths(self.lengths), self.frame.max_length if self.pad_to_max else 0)
+        return np.full(len(self), self.frame.max_length) if self.pad_to_max else self._capped(self.lengths)
+
+    def _capped(self, lengths: Any) -> Any:
+        return np.minimum(padded_widths(lengths), self.frame.max_length)
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -86,8 +96,7 @@ class TokenDataset(Dataset):
         documents = [frame.inputs(ids) for ids in self.ids(part, part.epoch)]
         inputs = [ids for windows in documents for ids in windows]
         lengths = np.array([len(ids) for ids in inputs])
-        longest = int(padded_widths(lengths.max()))
-        width = frame.max_length if self.pad_to_max else min(longest, frame.max_length)
+        width = frame.max_length if self.pad_to_max else int(self._capped(lengths.max()))
         input_ids = np.full((len(inputs), width), frame.pad_id, dtype=np.int64)
         for i, ids in enumerate(inputs):
             input_ids[i, : len(ids)] = ids
@@ -206,16 +215,16 @@ def evaluated_together(wanted: int | None) -> int:
     return (256 if torch.cuda.is_available() else 32) if wanted is None else wanted
 
 
-def evaluation_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+def evaluation_batches(widths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """Every position once, longest first: the least padding, and the largest batch shows itself at once.
 
     Args:
-        lengths: Tokens of each row.
+        widths: Tokens that each row is padded to, as by ``TokenDataset.widths``.
         batch_size: Rows of the first batch. Those of shorter rows have more, up to ``EVALUATION_FACTOR`` times as many,
             for at most as many tokens.
     """
-    order = np.argsort(-lengths, kind="stable")
-    widths = padded_widths(lengths[order])
+    order = np.argsort(-widths, kind="stable")
+    widths = widths[order]
     batches, start = [], 0
     while start < len(order):
         count = min(batch_size * int(widths[0]) // max(int(widths[start]), 1), batch_size * EVALUATION_FACTOR)
@@ -266,7 +275,7 @@ class LengthBatchSampler(Sampler[list[int]]):
     weighs the same in an epoch, as it does with batches of as many texts.
 
     Args:
-        lengths: Tokens of each row.
+        lengths: Tokens of each row; for evaluation what it is padded to.
         batch_size: Rows a batch, of all processes together; for evaluation see ``evaluation_batches``.
         seed: Of the order, or None for evaluation.
         accumulate: Parts a step.

@@ -211,7 +211,8 @@ class TextDataModule(LightningDataModule):
         if len(dataset) < processes:
             raise UserError(f"trainer.devices: {processes} devices for {len(dataset)} {split} rows; use fewer")
         by = self.batch_by if seed is not None else "texts"
-        sampler = LengthBatchSampler(dataset.lengths, together, seed, accumulate, rank, processes, by)
+        lengths = dataset.lengths if seed is not None else dataset.widths
+        sampler = LengthBatchSampler(lengths, together, seed, accumulate, rank, processes, by)
         return make_loader(dataset, sampler)
 
 

@@ -91,7 +91,7 @@ class FusedEncoderLayer(nn.Module):
     parts: LayerParts
     first_token_only = False
     #: What computes the layer while a model is evaluated in int8 (``int8_layer.py``).
-    int8: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    int8_layer: Callable[[Tensor, Tensor | None], Tensor] | None = None
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The layer's result of states (B, T, H) and what is added to the scores: (B, T, H), or (B, 1, H)."""
@@ -99,12 +99,11 @@ class FusedEncoderLayer(nn.Module):
         more = (*args, kwargs.get("encoder_hidden_states"), kwargs.get("past_key_values"))
         if weights is None or any(argument is not None for argument in more):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        if self.int8 is not None:
-            with torch.autocast(hidden_states.device.type, enabled=False):
-                return self.int8(hidden_states, attention_mask)
         adapters = [w for layer in weights for w in (layer.a, layer.b) if w is not None]
         backward = torch.is_grad_enabled() and (hidden_states.requires_grad or bool(adapters))
         with torch.autocast(hidden_states.device.type, enabled=False):
+            if self.int8_layer is not None and not backward:
+                return self.int8_layer(hidden_states, attention_mask)
             return EncoderLayerFunction.apply(hidden_states, attention_mask, self, weights, backward, *adapters)
 
     def weights(self, states: Tensor) -> list[Weights] | None:

@@ -33,7 +33,7 @@ class Int8Layer:
         """The layer's result, (B, T, H), of states (B, T, H) and what is added to the scores."""
         batch, length, width = states.shape
         *asked, out, up, down = self.linears
-        rows = states.reshape(-1, width)
+        rows = states.reshape(-1, width).contiguous()
         numbers = quantize(rows)
         q, k, v = (x.times(numbers).view(batch, length, self.heads, -1).transpose(1, 2) for x in asked)
         context = attend_without_backward(q, k, v, mask, q.shape[-1] ** -0.5, True).reshape(-1, width)
@@ -45,8 +45,20 @@ class Int8Layer:
         return result.view(states.shape)
 
 
-def check_int8(model: nn.Module, attention: str, lowered: bool) -> None:
-    """Refuses int8 where it cannot be.
+def check_machine() -> None:
+    """Refuses int8 on a machine that cannot compute it.
+
+    Raises:
+        UserError: As said.
+    """
+    if torch.cuda.is_available():
+        raise refusal("it is for machines without a GPU")
+    if kernels.LIBRARY is None:
+        raise refusal(kernels.MISSING)
+
+
+def check_int8(model: nn.Module, attention: str, lowered: bool) -> int:
+    """The number of layers that can be computed so.
 
     Args:
         model: What is to be evaluated.
@@ -54,29 +66,43 @@ def check_int8(model: nn.Module, attention: str, lowered: bool) -> None:
         lowered: Whether frozen weights are kept in bfloat16.
 
     Raises:
-        UserError: No layer can be computed so.
+        UserError: There is none, or the machine cannot.
     """
-    if not _layers(model) or attention != COMPILED or not lowered:
-        why = kernels.MISSING or (
-            "for frozen layers such as BERT's with at most LoRA, in sizes that are multiples of 32, with "
-            "trainer.precision bf16-mixed, model.attention auto and all of model.speedups; this run has others"
+    check_machine()
+    if not lowered:
+        raise refusal(
+            "all else is computed in bfloat16: it needs trainer.precision bf16-mixed, model.speedups.frozen_weights "
+            "auto and a method that leaves the encoder frozen"
         )
-        raise UserError(f"--int8: {why} (`python main.py export` makes an int8 file for ONNX Runtime)")
+    if attention != COMPILED:
+        raise refusal("it needs model.attention auto or exact, and model.speedups.compiled")
+    if not (layers := _layers(model)):
+        raise refusal(
+            "no layer of this model before its last is such as BERT's, frozen, with at most LoRA, its sizes "
+            f"multiples of {kernels.STEP} (and model.speedups.fused_layers on)"
+        )
+    return len(layers)
 
 
-def begin_int8(model: nn.Module) -> int:
-    """Lets encoder layers compute with whole numbers until ``end_int8``; gives their number.
+def refusal(why: str) -> UserError:
+    """What is said where it cannot be."""
+    return UserError(f"--int8: {why}; `python main.py export` makes an int8 file for ONNX Runtime")
+
+
+def begin_int8(model: nn.Module) -> None:
+    """Lets encoder layers compute with whole numbers until ``end_int8``.
 
     Args:
         model: In evaluation mode, its adapters merged.
+
+    Raises:
+        UserError: One of those that were counted before cannot.
     """
-    count = 0
     for layer in _layers(model):
         weights = layer.multiplied(torch.bfloat16)
-        if weights is not None and all(w.a is None for w in weights):
-            layer.int8 = Int8Layer(layer.parts, weights)
-            count += 1
-    return count
+        if weights is None or any(w.a is not None for w in weights):
+            raise refusal("a layer has more than one adapter, trains biases, or is kept in another number format")
+        layer.int8_layer = Int8Layer(layer.parts, weights)
 
 
 def _layers(model: nn.Module) -> list[FusedEncoderLayer]:
@@ -88,4 +114,4 @@ def end_int8(model: nn.Module) -> None:
     """Lets encoder layers compute in bfloat16 again."""
     for module in model.modules():
         if isinstance(module, FusedEncoderLayer):
-            module.int8 = None
+            module.int8_layer = None

@@ -229,7 +229,7 @@ class Int8(NamedTuple):
 
 
 def quantize(rows: Tensor) -> Int8:
-    """Rows (N, width) in units of 1/127 of the largest of each."""
+    """Rows (N, width), contiguous, in units of 1/127 of the largest of each."""
     count, width = rows.shape
     found = _empty_int8(count, width)
     addresses = (t.data_ptr() for t in (rows, *found))
@@ -280,6 +280,7 @@ class Int8Weight:
         return out
 
     def _times(self, x: Int8, then: Then, other: Tensor | None, out: Tensor | None, numbers: Int8 | None) -> None:
+        assert then in (Then.PLAIN, Then.ADDED, Then.GELU_ALONE) and (then == Then.ADDED) == (other is not None)
         tensors = (*x, self.form, self.units, self.bias, other, out, *(numbers or (None, None)))
         addresses = (None if t is None else t.data_ptr() for t in tensors)
         LIBRARY.linear_int8(*addresses, *x.rows.shape, self.width, then, torch.get_num_threads())

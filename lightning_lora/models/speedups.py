@@ -153,8 +153,12 @@ def begin_evaluation(model: nn.Module, dtype: torch.dtype | None, merged: bool =
         model: In evaluation mode.
         dtype: In which autocast multiplies, or None where it is off.
         merged: Whether to merge.
-        int8: Whether to merge in any case, and then to let layers compute in int8 where they can.
+        int8: Whether to merge in any case, and then to let layers compute in int8.
+
+    Raises:
+        UserError: A layer cannot.
     """
+    end_evaluation(model)  # one that was broken off
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, FusedLora) and (merged or int8):

@@ -180,13 +180,13 @@ class TextClassifier(LightningModule):
         wanted = self.speedups.frozen_weights == "auto" and precision == "bf16-mixed"
         return wanted and not all(p.requires_grad for p in self.model.parameters())
 
-    def check_int8(self, precision: str) -> None:
-        """Refuses to evaluate a run of this precision in int8 where that cannot be.
+    def check_int8(self, precision: str) -> int:
+        """The number of layers that can be evaluated in int8 in a run of this precision.
 
         Raises:
-            UserError: As said.
+            UserError: There is none, or this machine cannot.
         """
-        check_int8(self.model, self.attention_for(training=False), self.lowers_frozen(precision))
+        return check_int8(self.model, self.attention_for(training=False), self.lowers_frozen(precision))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits, float32 (B, C), of token ids (B, T) and their mask."""

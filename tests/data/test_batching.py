@@ -8,11 +8,13 @@ from lightning_lora.data.batching import (
     EVALUATION_FACTOR,
     POOL_BATCHES,
     LengthBatchSampler,
+    TokenDataset,
     equal_cuts,
     evaluation_batches,
     padded_widths,
     training_batches,
 )
+from lightning_lora.data.tokens import InputFormat, Tokens
 from lightning_lora.seeding import stream_seed
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=1003)
@@ -22,21 +24,35 @@ LENGTHS = np.random.default_rng(0).integers(5, 200, size=1003)
 def test_each_row_stands_in_one_batch(batch_size: int) -> None:
     batches = training_batches(LENGTHS, batch_size, 0, 0)
     assert sorted(map(len, batches), reverse=True)[:-1] == [batch_size] * (len(batches) - 1)
-    for found in (batches, evaluation_batches(LENGTHS, batch_size)):
+    for found in (batches, evaluation_batches(padded_widths(LENGTHS), batch_size)):
         np.testing.assert_array_equal(np.sort(np.concatenate(found)), np.arange(len(LENGTHS)))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 2000])
 def test_short_texts_are_evaluated_together_for_as_many_tokens_as_the_longest(batch_size: int) -> None:
-    sampler = LengthBatchSampler(LENGTHS, batch_size, None)
+    rows = padded_widths(LENGTHS)
+    sampler = LengthBatchSampler(rows, batch_size, None)
     batches = [np.array(batch) for batch in sampler]
     assert len(sampler) == len(batches)
-    widths = [int(padded_widths(LENGTHS[batch]).max()) for batch in batches]
+    widths = [int(rows[batch].max()) for batch in batches]
     assert widths == sorted(widths, reverse=True)
     most = batch_size * widths[0]
     for batch, width in zip(batches[:-1], widths, strict=False):
         assert len(batch) == min(most // width, EVALUATION_FACTOR * batch_size) >= batch_size
     assert len(batches[-1]) * widths[-1] <= most
+
+
+@pytest.mark.parametrize("to_max", [False, True])
+@pytest.mark.parametrize("keep", ["head", "windows"])
+def test_no_batch_of_an_evaluation_is_larger_than_the_first(to_max: bool, keep: str) -> None:
+    """In tokens, padding included: 130 is no width that texts are padded to, and is one here."""
+    ends = np.cumsum(LENGTHS)
+    tokens = Tokens(np.ones(ends[-1], np.int32), np.concatenate(([0], ends)))
+    frame = InputFormat((2,), (3,), 0, 130, keep)
+    data = TokenDataset(tokens, frame, None, to_max)
+    sizes = [data.__getitems__(batch)["input_ids"].numel() for batch in LengthBatchSampler(data.widths, 16, None)]
+    assert max(sizes) <= sizes[0] * (1.3 if keep == "windows" else 1)
+    assert len(sizes) < len(LENGTHS) / 16 or to_max
 
 
 def test_nothing_is_evaluated_in_no_batches() -> None:
@@ -57,14 +73,15 @@ def test_batches_cut_from_one_array_are_those_of_a_list() -> None:
 
 
 def test_batches_hold_texts_of_similar_length() -> None:
-    def padding(batches: list[np.ndarray]) -> float:
-        held = sum(len(batch) * LENGTHS[batch].max() for batch in batches)
-        return 1 - LENGTHS.sum() / held
+    def padding(batches: list[np.ndarray], lengths: np.ndarray = LENGTHS) -> float:
+        held = sum(len(batch) * lengths[batch].max() for batch in batches)
+        return 1 - lengths.sum() / held
 
     shuffled = np.array_split(np.random.default_rng(1).permutation(len(LENGTHS)), 63)
     assert padding(shuffled) > 0.4
     assert padding(training_batches(LENGTHS, 16, 0, 0)) < 0.1
-    assert padding(evaluation_batches(LENGTHS, 16)) < 0.03
+    widths = padded_widths(LENGTHS)  # beyond what each row is padded to by itself
+    assert padding(evaluation_batches(widths, 16), widths) < 0.03
 
 
 def test_the_order_is_fixed_by_seed_and_epoch() -> None:
