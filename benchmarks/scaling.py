@@ -52,7 +52,7 @@ def picture(points: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
             axes = grid[row][column]
             axes.plot(list(values), [v[key] for v in values.values()], "o-", color="#0072B2")
             axes.set_xscale("log", base=10 if axis == "rows" else 2)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max(v[key] for v in values.values()))
             axes.set_xlabel(axis)
             axes.set_ylabel(label if column == 0 else "")
             axes.spines[["top", "right"]].set_visible(False)
