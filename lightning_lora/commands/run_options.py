@@ -1,0 +1,79 @@
+"""What each command that is configured like a run can be told beside the run's settings."""
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+#: Options that belong to one command and not to what is trained; they are left out of ``config.yaml``.
+COMMAND_KEYS = frozenset(
+    "config name logs_dir resume run checkpoint before int8 texts input text_column output format "  # noqa: SIM905
+    "formats rows licence base_model_id push_to_hub private workers executor address".split()
+)
+
+
+def _fit_options(parser: LightningArgumentParser) -> None:
+    parser.add_argument("--name", type=str | None, default=None, help="Name of the run folder; it must be new.")
+    parser.add_argument("--logs_dir", type=str, default="logs", help="The folder of all runs.")
+    parser.add_argument("--resume", type=str | None, default=None, help="Go on with an interrupted run: its folder.")
+
+
+def _run_options(parser: LightningArgumentParser) -> None:
+    parser.add_argument("--run", type=str, help="The run folder, such as logs/NAME.")
+    parser.add_argument(
+        "--checkpoint", type=str, default="best", help="'best', 'last', a file, or an exported adapter folder."
+    )
+
+
+def _validate_options(parser: LightningArgumentParser) -> None:
+    _run_options(parser)
+    asked = "Also evaluate in int8 (CPUs with AMX), and say how it compares."
+    parser.add_argument("--int8", type=bool, default=False, help=asked)
+
+
+def _test_options(parser: LightningArgumentParser) -> None:
+    _validate_options(parser)
+    parser.add_argument("--before", type=bool, default=True, help="Also test the model as it was before training.")
+
+
+def _export_options(parser: LightningArgumentParser) -> None:
+    _run_options(parser)
+    parser.add_argument("--output", type=str | None, default=None, help="A new folder; by default RUN/export.")
+    formats = "Of adapter, merged, onnx, onnx-int8; by default all that the method has."
+    parser.add_argument("--formats", type=list[str] | None, default=None, help=formats)
+    parser.add_argument("--rows", type=int, default=1000, help="Test rows that the certificate is made on.")
+    licence = "Licence for the card; by default that of the base model's card."
+    parser.add_argument("--licence", type=str | None, default=None, help=licence)
+    base = "The base model's name on the Hub, where it was loaded from a folder or package."
+    parser.add_argument("--base_model_id", type=str | None, default=None, help=base)
+    parser.add_argument("--push_to_hub", type=str | None, default=None, help="Upload as NAME or OWNER/NAME.")
+    parser.add_argument("--private", type=bool, default=True, help="Whether a new repository on the Hub is private.")
+
+
+def _predict_options(parser: LightningArgumentParser) -> None:
+    _run_options(parser)
+    parser.add_argument("texts", nargs="*", type=str, help="Texts to classify.")
+    source = (
+        "A .txt, .csv, .tsv, .jsonl or .parquet file, or - for standard input (a text a line); or many files: a folder "
+        "of .parquet files, or a quoted pattern such as 'in/*.parquet'."
+    )
+    parser.add_argument("--input", type=str | None, default=None, help=source)
+    parser.add_argument("--text_column", type=str | None, default=None, help="The text column of --input.")
+    written = "A .csv, .jsonl or .parquet file to write; of many input files a folder, with a file for each."
+    parser.add_argument("--output", type=str | None, default=None, help=written)
+    shown = "What to print without --output: table, csv or jsonl."
+    parser.add_argument("--format", type=str, default="table", help=shown)
+    workers = "Of many input files: processes that share them; by default 1, with Ray one for each GPU or CPU."
+    parser.add_argument("--workers", type=int | None, default=None, help=workers)
+    executor = "Of many input files: local (default), or ray for a cluster (needs the extra 'scale')."
+    parser.add_argument("--executor", type=str | None, default=None, help=executor)
+    faster = "Compute in int8 (CPUs with AMX): faster, less exact; `test --int8 true` says by how much."
+    parser.add_argument("--int8", type=bool, default=False, help=faster)
+    address = "Of the Ray cluster; without one a cluster of this machine is made."
+    parser.add_argument("--address", type=str | None, default=None, help=address)
+
+
+COMMAND_OPTIONS = {
+    "fit": _fit_options,
+    "validate": _validate_options,
+    "test": _test_options,
+    "predict": _predict_options,
+    "export": _export_options,
+}
