@@ -5,7 +5,6 @@ A run folder holds ``config.yaml`` (resolved), ``checkpoints/best.ckpt`` and ``l
 ``run.json``: the record.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -23,6 +22,7 @@ from typing import Any
 from lightning_lora import __version__
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_folder, write_text
+from lightning_lora.fingerprint import code_fingerprint
 
 RECORD_FORMAT = 1
 _PACKAGES = (
@@ -35,15 +35,8 @@ _PACKAGES = (
     "torchmetrics",
     "jsonargparse",
 )
-_RESULTS_COME_FROM = (
-    "seeding.py",
-    "devices.py",
-    "data/*.py",
-    "models/*.py",
-    "models/*.c",
-    "training/*.py",
-    "evaluation/metrics.py",
-)
+#: What trains: with another fingerprint of this code, results may be others.
+_TRAINS = ("training.module", "data.datamodule")
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,99}")
 
 
@@ -236,10 +229,7 @@ def commit() -> dict[str, Any]:
 @cache
 def _commit() -> dict[str, Any]:
     here = Path(__file__).parents[2]
-    digest = hashlib.sha256()
-    for path in sorted(p for room in _RESULTS_COME_FROM for p in (here / "lightning_lora").glob(room)):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    code: dict[str, Any] = {"fingerprint": digest.hexdigest()}
+    code: dict[str, Any] = {"fingerprint": code_fingerprint(*_TRAINS)}
 
     def git(*words: str) -> str | None:
         try:

@@ -20,7 +20,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.data import prepare, shards, splits
+from lightning_lora.data import prepare
 from lightning_lora.data.labels import MAX_CLASSES, canonical
 from lightning_lora.data.reading import Table, declared_names, first_line, open_parquet
 from lightning_lora.data.remote import file_system, is_url
@@ -29,6 +29,7 @@ from lightning_lora.data.splits import text_keys
 from lightning_lora.data.tokens import tokenizing_progress
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_folder, locked_folder
+from lightning_lora.fingerprint import code_fingerprint
 
 #: A shard ends with the row group that reaches so many rows: what a kill can lose, and what is shared out.
 SHARD_ROWS = 65_536
@@ -36,8 +37,8 @@ SHARD_ROWS = 65_536
 PARALLEL_ROWS = 100_000
 _BATCH_ROWS = 1024
 _FORMAT = 1
-#: The code that decides what a shard holds; when it changes, shards are made anew.
-_CODE = (prepare, shards, splits)
+#: What decides the content of a shard: with another fingerprint of this code it is written again.
+_CODE = ("data.prepare", "data.shards")
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,7 @@ class Job:
     def key(self) -> str:
         """A key of all that a shard depends on, but for its piece."""
         facts = [_FORMAT, self.text_columns, self.label_column, self.bad_rows, self.rules]
-        digest = hashlib.sha256(json.dumps(facts).encode())
-        for module in _CODE:
-            digest.update(Path(str(module.__file__)).read_bytes())
-        return digest.hexdigest()
+        return hashlib.sha256(json.dumps([*facts, code_fingerprint(*_CODE)]).encode()).hexdigest()
 
     def entry(self, piece: Piece) -> Path:
         """The folder of a piece's shard."""

@@ -10,14 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lora.data import labels, prepare, reading, specs, splits
+from lightning_lora.data import prepare
 from lightning_lora.data.prepare import Prepared, Rows, SourceOptions, SplitRows
 from lightning_lora.data.reading import source_files
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_folder
-
-#: The code that decides which row goes where; when it changes, stored splits are made anew.
-_CODE = (labels, prepare, reading, specs, splits)
+from lightning_lora.fingerprint import code_fingerprint
 
 
 def default_cache_dir() -> Path:
@@ -58,7 +56,8 @@ def store_key(options: SourceOptions) -> str | None:
     if files is None:
         return None
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(options), sort_keys=True, default=dict).encode())
-    for path in [*(path for paths in files.values() for path in paths), *(Path(str(m.__file__)) for m in _CODE)]:
+    digest.update(code_fingerprint("data.prepare").encode())
+    for path in (path for paths in files.values() for path in paths):
         digest.update(f"\n{path}\n".encode())
         try:
             with path.open("rb") as file:
