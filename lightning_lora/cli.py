@@ -10,7 +10,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 
-from lightning_lora import __version__, lean
+from lightning_lora import __version__
 from lightning_lora.errors import UserError
 from lightning_lora.files import refusal
 from lightning_lora.interrupts import Interrupted
@@ -52,7 +52,6 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # Large pages for large tensors (4% of a step on a CPU); torch reads it before its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    lean.install()
     show_traceback = "--traceback" in words or bool(os.environ.get("LIGHTNING_LORA_TRACEBACK"))
     words = [word for word in words if word != "--traceback"]
     if not words or words[0] in ("-h", "--help"):

@@ -2,10 +2,8 @@
 
 import importlib
 
-from lightning_lora import lean
 from lightning_lora.artifacts.runs import commit
 
-lean.install()
 for command in ("evaluate", "fit"):
     importlib.import_module(f"lightning_lora.commands.{command}")
 commit()
