@@ -40,7 +40,6 @@ COMMANDS: dict[str, Command] = {
     "sample": Command("random test rows with truth and prediction", "lightning_lora.commands.sample:run"),
     "ablate": Command("an ablation: axes, seeds, sound comparison, report", "lightning_lora.commands.ablate:run"),
     "report": Command("the report of ablations or of any runs, without torch", "lightning_lora.commands.report:run"),
-    "reproduce": Command("the README's tables again: which figures differ", "lightning_lora.commands.reproduce:run"),
     "predict": Command("labels and probabilities for your own texts", "lightning_lora.commands.predict:run"),
 }
 

@@ -27,7 +27,6 @@ def test_every_command_has_a_help_page(command: str, capsys: pytest.CaptureFixtu
         "sample": "--only",
         "ablate": "--retry_failed",
         "report": "folders",
-        "reproduce": "--smoke",
     }  # commands that are not configured like a run
     assert own.get(command, "--model.adapter.rank") in told and f"main.py {command}" in told
 
