@@ -9,10 +9,11 @@ RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-$(INSTALLED): pyproject.toml constraints.txt lightning_lora/models/kernels.c
+$(INSTALLED): pyproject.toml constraints.txt plugins/amx_kernels/lightning_lora_amx/kernels.c
 	@echo "installing pinned versions into $(VENV): some minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[embedded,dev]'
+	@if grep -qs amx_bf16 /proc/cpuinfo; then $(BIN)/python -m pip install --quiet -c constraints.txt -e plugins/amx_kernels; fi
 	@touch $@
 
 quickstart: $(INSTALLED)  ## install, fine-tune on film reviews, test before and after (minutes)
@@ -57,4 +58,4 @@ outside: $(INSTALLED)  ## compare an export in an environment without this proje
 	.venv-outside/bin/python examples/load_anywhere.py $(EXPORT) $(TEXTS)
 
 clean:  ## remove the environment and caches of tools (runs stay)
-	rm -rf $(VENV) .venv-outside .pytest_cache .mypy_cache .ruff_cache build *.egg-info lightning_lora/models/_kernels*
+	rm -rf $(VENV) .venv-outside .pytest_cache .mypy_cache .ruff_cache build *.egg-info plugins/*/build plugins/*/*.egg-info plugins/*/*/_kernels*

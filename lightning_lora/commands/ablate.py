@@ -157,9 +157,6 @@ def what_follows(settings: Mapping[str, Any], named: Sequence[str]) -> dict[str,
     if "model.quantization.bits" not in named:  # else the axis is about it
         follows["weights of the encoder"] = number if not model["quantization"]["bits"] else "quantized"
     follows["the encoder multiplies in"] = multiplies_in(settings)
-    if method.frozen_encoder and adapter["rank"]:
-        fused = model["speedups"]["fused_lora"] and not model["quantization"]["bits"] and not adapter["dropout"]
-        follows["LoRA layers in one step"] = bool(fused)
     return follows
 
 

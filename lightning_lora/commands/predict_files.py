@@ -35,7 +35,6 @@ from lightning_lora.commands.predictor import Advance, Job, Predictor, RefusedEr
 from lightning_lora.errors import BusyError, UserError
 from lightning_lora.files import check_writable, remove_partial
 from lightning_lora.interrupts import Interrupted, StopRequest
-from lightning_lora.models.int8_layer import check_machine
 
 EXECUTORS = ("local", "ray")
 #: Settings that predictions depend on, beside the weights.
@@ -57,8 +56,6 @@ def run_files(cli: ConfiguredRun) -> int:
         raise UserError(f"--workers: 1 or more are needed, got {config.workers}")
     if config.executor == "ray":
         import_ray(config.address)  # or say that it is not there, before anything is made
-    if config.int8:
-        check_machine()
     job = plan_job(cli)
     output = job.shards[0].output.parent
     check_writable(output)

@@ -7,21 +7,6 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class LayerNames:
-    """Paths of modules inside a numbered layer of attention and feed-forward, each added to its input and normalised.
-
-    Args:
-        linears: Query, key, value, the attention's output, and the feed-forward block's two.
-        norms: Behind the attention and behind the feed-forward block.
-        activation: Between the feed-forward block's two.
-    """
-
-    linears: tuple[str, str, str, str, str, str]
-    norms: tuple[str, str]
-    activation: str
-
-
-@dataclass(frozen=True)
 class Architecture:
     """Names of modules in one architecture.
 
@@ -45,23 +30,10 @@ class Architecture:
     key: str = "key"
     feed_forward_out: str = "output.dense"
     attention_end: str | None = None
-    layer: LayerNames | None = None
 
 
-_BERT_LAYER = LayerNames(
-    linears=(
-        "attention.self.query",
-        "attention.self.key",
-        "attention.self.value",
-        "attention.output.dense",
-        "intermediate.dense",
-        "output.dense",
-    ),
-    norms=("attention.output.LayerNorm", "output.LayerNorm"),
-    activation="intermediate.intermediate_act_fn",
-)
-_BERT = Architecture(head=("classifier",), pooler=("bert.pooler",), attention_end="attention.output", layer=_BERT_LAYER)
-_ROBERTA = Architecture(head=("classifier",), attention_end="attention.output", layer=_BERT_LAYER)
+_BERT = Architecture(head=("classifier",), pooler=("bert.pooler",), attention_end="attention.output")
+_ROBERTA = Architecture(head=("classifier",), attention_end="attention.output")
 
 #: By ``model_type`` of the base model's config. MiniLM checkpoints are of type bert, roberta or xlm-roberta.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -77,18 +49,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         key="k_lin",
         feed_forward_out="ffn.lin2",
         attention_end="sa_layer_norm",
-        layer=LayerNames(
-            linears=(
-                "attention.q_lin",
-                "attention.k_lin",
-                "attention.v_lin",
-                "attention.out_lin",
-                "ffn.lin1",
-                "ffn.lin2",
-            ),
-            norms=("sa_layer_norm", "output_layer_norm"),
-            activation="ffn.activation",
-        ),
     ),
     "deberta-v2": Architecture(
         head=("pooler", "classifier"),

@@ -5,8 +5,8 @@ scores that can be saved. This one scales and adds the mask within the matrix pr
 It is exact attention: softmax(Q K' scaling + mask) V. Without gradients torch's own is taken where it is faster.
 """
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,31 @@ from transformers.masking_utils import bidirectional_mask_function, eager_mask
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from lightning_lora.devices import compute_dtype
-from lightning_lora.models.kernels import CompiledAttention
 
-#: Names for ``set_attn_implementation``: by torch, and where it can be by ``kernels.c``.
+#: Name for ``set_attn_implementation``.
 EXACT = "exact"
-COMPILED = "exact_compiled"
+
+
+class AttentionMath(Protocol):
+    """What computes attention and its gradients."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, list[Tensor]]:
+        """As ``TorchAttention.forward``."""
+
+    @staticmethod
+    def backward(grad: Tensor, kept: list[Tensor], scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``TorchAttention.backward``."""
+
+
+#: Chooses what computes attention for queries, keys and a mask; None for torch.
+Choose = Callable[[Tensor, Tensor, Tensor | None], AttentionMath | None]
+
+
+def torch_only(q: Tensor, k: Tensor, mask: Tensor | None) -> AttentionMath | None:
+    """The choice of this package itself."""
+    del q, k, mask
+    return None
 
 
 def exact_attention(
@@ -32,7 +52,7 @@ def exact_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    compiled: bool = False,
+    choose: Choose = torch_only,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """As transformers' attention functions: q, k, v of shape (B, H, T, D), the result (B, T, H, D).
@@ -48,9 +68,9 @@ def exact_attention(
         query = query[:, :, :1]
         attention_mask = None if attention_mask is None else attention_mask[:, :, :1]
     if torch.is_grad_enabled():
-        out = ExactAttention.apply(query, key, value, attention_mask, scaling, compiled)
+        out = ExactAttention.apply(query, key, value, attention_mask, scaling, choose)
     else:
-        out = attend_without_backward(query, key, value, attention_mask, scaling, compiled)
+        out = attend_without_backward(query, key, value, attention_mask, scaling, choose)
     return out.expand(-1, length, -1, -1) if cut else out, None
 
 
@@ -59,13 +79,13 @@ class ExactAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, compiled: bool
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, choose: Choose
     ) -> Tensor:
         """Of (B, H, Q, D), (B, H, T, D), (B, H, T, D) and what is added to scores, (B, 1, 1 or Q, T): (B, Q, H, D)."""
         dtype = compute_dtype(query)
         with torch.autocast(query.device.type, enabled=False):
             q, k, v = (x.to(dtype) for x in (query, key, value))
-            ctx.way = way(q, k, mask, compiled)
+            ctx.way = choose(q, k, mask) or TorchAttention
             out, kept = ctx.way.forward(q, k, v, mask, scaling)
         ctx.save_for_backward(*kept)
         ctx.scaling, ctx.dtypes = scaling, (query.dtype, key.dtype, value.dtype)
@@ -77,11 +97,6 @@ class ExactAttention(torch.autograd.Function):
         """Gradients of q, k and v."""
         found = ctx.way.backward(grads[0], list(ctx.saved_tensors), ctx.scaling)
         return *(g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)), None, None, None
-
-
-def way(q: Tensor, k: Tensor, mask: Tensor | None, compiled: bool) -> type[CompiledAttention] | type["TorchAttention"]:
-    """What computes the attention and its gradients."""
-    return CompiledAttention if compiled and CompiledAttention.computes(q, k, mask) else TorchAttention
 
 
 class TorchAttention:
@@ -128,15 +143,15 @@ class TorchAttention:
 
 
 def attend_without_backward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, compiled: bool
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, choose: Choose = torch_only
 ) -> Tensor:
     """The result alone, (B, Q, H, D), of (B, H, Q, D), (B, H, T, D) and (B, H, T, D): torch's where it is faster."""
     dtype = compute_dtype(q)
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = (x.to(dtype) for x in (q, k, v))
-        chosen = way(q, k, mask, compiled)
-        if chosen is CompiledAttention or _uneven(k.shape[2], dtype):
-            return chosen.forward(q, k, v, mask, scaling)[0]
+        chosen = choose(q, k, mask)
+        if chosen is not None or _uneven(k.shape[2], dtype):
+            return (chosen or TorchAttention).forward(q, k, v, mask, scaling)[0]
         mask = None if mask is None else finite(mask, dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).transpose(1, 2)
 
@@ -176,6 +191,4 @@ def additive_mask(*args: Any, mask_function: Any, attention_mask: Tensor | None 
 
 
 AttentionInterface.register(EXACT, exact_attention)
-AttentionInterface.register(COMPILED, partial(exact_attention, compiled=True))
-for _name in (EXACT, COMPILED):
-    AttentionMaskInterface.register(_name, additive_mask)
+AttentionMaskInterface.register(EXACT, additive_mask)

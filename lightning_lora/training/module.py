@@ -17,15 +17,13 @@ from lightning_lora.errors import UserError
 from lightning_lora.evaluation.documents import pooled
 from lightning_lora.evaluation.metrics import StageCounter
 from lightning_lora.models.base import enable_gradient_checkpointing, load_base
-from lightning_lora.models.buffers import BUFFERS
-from lightning_lora.models.int8_layer import check_int8
+from lightning_lora.models.kernel_plugins import check_engine
 from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
 from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.models.speedups import (
     Speedups,
     begin_evaluation,
     choose_attention,
-    describe_computing,
     end_evaluation,
     install,
     lower_frozen,
@@ -159,7 +157,6 @@ class TextClassifier(LightningModule):
     def train(self, mode: bool = True) -> "TextClassifier":
         """Sets training or evaluation mode, and with it the attention that is faster in that mode."""
         super().train(mode)
-        BUFFERS.forget()
         if mode:  # after an evaluation that was broken off
             end_evaluation(self.model)
         self.model.set_attn_implementation(self.attention_for(mode))
@@ -171,9 +168,8 @@ class TextClassifier(LightningModule):
 
     def speed_choices(self, precision: str) -> list[str]:
         """What is done for speed in a run of this precision, in words."""
-        low = self.lowers_frozen(precision)
-        computed = describe_computing(self.model, self.attention_for(training=True), self.speedups, low)
-        return [*computed, *self.speed_notes]
+        lowered = ["frozen weights in bfloat16"] if self.lowers_frozen(precision) else []
+        return [f"{self.attention_for(training=True)} attention", *lowered, *self.speed_notes]
 
     def lowers_frozen(self, precision: str) -> bool:
         """Whether frozen weights are kept in bfloat16."""
@@ -186,7 +182,8 @@ class TextClassifier(LightningModule):
         Raises:
             UserError: There is none, or this machine cannot.
         """
-        return check_int8(self.model, self.attention_for(training=False), self.lowers_frozen(precision))
+        lowered = self.lowers_frozen(precision)
+        return check_engine("int8", self.model, self.attention_for(training=False) if lowered else None)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits, float32 (B, C), of token ids (B, T) and their mask."""
@@ -275,9 +272,8 @@ class TextClassifier(LightningModule):
 
     def on_validation_start(self) -> None:
         """Merges adapters while their weights stay as they are."""
-        begin_evaluation(
-            self.model, AUTOCAST.get(str(self.trainer.precision)), self.speedups.merged_evaluation, self.int8
-        )
+        dtype = AUTOCAST.get(str(self.trainer.precision))
+        begin_evaluation(self.model, dtype, self.speedups, "int8" if self.int8 else None)
 
     def on_validation_end(self) -> None:
         """Takes adapters apart again."""

@@ -1,95 +1,33 @@
 """Each replacement against the plain path: the same outputs and the same gradients."""
 
-import copy
 import subprocess
 import sys
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, eager_mask
 
 from lightning_lora.models.architectures import ARCHITECTURES
-from lightning_lora.models.attention import EXACT, ExactAttention, exact_attention
+from lightning_lora.models.attention import EXACT, ExactAttention, exact_attention, torch_only
 from lightning_lora.models.base import load_base
-from lightning_lora.models.encoder_layer import FusedEncoderLayer
-from lightning_lora.models.fused_linear import FrozenLinear, FusedLora, add_product, one_pass
 from lightning_lora.models.methods import AdapterOptions, tune
 from lightning_lora.models.speedups import (
     Speedups,
     begin_evaluation,
     end_evaluation,
-    fuse_bias,
-    fuse_lora,
     install,
     lower_frozen,
 )
 from lightning_lora.training.module import AUTOCAST, TextClassifier
 
-PLAIN = Speedups("float32", False, False, False, False, False, False)
+PLAIN = Speedups("float32", False, False, False)
 #: bfloat16 has 8 bits: one rounding is off by up to 2^-9, and outputs are sums of roundings.
 BF16 = {"rtol": 4e-2, "atol": 4e-2}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def lora_pair(bias: bool, frozen: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
-    """PEFT's layer and the fused one around the same weights."""
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
-    theirs = inject_adapter_in_model(config, nn.Sequential(nn.Linear(24, 16, bias=bias)))
-    nn.init.normal_(theirs[0].lora_B["default"].weight)
-    if frozen != torch.float32:
-        lower_frozen(theirs, frozen)
-    ours = copy.deepcopy(theirs)
-    assert fuse_lora(ours) == 1
-    return theirs, ours
-
-
-def outcome(module: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The output and every gradient for a random direction."""
-    inputs = inputs.detach().requires_grad_()
-    out = module(inputs)
-    out.float().mul(torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
-    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return {"out": out.detach(), "inputs": inputs.grad, **grads}
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("mode", ["float32", "autocast", "lowered"])
-def test_a_fused_lora_layer_is_pefts(bias: bool, mode: str) -> None:
-    theirs, ours = lora_pair(bias, torch.bfloat16 if mode == "lowered" else torch.float32)
-    inputs = torch.randn(3, 5, 24, dtype=torch.bfloat16 if mode == "lowered" else torch.float32)
-    with torch.autocast("cpu", torch.bfloat16, enabled=mode != "float32"):
-        expected, got = outcome(theirs, inputs), outcome(ours, inputs)
-    assert got.keys() == expected.keys()
-    assert {"0.lora_A.default.weight", "0.lora_B.default.weight"} < got.keys()
-    for name, value in expected.items():
-        assert got[name].dtype == value.dtype
-        scale = value.abs().max() if mode != "float32" else 1
-        torch.testing.assert_close(got[name] / scale, value / scale, **(FLOAT32 if mode == "float32" else BF16))
-
-
-def test_the_fused_gradients_are_those_of_the_function() -> None:
-    ours = lora_pair(True)[1]
-    ours.double()
-    inputs = torch.randn(2, 3, 24, dtype=torch.double, requires_grad=True)
-    torch.autograd.gradcheck(lambda x, a, b: ours(x), (inputs, *(p for p in ours.parameters() if p.requires_grad)))
-
-
-def test_a_fused_layer_stays_pefts_when_merged_disabled_or_dropped_out() -> None:
-    theirs, ours = lora_pair(True)
-    inputs = torch.randn(3, 24)
-    for change in ("merge", "disable"):
-        for layer in (theirs[0], ours[0]):
-            layer.merge() if change == "merge" else layer.enable_adapters(False)
-        torch.testing.assert_close(ours(inputs), theirs(inputs), **FLOAT32)
-        for layer in (theirs[0], ours[0]):
-            layer.unmerge() if change == "merge" else layer.enable_adapters(True)
-    ours[0].lora_dropout["default"] = nn.Dropout(0.5)
-    assert not torch.equal(ours(inputs), ours(inputs))
 
 
 @pytest.mark.parametrize("mask", ["none", "padding", "full"])
@@ -102,8 +40,8 @@ def test_exact_attention_is_attention_and_so_are_its_gradients(mask: str, querie
         added = torch.zeros(2, 1, 1 if mask == "padding" else queries, 7, dtype=torch.double)
         added[1, ..., 4:] = torch.finfo(torch.double).min
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=0.3).transpose(1, 2)
-    torch.testing.assert_close(ExactAttention.apply(q, k, v, added, 0.3, False), expected)
-    torch.autograd.gradcheck(lambda *x: ExactAttention.apply(*x, added, 0.3, False), (q, k, v))
+    torch.testing.assert_close(ExactAttention.apply(q, k, v, added, 0.3, torch_only), expected)
+    torch.autograd.gradcheck(lambda *x: ExactAttention.apply(*x, added, 0.3, torch_only), (q, k, v))
 
 
 @pytest.mark.parametrize("width", [24, 32, 104])
@@ -117,7 +55,7 @@ def test_exact_attention_in_bfloat16_is_attention(width: int) -> None:
     expected = ((q @ k.mT * 8**-0.5 + added).softmax(-1) @ v).transpose(1, 2)
     truth = [expected, *torch.autograd.grad((expected * weights).sum(), (q, k, v))]
     with torch.autocast("cpu", torch.bfloat16):
-        found = ExactAttention.apply(q, k, v, added, 8**-0.5, False)
+        found = ExactAttention.apply(q, k, v, added, 8**-0.5, torch_only)
     assert found.dtype == torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # torch's own, for an even width
         evaluated, _ = exact_attention(nn.Module(), q, k, v, added)
@@ -213,7 +151,7 @@ def test_an_evaluation_with_all_speedups_is_one_without(make_base, model_type: s
     plain = prepared(base, PLAIN, "eager", False).eval()
     for low in (False, True):
         fast = prepared(base, Speedups(), "auto", low).eval()
-        begin_evaluation(fast.model, torch.bfloat16 if low else None)
+        begin_evaluation(fast.model, torch.bfloat16 if low else None, Speedups())
         for width in (12, 32):
             with torch.inference_mode():
                 truth = plain(*padded(width))
@@ -229,69 +167,12 @@ def test_what_is_done_is_said_and_can_be_switched_off(tiny_base) -> None:
     base = load_base(str(tiny_base), ["a", "b"], 0)
     tuned = tune(base, "lora", AdapterOptions(), 0, False)
     assert install(base, PLAIN) == []
-    done = ["last layer for the first token only", "12 LoRA layers fused, merged in evaluation"]
-    done += ["2 encoder layers in one step each"]
-    assert install(base, Speedups()) == done
-    assert sum(isinstance(m, FusedLora) for m in tuned.model.modules()) == 12
+    done = ["last layer for the first token only", "12 LoRA layers merged in evaluation"]
+    assert install(base, Speedups(kernels=False)) == done
     states = []
     base.model.bert.encoder.layer[-1].register_forward_hook(lambda m, i, out: states.append(out.shape))
     tuned.model(input_ids=torch.full((2, 9), 6))
     assert states == [(2, 1, 32)]
-
-
-@pytest.mark.parametrize("targets", ["all_linear", "query_value", ["output.dense"]])
-@pytest.mark.parametrize("model_type", [name for name, entry in ARCHITECTURES.items() if entry.layer])
-def test_an_encoder_layer_in_one_step_has_the_gradients_of_its_function(make_base, model_type: str, targets) -> None:
-    """Of padded states in double precision, for a layer and for the last one, which goes on with the first token."""
-    if targets == ["output.dense"]:  # the feed-forward block's second alone
-        targets = [ARCHITECTURES[model_type].feed_forward_out]
-    base = load_base(str(make_base(model_type)), ["a", "b"], 0)
-    tune(base, "lora", AdapterOptions(rank=2, target_modules=targets), 0, False)
-    install(base, Speedups())
-    base.model.double().set_attn_implementation(EXACT)
-    layers = [module for module in base.model.modules() if isinstance(module, FusedEncoderLayer)]
-    mask = torch.zeros(2, 1, 1, 5, dtype=torch.double)
-    mask[1, ..., 3:] = torch.finfo(torch.double).min
-    torch.manual_seed(0)
-    for layer in (layers[0], layers[-1]):
-        states = torch.randn(2, 5, layer.parts.norms[0].normalized_shape[0], dtype=torch.double, requires_grad=True)
-        adapters = [p for p in layer.parameters() if p.requires_grad]
-        for adapter in adapters:
-            nn.init.normal_(adapter, std=0.3)
-        assert layer.weights(states) is not None  # it is computed in one step
-        torch.autograd.gradcheck(lambda x, *_, layer=layer: layer(x, mask), (states, *adapters), atol=1e-4)
-
-
-def test_a_layer_that_has_more_to_do_computes_as_ever(tiny_base) -> None:
-    """Active dropout, another attention, and numbers of another format are for the layer's own modules."""
-    base = load_base(str(tiny_base), ["a", "b"], 0)
-    tune(base, "lora", AdapterOptions(), 0, False)
-    install(base, Speedups())
-    base.model.set_attn_implementation(EXACT)
-    layer = next(module for module in base.model.modules() if isinstance(module, FusedEncoderLayer)).train()
-    states = torch.randn(2, 5, 32)
-    assert layer.weights(states) is not None
-    layer.parts.dropouts[0].p = 0.1
-    assert layer.weights(states) is None
-    assert layer.eval().weights(states) is not None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer.weights(states) is None
-    base.model.set_attn_implementation("eager")
-    assert layer.weights(states) is None
-    assert layer(states).shape == states.shape
-
-
-@pytest.mark.parametrize("rows", [700, 900, 1100])
-def test_a_product_in_pieces_is_the_product(rows: int) -> None:
-    torch.manual_seed(0)
-    x, weight = torch.randn(rows, 1536).bfloat16(), torch.randn(384, 1536).bfloat16()
-    bias, added = torch.randn(384).bfloat16(), torch.randn(rows, 384).bfloat16()
-    truth = x.double() @ weight.double().t() + bias.double() + added.double()
-    found = one_pass(x, weight, bias, added).double()
-    assert (found - truth).norm() < 0.01 * truth.norm()
-    into = added.clone()
-    assert add_product(into, x, weight.t()) is into
-    assert (into.double() - (truth - bias.double())).norm() < 0.01 * truth.norm()
 
 
 @pytest.mark.parametrize("method", ["lora", "bitfit", "head", "full"])
@@ -328,26 +209,6 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
     assert int(done.stdout) < 60 * 8192 / 4, done.stderr  # without it 60 * 8192
 
 
-def test_a_frozen_layer_with_its_bias_in_one_pass_is_the_layer() -> None:
-    torch.manual_seed(0)
-    theirs = nn.Sequential(nn.Linear(24, 16)).requires_grad_(False)
-    lower_frozen(theirs, torch.bfloat16)
-    ours = copy.deepcopy(theirs)
-    assert fuse_bias(ours) == 1
-    for dtype in (torch.bfloat16, torch.float32):  # autocast lowers the second
-        inputs = torch.randn(3, 5, 24, dtype=dtype)
-        with torch.autocast("cpu", torch.bfloat16):
-            expected, got = outcome(theirs, inputs), outcome(ours, inputs)
-        for name, value in expected.items():
-            assert got[name].dtype == value.dtype
-            torch.testing.assert_close(got[name], value, **BF16)
-    # In another format, or once it is trained, it is torch's own.
-    ours.float()
-    torch.testing.assert_close(ours(inputs), theirs.float()(inputs), rtol=0, atol=0)
-    ours.requires_grad_()
-    assert "0.weight" in outcome(ours, inputs)
-
-
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_an_evaluation_with_merged_adapters_is_that_of_the_adapters(tiny_base, precision: str) -> None:
     dtype = AUTOCAST.get(precision)
@@ -364,12 +225,11 @@ def test_an_evaluation_with_merged_adapters_is_that_of_the_adapters(tiny_base, p
             return model(ids, mask)
 
     apart = logits()
-    begin_evaluation(model.model, dtype)
-    layer = next(m for m in model.modules() if isinstance(m, FusedLora))
-    expected = layer.base_layer.weight + layer.scaling["default"] * (
-        layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    )
-    torch.testing.assert_close(layer.evaluated_weight, expected.detach().to(dtype or torch.float32))
+    layer = next(m for m in model.modules() if isinstance(m, lora.Linear))
+    product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    expected = (layer.base_layer.weight + layer.scaling["default"] * product).detach()
+    begin_evaluation(model.model, dtype, Speedups())
+    torch.testing.assert_close(layer.base_layer.weight, expected.to(dtype or torch.float32), check_dtype=True)
     scale = apart.abs().max()
     torch.testing.assert_close(logits() / scale, apart / scale, **(BF16 if dtype else FLOAT32))
     merged = logits()
@@ -405,17 +265,9 @@ def test_training_goes_on_as_it_was_after_a_validation(tiny_base, reviews) -> No
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "callbacks": [Watch()]}
         when = {"val_check_interval": 1} if validate else {"limit_val_batches": 0}
         Trainer(max_epochs=2, accelerator="cpu", precision="32-true", **when, **quiet).fit(model, data)
-        assert all(m.evaluated_weight is None for m in model.modules() if isinstance(m, FusedLora))
+        assert not any(m.merged for m in model.modules() if isinstance(m, lora.Linear))
         ends.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
     for name, value in ends[2].items():  # of the run that never stopped to validate
         assert torch.equal(value, ends[0][name]) and torch.equal(value, ends[1][name]), name
     assert used == {("train", model.attention_for(True)), ("validate", model.attention_for(False))}
     assert torch.cuda.is_available() or used == {("train", "eager"), ("validate", "sdpa")}
-
-
-def test_biases_are_said_to_be_taken_along_where_they_are(tiny_base) -> None:
-    model = TextClassifier(str(tiny_base), ["a", "b"], adapter=AdapterOptions(target_modules="query_value"))
-    layers = sum(isinstance(module, FrozenLinear) for module in model.modules())
-    said = f"{layers} linear layers with their bias in one pass"
-    assert (said in model.speed_choices("bf16-mixed")) == bool(layers)
-    assert not any("bias" in choice for choice in model.speed_choices("32-true"))

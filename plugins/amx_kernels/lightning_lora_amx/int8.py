@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.errors import UserError
-from lightning_lora.models import kernels
-from lightning_lora.models.attention import COMPILED, attend_without_backward
-from lightning_lora.models.encoder_layer import FusedEncoderLayer, LayerParts
-from lightning_lora.models.fused_linear import Weights
-from lightning_lora.models.kernels import Int8Weight, Then, quantize
+from lightning_lora_amx import kernels
+from lightning_lora_amx.attention import COMPILED, attend
+from lightning_lora_amx.encoder_layer import FusedEncoderLayer, LayerParts
+from lightning_lora_amx.fused_linear import Weights
+from lightning_lora_amx.kernels import Int8Weight, Then, quantize
 
 
 class Int8Layer:
@@ -36,7 +36,7 @@ class Int8Layer:
         rows = states.reshape(-1, width).contiguous()
         numbers = quantize(rows)
         q, k, v = (x.times(numbers).view(batch, length, self.heads, -1).transpose(1, 2) for x in asked)
-        context = attend_without_backward(q, k, v, mask, q.shape[-1] ** -0.5, True).reshape(-1, width)
+        context = attend(q, k, v, mask, q.shape[-1] ** -0.5, True).reshape(-1, width)
         first = out.times(quantize(context), Then.ADDED, rows)
         middle, _ = kernels.norm_forward(first, self.norms[0])
         activated = up.times_quantized(quantize(middle), Then.GELU_ALONE)
@@ -57,29 +57,28 @@ def check_machine() -> None:
         raise refusal(kernels.MISSING)
 
 
-def check_int8(model: nn.Module, attention: str, lowered: bool) -> int:
+def check_int8(model: nn.Module, attention: str | None) -> int:
     """The number of layers that can be computed so.
 
     Args:
         model: What is to be evaluated.
-        attention: The name of its attention.
-        lowered: Whether frozen weights are kept in bfloat16.
+        attention: The name of its attention; None where frozen weights are not kept in bfloat16.
 
     Raises:
         UserError: There is none, or the machine cannot.
     """
     check_machine()
-    if not lowered:
+    if attention is None:
         raise refusal(
             "all else is computed in bfloat16: it needs trainer.precision bf16-mixed, model.speedups.frozen_weights "
             "auto and a method that leaves the encoder frozen"
         )
     if attention != COMPILED:
-        raise refusal("it needs model.attention auto or exact, and model.speedups.compiled")
+        raise refusal("it needs model.attention auto or exact")
     if not (layers := _layers(model)):
         raise refusal(
             "no layer of this model before its last is such as BERT's, frozen, with at most LoRA, its sizes "
-            f"multiples of {kernels.STEP} (and model.speedups.fused_layers on)"
+            f"multiples of {kernels.STEP}"
         )
     return len(layers)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.models.buffers import BUFFERS
+from lightning_lora_amx.buffers import BUFFERS
 
 #: What sizes are multiples of.
 STEP = 32

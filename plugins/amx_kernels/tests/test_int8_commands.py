@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score
 
 from lightning_lora.cli import main
 from lightning_lora.commands import evaluate
-from lightning_lora.models import kernels
+from lightning_lora_amx import kernels
 from tests.conftest import make_rows, write_csv
 
 pytestmark = pytest.mark.skipif(kernels.LIBRARY is None, reason=kernels.MISSING)

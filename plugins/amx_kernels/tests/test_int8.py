@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_lora.errors import UserError
-from lightning_lora.models import kernels
-from lightning_lora.models.encoder_layer import FusedEncoderLayer
-from lightning_lora.models.kernels import Int8Weight, Then, quantize
 from lightning_lora.models.speedups import Speedups, begin_evaluation, end_evaluation, lower_frozen
 from lightning_lora.training.module import TextClassifier
+from lightning_lora_amx import kernels
+from lightning_lora_amx.encoder_layer import FusedEncoderLayer
+from lightning_lora_amx.kernels import Int8Weight, Then, quantize
 
 needs_kernels = pytest.mark.skipif(kernels.LIBRARY is None, reason=kernels.MISSING)
 #: Rounding to bfloat16, by norm.
@@ -110,7 +110,8 @@ def logits(model: TextClassifier, int8: bool, low: bool = True) -> torch.Tensor:
     ids = torch.randint(5, 30, (6, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
-    begin_evaluation(model.model, torch.bfloat16 if low else None, int8=int8)
+    dtype, engine = torch.bfloat16 if low else None, "int8" if int8 else None
+    begin_evaluation(model.model, dtype, model.speedups, engine)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=low):
         found = model(ids, mask)
     end_evaluation(model.model)
@@ -123,7 +124,7 @@ def test_a_model_says_nearly_the_same_in_int8(make_base, model_type: str) -> Non
     sizes = {"dim": 64, "n_heads": 2, "hidden_dim": 96} if model_type == "distilbert" else SIZES
     base = str(make_base(model_type, **sizes))
     model = classifier(base)
-    exact = classifier(base, speedups=Speedups(frozen_weights="float32", fused_layers=False)).float()
+    exact = classifier(base, speedups=Speedups(frozen_weights="float32", kernels=False)).float()
     exact.model.set_attn_implementation("eager")
     truth = logits(exact, False, low=False)
     before, found = logits(model, False), logits(model, True)
@@ -147,10 +148,10 @@ def test_adapters_are_part_of_the_numbers(make_base) -> None:
 @needs_kernels
 def test_all_layers_but_the_last_are_in_int8(make_base) -> None:
     model = classifier(str(make_base("bert", num_hidden_layers=3, **SIZES)))
-    begin_evaluation(model.model, torch.bfloat16, merged=False, int8=True)
+    begin_evaluation(model.model, torch.bfloat16, Speedups(merged_evaluation=False), "int8")
     layers = [m for m in model.modules() if isinstance(m, FusedEncoderLayer)]
     assert [layer.int8_layer is not None for layer in layers] == [True, True, False]
-    model.train()  # as after an evaluation that was broken off
+    end_evaluation(model.model)
     assert not any(layer.int8_layer for layer in layers)
 
 
@@ -161,7 +162,6 @@ def test_a_run_that_cannot_is_refused(make_base) -> None:
     for model, precision, said in (
         (classifier(base), "32-true", "trainer.precision bf16-mixed"),
         (classifier(base, attention="sdpa"), "bf16-mixed", "model.attention"),
-        (classifier(base, speedups=Speedups(compiled=False)), "bf16-mixed", "model.speedups.compiled"),
         (classifier(base, "full"), "bf16-mixed", "leaves the encoder frozen"),
         (classifier(base, "dora"), "bf16-mixed", "at most LoRA"),
         (classifier(small), "bf16-mixed", "multiples of 32"),
@@ -175,7 +175,7 @@ def test_a_layer_that_cannot_after_all_stops_the_evaluation(make_base) -> None:
     model = classifier(str(make_base("bert", **SIZES)))
     model.float()
     with pytest.raises(UserError, match="number format"):
-        begin_evaluation(model.model, None, int8=True)
+        begin_evaluation(model.model, None, Speedups(), "int8")
 
 
 @needs_kernels
@@ -190,14 +190,14 @@ def test_methods_that_leave_layers_frozen_can(make_base, method: str) -> None:
 def test_what_was_broken_off_is_undone_by_the_next(make_base) -> None:
     model = classifier(str(make_base("bert", **SIZES)))
     before = logits(model, False)
-    begin_evaluation(model.model, torch.bfloat16, int8=True)  # and no end
+    begin_evaluation(model.model, torch.bfloat16, Speedups(), "int8")  # and no end
     assert torch.equal(logits(model, False), before)
 
 
 @needs_kernels
 def test_gradients_are_never_those_of_whole_numbers(make_base) -> None:
     model = classifier(str(make_base("bert", **SIZES)))
-    begin_evaluation(model.model, torch.bfloat16, int8=True)
+    begin_evaluation(model.model, torch.bfloat16, Speedups(), "int8")
     with torch.autocast("cpu", torch.bfloat16):
         states = torch.randn(2, 8, 64).bfloat16().requires_grad_()
         layer = next(m for m in model.modules() if isinstance(m, FusedEncoderLayer))

@@ -5,13 +5,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_lora.models import kernels
 from lightning_lora.models.attention import TorchAttention, exact_attention
-from lightning_lora.models.encoder_layer import FusedEncoderLayer
-from lightning_lora.models.fused_linear import SharedInput, Weights, shared_input
-from lightning_lora.models.kernels import Then
 from lightning_lora.models.speedups import Speedups, lower_frozen
 from lightning_lora.training.module import TextClassifier
+from lightning_lora_amx import kernels
+from lightning_lora_amx.attention import choose
+from lightning_lora_amx.encoder_layer import FusedEncoderLayer
+from lightning_lora_amx.fused_linear import SharedInput, Weights, shared_input
+from lightning_lora_amx.kernels import Then
 
 needs_kernels = pytest.mark.skipif(kernels.LIBRARY is None, reason=kernels.MISSING)
 #: bfloat16 has 8 bits: a rounding is off by 2^-9 at most, by its norm by less; a result has one or a few of them.
@@ -243,7 +244,7 @@ def test_a_norm_and_its_gradient_are_those_of_the_function(width: int) -> None:
 
 def outcome(base: str, compiled: bool, low: bool) -> dict[str, torch.Tensor]:
     """Logits and gradients of a padded batch, and how often the compiled attention computed."""
-    model = TextClassifier(base, ["a", "b"], speedups=Speedups(compiled=compiled)).train()
+    model = TextClassifier(base, ["a", "b"], speedups=Speedups(kernels=compiled)).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -301,11 +302,11 @@ def test_a_model_learns_what_it_would_without(make_base, monkeypatch, model_type
 
 @needs_kernels
 def test_it_is_said_which_layers_are_compiled(make_base) -> None:
-    for wide, said in ((96, "2 of 2 layers compiled"), (48, "0 of 2 layers compiled")):
+    for wide, said in ((96, "2 encoder layers fused, 2 of them by"), (48, "2 encoder layers fused, 0 of them by")):
         base = str(make_base("bert", hidden_size=64, num_attention_heads=2, intermediate_size=wide))
-        assert said in TextClassifier(base, ["a", "b"]).speed_choices("bf16-mixed")
-        off = TextClassifier(base, ["a", "b"], speedups=Speedups(compiled=False))
-        assert not any("compiled" in choice for choice in off.speed_choices("bf16-mixed"))
+        assert f"{said} AMX kernels" in TextClassifier(base, ["a", "b"]).speed_choices("bf16-mixed")
+        off = TextClassifier(base, ["a", "b"], speedups=Speedups(kernels=False))
+        assert not any("fused" in choice for choice in off.speed_choices("bf16-mixed"))
 
 
 def test_without_them_torch_computes(tiny_base, monkeypatch) -> None:
@@ -315,7 +316,7 @@ def test_without_them_torch_computes(tiny_base, monkeypatch) -> None:
     model = TextClassifier(str(tiny_base), ["a", "b"]).train()
     assert model.attention_for(True) == "exact"
     assert any(isinstance(module, FusedEncoderLayer) for module in model.modules())
-    out, _ = exact_attention(nn.Module(), q, k, v, None, 0.2, compiled=True)
+    out, _ = exact_attention(nn.Module(), q, k, v, None, 0.2, choose=choose)
     torch.testing.assert_close(out, TorchAttention.forward(q, k, v, None, 0.2)[0])
 
 

@@ -16,15 +16,60 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import GELUActivation
 
 from lightning_lora.devices import compute_dtype
-from lightning_lora.models import kernels
-from lightning_lora.models.architectures import LayerNames
-from lightning_lora.models.attention import COMPILED, EXACT
+from lightning_lora.models.attention import EXACT
 from lightning_lora.models.base import Base
-from lightning_lora.models.fused_linear import FrozenLinear, FusedLora, Weights, shared_input
-from lightning_lora.models.layer_attention import EveryToken, FirstToken
+from lightning_lora_amx import kernels
+from lightning_lora_amx.attention import COMPILED
+from lightning_lora_amx.fused_linear import FrozenLinear, FusedLora, Weights, shared_input
+from lightning_lora_amx.layer_attention import EveryToken, FirstToken
 
 #: Called by their full names, as torch otherwise looks through all forms of an operator at each call.
 _NORM_BACKWARD = torch.ops.aten.native_layer_norm_backward.default
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Paths of modules inside a numbered layer of attention and feed-forward, each added to its input and normalised.
+
+    Args:
+        linears: Query, key, value, the attention's output, and the feed-forward block's two.
+        norms: Behind the attention and behind the feed-forward block.
+        activation: Between the feed-forward block's two.
+    """
+
+    linears: tuple[str, str, str, str, str, str]
+    norms: tuple[str, str]
+    activation: str
+
+
+_BERT = LayerNames(
+    linears=(
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+    ),
+    norms=("attention.output.LayerNorm", "output.LayerNorm"),
+    activation="intermediate.intermediate_act_fn",
+)
+#: By ``model_type``.
+LAYERS = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    "distilbert": LayerNames(
+        linears=(
+            "attention.q_lin",
+            "attention.k_lin",
+            "attention.v_lin",
+            "attention.out_lin",
+            "ffn.lin1",
+            "ffn.lin2",
+        ),
+        norms=("sa_layer_norm", "output_layer_norm"),
+        activation="ffn.activation",
+    ),
+}
 
 
 @dataclass
@@ -50,7 +95,7 @@ class LayerParts:
 
 def fuse_layers(base: Base) -> int:
     """Lets every encoder layer that can be computed in one step be; gives their number."""
-    names = base.architecture.layer if base.architecture is not None else None
+    names = LAYERS.get(base.model.config.model_type)
     if names is None:
         return 0
     count = 0

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_lora.models.attention import attend_without_backward, way
-from lightning_lora.models.fused_linear import Weights, shared_input
+from lightning_lora_amx.attention import attend, way
+from lightning_lora_amx.fused_linear import Weights, shared_input
 
 #: What a backward pass needs; None where no adapter asks for it.
 Kept = list[Tensor | None]
@@ -44,7 +44,7 @@ class EveryToken:
         q, k, v = (result.view(batch, length, self.heads, -1).transpose(1, 2) for result in results)
         scaling = q.shape[-1] ** -0.5
         if not backward:
-            return attend_without_backward(q, k, v, mask, scaling, self.compiled).reshape(-1, width), []
+            return attend(q, k, v, mask, scaling, self.compiled).reshape(-1, width), []
         self.way = way(q, k, mask, self.compiled)
         out, kept = self.way.forward(q, k, v, mask, scaling)
         return out.reshape(-1, width), [inner, *kept]

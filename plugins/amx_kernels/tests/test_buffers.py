@@ -5,7 +5,7 @@ import threading
 import torch
 from torch import Tensor
 
-from lightning_lora.models.buffers import LEAST, Buffers
+from lightning_lora_amx.buffers import LEAST, Buffers
 
 ROWS = LEAST // 64
 

@@ -6,13 +6,14 @@ from typing import Any, cast
 
 import torch
 from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora.devices import compute_dtype
-from lightning_lora.models import kernels
-from lightning_lora.models.buffers import BUFFERS
-from lightning_lora.models.kernels import STEP, Then
+from lightning_lora_amx import kernels
+from lightning_lora_amx.buffers import BUFFERS
+from lightning_lora_amx.kernels import STEP, Then
 
 #: Whether torch has the operators of ``one_pass``, which it keeps for its compiler.
 ONE_PASS = (
@@ -283,9 +284,6 @@ class FusedLora(lora.Linear):
     It only ever replaces the class of a layer that PEFT has made, so everything else is PEFT's.
     """
 
-    #: W + scaling B A while a model is evaluated (``merge_for_evaluation``); PEFT's own merging would change W itself.
-    evaluated_weight: Tensor | None = None
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x W' + b + scaling x A' B'; x of shape (..., in), the result (..., out)."""
         weights = None if args or kwargs else self.weights()
@@ -296,27 +294,20 @@ class FusedLora(lora.Linear):
     def weights(self) -> Weights | None:
         """What the layer multiplies by; None where it does more, or trains more than its adapter."""
         base: Any = self.base_layer
-        if self.merged or any(p.requires_grad for p in base.parameters()):
+        if any(p.requires_grad for p in base.parameters()):
             return None
-        if self.disable_adapters:
+        if self.merged and self.disable_adapters:  # PEFT unmerges it first
+            return None
+        if self.merged or self.disable_adapters:
             return Weights(base.weight, base.bias)
         names = [name for name in self.active_adapters if name in self.lora_A]
         if len(names) != 1 or self.lora_bias[names[0]]:
             return None
         if self.training and not isinstance(self.lora_dropout[names[0]], nn.Identity):
             return None
-        if self.evaluated_weight is not None:
-            return Weights(self.evaluated_weight, base.bias)
         a: Any = self.lora_A[names[0]].weight
         b: Any = self.lora_B[names[0]].weight
         return Weights(base.weight, base.bias, a, b, self.scaling[names[0]])
-
-    def merge_for_evaluation(self, dtype: torch.dtype | None) -> None:
-        """Computes with W and its update in one matrix of the given number format, or that of W."""
-        weights = self.weights()
-        if weights is not None and weights.a is not None:
-            merged = weights.weight.float() + self.get_delta_weight(self.active_adapters[0]).float()
-            self.evaluated_weight = merged.to(dtype or weights.weight.dtype)
 
 
 class FrozenWeightFunction(torch.autograd.Function):
@@ -343,3 +334,25 @@ class FrozenWeightFunction(torch.autograd.Function):
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         grad_x, adapter = ctx.layer.backward([grad], rows, inner, ctx.needs_input_grad[0])
         return (None if grad_x is None else grad_x.view(ctx.shape).to(ctx.input_dtype)), None, *adapter
+
+
+def fuse_lora(model: nn.Module) -> int:
+    """Makes every plain LoRA layer compute in one step, where that is the same; gives their number."""
+    count = 0
+    for module in model.modules():
+        if type(module) is lora.Linear and type(module.base_layer) is nn.Linear and not module.lora_variant:
+            module.__class__ = FusedLora
+            count += 1
+    return count
+
+
+def fuse_bias(model: nn.Module) -> int:
+    """Makes frozen linear layers outside of adapters take their bias along where they can; gives their number."""
+    adapted = {id(inner) for layer in model.modules() if isinstance(layer, BaseTunerLayer) for inner in layer.modules()}
+    count = 0
+    for module in model.modules():
+        outside = type(module) is nn.Linear and id(module) not in adapted
+        if outside and module.bias is not None and not any(p.requires_grad for p in module.parameters()):
+            module.__class__ = FrozenLinear
+            count += 1
+    return count
