@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.cli import main
-from lightning_lora.commands.arms import ARMS_KEY, choose_arms, resolve
+from lightning_lora.commands.ablate import resolve
+from lightning_lora.commands.compare import choose_arms
 from lightning_lora.commands.configured import ConfiguredRun
 from lightning_lora.evaluation.costs import parameter_counts
 from lightning_lora.models.architectures import ARCHITECTURES
@@ -38,7 +39,7 @@ SIZES = {"distilbert": {"dim": 64, "hidden_dim": 128}}
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The config without its arms, and the arms."""
     config = yaml.safe_load(path.read_text())
-    return config, config.pop(ARMS_KEY, None)
+    return config, config.pop("arms", None)
 
 
 def arms_of(path: Path) -> dict[str, dict[str, Any]]:

@@ -44,7 +44,6 @@ def test_a_room_imports_only_what_comes_before_it(path: Path) -> None:
         "cli.py",
         "artifacts/runs.py",
         "reports/tables.py",
-        "reports/comparison.py",
         "evaluation/intervals.py",
         "commands/report.py",
         "reports/ablation.py",

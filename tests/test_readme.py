@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lora.cli import main
-from lightning_lora.commands import compare
+from lightning_lora.commands import ablate, cells
 from tests.conftest import make_rows, write_csv
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,8 @@ def test_the_python_commands_run(tiny_base: Path, tmp_path: Path, monkeypatch: p
     Path("reviews.txt").write_text("a fine film\na dull one\n")
     ran = 0
     # In this process, which is faster; that arms have processes of their own is tested by itself.
-    monkeypatch.setattr(compare, "run_commands", lambda *each, lock: next((s for s in map(main, each) if s), 0))
+    for module in (ablate, cells):
+        monkeypatch.setattr(module, "run_child", lambda each, *_: next((s for s in map(main, each) if s), 0))
     for command in COMMANDS:
         words = shlex.split(command.split(" | ")[-1].replace("path/to/", "./"))
         if words[:1] != ["python"]:

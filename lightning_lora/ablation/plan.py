@@ -18,6 +18,8 @@
     search: {space: {...}, trials: 12}   # instead of chosen axes: ``ablation/search.py``
     small: {seeds: [1, 2], settings: {data.train_rows: 200}, axes: {rank: ["2", "8"]}, trials: 3}
 
+Instead of axes, or beside chosen ones, ``arms: {NAME: settings}`` names the arms and what each changes.
+
 An arm is one combination of the compared axes, a variant of it one of the chosen axes, a cell a variant with a seed.
 """
 
@@ -33,9 +35,11 @@ from lightning_lora.errors import UserError
 
 #: Metric by name, and whether more of it is better.
 METRICS = {"accuracy": True, "loss": False}
-_KEYS = ("question", "base", "settings", "axes", "search", "baseline", "seeds", "metric", "margin", "small")
+_KEYS = ("question", "base", "settings", "axes", "arms", "search", "baseline", "seeds", "metric", "margin", "small")
 _SMALL_KEYS = ("settings", "seeds", "axes", "trials")
 MOST_CELLS = 10_000
+#: The axis of arms that are named one by one.
+ARM = "arm"
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,11 @@ class Plan:
         """The arms in the order of the axes."""
         return list(dict.fromkeys(cell.arm for cell in self.cells))
 
+    def arm_settings(self, arm: tuple[tuple[str, str], ...]) -> Mapping[str, Any]:
+        """The settings by which the axes define an arm, as flat keys."""
+        values = dict(arm)
+        return {k: v for axis in self.axes if axis.name in values for k, v in axis.values[values[axis.name]].items()}
+
     @property
     def tried(self) -> int:
         """Variants of each arm: its budget of tuning."""
@@ -191,10 +200,7 @@ def make_plan(content: Mapping[str, Any], path: Path, small: bool = False) -> Pl
     if unknown := sorted(set(content) - set(_KEYS)):
         raise fail(f"unknown key '{unknown[0]}'; there are {', '.join(_KEYS)}")
     question, metric, margin = _aim(content, fail)
-    described = content.get("axes")
-    if not isinstance(described, dict) or not described:
-        raise fail("axes: at least one axis is needed, such as rank: {model.adapter.rank: [2, 8]}")
-    axes = [_axis(str(name), value, fail) for name, value in described.items()]
+    axes = _axes(content, fail)
     if all(axis.chosen for axis in axes):
         raise fail("axes: all are chosen, so nothing is compared; leave 'chosen' out of one")
     settings = _flat(content.get("settings"), "settings", fail)
@@ -250,6 +256,18 @@ def _aim(content: Mapping[str, Any], fail: Any) -> tuple[str, str, float]:
     if not isinstance(margin, int | float) or isinstance(margin, bool) or not 0 < margin < 1:
         raise fail(f"margin: a number between 0 and 1 is needed, got {margin}")
     return question, metric, float(margin)
+
+
+def _axes(content: Mapping[str, Any], fail: Any) -> list[Axis]:
+    described, arms = content.get("axes") or {}, content.get("arms") or {}
+    if not isinstance(described, dict) or not isinstance(arms, dict) or not {**described, **arms}:
+        raise fail("axes: at least one axis is needed, such as rank: {model.adapter.rank: [2, 8]}; or arms")
+    axes = [_axis(str(name), value, fail) for name, value in described.items()]
+    if not arms:
+        return axes
+    if any(axis.name == ARM or not axis.chosen for axis in axes):
+        raise fail("arms: beside them axes need 'chosen: true'; else list the combinations as arms")
+    return [Axis(ARM, {str(name): _flat(v, f"arms.{name}", fail) for name, v in arms.items()}, False, False), *axes]
 
 
 def _search(described: Any, axes: Sequence[Axis], fail: Any) -> Search:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_lora.ablation.lint import changes
-from lightning_lora.ablation.plan import Axis, Cell, Plan
+from lightning_lora.ablation.plan import ARM, Axis, Cell, Plan
 from lightning_lora.ablation.results import Answers, Arm, CellResult, one_class
 from lightning_lora.errors import UserError
 
@@ -17,7 +17,6 @@ _OUTSIDE = {
 _SHORT = {"learning_rate": "lr"}
 #: A longer label is no name: the arm is then called like its first run.
 _LONGEST_LABEL = 60
-AXIS = "arm"
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,13 @@ def as_ablation(
         other = taken.setdefault((labels[run.name], run.seed), run.name)
         if other != run.name:
             raise UserError(f"report: {other} and {run.name} have the same settings and seed; leave one of them out")
-    arms: dict[str, Arm] = {label: ((AXIS, label),) for label in dict.fromkeys(labels.values())}
+    arms: dict[str, Arm] = {label: ((ARM, label),) for label in dict.fromkeys(labels.values())}
     changed = {labels[run.name]: run.settings for run in reversed(runs)}
     plan = Plan(
         question=question(runs),
         base=None,
         settings={},
-        axes=[Axis(AXIS, {label: changed[label] for label in arms}, chosen=False, numbers=False)],
+        axes=[Axis(ARM, {label: changed[label] for label in arms}, chosen=False, numbers=False)],
         baseline=arms[labels[baseline]],
         seeds=sorted({run.seed for run in runs}),
         metric=metric,
@@ -155,7 +154,7 @@ def differences(runs: Sequence[GivenRun], plan: Plan) -> dict[str, list[dict[str
     """In what each arm differs from the baseline, by its label, with what follows from the settings."""
     labels = arm_labels(runs)
     first = {label: next(run for run in runs if labels[run.name] == label) for label in labels.values()}
-    base = first[dict(plan.baseline)[AXIS]]
+    base = first[dict(plan.baseline)[ARM]]
     found = {}
     for label, run in first.items():
         if run is base:

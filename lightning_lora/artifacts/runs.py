@@ -152,7 +152,7 @@ class RunFolder:
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes the record, whole; numbers that are not finite become null, which JSON has."""
-        write_text(self.record, json.dumps(_plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        write_text(self.record, json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     @property
     def splits(self) -> Path:
@@ -258,11 +258,12 @@ def processor() -> str:
     return platform.processor()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: keys as text, tuples as lists, numbers that are not finite as None."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -5,47 +5,76 @@ of other settings, code, versions or data: kept, never mixed in), ``test_looks.j
 report. Several processes may work on one: a cell is held by a lock that dies with its holder.
 """
 
+import itertools
 import json
 import os
 import shlex
 import signal
 import sys
+import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lightning_lora.ablation.lint import Change, changes, second_differences
 from lightning_lora.ablation.plan import Plan, arm_label, make_plan, with_found
 from lightning_lora.ablation.results import compare_arms
 from lightning_lora.ablation.search import read_found
 from lightning_lora.artifacts.runs import folder_name, now
-from lightning_lora.commands.arms import resolve
 from lightning_lora.commands.cells import Worker
 from lightning_lora.commands.children import run_child
 from lightning_lora.commands.config_files import read_config
-from lightning_lora.commands.configured import DEFAULT_CONFIG, flat
+from lightning_lora.commands.configured import DEFAULT_CONFIG, ConfiguredRun, flat
 from lightning_lora.commands.options import OptionParser
 from lightning_lora.commands.report import gather_cells, same_value, write_ablation_report
 from lightning_lora.errors import BusyError, UserError
 from lightning_lora.files import POLL_S, locked_folder, write_text
-from lightning_lora.models.methods import find_method
+from lightning_lora.models.methods import AdapterOptions, check_options, find_method
+from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.reports.tables import duration
 
 LEDGER = "test_looks.jsonl"
 
 
 def run(words: list[str]) -> int:
-    """Runs what is missing of an ablation and writes its report; 1 if a cell failed."""
+    """Run what is missing of an ablation and write its report; return 1 if a cell failed."""
     options, overrides = _parser().parse_known_args(words)
     path = Path(options.config)
     content = read_config(path)
     plan = make_plan(content, path, options.small)
-    settings = resolve_cells(plan, overrides)
-    folder = Path(options.logs_dir) / (
-        folder_name(options.name) if options.name else f"ablation-{path.stem}{'-small' if options.small else ''}"
-    )
+    if any(word.startswith("--seed_everything") for word in overrides):
+        raise UserError("--seed_everything: the seeds of an ablation are those of its config")
+    name = f"ablation-{path.stem}{'-small' if options.small else ''}"
+    folder = Path(options.logs_dir) / (folder_name(options.name) if options.name else name)
+    asked = {"config": content, "path": str(path), "small": options.small}
+    asked["command"] = shlex.join(["python", "main.py", "ablate", *words])
+    return run_experiment(plan, [read_config(plan.base or DEFAULT_CONFIG)], overrides, folder, asked, options)
+
+
+def run_experiment(
+    plan: Plan,
+    base: Sequence[Mapping[str, Any]],
+    overrides: Sequence[str],
+    folder: Path,
+    asked: dict[str, Any],
+    options: Namespace,
+) -> int:
+    """Train what is missing of an experiment, test once, and write the report; return 1 if a cell failed.
+
+    Args:
+        plan: The plan.
+        base: Configs of the base recipe, each with priority over those before.
+        overrides: Options of ``fit`` for all cells.
+        folder: The experiment's folder.
+        asked: What ``report`` reads the plan from: "config", "path", "small", "command".
+        options: Of ``add_options``.
+    """
+    settings = resolve_cells(plan, base, overrides)
     if (folder / "config.yaml").exists():
         raise UserError(f"--name: {folder} is the folder of a run; choose another name")
     warned = lint(plan, settings)
@@ -53,22 +82,16 @@ def run(words: list[str]) -> int:
     show_plan(with_found(plan, read_found(folder)), folder, warned, worker.stale_cells())
     if options.plan:
         return 0
-    asked = {
-        "format": 1,
-        "config": content,
-        "path": str(path),
-        "small": options.small,
-        "command": shlex.join(["python", "main.py", "ablate", *words]),
-        "differences": {arm: [asdict(change) for change in found] for arm, found in warned.items()},
-    }
+    differences = {arm: [asdict(change) for change in found] for arm, found in warned.items()}
+    document = json.dumps({"format": 1, **asked, "differences": differences}, indent=2, ensure_ascii=False) + "\n"
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         if plan.search is not None:
-            write_text(folder / "ablation.json", json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
-            plan = worker.search(lambda cell: resolve_cells(replace(plan, cells=[cell]), overrides)[cell.name])
+            write_text(folder / "ablation.json", document)
+            plan = worker.search(lambda cell: resolve_cells(replace(plan, cells=[cell]), base, overrides)[cell.name])
         worker.set_stale_aside()  # before anything says what the cells are about
-        write_text(folder / "ablation.json", json.dumps(asked, indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / "ablation.json", document)
         if options.executor == "ray":
             worker.run_on(options.address, {"num_cpus": options.cell_cpus, "num_gpus": options.cell_gpus})
         else:
@@ -80,15 +103,12 @@ def run(words: list[str]) -> int:
     return int(not tested or any(cell.status != "finished" for cell in gather_cells(plan, folder)))
 
 
-def resolve_cells(plan: Plan, overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
+def resolve_cells(plan: Plan, base: Sequence[Mapping[str, Any]], overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
     """All settings of each cell, by its name; cells that differ in their seed are parsed once.
 
     Raises:
-        UserError: They cannot be parsed.
+        UserError: They cannot be parsed, a method cannot do what is asked, or two arms have the same settings.
     """
-    if any(word.startswith("--seed_everything") for word in overrides):
-        raise UserError("--seed_everything: the seeds of an ablation stand in its config")
-    base = [read_config(plan.base)] if plan.base else [read_config(DEFAULT_CONFIG)]
     known: dict[str, dict[str, Any]] = {}
     found = {}
     for cell in plan.cells:
@@ -97,7 +117,7 @@ def resolve_cells(plan: Plan, overrides: Sequence[str]) -> dict[str, dict[str, A
             try:
                 known[key] = resolve(base, overrides, nested(cell.change))
             except UserError as error:
-                raise UserError(f"cell {cell.name}: {error}") from error
+                raise UserError(f"{arm_label((*cell.arm, *cell.variant))}: {error}") from error
         for name, value in cell.change.items():
             here: Any = known[key]
             for part in name.split("."):
@@ -105,7 +125,31 @@ def resolve_cells(plan: Plan, overrides: Sequence[str]) -> dict[str, dict[str, A
             if not same_value(here, value):
                 raise UserError(f"{name}: an option gives {here} to every cell, but {cell.name} is about {value}")
         found[cell.name] = {**known[key], "seed_everything": cell.seed}
+    firsts = {arm: found[next(cell for cell in plan.cells if cell.arm == arm).name] for arm in plan.arms}
+    for one, other in itertools.combinations(firsts, 2):
+        if plan.search is None and plan.tried == 1 and firsts[one] == firsts[other]:
+            raise UserError(f"arms {arm_label(one)} and {arm_label(other)} have the same settings")
     return found
+
+
+def resolve(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], change: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a cell: the base's, its own, the command line's, each with priority over those before.
+
+    Raises:
+        UserError: They cannot be parsed, or its method cannot do what is asked.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        words: list[str] = []
+        for number, content in enumerate([*base, change]):
+            file = Path(directory) / f"{number}.yaml"
+            file.write_text(yaml.safe_dump(dict(content)), encoding="utf-8")
+            words += ["--config", str(file)]
+        settings = ConfiguredRun("fit", [*words, *overrides]).settings()
+    model = settings["model"]
+    entry = find_method(model["method"])
+    check_options(model["method"], AdapterOptions(**model["adapter"]))
+    check_quantization(Quantization(**model["quantization"]), model["method"], entry.bits, entry.cpu_bits)
+    return settings
 
 
 def nested(change: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,6 +299,14 @@ def _parser() -> OptionParser:
     )
     parser.add_argument("-c", "--config", required=True, help="The ablation; see configs/ablation.")
     parser.add_argument("--small", action="store_true", help="The small size that the config describes.")
+    parser.add_argument("--name", help="The folder under --logs_dir; by default ablation-CONFIG.")
+    add_options(parser)
+    return parser
+
+
+def add_options(parser: OptionParser) -> None:
+    """Add what all experiments can be told about how they are run."""
+    parser.add_argument("--logs_dir", default="logs", help="The folder of all runs.")
     parser.add_argument("--plan", action="store_true", help="Show the plan and stop.")
     parser.add_argument("--no_test", action="store_true", help="Leave the test rows closed.")
     parser.add_argument("--retry_failed", action="store_true", help="Try cells again that failed.")
@@ -262,6 +314,3 @@ def _parser() -> OptionParser:
     parser.add_argument("--address", help="Of a Ray cluster; by default one on this machine is begun.")
     parser.add_argument("--cell_cpus", type=float, default=1, help="CPUs that a cell takes of its Ray node.")
     parser.add_argument("--cell_gpus", type=float, default=0, help="GPUs that a cell takes of its Ray node.")
-    parser.add_argument("--name", help="The folder under --logs_dir; by default ablation-CONFIG.")
-    parser.add_argument("--logs_dir", default="logs", help="The folder of all runs.")
-    return parser

@@ -8,7 +8,7 @@ import contextlib
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Worker:
     def run(self) -> None:
         """Goes through the cells until none is left, waiting for those that another process holds."""
         open_cells = [cell for cell in self.plan.cells if cell.searched]
+        self._tokenize([cell for cell in open_cells if self._state(cell) == "missing"])
         took: list[float] = []
         while open_cells:
             busy = []
@@ -83,6 +84,15 @@ class Worker:
             open_cells = busy
             if busy:
                 time.sleep(POLL_S)
+
+    def _tokenize(self, cells: Sequence[Cell]) -> None:
+        """Read, split and tokenize once, so that no cell's time or memory contains it; errors are left to the cell."""
+        found = [self._data_settings(self.settings[cell.name]) for cell in cells]
+        for data in {json.dumps(each, sort_keys=True, default=str): each for each in found}.values():
+            with contextlib.suppress(UserError):
+                module = self._data_module(data)
+                module.setup("fit")
+                module.setup("test")
 
     def search(self, settings_of: Callable[[Cell], dict[str, Any]]) -> Plan:
         """Searches what the plan asks to be searched; gives the plan of what was found, which is this worker's now.
@@ -220,16 +230,23 @@ class Worker:
 
     def _fingerprints(self, settings: Mapping[str, Any]) -> dict[str, str]:
         """Fingerprints of the splits as the data is now; empty where it cannot be read, which fit will say."""
-        data = {**settings["data"], "base_model": settings["model"]["base_model"]}
+        data = self._data_settings(settings)
         key = json.dumps(data, sort_keys=True, default=str)
         if key not in self._data:
             try:
-                module = TextDataModule(**{**data, "augmentation": Augmentation(**data["augmentation"])})
-                splits = module.prepared.describe()["splits"]
+                splits = self._data_module(data).prepared.describe()["splits"]
                 self._data[key] = {split: report["fingerprint"] for split, report in splits.items()}
             except UserError:
                 self._data[key] = {}
         return self._data[key]
+
+    @staticmethod
+    def _data_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {**settings["data"], "base_model": settings["model"]["base_model"]}
+
+    @staticmethod
+    def _data_module(data: Mapping[str, Any]) -> TextDataModule:
+        return TextDataModule(**{**data, "augmentation": Augmentation(**data["augmentation"])})
 
     def _set_aside(self, place: Path, why: str) -> None:
         self.stale.mkdir(exist_ok=True)

@@ -15,12 +15,12 @@ from lightning_lora.ablation.plan import Cell, Plan, make_plan, with_found
 from lightning_lora.ablation.results import CellResult, compare_arms, one_class, read_answers
 from lightning_lora.ablation.runs import GivenRun, as_ablation, differences, remarks
 from lightning_lora.ablation.search import read_found
-from lightning_lora.artifacts.runs import RunFolder
+from lightning_lora.artifacts.runs import RunFolder, plain
 from lightning_lora.commands.options import OptionParser
 from lightning_lora.errors import UserError
-from lightning_lora.files import write_text
+from lightning_lora.files import atomic_path, write_text
 from lightning_lora.reports import ablation as reports
-from lightning_lora.reports import ablation_pages
+from lightning_lora.reports import ablation_pages, ablation_pictures
 from lightning_lora.reports.tables import markdown
 
 #: Many configs are read; libyaml takes a tenth of the time.
@@ -85,16 +85,21 @@ def write_runs_report(places: Sequence[Path], baseline: Path, output: Path, comm
 
 def write_report(report: reports.Report, folder: Path) -> None:
     """Prints the answer and the table, then draws the pictures, then writes the report in every form."""
-    print(f"\n{report.plan.question}\n{reports.answer(report)}\n\n{markdown(reports.table(report))}\n")
+    print(f"\n{report.plan.question}\n{reports.answer(report)}\n")
+    print(f"{markdown(reports.metric_table(report))}\n\n{markdown(reports.table(report))}\n")
     written = {
         "html": ablation_pages.as_html(report),
         "md": ablation_pages.as_markdown(report),
         "csv": ablation_pages.as_csv(report),
         "tex": ablation_pages.as_latex(report),
+        "json": json.dumps(plain(reports.as_document(report)), indent=2, ensure_ascii=False) + "\n",
     }
     for ending, content in written.items():
         write_text(folder / f"report.{ending}", content)
-    print(f"written: {folder / 'report'}.html, .md, .csv, .tex")
+    if (figure := ablation_pictures.pareto_figure(report)) is not None:
+        with atomic_path(folder / "report.png") as staging:
+            figure.savefig(staging, dpi=130)
+    print(f"written: {folder / 'report'}.html, .md, .csv, .tex, .json, .png")
 
 
 def run_folders(paths: Sequence[Path]) -> list[Path]:

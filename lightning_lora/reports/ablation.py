@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from lightning_lora.ablation.plan import Axis, Plan, arm_label
 from lightning_lora.ablation.results import Answers, ArmResult, CellResult
 from lightning_lora.evaluation.significance import LEVEL
-from lightning_lora.reports.tables import duration
+from lightning_lora.reports.tables import COLUMNS, Column, duration
 
 VERDICTS = {
     "better": "better",
@@ -122,7 +122,7 @@ def table(report: Report) -> list[list[str]]:
         "better than baseline by",
     ]
     header += [f"{LEVEL:.0%} interval", "p (Holm)", "verdict", "could have seen", "seeds to settle"]
-    header += ["settings tried", "trainable", "train s", "memory MiB"]
+    header += ["settings tried"]
     rows = [header]
     for arm in report.arms:
         own = arm.own
@@ -143,9 +143,57 @@ def table(report: Report) -> list[list[str]]:
             needed = "settled" if settled else "more rows" if found.seeds_needed is None else str(found.seeds_needed)
             row += [f"{found.estimate.mean:+.4f}", _interval(found.estimate, metric, True), _p(found.p_corrected)]
             row += [VERDICTS[found.verdict], f"{found.detectable:.4f}", "-" if found.estimate.seeds < 2 else needed]
-        row += [str(arm.tried), _count(arm.mean_cost("trainable_params")), _count(arm.mean_cost("train_s"), 1)]
-        rows.append([*row, _count(arm.mean_cost("peak_memory_mb"))])
+        rows.append([*row, str(arm.tried)])
     return rows
+
+
+def measured(report: Report, arm: ArmResult, column: Column) -> tuple[float, list[float] | None]:
+    """A metric or cost of an arm, the mean over its finished seeds (NaN without), and the interval of a single seed."""
+    if not column.is_metric:
+        return arm.mean_cost(column.key), None
+    name = "test" if report.split == "test" else "val"
+    found = [(cell.record.get("evaluations") or {}).get(name, {}) for cell in arm.cells if cell.status == "finished"]
+    found = [evaluation for evaluation in found if column.key in evaluation.get("after", {})]
+    if not found:
+        return math.nan, None
+    interval = found[0].get("after_interval", {}).get(column.key) if len(found) == 1 else None
+    return float(np.mean([evaluation["after"][column.key] for evaluation in found])), interval
+
+
+def metric_table(report: Report) -> list[list[str]]:
+    """Metrics and costs of each arm; columns that no arm has are left out."""
+    found = {column: [measured(report, arm, column) for arm in report.arms] for column in COLUMNS}
+    found = {column: values for column, values in found.items() if not all(math.isnan(value) for value, _ in values)}
+    rows = [["arm", *(column.heading for column in found)]]
+    for i, arm in enumerate(report.arms):
+        row = [arm.label]
+        for column, values in found.items():
+            value, interval = values[i]
+            shown = _count(value / column.scale, column.digits)
+            row.append(shown + (" [{:.3f}, {:.3f}]".format(*interval) if interval else ""))
+        rows.append(row)
+    return rows
+
+
+def as_document(report: Report) -> dict[str, Any]:
+    """The arms, their metrics, costs and differences from the baseline as plain values."""
+    arms = []
+    for arm in report.arms:
+        values = {column.key: measured(report, arm, column) for column in COLUMNS}
+        against = None if arm.against is None else {**asdict(arm.against), "verdict": arm.against.verdict}
+        arms.append(
+            {
+                "name": arm.label,
+                "settings": dict(report.plan.arm_settings(arm.arm)),
+                "seeds": [cell.cell.seed for cell in arm.cells if cell.status == "finished"],
+                "reason": "" if arm.own is not None else _why_not(arm),
+                "values": {key: value for key, (value, _) in values.items() if not math.isnan(value)},
+                "intervals": {key: interval for key, (_, interval) in values.items() if interval},
+                "difference": against,
+            }
+        )
+    about = {"question": report.plan.question, "command": report.command, "split": report.split}
+    return {"format": 1, "name": report.name, **about, "baseline": report.baseline.label, "arms": arms}
 
 
 def cell_table(report: Report) -> list[list[str]]:

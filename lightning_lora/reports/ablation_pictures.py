@@ -29,10 +29,16 @@ def all_pictures(report: Any) -> list[tuple[str, str]]:
 
 def pareto(report: Any) -> str:
     """Quality with its interval against trainable parameters, time and memory; the Pareto front joined."""
+    figure = pareto_figure(report)
+    return "" if figure is None else _svg(figure, "Quality of each arm against its costs, with 95% intervals")
+
+
+def pareto_figure(report: Any) -> Any:
+    """The figure of ``pareto``; None where there is nothing to draw."""
     arms = [(arm, arm.test if report.split == "test" else arm.val) for arm in report.arms]
     arms = [(arm, found) for arm, found in arms if found is not None]
     if not arms:
-        return ""
+        return None
     from matplotlib.ticker import EngFormatter
 
     figure, axes = _figure(1, 3, 3.4)
@@ -59,7 +65,7 @@ def pareto(report: Any) -> str:
         panel.set_xlabel(label)
     axes[0].set_ylabel(f"{report.split} {report.plan.metric}")
     _legend(figure, axes[0])
-    return _svg(figure, "Quality of each arm against its costs, with 95% intervals")
+    return figure
 
 
 def sensitivity(report: Any) -> str:

@@ -1,25 +1,52 @@
 """Tables of one run, for the terminal and as Markdown. A column or row is one entry."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-#: Metric shown, its heading, and whether a larger value is better.
-COLUMNS: tuple[tuple[str, str], ...] = (
-    ("accuracy", "accuracy"),
-    ("f1_macro", "F1 (macro)"),
-    ("precision_macro", "precision (macro)"),
-    ("recall_macro", "recall (macro)"),
-    ("loss", "loss"),
-    ("calibration_error", "calibration error"),
+
+@dataclass(frozen=True)
+class Column:
+    """A metric or cost as a column of tables.
+
+    Args:
+        key: Its name in an evaluation, or in the costs of a run record.
+        heading: Its heading.
+        is_metric: Whether it is a metric, and may have an interval.
+        scale: What one unit of the heading is in the record's unit.
+        digits: Digits after the point.
+    """
+
+    key: str
+    heading: str
+    is_metric: bool = False
+    scale: float = 1
+    digits: int = 0
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("accuracy", "accuracy", True, digits=4),
+    Column("f1_macro", "F1 (macro)", True, digits=4),
+    Column("precision_macro", "precision (macro)", True, digits=4),
+    Column("recall_macro", "recall (macro)", True, digits=4),
+    Column("loss", "loss", True, digits=4),
+    Column("calibration_error", "calibration error", True, digits=4),
+    Column("trainable_params", "trainable parameters"),
+    Column("train_s", "training s", digits=1),
+    Column("train_tokens_per_s", "tokens/s"),
+    Column("peak_memory_mb", "peak memory MiB"),
+    Column("peak_gpu_memory_mb", "peak GPU memory MiB"),
+    Column("checkpoint_bytes", "checkpoint MB", scale=1e6, digits=2),
 )
+METRICS = tuple(column for column in COLUMNS if column.is_metric)
 
 
 def metric_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
     """The table's rows, heading first: before (where measured), after fine-tuning with its interval, and in int8."""
-    rows = [["", *(heading for _, heading in COLUMNS)]]
+    rows = [["", *(column.heading for column in METRICS)]]
     for key, title in (("before", "before"), ("after", "after"), ("after_interval", "95% interval"), ("int8", "int8")):
         if values := evaluation.get(key):
-            rows.append([title, *(_cell(values.get(name)) for name, _ in COLUMNS)])
+            rows.append([title, *(_cell(values.get(column.key)) for column in METRICS)])
     return rows
 
 

@@ -146,7 +146,7 @@ def test_a_cell_of_something_else_is_set_aside_and_not_mixed_in(done, place, tmp
     (cell / "run.json").write_text(json.dumps(record))
     content = yaml.safe_load((place / "rank.yaml").read_text())
     plan = make_plan(content, place / "rank.yaml")
-    settings = resolve_cells(plan, [])
+    settings = resolve_cells(plan, [yaml.safe_load(plan.base.read_text())], [])
     words = ["ablate", "--config", str(place / "rank.yaml"), "--logs_dir", str(tmp_path), "--plan"]
     assert main(words) == 0
     assert "3 are finished" in (said := capsys.readouterr().out) and "; 1 are of other code, settings or data" in said
@@ -204,7 +204,10 @@ def test_a_quantized_arm_is_told_to_multiply_in_another_format(place: Path) -> N
     content = yaml.safe_load((place / "rank.yaml").read_text())
     content["axes"] = {"bits": {"names": ["none", "8", "4"], "model.quantization.bits": [None, 8, 4]}}
     content["baseline"] = {"bits": "none"}
-    found = lint(plan := make_plan(content, place / "rank.yaml"), resolve_cells(plan, []))
+    found = lint(
+        plan := make_plan(content, place / "rank.yaml"),
+        resolve_cells(plan, [yaml.safe_load(plan.base.read_text())], []),
+    )
     told = {arm: [str(change) for change in second_differences(changes)] for arm, changes in found.items()}
     assert "the encoder multiplies in: float32 -> int8" in told["8"]
     assert not any("multiplies" in change for change in told["4"])

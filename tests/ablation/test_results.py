@@ -193,7 +193,7 @@ def test_the_answer_and_the_tables_of_a_report() -> None:
     assert "also differs from the baseline in alpha / rank" in text and "diverged" in text
     assert as_csv(report).count("\n") == 3 and r"a \& b" not in as_latex(report) and "\\toprule" in as_latex(report)
     page = as_html(report)
-    assert "a &amp; b" in page and "a & b" not in page and page.count("<table") == 5 and "<svg" in page
+    assert "a &amp; b" in page and "a & b" not in page and page.count("<table") == 6 and "<svg" in page
 
 
 def test_labels_that_are_markup_stay_words() -> None:
