@@ -1,4 +1,7 @@
-"""The exceptions that a user can cause."""
+"""The exceptions that a user can cause, and warnings."""
+
+import sys
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -15,3 +18,9 @@ class BusyError(UserError):
     """Another process is at it: trying again later may help (EX_TEMPFAIL of sysexits.h)."""
 
     status = 75
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    """Prints each on a line of standard error that begins with "warning:"."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)

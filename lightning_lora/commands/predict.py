@@ -18,9 +18,9 @@ from lightning_lora.commands.predictor import load_classifier
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset, evaluated_together
 from lightning_lora.data.datamodule import make_loader
 from lightning_lora.data.prepare import is_unicode
-from lightning_lora.data.reading import READERS, Table, read_file, read_text
+from lightning_lora.data.reading import READERS, Table, format_of, read_file, read_text
 from lightning_lora.data.tokens import InputFormat, load_tokenizer, tokenize
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.evaluation.predictions import Predictions, in_row_order
 from lightning_lora.files import atomic_path
 from lightning_lora.locations import resolve
@@ -105,10 +105,11 @@ def gather_texts(given: Sequence[str], source: str | None, text_column: str | li
         if path.suffix.lower() in (".txt", ""):
             table = _lines(str(path), read_text(path))
         else:
-            if path.suffix.lower() not in READERS:
+            if format_of(path) not in READERS:
                 raise UserError(f"--input: '{path.name}' must end in one of .txt, {', '.join(READERS)}")
             columns = [text_column] if isinstance(text_column, str) else (text_column or ["text"])
             read = read_file(path, columns)
+            print_warnings(read.warnings)
             table = Table(read.origin, {}, read.rows, read.unit)
             for column in columns:
                 check_texts(read, column)

@@ -27,9 +27,9 @@ class TextDataModule(LightningDataModule):
     """Train, validation and test batches of a text classification source.
 
     Args:
-        source: A known data set (ag_news, imdb, imdb_packaged), a local CSV, TSV, JSON Lines or Parquet
-            file, a folder with a file a split, a Hub id, ``package:NAME/path``, or one local file a split as
-            ``{train: a.csv, test: b.csv}``.
+        source: A known data set (ag_news, imdb, imdb_packaged), a local CSV, TSV, JSON Lines, Parquet or Arrow file,
+            a folder with a file a split or by ``save_to_disk`` of ``datasets``, a Hub id, ``package:NAME/path``, or
+            one local file a split as ``{train: a.csv, test: b.csv}``.
         base_model: The base model whose tokenizer is used; linked to ``model.base_model``.
         text_column: The column with the text ("text" unless the data set is known); several are joined by
             a space.

@@ -1,25 +1,33 @@
-"""Rows as they stand in a source: local CSV, TSV, JSON Lines and Parquet files, or a Hub data set.
+"""Rows as they stand in a source: local CSV, TSV, JSON Lines, Parquet and Arrow files, or a Hub data set.
 
 Files are read strictly and by their row: a fault is reported with file, line and column, where generic
 loaders guess a type, turn text such as ``NA`` into a missing value, or fail without a place.
 """
 
 import csv
+import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.errors import UserError
+from lightning_lora.data.encoding import decode
+from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.locations import resolve
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val"}
 _SPLIT_NAMES |= {"dev": "val", "test": "test"}
+#: What ``save_to_disk`` of ``datasets`` writes into the folder of a Dataset and of a DatasetDict.
+_SAVED, _SAVED_DICT = "state.json", "dataset_dict.json"
+_REMEDIES = dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV (UTF-8)")
+_REMEDIES |= dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z"), "unpack it")
 _SPLIT_FILE = re.compile(rf"({'|'.join(_SPLIT_NAMES)})([-_.].*)?", re.IGNORECASE)
 
 
@@ -33,6 +41,7 @@ class Table:
         rows: 1-based number of each row as a person would look it up.
         unit: What ``rows`` counts: "line" of a text file, or "row" of a table.
         label_names: Class names that the source itself declares for its label column, if any.
+        warnings: What a reader of the rows should know of how they were read.
     """
 
     origin: str
@@ -40,6 +49,7 @@ class Table:
     rows: Sequence[int]
     unit: str = "row"
     label_names: list[str] | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,7 +61,7 @@ class Table:
     def select(self, keep: Sequence[int]) -> "Table":
         """The rows at the given positions, in that order."""
         columns = {name: [values[i] for i in keep] for name, values in self.columns.items()}
-        return Table(self.origin, columns, [self.rows[i] for i in keep], self.unit, self.label_names)
+        return replace(self, columns=columns, rows=[self.rows[i] for i in keep])
 
 
 def source_files(source: str | Mapping[str, str]) -> dict[str, list[Path]] | None:
@@ -61,7 +71,7 @@ def source_files(source: str | Mapping[str, str]) -> dict[str, list[Path]] | Non
         UserError: There are none, or none for training.
     """
     if not isinstance(source, str):
-        files = {split_named(name): [split_file(name, place)] for name, place in source.items()}
+        files = {split_named(name): split_files(name, place) for name, place in source.items()}
     else:
         location = resolve(source, "data.source")
         if location.path is None:
@@ -83,16 +93,20 @@ def split_named(name: str) -> str:
     return _SPLIT_NAMES[name.lower()]
 
 
-def split_file(split: str, name: str) -> Path:
-    """The local file that a split is given by.
+def split_files(split: str, name: str) -> list[Path]:
+    """The local file that a split is given by, or the files of a folder that ``Dataset.save_to_disk`` wrote.
 
     Raises:
         UserError: It is none.
     """
     location = resolve(name, f"data.source.{split}")
+    if location.path is not None and (location.path / _SAVED).is_file():
+        return _saved_files(location.path)
     if location.path is None or not location.path.is_file():
-        raise UserError(f"data.source.{split}: '{name}' is no file; a split is given by one local file")
-    return location.path
+        raise UserError(
+            f"data.source.{split}: '{name}' is no file; a split is one local file, or a folder by Dataset.save_to_disk"
+        )
+    return [location.path]
 
 
 def read_source(
@@ -116,9 +130,10 @@ def read_source(
 
 def read_file(path: Path, columns: Sequence[str], label_column: str | None = None) -> Table:
     """The chosen columns of one local file, its format taken from its ending."""
-    reader = READERS.get(path.suffix.lower())
+    reader = READERS.get(format_of(path))
     if reader is None:
-        raise UserError(f"{path}: unknown ending '{path.suffix}'; readable are {', '.join(READERS)}")
+        remedy = "; " + _REMEDIES[path.suffix.lower()] if path.suffix.lower() in _REMEDIES else ""
+        raise UserError(f"{path}: unknown ending '{path.suffix}'; readable are {', '.join(READERS)}{remedy}")
     try:
         table = reader(path, columns, label_column)
     except OSError as error:
@@ -128,29 +143,55 @@ def read_file(path: Path, columns: Sequence[str], label_column: str | None = Non
     return table
 
 
+def format_of(path: Path) -> str:
+    """The ending that tells a file's format: that of "train.CSV.gz" is ".csv.gz"."""
+    ending = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + ending if ending == ".gz" else ending
+
+
 def _split_files(folder: Path) -> dict[str, list[Path]]:
-    data_files = sorted(p for p in folder.iterdir() if p.suffix.lower() in READERS)
-    if not data_files and (folder / "data").is_dir():
-        return _split_files(folder / "data")
+    """The files of each split: named after it, in a folder that is, or as ``save_to_disk`` wrote them."""
+    if (folder / _SAVED).is_file():
+        return {"train": _saved_files(folder)}
+    names = sorted(folder.iterdir())
+    data_files = [] if (folder / _SAVED_DICT).is_file() else [p for p in names if format_of(p) in READERS]
     found: dict[str, list[Path]] = {}
     for path in data_files:
         if match := _SPLIT_FILE.fullmatch(path.stem):
             found.setdefault(_SPLIT_NAMES[match.group(1).lower()], []).append(path)
+    if not data_files:
+        folders = [p for p in names if p.is_dir() and not p.name.startswith(".")]
+        for path in folders:
+            if split := _SPLIT_NAMES.get(path.name.lower()):
+                saved = (path / _SAVED).is_file()
+                files = _saved_files(path) if saved else [p for p in sorted(path.iterdir()) if format_of(p) in READERS]
+                found |= {split: found.get(split, []) + files} if files else {}
+        deeper = [p for p in folders if any(format_of(f) in READERS for f in (*p.glob("*"), *p.glob("*/*")))]
+        if not found and len(deeper) == 1:
+            return _split_files(deeper[0])
     if not found and len(data_files) == 1:
         return {"train": data_files}
     if not found:
-        names = ", ".join(p.name for p in sorted(folder.iterdir())[:8]) or "nothing"
+        held = ", ".join(p.name for p in names[:8]) or "nothing"
         raise UserError(
             f"data.source: folder {folder} has no file named after a split, such as train.csv or "
-            f"test.parquet (it holds {names}); rename them or give data.source.train and data.source.test"
+            f"test.parquet (it holds {held}); rename them or give data.source.train and data.source.test"
         )
     for split, paths in found.items():
-        if len({p.suffix.lower() for p in paths}) > 1:
+        if len({format_of(p) for p in paths}) > 1:
             raise UserError(
                 f"data.source: split '{split}' of {folder} stands in files of several formats "
                 f"({', '.join(p.name for p in paths)}); keep one"
             )
     return found
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The Arrow files of a folder that ``Dataset.save_to_disk`` wrote, in the order of their rows."""
+    try:
+        return [folder / each["filename"] for each in json.loads((folder / _SAVED).read_text())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / _SAVED}: not as Dataset.save_to_disk writes it ({first_line(error)})") from error
 
 
 def _require_columns(have: Sequence[str], wanted: Sequence[str], origin: object) -> None:
@@ -169,27 +210,34 @@ def _require_columns(have: Sequence[str], wanted: Sequence[str], origin: object)
 
 
 def read_text(path: Path) -> str:
-    """The content of a UTF-8 file, with or without a byte order mark.
+    """The content of a text file; if it is not UTF-8, a warning says so.
 
     Raises:
-        UserError: It is in another encoding; the line is named.
+        UserError: Its encoding is not certain; the line is named.
     """
+    text, warnings = _text(path)
+    print_warnings(warnings)
+    return text
+
+
+def _text(path: Path) -> tuple[str, list[str]]:
+    """The content of a text file, which may be compressed by gzip, and what should be known of how it was read."""
     data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 text; "
-            "save the file as UTF-8 (for example: iconv -f latin1 -t utf-8 FILE)"
-        ) from None
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: damaged, or not whole ({first_line(error)})") from error
+    text, encoding = decode(data, path)
+    return text, [f"{path} is not UTF-8; read as {encoding}"] if encoding != "utf-8" else []
 
 
 def _read_delimited(path: Path, columns: Sequence[str], label_column: str | None) -> Table:
     del label_column  # a text file declares no class names
     csv.field_size_limit(2**31 - 1)
-    separator = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=separator, strict=True)
+    separator = "\t" if format_of(path).startswith(".tsv") else ","
+    text, warnings = _text(path)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     values: dict[str, list[Any]] = {name: [] for name in columns}
     lines: list[int] = []
     start = 1
@@ -212,12 +260,12 @@ def _read_delimited(path: Path, columns: Sequence[str], label_column: str | None
     except csv.Error as error:
         fault = "a double quote is opened and never closed" if "unexpected end" in str(error) else str(error)
         raise UserError(f"{path}, line {start}: {fault}; write a double quote inside a quoted text twice") from None
-    return Table(str(path), values, lines, "line")
+    return Table(str(path), values, lines, "line", warnings=warnings)
 
 
 def _read_json(path: Path, columns: Sequence[str], label_column: str | None) -> Table:
     del label_column
-    text = read_text(path)
+    text, warnings = _text(path)
     unit, records = "line", []
     if text.lstrip().startswith("["):
         unit = "record"
@@ -244,15 +292,42 @@ def _read_json(path: Path, columns: Sequence[str], label_column: str | None) -> 
         _require_columns(list(record), columns, f"{path}, {unit} {number}")
         for name in columns:
             values[name].append(record[name])
-    return Table(str(path), values, [number for number, _ in records], unit)
+    return Table(str(path), values, [number for number, _ in records], unit, warnings=warnings)
 
 
 def _read_parquet(path: Path, columns: Sequence[str], label_column: str | None) -> Table:
     with open_parquet(path, columns, path) as file:
         table = file.read(columns=list(columns))
         names = declared_names(file.schema_arrow, label_column)
-    values = {name: table.column(name).to_pylist() for name in columns}
+    values = {name: cells(table.column(name)) for name in columns}
     return Table(str(path), values, range(1, table.num_rows + 1), "row", names)
+
+
+def _read_arrow(path: Path, columns: Sequence[str], label_column: str | None) -> Table:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source:
+            whole = source.read(6) == b"ARROW1"  # Feather; what datasets writes is a stream
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if whole else pa.ipc.open_stream(source)
+            _require_columns(reader.schema.names, columns, path)
+            table = reader.read_all()
+            values = {name: cells(table.column(name)) for name in columns}
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: not a readable Arrow file ({first_line(error)})") from None
+    names = declared_names(reader.schema, label_column)
+    return Table(str(path), values, range(1, table.num_rows + 1), "row", names)
+
+
+def cells(column: Any) -> list[Any]:
+    """The values of an Arrow column as text formats have them: 0.1 in four bytes is 0.1, a decimal is a number."""
+    import pyarrow as pa
+
+    if pa.types.is_float16(column.type) or pa.types.is_float32(column.type):
+        column = column.cast(pa.float32()).cast(pa.string()).cast(pa.float64())
+    values = column.to_pylist()
+    return [float(cell) if isinstance(cell, Decimal) else cell for cell in values]
 
 
 @contextmanager
@@ -298,7 +373,7 @@ def _read_hub(source: str, columns: Sequence[str], label_column: str | None) -> 
             _require_columns(rows.column_names, columns, origin)
             feature = rows.features.get(label_column) if label_column else None
             names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-            values = {column: list(rows[column]) for column in columns}
+            values = {column: cells(rows.with_format("arrow")[:][column]) for column in columns}
             found[_SPLIT_NAMES[str(split)]] = [Table(origin, values, range(1, len(rows) + 1), "row", names)]
     if "train" not in found:
         raise UserError(f"data.source: {source} has no train split (it has {', '.join(map(str, loaded))})")
@@ -318,4 +393,6 @@ READERS: dict[str, Callable[[Path, Sequence[str], str | None], Table]] = {
     ".ndjson": _read_json,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
 }
+READERS |= {f"{ending}.gz": READERS[ending] for ending in (".csv", ".tsv", ".jsonl", ".ndjson", ".json")}

@@ -18,7 +18,7 @@ import numpy as np
 from lightning_lora.data import prepare
 from lightning_lora.data.labels import encode_labels
 from lightning_lora.data.prepare import Prepared, SourceOptions, SplitRows
-from lightning_lora.data.reading import Table, read_file, source_files, split_file, split_named
+from lightning_lora.data.reading import Table, read_file, source_files, split_files, split_named
 from lightning_lora.data.remote import matching
 from lightning_lora.data.sharding import Job, make_shards, plan
 from lightning_lora.data.shards import KEYS, ShardRows, ShardTokens
@@ -176,7 +176,7 @@ def _files(options: SourceOptions) -> tuple[list[str], dict[str, list[Path]]]:
             if split == "train":
                 names = matching(place)
             else:
-                held[split] = [split_file(name, place)]
+                held[split] = split_files(name, place)
         if not names:
             raise UserError(f"data.source: {dict(source)} has no train split; give train: FILES")
     for split, word in (("test", "test"), ("val", "validation")):

@@ -51,7 +51,13 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
         ("a.csv", "text,label\nhi,x\nshort\n", ["line 3", "1 fields"]),
         ("a.csv", 'text,label\nhi,x\n"open,y\nmore,z\n', ["line 3", "never closed"]),
         ("a.csv", "text,text,label\na,b,c\n", ["'text' stands there twice"]),
-        ("a.csv", b"text,label\nhi,x\ncaf\xe9,y\n", ["line 3", "0xe9", "UTF-8"]),
+        ("a.csv", "text,label\nhi,x\nпривет мир,y\n".encode("cp1251"), ["line 3", "0xef", "iconv -f", "cp1251"]),
+        ("a.csv", "text,label\nпривет,x\n".encode() + b"caf\xe9,y\n", ["line 3", "0xe9", "1 places are not"]),
+        ("a.csv", b"\xff\xfet\0e\0x", ["UTF-16"]),
+        ("a.csv", b"PK\x03\x04rest", ["an Excel workbook or a ZIP archive"]),
+        ("a.csv.gz", b"\x1f\x8bcut", ["damaged, or not whole"]),
+        ("a.zip", "x", ["unknown ending '.zip'", "unpack it"]),
+        ("a.arrow", "no arrow", ["not a readable Arrow file"]),
         ("a.csv", "text,label\n", ["holds no rows"]),
         ("a.csv", "", ["no column 'text'"]),
         ("a.jsonl", '{"text": "hi", "label": 1}\n{"text": "hi"}\n', ["line 2", "no column 'label'"]),
@@ -59,7 +65,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
         ("a.jsonl", '{"text": "hi", "label": 1}\n[1]\n', ["line 2", "JSON object with fields"]),
         ("a.json", "[1", ["line 1", "not valid JSON"]),
         ("a.parquet", "no parquet", ["not a readable Parquet file"]),
-        ("a.xlsx", "x", ["unknown ending '.xlsx'", ".csv"]),
+        ("a.xlsx", "x", ["unknown ending '.xlsx'", "save the sheet as CSV"]),
     ],
 )
 def test_a_fault_is_named_with_file_place_and_remedy(
@@ -118,3 +124,104 @@ def test_a_hub_id_without_a_network_is_one_line() -> None:
     with pytest.raises(UserError, match="cannot load 'nobody/nothing' from the Hub") as raised:
         read_source("nobody/nothing", COLUMNS, "label")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64", "decimal128(3, 1)"])
+def test_a_number_in_few_bytes_is_the_number_that_was_written(tmp_path: Path, kind: str) -> None:
+    from decimal import Decimal
+
+    kind_of = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64()}
+    cells = pa.array([Decimal("0.1"), Decimal("2.0")], pa.decimal128(3, 1))
+    cells = cells.cast(pa.float32()).cast(kind_of[kind]) if kind in kind_of else cells
+    cells = pa.array([0.1, 2.0]) if kind == "float64" else cells
+    pq.write_table(pa.table({"text": ["a", "b"], "label": cells}), tmp_path / "a.parquet")
+    found = read_file(tmp_path / "a.parquet", COLUMNS, "label").columns["label"]
+    assert found == pytest.approx([0.1, 2.0], rel=1e-3 if kind == "float16" else 1e-15)
+
+
+@pytest.mark.parametrize("kind", ["Dataset", "DatasetDict"])
+def test_what_save_to_disk_wrote_is_read_with_its_names_and_order(tmp_path: Path, kind: str) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    columns = {"text": [f"text {i}" for i in range(30)], "label": [i % 2 for i in range(30)]}
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    if kind == "Dataset":
+        rows.save_to_disk(tmp_path / "saved", num_shards=3)
+        assert read_source({"train": str(tmp_path / "saved")}, COLUMNS, "label").keys() == {"train"}
+    else:
+        shards = {"train": 3, "validation": 1}
+        datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "saved", num_shards=shards)
+    tables = read_source(str(tmp_path / "saved"), COLUMNS, "label")
+    loaded = datasets.load_from_disk(str(tmp_path / "saved"))
+    theirs = {"train": loaded} if kind == "Dataset" else {"train": loaded["train"], "val": loaded["validation"]}
+    assert tables.keys() == theirs.keys()
+    for split, parts in tables.items():
+        assert [text for part in parts for text in part.columns["text"]] == theirs[split]["text"]
+        assert {tuple(part.label_names or ()) for part in parts} == {("no", "yes")}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train/a.csv", "test/b.csv"],
+        ["plain_text/train-0.csv", "plain_text/test-0.csv"],
+        ["train.csv.gz", "test.csv.gz"],
+        ["data/train/a.csv.gz", "data/test/b.csv.gz"],
+    ],
+)
+def test_splits_in_folders_and_compressed_files(tmp_path: Path, names: list[str]) -> None:
+    import gzip
+
+    for name in names:
+        path = tmp_path / "rows" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = f"text,label\n{path.stem},x\n".encode()
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    assert read_source(str(tmp_path / "rows"), COLUMNS, "label").keys() == {"train", "test"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252", "latin-1"])
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_an_encoding_that_is_certain_is_read_and_said(tmp_path: Path, encoding: str, ending: str) -> None:
+    text = "Grüße à côté: naïve, señor, Ærø" if encoding == "latin-1" else "L’œuvre « créée » coûte 5€ – voilà… ½"
+    row = json.dumps({"text": text, "label": "schön"}, ensure_ascii=False)
+    content = f'text,label\n"{text}",schön\n' if ending == ".csv" else f"{row}\n"
+    table = read_file(write(tmp_path / f"a{ending}", content.encode(encoding)), COLUMNS)
+    assert table.columns == {"text": [text], "label": ["schön"]}
+    (warning,) = table.warnings
+    assert "is not UTF-8; read as" in warning and str(tmp_path) in warning
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("cp1250", "Zażółć gęślą jaźń, świetna jakość"),
+        ("cp1250", "Příliš žluťoučký kůň úpěl ďábelské ódy"),
+        ("cp1250", "Kiváló minőség, gyűrű, gyors szállítás"),
+        ("cp1251", "Это очень хороший товар, рекомендую всем"),
+        ("cp1255", "מוצר טוב מאוד, מומלץ לכולם"),
+        ("cp1253", "Αυτό το προϊόν είναι πολύ καλό"),
+        ("cp1254", "Çok güzel bir ürün, ığdır, şahane"),
+        ("cp850", "Das war schön, aber die Größe passt nicht"),
+        ("macintosh", "L’été dernier, j’ai été très déçu"),
+        ("koi8-r", "Это очень хороший товар, рекомендую всем"),
+        ("shift-jis", "この商品はとても良いです"),
+        ("gb18030", "这个产品非常好，推荐给大家"),
+        ("euc-kr", "이 제품은 매우 좋습니다"),
+    ],
+)
+def test_an_encoding_that_is_not_certain_is_named_and_the_command_works(
+    tmp_path: Path, encoding: str, text: str
+) -> None:
+    import re
+    import shlex
+    import subprocess
+
+    path = write(tmp_path / "a.csv", "".join(f'"{text} {i}",x\n' for i in ["text", *range(20)]).encode(encoding))
+    with pytest.raises(UserError, match="not certain") as raised:
+        read_file(path, COLUMNS)
+    match = re.search(r"(iconv -f ENCODING .*) > NEW, where ENCODING may be (.*)", str(raised.value))
+    assert match and encoding in match[2].split(" or ")
+    command = shlex.split(match[1].replace("ENCODING", encoding))
+    assert text in subprocess.run(command, capture_output=True, check=True).stdout.decode()

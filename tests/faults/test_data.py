@@ -1,4 +1,4 @@
-"""Data files as they come: forty that are wrong are caught with their place, twenty odd ones are read."""
+"""Data files as they come: forty that are wrong are caught with their place, twenty-two odd ones are read."""
 
 import json
 from pathlib import Path
@@ -39,8 +39,12 @@ BAD: dict[str, tuple[str, str | bytes, list[str]]] = {
     "a line with three fields": ("a.csv", f"{HEAD}{GOOD}fine,film,pos\n", ["line 62", "3 fields", "double quotes"]),
     "a quote that never closes": ("a.csv", f'{HEAD}{GOOD}"fine,pos\n', ["line 62", "never closed"]),
     "letters behind a quote": ("a.csv", f'{HEAD}{GOOD}"fine"x,pos\n', ["line 62"]),
-    "Latin-1": ("a.csv", f"{HEAD}{GOOD}café,pos\n".encode("latin1"), ["line 62", "UTF-8"]),
-    "UTF-16": ("a.csv", f"{HEAD}{GOOD}".encode("utf-16"), ["line 1", "UTF-8"]),
+    "Cyrillic": (
+        "a.csv",
+        f"{HEAD}{GOOD}{'очень хороший товар ' * 9},pos\n".encode("cp1251"),
+        ["line 62", "UTF-8", "cp1251"],
+    ),
+    "UTF-16 cut short": ("a.csv", f"{HEAD}{GOOD}".encode("utf-16")[:-1], ["line 61", "mark of UTF-16"]),
     "a NUL byte in a text": ("a.csv", f"{HEAD}{GOOD}fi\0ne,pos\n", ["line 62", "column 'text'", "NUL"]),
     "a file of NUL bytes": ("a.csv", b"\0" * 4096, ["no column 'text'"]),
     "a NUL byte in JSON": ("a.jsonl", lines({"text": "fi\0ne", "label": "pos"}), ["line 61", "'text'", "NUL"]),
@@ -71,7 +75,7 @@ BAD: dict[str, tuple[str, str | bytes, list[str]]] = {
     "free text for labels": ("a.csv", HEAD + "".join(f"t,{i} x\n" for i in range(1200)), ["different values"]),
     "no Parquet": ("a.parquet", HEAD, ["not a readable Parquet file"]),
     "an unknown ending": ("a.xls", HEAD, ["unknown ending '.xls'"]),
-    "an archive": ("a.csv.gz", HEAD, ["unknown ending '.gz'"]),
+    "an archive": ("a.csv.zip", HEAD, ["unknown ending '.zip'", "unpack it"]),
 }
 
 
@@ -120,6 +124,8 @@ FINE: dict[str, tuple[str, str | bytes, str]] = {
     "quotes written twice": ("a.csv", f'{HEAD}{GOOD}"a ""b"" c",pos\n', 'a "b" c'),
     "a text of two lines": ("a.csv", f'{HEAD}{GOOD}"a\nb",pos\n', "a\nb"),
     "lines end as on Windows": ("a.csv", f"{HEAD}{GOOD}fine film,pos\n".replace("\n", "\r\n"), "fine film"),
+    "Latin-1": ("a.csv", f"{HEAD}{GOOD}café,pos\n".encode("latin1"), "café"),
+    "UTF-16": ("a.csv", f"{HEAD}{GOOD}fine film,pos\n".encode("utf-16"), "fine film"),
     "a byte order mark": ("a.csv", b"\xef\xbb\xbf" + f"{HEAD}{GOOD}fine film,pos\n".encode(), "fine film"),
     "no line end at the end": ("a.csv", f"{HEAD}{GOOD}fine film,pos", "fine film"),
     "empty lines between": ("a.csv", f"{HEAD}{GOOD}\n\nfine film,pos\n", "fine film"),
@@ -144,8 +150,8 @@ FINE: dict[str, tuple[str, str | bytes, str]] = {
 }
 
 
-def test_there_are_twenty() -> None:
-    assert len(FINE) == 20
+def test_there_are_twenty_two() -> None:
+    assert len(FINE) == 22
 
 
 @pytest.mark.parametrize("name", FINE)
