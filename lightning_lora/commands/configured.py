@@ -18,7 +18,7 @@ from lightning_lora.commands.config_files import ALLOW_VARIABLE, check_places, r
 from lightning_lora.commands.console import Progress, quiet_libraries
 from lightning_lora.commands.run_options import COMMAND_KEYS, COMMAND_OPTIONS
 from lightning_lora.data.datamodule import TextDataModule
-from lightning_lora.data.prepare import Rows
+from lightning_lora.data.rows import Rows
 from lightning_lora.data.splits import text_keys
 from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError
@@ -326,5 +326,5 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             result |= flat(value, f"{prefix}{key}.")
         elif value is not None:
-            result[prefix + key] = value if isinstance(value, str | int | float | bool) else str(value)
+            result[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool) else str(value)
     return result

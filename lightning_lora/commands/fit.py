@@ -15,7 +15,8 @@ from lightning import Trainer
 from lightning_lora.artifacts.checkpoints import ResumePoints, read_checkpoint
 from lightning_lora.artifacts.runs import RunFolder, new_record, now
 from lightning_lora.commands.configured import MONITOR, ConfiguredRun, row_columns
-from lightning_lora.errors import UserError
+from lightning_lora.data.labels import few
+from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
 from lightning_lora.files import locked_folder, remove_partial
 from lightning_lora.interrupts import Interrupted, requeue, requeued
@@ -289,7 +290,8 @@ def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
         print(f"repeats taken out: {what}")
     if data["bad_rows_dropped"]:
         print(f"rows without text or label left out: {data['bad_rows_dropped']}")
-    print(f"labels: {', '.join(data['label_names'])}")
+    print(f"labels: {few([labelled(name, data['label_values'][name]) for name in data['label_names']], 30)}")
+    print_warnings(data["warnings"])
     stored = "" if model["quantization"] == "none" else f", stored as {model['quantization']}"
     print(f"base model: {record['base_model']} ({model['architecture']}{stored}), method {record['method']}")
     if targets := model["target_modules"]:
@@ -309,6 +311,11 @@ def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
             f"{trainer.world_size} processes{where} share the {record['config']['data']['batch_size']} texts of a batch"
         )
     sys.stdout.flush()
+
+
+def labelled(name: str, values: list[str]) -> str:
+    """A class, and what the data says for it where that is something else."""
+    return name if values in ([], [name]) else f"{name} ({', '.join(values)})"
 
 
 def finish(folder: RunFolder, record: dict[str, Any]) -> None:

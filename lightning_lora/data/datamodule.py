@@ -16,11 +16,15 @@ from lightning_lora.data.batching import (
     TokenDataset,
     evaluated_together,
 )
-from lightning_lora.data.prepare import Prepared, SourceOptions, SplitRows
+from lightning_lora.data.prepare import Prepared, SourceOptions
+from lightning_lora.data.rows import SplitRows
 from lightning_lora.data.stored import default_cache_dir
 from lightning_lora.data.streaming import read_splits
 from lightning_lora.data.tokens import InputFormat, Truncation, base_tokenizer, tokenizing_progress
 from lightning_lora.errors import UserError
+
+#: A label or a name as YAML reads it.
+Word = str | int | float | bool
 
 
 class TextDataModule(LightningDataModule):
@@ -34,7 +38,9 @@ class TextDataModule(LightningDataModule):
         text_column: The column with the text ("text" unless the data set is known); several are joined by
             a space.
         label_column: The column with the label ("label" unless the data set is known).
-        label_names: Names of the classes in the order of their numbers; by default those of the data.
+        label_names: What the labels mean, by default themselves: ``{1: World, 2: Sports, ...}`` names each (several
+            may mean one class); a list names the classes of a source that declares them, or the numbers of one that
+            does not, in ascending order; a list of the labels themselves sets their order.
         max_length: Tokens of a text that the model sees, special tokens included; the rest is cut.
         truncation: What stays of a longer text: its "head", its "tail", or "both" (a quarter and three
             quarters); or "windows": all of it is read in pieces of ``max_length``, whose probabilities are
@@ -69,9 +75,9 @@ class TextDataModule(LightningDataModule):
         self,
         source: str | dict[str, str],
         base_model: str,
-        text_column: str | list[str] | None = None,
-        label_column: str | None = None,
-        label_names: list[str] | None = None,
+        text_column: str | bool | list[str] | None = None,
+        label_column: str | bool | None = None,
+        label_names: list[Word] | dict[Word, Word] | None = None,
         max_length: int = 256,
         truncation: Truncation = "head",
         window_overlap: int | None = None,
@@ -91,6 +97,12 @@ class TextDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(text_column, bool) or isinstance(label_column, bool):
+            wrong = "text" if isinstance(text_column, bool) else "label"
+            raise UserError(
+                f"data.{wrong}_column: a name is needed, got true or false: YAML reads on, off, yes and no as that; "
+                "put it in quotes"
+            )
         eval_batch_size = evaluated_together(eval_batch_size)
         for key, value in (
             ("max_length", max_length),

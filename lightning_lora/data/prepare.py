@@ -4,21 +4,20 @@ The order matters and is fixed: a missing test split is carved before anything e
 taken out of the training side; validation is carved from what is left; subsampling comes last.
 """
 
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 import numpy as np
 
-from lightning_lora.data.labels import canonical, encode_labels
+from lightning_lora.data.labels import Labels, canonical, encode_labels, few
 from lightning_lora.data.reading import SPLITS, Table, read_source
+from lightning_lora.data.rows import Rows, SplitRows
 from lightning_lora.data.specs import DatasetSpec, find_spec
-from lightning_lora.data.splits import carve, count_of, not_in, stratified_sample, text_keys
-from lightning_lora.data.tokens import TokenRows, cached_tokens
+from lightning_lora.data.splits import carve, contradictions, count_of, stratified_sample, text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_path
 
@@ -33,7 +32,7 @@ class SourceOptions:
     source: str | Mapping[str, str]
     text_column: str | Sequence[str] | None = None
     label_column: str | None = None
-    label_names: Sequence[str] | None = None
+    label_names: Sequence[Any] | Mapping[Any, Any] | None = None
     bad_rows: str = "error"
     test_size: int | float | None = None
     val_size: int | float | None = None
@@ -41,92 +40,6 @@ class SourceOptions:
     test_rows: int | float | None = None
     split_seed: int = 0
     stream: bool = False
-
-
-class SplitRows(Protocol):
-    """What may be asked of the rows of one split, whether their texts are held (``Rows``) or not (``StreamedRows``)."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def texts(self) -> list[str]:
-        """The texts."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Class numbers, shape (rows,)."""
-
-    @property
-    def origins(self) -> list[str]:
-        """The file or Hub split of each row."""
-
-    @property
-    def numbers(self) -> np.ndarray:
-        """The 1-based line or row of each row in its origin, int64, shape (rows,)."""
-
-    def select(self, keep: np.ndarray) -> Self:
-        """The rows at the given ascending positions."""
-
-    def not_in(self, other: "SplitRows") -> np.ndarray:
-        """Ascending positions of the rows whose text is no repeat of one of the other rows, whose texts are held."""
-
-    def fingerprint(self) -> str:
-        """A hash of texts and labels in their order."""
-
-    def places(self) -> Iterator[dict[str, Any]]:
-        """Columns ``origin``, ``row`` and ``key`` (``text_keys``), a piece of the rows at a time."""
-
-    def tokens(self, tokenizer: Any, cache_dir: Path, advance: Callable[[int], None]) -> tuple[TokenRows, bool]:
-        """The tokens of the texts, and whether they came from the cache."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one split, held in memory.
-
-    Args:
-        texts: The texts.
-        labels: Class numbers, int64, shape (rows,).
-        origins: The file or Hub split of each row.
-        numbers: The 1-based line or row of each row in its origin, int64, shape (rows,).
-    """
-
-    texts: list[str]
-    labels: np.ndarray
-    origins: list[str]
-    numbers: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def select(self, keep: np.ndarray) -> "Rows":
-        """The rows at the given positions."""
-        texts = [self.texts[i] for i in keep]
-        return Rows(texts, self.labels[keep], [self.origins[i] for i in keep], self.numbers[keep])
-
-    def fingerprint(self) -> str:
-        """A hash of texts and labels in their order."""
-        digest = hashlib.sha256(self.labels.astype("<i8").tobytes())
-        for text in self.texts:
-            digest.update(text_digest(text))
-        return digest.hexdigest()
-
-    def not_in(self, other: SplitRows) -> np.ndarray:
-        """Positions of the rows that are no repeats of the other rows."""
-        return not_in(text_keys(self.texts), text_keys(other.texts))
-
-    def places(self) -> Iterator[dict[str, Any]]:
-        """All of them at once."""
-        yield {"origin": self.origins, "row": self.numbers, "key": text_keys(self.texts)}
-
-    def tokens(self, tokenizer: Any, cache_dir: Path, advance: Callable[[int], None]) -> tuple[TokenRows, bool]:
-        """The tokens of the texts, and whether they came from the cache."""
-        return cached_tokens(self.texts, tokenizer, cache_dir, advance)
-
-
-def text_digest(text: str) -> bytes:
-    """What a text adds to the fingerprint of a split, 32 bytes."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 @dataclass(frozen=True)
@@ -139,6 +52,8 @@ class Prepared:
     repeats_removed: dict[str, int] = field(default_factory=dict)
     bad_rows_dropped: int = 0
     citation: str = ""
+    label_values: dict[str, list[str]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def write_parquet(self, path: Path) -> None:
         """Writes which row of the source went to which split; ``key`` is equal for texts that are repeats."""
@@ -157,6 +72,7 @@ class Prepared:
         """Plain values for the run record: sizes, class counts, fingerprints, what was taken out."""
         return {
             "label_names": self.label_names,
+            "label_values": self.label_values,
             "splits": {
                 name: {
                     "rows": len(rows),
@@ -176,6 +92,7 @@ class Prepared:
             "repeats_removed": self.repeats_removed,
             "bad_rows_dropped": self.bad_rows_dropped,
             "citation": self.citation,
+            "warnings": self.warnings,
         }
 
 
@@ -196,11 +113,24 @@ def prepare(options: SourceOptions) -> Prepared:
     if keep_rows:
         tables = {split: [_matching(part, keep_rows) for part in parts] for split, parts in tables.items()}
     tables, dropped = checked(tables, options)
-    names = options.label_names or (spec.label_names if spec else None)
-    label_names, encoded = encode_labels(tables, label_column, names)
-    read: dict[str, SplitRows] = {split: joined(parts, text_columns, encoded[split]) for split, parts in tables.items()}
-    splits, origin, removed = divide(read, options)
-    return Prepared(label_names, splits, origin, removed, dropped, spec.citation if spec else "")
+    labels = encode_labels(tables, label_column, options.label_names, spec.label_names if spec else None)
+    read: dict[str, SplitRows] = {s: joined(parts, text_columns, labels.encoded[s]) for s, parts in tables.items()}
+    return assemble(read, tables, labels, options, dropped, spec.citation if spec else "")
+
+
+def assemble(
+    read: dict[str, SplitRows],
+    tables: dict[str, list[Table]],
+    labels: Labels,
+    options: SourceOptions,
+    dropped: int,
+    citation: str = "",
+) -> Prepared:
+    """The rows read, divided, with all that is to be said of them."""
+    divided = divide(read, options, labels.names)
+    told = [warning for parts in tables.values() for table in parts for warning in table.warnings]
+    divided["warnings"] = [*told, *labels.warnings, *divided["warnings"]]
+    return Prepared(labels.names, label_values=labels.values, bad_rows_dropped=dropped, citation=citation, **divided)
 
 
 def source_of(options: SourceOptions) -> str | Mapping[str, str]:
@@ -309,63 +239,80 @@ def joined(tables: list[Table], text_columns: Sequence[str], labels: list[np.nda
     return Rows(texts, np.concatenate(labels), origins, numbers)
 
 
-def divide(
-    read: dict[str, SplitRows], options: SourceOptions
-) -> tuple[dict[str, SplitRows], dict[str, str], Counter[str]]:
-    """The three splits of the rows read; where each comes from, in words; and the repeats taken out of it."""
+def divide(read: dict[str, SplitRows], options: SourceOptions, label_names: Sequence[str]) -> dict[str, Any]:
+    """The three splits of the rows read, as the fields of ``Prepared`` that follow from dividing them."""
+    splits, warnings, removed = dict(read), list[str](), Counter[str]()
     origin = dict.fromkeys(read, "the source's own split")
-    splits = dict(read)
-    _carve_missing(splits, origin, "test", options.test_size, DEFAULT_TEST_SIZE, options.split_seed)
-
-    removed: Counter[str] = Counter()
 
     def take_out_repeats(split: str, other: str) -> None:
         keep = splits[split].not_in(splits[other])
         removed[f"{split}_in_{other}"] = len(splits[split]) - len(keep)
         if len(keep) == 0:
-            raise UserError(f"data.source: every row of {split} also stands in {other}; nothing is left to train on")
+            raise UserError(
+                f"data.source: every row of {split} also stands in {other}; give other rows for one of them"
+            )
         if len(keep) < len(splits[split]):
             splits[split] = splits[split].select(keep)
 
-    for split in splits.keys() & {"train", "val"}:
-        take_out_repeats(split, "test")
-    _carve_missing(splits, origin, "val", options.val_size, DEFAULT_VAL_SIZE, options.split_seed)
-    take_out_repeats("train", "val")
+    def hold_out(split: str, size: int | float | None, default: float) -> None:
+        """Gives ``splits`` the split, taken from train, unless the source has it; train then repeats none of it."""
+        if split in splits:
+            if size is not None:
+                raise UserError(
+                    f"data.{split}_size: {size}, but the source has a {split} split of its own; leave it out"
+                    + (" (data.test_rows takes a part of it)" if split == "test" else "")
+                )
+            take_out_repeats("train", split)
+            return
+        train = splits["train"]
+        keys = text_keys(train.texts)
+        if len(odd := contradictions(train.labels, keys)) and not warnings:
+            where = f"{train.origins[odd[0]]}, {train.numbers[odd[0]]}"
+            warnings.append(f"{len(odd)} rows have a text that stood before with another label (the first: {where})")
+        stay, taken = carve(train.labels, keys, default if size is None else size, options.split_seed, split)
+        removed[f"train_in_{split}"] = len(train) - len(stay) - len(taken)
+        splits["train"], splits[split] = train.select(stay), train.select(taken)
+        origin[split] = f"carved from train, {len(taken)} of {len(train)} rows (stratified, seed {options.split_seed})"
+
+    hold_out("test", options.test_size, DEFAULT_TEST_SIZE)
+    if "val" in splits:
+        take_out_repeats("val", "test")
+    hold_out("val", options.val_size, DEFAULT_VAL_SIZE)
+    if len(left := np.unique(splits["train"].labels)) < 2:
+        raise UserError(
+            f"data.source: without the rows that also stand in val or test, all rows of train are of the class "
+            f"'{label_names[left[0]]}'; give other rows for one of them"
+        )
 
     origin["train"] += ", less what was carved from it" if len(read["train"]) > len(splits["train"]) else ""
     for split, size in (("train", options.train_rows), ("test", options.test_rows)):
         if size is not None:
             rows = splits[split]
             number = count_of(size, len(rows), f"data.{split}_rows")
+            least = 1 if split == "train" else 0
+            if split == "train" and number < len(left):
+                raise UserError(f"data.train_rows: {number} rows for {len(left)} classes; take {len(left)} or more")
             splits[split] = rows.select(
-                stratified_sample(rows.labels, number, options.split_seed, f"subsample/{split}")
+                stratified_sample(rows.labels, number, options.split_seed, f"subsample/{split}", least)
             )
             origin[split] += f", {number} of {len(rows)} rows (stratified)"
-    if len(np.unique(splits["train"].labels)) < 2:
-        raise UserError("data.train_rows: the rows to train on are all of one class; take more rows")
-    return {split: splits[split] for split in SPLITS}, origin, removed
+    warnings += absent_classes(read, splits, label_names)
+    ordered = {split: splits[split] for split in SPLITS}
+    return {"splits": ordered, "origin": origin, "repeats_removed": removed, "warnings": warnings}
 
 
-def _carve_missing(
-    splits: dict[str, SplitRows],
-    origin: dict[str, str],
-    name: str,
-    size: int | float | None,
-    default: float,
-    seed: int,
-) -> None:
-    """Gives ``splits`` the split ``name``, taken from train, unless the source has it."""
-    if name in splits:
-        if size is not None:
-            raise UserError(
-                f"data.{name}_size: {size}, but the source has a {name} split of its own; leave it out"
-                + (" (data.test_rows takes a part of it)" if name == "test" else "")
-            )
-        return
-    train = splits["train"]
-    number = count_of(default if size is None else size, len(train), f"data.{name}_size")
-    stay, taken = carve(train.labels, number, seed, name)
-    if len(stay) == 0:
-        raise UserError(f"data.{name}_size: {number} rows leave none of {len(train)} to train on")
-    splits["train"], splits[name] = train.select(stay), train.select(taken)
-    origin[name] = f"carved from train, {number} of {len(train)} rows (stratified, seed {seed})"
+def absent_classes(
+    read: Mapping[str, SplitRows], splits: Mapping[str, SplitRows], label_names: Sequence[str]
+) -> list[str]:
+    """A warning for each split that has no row of some class."""
+    counts = {split: np.bincount(rows.labels, minlength=len(label_names)) for split, rows in splits.items()}
+    total = np.sum([np.bincount(rows.labels, minlength=len(label_names)) for rows in read.values()], axis=0)
+    warnings = []
+    for split, meaning in (dict.fromkeys(SPLITS, "measured there") | {"train": "learned"}).items():
+        absent = [i for i, name in enumerate(label_names) if total[i] and not counts[split][i]]
+        if absent:
+            named = few([f"{label_names[i]} ({total[i]} row{'s' * bool(total[i] > 1)})" for i in absent])
+            warnings.append(f"{split} has no row of {named}: cannot be {meaning}")
+    if nowhere := [name for name, count in zip(label_names, total, strict=True) if not count]:
+        warnings.append(f"no row has the label {few(nowhere)}: cannot be learned")
+    return warnings

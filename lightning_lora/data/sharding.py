@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.data import prepare
-from lightning_lora.data.labels import MAX_CLASSES, canonical
-from lightning_lora.data.reading import Table, declared_names, first_line, open_parquet
+from lightning_lora.data.reading import Table, cells, declared_names, first_line, open_parquet
 from lightning_lora.data.remote import file_system, is_url
 from lightning_lora.data.shards import Shard, ShardWriter
 from lightning_lora.data.splits import text_keys
@@ -36,7 +35,9 @@ SHARD_ROWS = 65_536
 #: With fewer rows, starting processes takes longer than they save.
 PARALLEL_ROWS = 100_000
 _BATCH_ROWS = 1024
-_FORMAT = 1
+#: Of a shard of more label cells, nearly each another one, nobody reads the rest.
+_MANY_CELLS = 1000
+_FORMAT = 2
 #: What decides the content of a shard: with another fingerprint of this code it is written again.
 _CODE = ("data.prepare", "data.shards")
 
@@ -118,6 +119,7 @@ class Job:
         rules: Of the tokenizer: all that tokens depend on.
         tokenizer: The tokenizer, as its library writes it.
         cache_dir: Shards come into a folder in it.
+        labels_stated: Whether the user says what the labels are, so that any number of them is right.
     """
 
     text_columns: list[str]
@@ -126,6 +128,7 @@ class Job:
     rules: str
     tokenizer: str
     cache_dir: Path
+    labels_stated: bool = False
 
     @property
     def folder(self) -> Path:
@@ -197,8 +200,8 @@ def worker_count(pieces: Sequence[Piece]) -> int:
 def make_shard(piece: Piece, job: Job, advance: Callable[[int], None] = lambda rows: None) -> None:
     """Makes the shard of a piece; holds some rows of it at a time."""
     encoder = _encoder(job.tokenizer)
-    codes: dict[tuple[str, bool], int] = {}
-    cells: list[tuple[Any, int]] = []
+    codes: dict[tuple[type, Any], int] = {}
+    firsts: list[tuple[Any, int]] = []
     with atomic_folder(job.entry(piece)) as staging, ShardWriter(staging) as writer:
         for whole in _tables(piece, job):
             bad = prepare.bad_rows(whole, job.text_columns, job.label_column)
@@ -209,14 +212,21 @@ def make_shard(piece: Piece, job: Job, advance: Callable[[int], None] = lambda r
                 texts = prepare.texts_of(table, job.text_columns)
                 writer.add(
                     [encoding.ids for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False)],
-                    codes=_codes(table, job.label_column, codes, cells),
+                    codes=_codes(table, job.label_column, codes, firsts),
                     numbers=table.rows,
                     keys=text_keys(texts),
-                    digests=[prepare.text_digest(text) for text in texts],
+                    digests=[rows.text_digest(text) for text in texts],
                 )
             advance(len(whole))
+            done = writer.rows >= min(piece.rows, SHARD_ROWS)
+            if done and not job.labels_stated and len(codes) > max(_MANY_CELLS, 0.95 * writer.rows):
+                raise UserError(
+                    f"{piece.origin}: column '{job.label_column}' holds {len(codes):,} different values in "
+                    f"{writer.rows:,} rows; is it the label? Set data.label_column, or name the classes with "
+                    "data.label_names"
+                )
         dropped = piece.rows - writer.rows
-        writer.finish(origin=piece.origin, dropped=dropped, cells=cells, label_names=piece.label_names)
+        writer.finish(origin=piece.origin, dropped=dropped, cells=firsts, label_names=piece.label_names)
 
 
 @lru_cache(maxsize=1)
@@ -241,31 +251,22 @@ def _tables(piece: Piece, job: Job) -> Iterator[Table]:
                     raise UserError(f"{piece.origin}, row {row} or after: damaged ({first_line(error)})") from error
                 if batch is None:
                     break
-                values = {name: batch.column(name).to_pylist() for name in columns}
+                values = {name: cells(batch.column(name)) for name in columns}
                 yield Table(piece.origin, values, range(row, row + len(batch)))
                 row += len(batch)
 
 
 def _codes(
-    table: Table, label_column: str, codes: dict[tuple[str, bool], int], cells: list[tuple[Any, int]]
+    table: Table, label_column: str, codes: dict[tuple[type, Any], int], firsts: list[tuple[Any, int]]
 ) -> list[int]:
-    """Which of the ``cells`` each row's label is; those that are new are added.
-
-    Raises:
-        UserError: They are too many to be classes.
-    """
+    """Which of the different label cells each row's is; those that are new are added."""
     found = []
-    for i, cell in enumerate(table.columns[label_column]):
-        kind = (canonical(cell), isinstance(cell, float) and not cell.is_integer())
-        if kind not in codes:
-            if len(codes) == MAX_CLASSES:
-                raise UserError(
-                    f"{table.origin}: column '{label_column}' holds more than {MAX_CLASSES} different values; "
-                    "is it the label? Set data.label_column"
-                )
-            codes[kind] = len(codes)
-            cells.append((cell, table.rows[i]))
-        found.append(codes[kind])
+    for cell, row in zip(table.columns[label_column], table.rows, strict=True):
+        key = labels.cell_key(cell)
+        if key not in codes:
+            codes[key] = len(codes)
+            firsts.append((cell, row))
+        found.append(codes[key])
     return found
 
 

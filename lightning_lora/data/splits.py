@@ -10,6 +10,8 @@ from lightning_lora.errors import UserError
 from lightning_lora.seeding import stream_seed
 
 SHORT = 20
+#: Of a source with more repeats than this share of its rows, texts are shared out, not rows.
+MANY_REPEATS = 0.05
 _NOT_ASCII_LETTER_OR_DIGIT = bytes(i for i in range(128) if not chr(i).isalnum())
 
 
@@ -32,31 +34,94 @@ def count_of(size: int | float, total: int, key: str) -> int:
     return rows
 
 
-def stratified_sample(labels: np.ndarray, size: int, seed: int, stream: str) -> np.ndarray:
+def stratified_sample(
+    labels: np.ndarray, size: int, seed: int, stream: str, least: int = 0, leave: int = 0
+) -> np.ndarray:
     """Sorted positions of ``size`` rows, each class in its share of the whole (largest remainders).
 
     Args:
         labels: Class numbers, shape (rows,).
-        size: At most ``len(labels)``.
+        size: At most ``len(labels)``; from ``least`` to all but ``leave`` rows for each class.
         seed: Together with ``stream`` it fixes the choice, on every machine.
         stream: What the choice is for; other streams choose independently.
+        least: Rows of each class that are taken at least, where it has so many.
+        leave: Rows of each class that are not taken, where it has so many.
     """
     rng = np.random.Generator(np.random.PCG64(stream_seed(seed, stream)))
     classes, counts = np.unique(labels, return_counts=True)
     exact = counts * (size / len(labels))
-    shares = np.floor(exact).astype(int)
-    for i in np.argsort(shares - exact, kind="stable")[: size - shares.sum()]:
-        shares[i] += 1
+    low, high = np.minimum(counts, least), np.maximum(counts - leave, 0)
+    shares = np.clip(np.floor(exact).astype(int), low, high)
+    while missing := size - int(shares.sum()):
+        more = 1 if missing > 0 else -1
+        movable = shares < high if more > 0 else shares > low
+        order = np.argsort(np.where(movable, (shares - exact) * more, np.inf), kind="stable")
+        shares[order[: min(abs(missing), movable.sum())]] += more
     chosen = [
         rng.permutation(np.flatnonzero(labels == label))[:share] for label, share in zip(classes, shares, strict=True)
     ]
     return np.sort(np.concatenate(chosen))
 
 
-def carve(labels: np.ndarray, size: int, seed: int, stream: str) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted positions of what stays and of the ``size`` stratified rows that are taken out."""
-    taken = stratified_sample(labels, size, seed, stream)
-    return np.setdiff1d(np.arange(len(labels)), taken, assume_unique=True), taken
+def carve(
+    labels: np.ndarray, keys: Sequence[bytes], size: int | float, seed: int, stream: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted positions of the rows that stay, and of the stratified ones that are taken out.
+
+    Each class keeps a row, and no text that is taken is among those that stay. Where more of the rows than
+    ``MANY_REPEATS`` repeat another, ``size`` is one of different texts: with many repeats of each text, a tenth of the
+    rows would take nearly all texts away from the rest.
+
+    Args:
+        labels: Class numbers, shape (rows,).
+        keys: ``text_keys`` of the rows.
+        size: As in ``count_of``.
+        seed: As in ``stratified_sample``.
+        stream: The split to carve, "val" or "test".
+
+    Raises:
+        UserError: There are not so many rows, or too few would be left.
+    """
+    every, (texts, firsts) = np.arange(len(labels)), _texts(keys)
+    if len(labels) - len(firsts) <= MANY_REPEATS * len(labels):
+        taken = _taken(labels, every, size, seed, stream)
+        stay = every[~np.isin(texts, texts[taken])]
+        if len(np.unique(labels[stay])) == len(np.unique(labels)):
+            return stay, taken
+    # A text that stands with several labels is no measure of any of them.
+    candidates = np.sort(firsts[~np.isin(texts[firsts], texts[contradictions(labels, keys)])])
+    if not len(candidates):
+        raise UserError(f"data.{stream}_size: every text stands with several labels; correct the labels")
+    taken = _taken(labels, candidates, size, seed, stream)
+    return every[~np.isin(texts, texts[taken])], taken
+
+
+def contradictions(labels: np.ndarray, keys: Sequence[bytes]) -> np.ndarray:
+    """Positions of the rows whose text stood before with another label."""
+    texts, firsts = _texts(keys)
+    return np.flatnonzero(labels != labels[firsts][texts])
+
+
+def _texts(keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """The number of each row's text, and the position where each text is first."""
+    # As integers, for numpy takes zero bytes at the end of a byte string for padding.
+    numbers = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
+    _, firsts, texts = np.unique(numbers, axis=0, return_index=True, return_inverse=True)
+    return texts.reshape(-1), firsts
+
+
+def _taken(labels: np.ndarray, candidates: np.ndarray, size: int | float, seed: int, stream: str) -> np.ndarray:
+    setting = f"data.{stream}_size"
+    number = count_of(size, len(candidates), setting)
+    counts = np.unique(labels[candidates], return_counts=True)[1]
+    if number > (most := len(candidates) - len(counts)):
+        raise UserError(
+            f"{setting}: {number} of {len(candidates)} different rows leave none to train on for some of {len(counts)} "
+            f"classes; give a number from 1 to {most}"
+            if most
+            else f"{setting}: each class has one row; add rows"
+        )
+    return candidates[stratified_sample(labels[candidates], number, seed, stream, leave=1)]
 
 
 def text_keys(texts: Sequence[str]) -> list[bytes]:

@@ -5,14 +5,16 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightning_lora.data import prepare
-from lightning_lora.data.prepare import Prepared, Rows, SourceOptions, SplitRows
+from lightning_lora.data.prepare import Prepared, SourceOptions
 from lightning_lora.data.reading import source_files
+from lightning_lora.data.rows import Rows, SplitRows
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_folder
 from lightning_lora.fingerprint import code_fingerprint
@@ -55,7 +57,10 @@ def store_key(options: SourceOptions) -> str | None:
     files = source_files(prepare.source_of(options))
     if files is None:
         return None
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(options), sort_keys=True, default=dict).encode())
+    facts = dataclasses.asdict(options)
+    if isinstance(options.label_names, Mapping):  # whose order is that of the classes
+        facts["label_names"] = {"mapping": [*options.label_names.items()]}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=dict).encode())
     digest.update(code_fingerprint("data.prepare").encode())
     for path in (path for paths in files.values() for path in paths):
         digest.update(f"\n{path}\n".encode())

@@ -17,9 +17,10 @@ import numpy as np
 
 from lightning_lora.data import prepare
 from lightning_lora.data.labels import encode_labels
-from lightning_lora.data.prepare import Prepared, SourceOptions, SplitRows
+from lightning_lora.data.prepare import Prepared, SourceOptions
 from lightning_lora.data.reading import Table, read_file, source_files, split_files, split_named
 from lightning_lora.data.remote import matching
+from lightning_lora.data.rows import SplitRows
 from lightning_lora.data.sharding import Job, make_shards, plan
 from lightning_lora.data.shards import KEYS, ShardRows, ShardTokens
 from lightning_lora.data.specs import find_spec
@@ -128,7 +129,9 @@ def streamed_splits(options: SourceOptions, tokenizer: Any, cache_dir: Path) -> 
     tables, dropped = prepare.checked(tables, options)
     pieces = plan(names, columns, label_column)
     rules = tokenizer_rules(tokenizer).decode()
-    job = Job(text_columns, label_column, options.bad_rows, rules, tokenizer.backend_tokenizer.to_str(), cache_dir)
+    stated = options.label_names is not None
+    words = tokenizer.backend_tokenizer.to_str()
+    job = Job(text_columns, label_column, options.bad_rows, rules, words, cache_dir, stated)
     found, known = make_shards(pieces, job)
     dropped += sum(shard.dropped for shard in found)
     firsts = [
@@ -143,17 +146,17 @@ def streamed_splits(options: SourceOptions, tokenizer: Any, cache_dir: Path) -> 
     if not any(len(table) for table in firsts):
         raise UserError(f"{names[0]}: the train split has no usable row")
     # Of train each label cell once: to its number there it is what each row's code is to its class number.
-    label_names, encoded = encode_labels({"train": firsts, **tables}, label_column, options.label_names)
-    labels = np.empty(sum(shard.rows for shard in found), np.int32)
-    everything = ShardRows(found, np.arange(len(labels), dtype=position_type(len(labels))))
-    numbers = {id(shard): each for shard, each in zip(found, encoded["train"], strict=True)}
+    rows = sum(shard.rows for shard in found)
+    labels = encode_labels({"train": firsts, **tables}, label_column, options.label_names, train_rows=rows)
+    everything = ShardRows(found, np.arange(rows, dtype=position_type(rows)))
+    classes = np.empty(rows, np.int32)
+    numbers = {id(shard): each for shard, each in zip(found, labels.encoded["train"], strict=True)}
     for shard, mine, _ in everything.pieces():
-        labels[mine] = numbers[id(shard)][shard.map("codes")]
-    read: dict[str, SplitRows] = {"train": StreamedRows(everything, labels, known)}
+        classes[mine] = numbers[id(shard)][shard.map("codes")]
+    read: dict[str, SplitRows] = {"train": StreamedRows(everything, classes, known)}
     for split, parts in tables.items():
-        read[split] = prepare.joined(parts, text_columns, encoded[split])
-    divided, origin, removed = prepare.divide(read, options)
-    return Prepared(label_names, divided, origin, removed, dropped)
+        read[split] = prepare.joined(parts, text_columns, labels.encoded[split])
+    return prepare.assemble(read, tables, labels, options, dropped)
 
 
 def _files(options: SourceOptions) -> tuple[list[str], dict[str, list[Path]]]:

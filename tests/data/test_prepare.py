@@ -63,7 +63,7 @@ def test_a_row_that_stands_twice_in_train_is_never_in_train_and_val(tmp_path: Pa
     prepared = prepare(SourceOptions(str(tmp_path)))
     held_out = {text.lower() for text in prepared.splits["val"].texts}
     assert not held_out & {text.lower() for text in prepared.splits["train"].texts}
-    assert prepared.repeats_removed["train_in_val"] > 10
+    assert len(prepared.splits["val"]) == 10 == prepared.repeats_removed["train_in_val"]
 
 
 def test_other_seeds_of_the_split_give_other_rows_and_the_same_seed_the_same(reviews: Path) -> None:
@@ -114,10 +114,49 @@ def test_numbers_in_the_text_column_are_refused(tmp_path: Path) -> None:
         prepare(SourceOptions(str(path)))
 
 
-def test_rows_to_train_on_that_are_all_of_one_class_are_refused(tmp_path: Path) -> None:
+def test_a_subsample_to_train_on_has_every_class(tmp_path: Path) -> None:
     rows = [row for row in make_rows(400) if row[1] == "neg"] + [row for row in make_rows(20) if row[1] == "pos"]
-    with pytest.raises(UserError, match="all of one class"):
-        prepare(SourceOptions(str(write_csv(tmp_path / "a.csv", rows)), train_rows=4))
+    source = str(write_csv(tmp_path / "a.csv", rows))
+    assert set(prepare(SourceOptions(source, train_rows=4)).splits["train"].labels) == {0, 1}
+    three = str(write_csv(tmp_path / "b.csv", make_rows(60, ("neg", "pos", "mixed"))))
+    with pytest.raises(UserError, match=r"data\.train_rows: 2 rows for 3 classes; take 3 or more"):
+        prepare(SourceOptions(three, train_rows=2))
+
+
+def test_one_class_left_is_not_blamed_on_a_setting_that_was_not_given(tmp_path: Path) -> None:
+    rows = make_rows(40)
+    write_csv(tmp_path / "train.csv", rows)
+    write_csv(tmp_path / "test.csv", [row for row in rows if row[1] == "pos"])
+    with pytest.raises(UserError, match="also stand in val or test, all rows of train are of the class 'neg'"):
+        prepare(SourceOptions(str(tmp_path)))
+
+
+def test_classes_of_one_row_are_trained_and_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
+    rare = [(f"one of a kind number {i}", f"rare{i}") for i in range(6)]
+    path = write_csv(tmp_path / "rare.csv", [*make_rows(160), *rare, ("twice a", "two"), ("twice b", "two")])
+    for seed in range(5):
+        prepared = prepare(SourceOptions(str(path), val_size=0.2, test_size=0.3, split_seed=seed))
+        assert set(prepared.splits["train"].labels) == set(range(9))
+        assert len(prepared.splits["test"]) == 50
+        val, test = (next(w for w in prepared.warnings if w.startswith(split)) for split in ("val", "test"))
+        assert "rare0 (1 row)" in val and "rare5 (1 row)" in test
+        assert prepared.describe()["warnings"] == prepared.warnings
+    with pytest.raises(UserError, match=r"data\.test_size: each class has one row; add rows"):
+        prepare(SourceOptions(str(write_csv(tmp_path / "b.csv", rare))))
+
+
+def test_a_source_of_repeats_is_shared_out_by_text(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "repeats.csv", make_rows(60) * 20)
+    prepared = prepare(SourceOptions(str(path)))
+    assert {split: len(rows) for split, rows in prepared.splits.items()} == {"train": 43 * 20, "val": 5, "test": 12}
+    assert prepared.repeats_removed == {"train_in_test": 12 * 19, "train_in_val": 5 * 19}
+
+
+def test_texts_with_two_labels_are_pointed_out(tmp_path: Path) -> None:
+    rows = make_rows(60)
+    path = write_csv(tmp_path / "a.csv", [*rows, (rows[0][0].upper(), "pos")])
+    (warning,) = prepare(SourceOptions(str(path))).warnings
+    assert "1 rows have a text that stood before with another label" in warning and f"{path}, 62" in warning
 
 
 def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:

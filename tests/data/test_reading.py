@@ -126,6 +126,54 @@ def test_a_hub_id_without_a_network_is_one_line() -> None:
     assert "\n" not in str(raised.value)
 
 
+def save(frame, path: Path) -> Path:
+    """Writes a table in the format of the ending."""
+    import datasets
+
+    compression = "gzip" if path.suffix == ".gz" else None
+    ending = path.name.partition(".")[2].removesuffix(".gz")
+    if ending in ("csv", "tsv"):
+        frame.to_csv(path, index=False, sep="\t" if ending == "tsv" else ",", compression=compression)
+    elif ending in ("json", "jsonl"):
+        frame.to_json(path, orient="records", lines=ending == "jsonl", compression=compression)
+    elif ending == "parquet":
+        frame.to_parquet(path)
+    elif ending == "feather.arrow":
+        frame.to_feather(path)
+    else:
+        datasets.Dataset.from_pandas(frame).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["pos", "neg", "pos"], ["neg", "pos"]),
+        (["10", "9", "10"], ["9", "10"]),
+        ([10, 9, 10], ["9", "10"]),
+        ([10.0, 9.0, 10.0], ["9", "10"]),
+        ([True, False, True], ["False", "True"]),
+        (["caf\u00e9", "cafe\u0301", "b\u00a0a"], ["b a", "caf\u00e9"]),
+    ],
+)
+def test_the_same_labels_are_the_same_classes_from_every_format(tmp_path: Path, labels: list, names: list) -> None:
+    import pandas as pd
+
+    from lightning_lora.data.labels import encode_labels
+
+    frame = pd.DataFrame({"text": ["a b", "c d", "e f"], "label": labels})
+    found = {}
+    for ending in ("csv", "tsv", "json", "jsonl", "csv.gz", "jsonl.gz", "parquet", "feather.arrow", "saved"):
+        source = save(frame, tmp_path / f"rows.{ending}")
+        found[ending] = encode_labels(read_source(str(source), COLUMNS, "label"), "label", None)
+    frame["label"] = frame["label"].astype("category")
+    frame.to_parquet(tmp_path / "category.parquet")
+    found["category"] = encode_labels(read_source(str(tmp_path / "category.parquet"), COLUMNS, "label"), "label", None)
+    assert {ending: labels.names for ending, labels in found.items()} == dict.fromkeys(found, names)
+    numbers = {tuple(labels.encoded["train"][0]) for labels in found.values()}
+    assert len(numbers) == 1
+
+
 @pytest.mark.parametrize("kind", ["float16", "float32", "float64", "decimal128(3, 1)"])
 def test_a_number_in_few_bytes_is_the_number_that_was_written(tmp_path: Path, kind: str) -> None:
     from decimal import Decimal

@@ -33,8 +33,41 @@ def test_the_choice_is_the_same_on_every_machine() -> None:
 
 
 def test_carving_leaves_nothing_out_and_takes_nothing_twice() -> None:
-    stay, taken = carve(LABELS, 100, 0, "val")
+    keys = text_keys([f"text number {i}" for i in range(len(LABELS))])
+    stay, taken = carve(LABELS, keys, 100, 0, "val")
     np.testing.assert_array_equal(np.sort(np.concatenate([stay, taken])), np.arange(len(LABELS)))
+
+
+def test_each_class_keeps_a_row_and_where_that_is_no_matter_the_choice_is_as_ever() -> None:
+    rare = np.concatenate([LABELS, [3, 4, 4]])
+    for size in (2, 100, 900):
+        chosen = stratified_sample(rare, size, 0, "test", leave=1)
+        assert len(chosen) == size
+        assert set(np.delete(rare, chosen)) == {0, 1, 2, 3, 4}
+    assert set(rare[stratified_sample(rare, 5, 0, "subsample/train", least=1)]) == {0, 1, 2, 3, 4}
+    plain = [stratified_sample(LABELS, size, 3, "x").tolist() for size in (10, 150, 900)]
+    assert plain == [stratified_sample(LABELS, size, 3, "x", 1, 1).tolist() for size in (10, 150, 900)]
+
+
+def test_with_many_repeats_a_fraction_is_one_of_the_different_texts() -> None:
+    texts = [f"the text of number {i % 100}" for i in range(200)]
+    stay, taken = carve(np.arange(200) % 2, text_keys(texts), 0.2, 0, "test")
+    assert (len(taken), len(stay)) == (20, 160)
+    few = [f"the text of number {i % 196}" for i in range(200)]  # as IMDB has: the rows are shared out as they stand
+    stay, taken = carve(np.arange(200) % 2, text_keys(few), 0.2, 0, "test")
+    np.testing.assert_array_equal(taken, stratified_sample(np.arange(200) % 2, 40, 0, "test"))
+
+
+def test_repeats_go_where_their_text_goes_and_contradictions_stay() -> None:
+    texts = [f"the text of number {i % 20}" for i in range(200)]
+    labels = np.arange(200) % 2
+    labels[40] = 1  # text 0 stands with both labels
+    stay, taken = carve(labels, text_keys(texts), 0.25, 0, "test")
+    assert len(taken) == 5 == len({texts[i] for i in taken})
+    assert len(stay) == 150 and not {texts[i] for i in taken} & {texts[i] for i in stay}
+    assert texts[0] in {texts[i] for i in stay}
+    with pytest.raises(UserError, match=r"data.val_size: 0.99 asks for|data.val_size: 19 of 19"):
+        carve(labels, text_keys(texts), 19, 0, "val")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ def test_another_content_option_or_seed_is_prepared_anew(reviews: Path) -> None:
     keys = {store_key(SourceOptions(str(reviews), split_seed=seed, train_rows=n)) for seed in (0, 1) for n in (9, 10)}
     before = store_key(SourceOptions(str(reviews)))
     assert len(keys | {before}) == 5
+    mapped = [{1: "a", "b": "c"}, {"b": "c", 1: "a"}, {"1": "a", "b": "c"}]  # the order is that of the classes
+    assert len({store_key(SourceOptions(str(reviews), label_names=names)) for names in mapped}) == 3
     write_csv(reviews, make_rows(200, seed=1))
     assert store_key(SourceOptions(str(reviews))) != before
 

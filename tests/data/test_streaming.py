@@ -66,7 +66,7 @@ def batches(data: TextDataModule) -> list[dict]:
 def count_made(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[str]:
     """The files of the shards that are made from here on; making one of them fails, in its middle."""
     made: list[str] = []
-    digest = sharding.prepare.text_digest
+    digest = sharding.rows.text_digest
 
     def make(piece: sharding.Piece, *rest: object) -> None:
         def fail(text: str) -> bytes:
@@ -74,7 +74,7 @@ def count_made(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> l
                 raise KeyboardInterrupt
             return digest(text)
 
-        monkeypatch.setattr(sharding.prepare, "text_digest", fail)
+        monkeypatch.setattr(sharding.rows, "text_digest", fail)
         make_shard(piece, *rest)
         made.append(f"{Path(piece.origin).name}/{piece.before}")
 
@@ -168,9 +168,41 @@ def test_labels_are_mapped_over_all_files_as_in_memory(module, folder: Path) -> 
         module().label_names  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["1", "2", "3", "4"], ["one", "two", "three", "four"]),
+        ([1, 2, 3, 4], {4: "high", 3: "high", 2: "low", 1: "low"}),
+        (["caf\u00e9", "cafe\u0301", "b", "b\u200b"], None),
+        ([0.5, 1.0, 1.5, 2.0], [0.5, 1, 1.5, 2]),
+        ([True, False, True, False], ["no", "yes"]),
+        (list(range(0, 36, 3)), None),
+    ],
+)
+def test_labels_and_warnings_are_those_of_rows_held_in_memory(module, folder: Path, labels: list, names) -> None:
+    for path in sorted(folder.iterdir()):
+        texts = pq.read_table(path).column("text").to_pylist()
+        write(path, [(text, labels[i % len(labels)]) for i, text in enumerate(texts)])
+    held, streamed = (module(str(folder), stream, label_names=names) for stream in (False, True))
+    assert streamed.describe() == held.describe()
+    assert streamed.rows("train").labels.tolist() == held.rows("train").labels.tolist()
+
+
+def test_scores_are_refused_as_they_are_of_rows_held_in_memory(module, folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        texts = pq.read_table(path).column("text").to_pylist()
+        write(path, [(text, i / 100) for i, text in enumerate(texts)])
+    said = []
+    for stream in (False, True):
+        with pytest.raises(UserError, match="a measure, not classes") as raised:
+            module(str(folder), stream).label_names  # noqa: B018
+        said.append(str(raised.value).partition(": ")[2])
+    assert said[0] == said[1]
+
+
 def test_a_column_that_is_no_label_ends_at_once(module, folder: Path) -> None:
     write(folder / "train-0.parquet", [(f"text {i}", f"text {i}") for i in range(1100)])
-    with pytest.raises(UserError, match="holds more than 1000 different values"):
+    with pytest.raises(UserError, match="holds 1,100 different values in 1,100 rows"):
         module().label_names  # noqa: B018
 
 
