@@ -20,7 +20,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.data import prepare
+from lightning_lora.data import labels, prepare, rows
 from lightning_lora.data.reading import Table, cells, declared_names, first_line, open_parquet
 from lightning_lora.data.remote import file_system, is_url
 from lightning_lora.data.shards import Shard, ShardWriter
