@@ -4,6 +4,7 @@ A command is one entry here and one module in ``commands/``. Nothing heavy is im
 chosen.
 """
 
+import difflib
 import importlib
 import os
 import sys
@@ -61,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         if words[0] not in COMMANDS:
-            raise UserError(f"no command '{words[0]}'; there are {', '.join(COMMANDS)}")
+            meant = difflib.get_close_matches(words[0], COMMANDS, 1)
+            hint = f"did you mean {meant[0]}? There" if meant else "there"
+            raise UserError(f"no command '{words[0]}'; {hint} are {', '.join(COMMANDS)}")
         module, _, function = COMMANDS[words[0]].target.partition(":")
         return getattr(importlib.import_module(module), function)(words[1:]) or 0
     except UserError as error:

@@ -43,7 +43,9 @@ LEDGER = "test_looks.jsonl"
 
 def run(words: list[str]) -> int:
     """Run what is missing of an ablation and write its report; return 1 if a cell failed."""
-    options, overrides = _parser().parse_known_args(words)
+    parser = _parser()
+    options, overrides = parser.parse_known_args(words)
+    parser.refuse_misspelt(overrides)
     path = Path(options.config)
     content = read_config(path)
     plan = make_plan(content, path, options.small)

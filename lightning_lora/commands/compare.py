@@ -31,7 +31,9 @@ QUESTION = "How do {} compare on the same rows, in the same order, from the same
 
 def run(words: list[str]) -> int:
     """Run what is missing of the arms and write the report; return 1 if an arm failed."""
-    options, overrides = _parser().parse_known_args(words)
+    parser = _parser()
+    options, overrides = parser.parse_known_args(words)
+    parser.refuse_misspelt(overrides)
     paths = [Path(each) for each in options.config or [DEFAULT_CONFIG]]
     configs = [read_config(path) for path in paths]
     described = [config.pop("arms") for config in configs if "arms" in config]

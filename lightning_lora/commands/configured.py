@@ -3,6 +3,7 @@
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from lightning_lora.artifacts.checkpoints import AtomicCheckpointIO, ResumePoint
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.commands.config_files import ALLOW_VARIABLE, check_places, read_config, restrict_imports
 from lightning_lora.commands.console import Progress, quiet_libraries
+from lightning_lora.commands.help_pages import show_help
+from lightning_lora.commands.parse_errors import check_groups, check_texts, explained
 from lightning_lora.commands.run_options import COMMAND_KEYS, COMMAND_OPTIONS
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.rows import Rows
@@ -108,10 +111,10 @@ class ConfiguredRun(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses; a fault is one line."""
         try:
+            show_help(self.command, parser, args)
             words = with_base_config(self.command, args)
-            for word, following in zip(words, [*words[1:], ""], strict=True):
-                if word in ("-c", "--config") or word.startswith("--config="):
-                    read_config(Path(word.partition("=")[2] or following))
+            for path in config_files(words):
+                check_groups(read_config(path), parser)
             self.config = parser.parse_args(words)
         except (jsonargparse.ArgumentError, TypeError) as error:
             if "'arms" in str(error):
@@ -123,7 +126,9 @@ class ConfiguredRun(LightningCLI):
                     f"the config names '{denied[1]}', none of Lightning's callbacks, loggers, profilers, "
                     f"plugins or strategies; code of your own is allowed by {ALLOW_VARIABLE}=PACKAGE in the environment"
                 ) from error
-            raise UserError(one_line(str(error))) from error
+            raise UserError(explained(str(error), parser)) from error
+        keys = [word[2:].partition("=")[0].rstrip("+") for word in option_words(args) if word.startswith("--")]
+        check_texts(self.config, parser, keys)
         trainer = self.config.trainer
         logs = Path(self.config.get("logs_dir") or "logs")
         check_places(self.config.trainer.as_dict(), [Path.cwd(), logs])
@@ -303,6 +308,18 @@ def resumed_words(words: list[str], run: str) -> list[str]:
     return ["--config", str(RunFolder.open(Path(run), "--resume").config), "--resume", run]
 
 
+def option_words(words: Sequence[str]) -> list[str]:
+    """The words up to "--", behind which none is an option."""
+    return list(words[: words.index("--")] if "--" in words else words)
+
+
+def config_files(words: Sequence[str]) -> list[Path]:
+    """The files that the words give by --config."""
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    given = ("-c", "--config")
+    return [Path(w.partition("=")[2] or after) for w, after in pairs if w in given or w.startswith("--config=")]
+
+
 def option_value(words: list[str], option: str) -> str | None:
     """The last value of an option in the words, as ``--option value`` or ``--option=value``."""
     value = None
@@ -312,11 +329,6 @@ def option_value(words: list[str], option: str) -> str | None:
         elif word.startswith(f"{option}="):
             value = word.partition("=")[2]
     return value
-
-
-def one_line(message: str) -> str:
-    """A parser's message on one line, without its hints about the parser itself."""
-    return re.sub(r"\s+", " ", message).strip()
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

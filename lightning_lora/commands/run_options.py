@@ -7,6 +7,37 @@ COMMAND_KEYS = frozenset(
     "config name logs_dir resume run checkpoint before int8 texts input text_column output format "  # noqa: SIM905
     "formats rows licence base_model_id push_to_hub private workers executor address".split()
 )
+#: A text that the model of the default config is sure of.
+EXAMPLE_TEXT = "A beautiful film, wonderfully acted."
+#: What the short help of fit shows of the settings.
+COMMON_SETTINGS = (
+    *("model.base_model", "data.source", "data.text_column", "data.label_column", "data.label_names"),
+    *("data.max_length", "data.truncation", "data.batch_size", "data.bad_rows", "model.method", "model.learning_rate"),
+    *("model.adapter.rank", "model.adapter.alpha", "model.adapter.dropout", "model.adapter.target_modules"),
+    *("model.quantization.bits", "trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.precision"),
+    *("seed_everything", "keep_every_epoch"),
+)
+#: What the help of each command shows first.
+EXAMPLES = {
+    "fit": (
+        "python main.py fit --name reviews",
+        "python main.py fit --data.source rows.csv --data.text_column review --data.label_column verdict",
+        "python main.py fit --config configs/experiment/own_csv.yaml --model.adapter.rank 16",
+        "python main.py fit --resume logs/reviews",
+    ),
+    "validate": ("python main.py validate --run logs/reviews",),
+    "test": ("python main.py test --run logs/reviews", "python main.py test --run logs/reviews --before false"),
+    "predict": (
+        f"python main.py predict --run logs/reviews '{EXAMPLE_TEXT}'",
+        "python main.py predict --run logs/reviews --input rows.csv --text_column review --output labels.csv",
+        "cat reviews.txt | python main.py predict --run logs/reviews --format csv",
+        "python main.py predict --run logs/reviews --input folder/ --output labels/ --workers 4",
+    ),
+    "export": (
+        "python main.py export --run logs/reviews",
+        "python main.py export logs/reviews --formats [adapter,onnx]",
+    ),
+}
 
 
 def _fit_options(parser: LightningArgumentParser) -> None:

@@ -1,3 +1,6 @@
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lora.cli import COMMANDS, main
+from lightning_lora.commands.run_options import COMMAND_OPTIONS, EXAMPLES
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,17 +27,149 @@ def test_every_command_has_a_help_page(command: str, capsys: pytest.CaptureFixtu
     assert stopped.value.code == 0
     told = capsys.readouterr().out
     own = {
+        "fit": "--model.adapter.rank",
+        "validate": "--int8",
+        "test": "--before",
+        "export": "--formats",
+        "predict": "--text_column",
         "compare": "--arms",
         "sample": "--only",
         "ablate": "--retry_failed",
         "report": "folders",
-    }  # commands that are not configured like a run
-    assert own.get(command, "--model.adapter.rank") in told and f"main.py {command}" in told
+    }
+    assert own[command] in told and f"main.py {command}" in told
+
+
+@pytest.mark.parametrize("command", COMMAND_OPTIONS)
+def test_help_shows_the_commands_own_options_and_help_all_every_setting(
+    command: str, capsys: pytest.CaptureFixture
+) -> None:
+    pages = []
+    for option in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, option])
+        assert stopped.value.code == 0
+        pages.append(capsys.readouterr().out)
+    short, whole = pages
+    assert len(short.splitlines()) < (100 if command == "fit" else 50) < len(whole.splitlines())
+    assert short.index("python main.py") < short.index("--help_all") and "--model.speedups" not in short
+    for setting in ("--model.adapter.rank", "--data.source", "--trainer.max_epochs"):
+        assert setting in whole and (setting in short) == (command == "fit")
+    own = re.findall(r"^  (?:-\w \S+, )?(--\w+)", whole, flags=re.MULTILINE)
+    others = (
+        {"--seed_everything", "--keep_every_epoch", "--trainer", "--model", "--data"} if command != "fit" else set()
+    )
+    assert set(own) - others - {"--trainer", "--model", "--data"} <= set(re.findall(r"--\w+", short))
+
+
+def test_the_examples_of_the_help_are_parsed(tmp_path: Path, reviews: Path, tiny_base: Path, capsys) -> None:
+    (tmp_path / "logs" / "reviews").mkdir(parents=True)
+    config = f"model: {{base_model: {tiny_base}}}\ndata: {{source: {reviews}}}\n"
+    (tmp_path / "logs" / "reviews" / "config.yaml").write_text(config)
+    shutil.copytree(ROOT / "configs", "configs")
+    for command, examples in EXAMPLES.items():
+        for example in examples:
+            words = shlex.split(example.partition(f"main.py {command} ")[2])
+            with pytest.raises(SystemExit) as stopped:
+                main([command, *words, *(["--print_config"] if "--resume" not in words else ["--help"])])
+            assert stopped.value.code == 0, example
 
 
 def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    known = ", ".join(COMMANDS)
     assert main(["fitt"]) == 2
-    assert capsys.readouterr().err == f"error: no command 'fitt'; there are {', '.join(COMMANDS)}\n"
+    assert capsys.readouterr().err == f"error: no command 'fitt'; did you mean fit? There are {known}\n"
+    assert main(["xyzzy"]) == 2
+    assert capsys.readouterr().err == f"error: no command 'xyzzy'; there are {known}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "meant"),
+    [
+        ("fit", "--model.methd", "--model.method"),
+        ("fit", "--data.label_colum", "--data.label_column"),
+        ("fit", "--data.colum", "--data.text_column or --data.label_column"),
+        ("fit", "--learning_rate", "--model.learning_rate"),
+        ("fit", "--data.rank", "--model.adapter.rank"),
+        ("fit", "--epochs", "--trainer.max_epochs or --trainer.min_epochs"),
+        ("predict", "--ouput", "--output"),
+        ("export", "--format", "--formats"),
+        ("compare", "--arm", "--arms"),
+        ("compare", "--model.methd", "--model.method"),
+        ("ablate", "--execitor", "--executor"),
+        ("report", "--basline", "--baseline"),
+    ],
+)
+def test_a_misspelt_option_is_answered_with_what_was_meant(
+    command: str, word: str, meant: str, capsys, reviews
+) -> None:
+    Path("config.yaml").write_text(f"model: {{base_model: x}}\ndata: {{source: {reviews}}}\n")
+    first = {"predict": ["--run", "."], "export": ["--run", "."], "report": ["."]}
+    first["ablate"] = ["--config", str(ROOT / "configs" / "ablation" / "rank.yaml")]
+    assert main([command, *first.get(command, []), word, "1"]) == 2
+    said = capsys.readouterr().err
+    assert f"no option {word}; did you mean {meant}?" in said and said.count("\n") == 1
+    for name in meant.split(" or "):
+        assert main([command, *first.get(command, []), name]) == 2  # it is known: only its value is missing
+        assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("model: {base_model: x, adapter: {rnk: 8}}", "no setting model.adapter.rnk; did you mean model.adapter.rank?"),
+        ("model: {base_model: x, rank: 8}", "no setting model.rank; did you mean model.adapter.rank?"),
+        ("adapter: {rank: 8}", "no setting adapter.rank; did you mean model.adapter.rank?"),
+        ("data: {source: y, max_lenght: 3}", "no setting data.max_lenght; did you mean data.max_length?"),
+        ("model: {base_model: x, adapter: [1]}", "model.adapter: settings are needed (model.adapter.rank, "),
+        ("model: [1]", "model: settings are needed (model.base_model, "),
+        ("data: {source: [a, b]}", "data.source: a text or a mapping of texts to texts is needed, got \"['a', 'b']\""),
+        (
+            "data: {source: y, label_column: on}",
+            "data.label_column: a text is needed (or null), got true (YAML reads on",
+        ),
+        ("trainer: {callbacks: [{class_path: EarlyStoping}]}", "no class 'EarlyStoping'; did you mean EarlyStopping?"),
+        (
+            "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitr: x}}]}",
+            "trainer.callbacks: EarlyStopping has no argument 'monitr'; did you mean monitor?",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: x, patience: ten}}]}",
+            "trainer.callbacks: EarlyStopping: patience: a whole number is needed, got 'ten'",
+        ),
+    ],
+)
+def test_a_fault_in_a_config_is_one_line_that_helps(config: str, said: str, capsys) -> None:
+    Path("a.yaml").write_text("model: {base_model: x}\ndata: {source: y}\n")
+    Path("b.yaml").write_text(config)
+    assert main(["fit", "--config", "a.yaml", "--config", "b.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "Union" not in error and "<class" not in error
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model.adapter.rank", "eight"], "model.adapter.rank: a whole number is needed (or null), got 'eight'"),
+        (["--model.adapter.rank", "8.5"], "model.adapter.rank: a whole number is needed (or null), got '8.5'"),
+        (["--model.learning_rate", "fast"], "model.learning_rate: a number is needed (or null), got 'fast'"),
+        (["--model.frozen_dropout", "2"], "model.frozen_dropout: true or false is needed, got '2'"),
+        (["--data.padding", "both"], "data.padding: one of longest, max_length is needed, got 'both'"),
+        (["--data.train_rows", "[1, 2]"], "data.train_rows: a number is needed (or null), got '[1, 2]'"),
+        (["--data.label_names", "yes"], "data.label_names: a list of texts is needed (or null), got 'yes'"),
+        (["--data.source", "[a, b]"], "data.source: a text or a mapping of texts to texts is needed, got '[a, b]'"),
+        (["--data.source", "{train: 3}"], "data.source: a text or a mapping of texts to texts is needed"),
+        (["--model.adapter.target_modules", "{a: 1}"], "target_modules: a text or a list of texts is needed"),
+        (["--model.quantization", "foo"], "model.quantization: settings are needed (model.quantization.bits, "),
+        (["--trainer.callbacks", "EarlyStoping"], "did you mean EarlyStopping?"),
+        (["--model.base_model"], "--model.base_model: a value is needed behind it"),
+        (["a", "text"], "'a' belongs to no option"),
+    ],
+)
+def test_a_value_of_another_type_is_one_line_with_what_is_allowed(words: list[str], said: str, capsys) -> None:
+    assert main(["fit", *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and "Union" not in error and "<class" not in error
 
 
 @pytest.mark.parametrize(
