@@ -19,7 +19,7 @@ from lightning_lora.commands.config_files import ALLOW_VARIABLE, check_places, r
 from lightning_lora.commands.console import Progress, quiet_libraries
 from lightning_lora.commands.help_pages import show_help
 from lightning_lora.commands.parse_errors import check_groups, check_texts, explained
-from lightning_lora.commands.run_options import COMMAND_KEYS, COMMAND_OPTIONS
+from lightning_lora.commands.run_options import COMMAND_KEYS, COMMAND_OPTIONS, refuse_unused
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.splits import text_keys
@@ -129,6 +129,8 @@ class ConfiguredRun(LightningCLI):
             raise UserError(explained(str(error), parser)) from error
         keys = [word[2:].partition("=")[0].rstrip("+") for word in option_words(args) if word.startswith("--")]
         check_texts(self.config, parser, keys)
+        if self.command == "predict":
+            refuse_unused([*keys, *(key for path in config_files(args) for key in flat(read_config(path)))])
         trainer = self.config.trainer
         logs = Path(self.config.get("logs_dir") or "logs")
         check_places(self.config.trainer.as_dict(), [Path.cwd(), logs])
@@ -199,7 +201,7 @@ class ConfiguredRun(LightningCLI):
             own.append(StateSaver(ResumePoints(folder.checkpoints), self.stop_request))
         config["callbacks"] = own + extra + (trial_callbacks() if self.command == "fit" else [])
         if self.command == "predict":  # whose config is not instantiated
-            config |= {"plugins": None, "profiler": None}
+            config |= {"plugins": None, "profiler": None, "limit_predict_batches": None, "fast_dev_run": False}
         config["enable_checkpointing"] = checkpointing
         config["use_distributed_sampler"] = False  # the batches are shared out by LengthBatchSampler
         config["strategy"] = strategy_for(config, [self.command, *self.words])

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lightning_lora.commands.predict_output import other_columns
 from lightning_lora.errors import UserError
 from lightning_lora.files import locked_folder
 
@@ -117,12 +118,26 @@ def _plan_shard(path: Path, output: Path, text_columns: Sequence[str], new: Sequ
     for column in text_columns:
         if column not in names:
             raise UserError(f"{path}: no column '{column}'; it has: {', '.join(names):.200}. Set --text_column")
-    for name, count in Counter(names).items():
-        if count > 1:
-            raise UserError(f"{path}: column '{name}' stands there twice; rename one")
-        if name in new and name not in text_columns:
-            raise UserError(f"{path}: column '{name}' is also one of the output's; rename it")
+    other_columns(names, text_columns, new, path)
     return Shard(path, output, rows, stamp)
+
+
+def holds_texts(kind: pa.DataType) -> bool:
+    """Whether the cells of an Arrow type are texts, or all null."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(check(kind) for check in checks)
+
+
+def rows_without_prediction(shard: Shard) -> tuple[int, list[str]]:
+    """How many rows of an output have no prediction, and the places of the first in its input."""
+    with pq.ParquetFile(shard.output) as file:
+        column = file.schema_arrow.names.index("prediction")  # before any column of several leaves
+        groups = [file.metadata.row_group(i).column(column).statistics for i in range(file.num_row_groups)]
+        if not any(group is None or group.null_count for group in groups):
+            return 0, []
+        null = file.read(columns=["prediction"]).column(0).is_null().to_numpy().nonzero()[0]
+    return len(null), [f"{shard.source}, row {i + 1}" for i in null[:3]]
 
 
 def input_stamp(path: Path, rows: int) -> dict[str, Any]:

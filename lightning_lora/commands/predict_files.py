@@ -30,8 +30,11 @@ from lightning_lora.commands.many_files import (
     find_files,
     is_done,
     plan_shards,
+    rows_without_prediction,
 )
-from lightning_lora.commands.predictor import Advance, Job, Predictor, RefusedError, fingerprint, new_columns
+from lightning_lora.commands.predict_output import new_columns
+from lightning_lora.commands.predict_rows import text_columns_of, warn_of_faults
+from lightning_lora.commands.predictor import Advance, Job, Predictor, RefusedError, fingerprint, refuse_faults
 from lightning_lora.errors import BusyError, UserError
 from lightning_lora.files import check_writable, remove_partial
 from lightning_lora.interrupts import Interrupted, StopRequest
@@ -58,6 +61,8 @@ def run_files(cli: ConfiguredRun) -> int:
         import_ray(config.address)  # or say that it is not there, before anything is made
     job = plan_job(cli)
     output = job.shards[0].output.parent
+    if config.bad_rows == "error":
+        refuse_faults(job)
     check_writable(output)
     remove_partial(output)
     done = sum(is_done(shard, job.settings) for shard in job.shards)
@@ -75,6 +80,9 @@ def run_files(cli: ConfiguredRun) -> int:
             refused = predict_by_workers(job, min(config.workers, len(open_shards)), advance)
         else:
             refused = predict_shards(job, Predictor(cli, job), advance, bytearray(len(job.shards)))
+    written = [rows_without_prediction(shard) for shard in job.shards if shard.output.exists()]
+    places = [place for _, named in written for place in named]
+    warn_of_faults(places, sum(count for count, _ in written), sum(shard.rows for shard in job.shards))
     if refused:
         also = f" ({len(refused) - 1} more files were refused; without them the others are done)" if refused[1:] else ""
         raise UserError(refused[0] + also)
@@ -88,8 +96,7 @@ def run_files(cli: ConfiguredRun) -> int:
 def plan_job(cli: ConfiguredRun) -> Job:
     """Everything that can be known and refused before the model is loaded."""
     config = cli.config
-    columns = config.text_column or config.data.text_column or "text"
-    text_columns = [columns] if isinstance(columns, str) else list(columns)
+    text_columns = text_columns_of(config)
     checkpoint = RunFolder.open(Path(config.run)).checkpoint(config.checkpoint)
     labels = list(weights_labels(checkpoint))
     files = find_files(config.input, Path(config.output))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -16,14 +17,24 @@ from lightning import Callback
 from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.artifacts.weights import load_weights
 from lightning_lora.commands.configured import ConfiguredRun
-from lightning_lora.commands.many_files import Shard, input_stamp, open_flat, output_schema, read_pieces, reading
+from lightning_lora.commands.many_files import (
+    Shard,
+    holds_texts,
+    input_stamp,
+    open_flat,
+    output_schema,
+    read_pieces,
+    reading,
+)
+from lightning_lora.commands.predict_output import new_columns
+from lightning_lora.commands.predict_rows import Rows
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset, evaluated_together
 from lightning_lora.data.datamodule import make_loader
-from lightning_lora.data.reading import Table
+from lightning_lora.data.reading import Table, cells
 from lightning_lora.data.tokens import InputFormat, load_tokenizer, tokenize
 from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.predictions import in_row_order
+from lightning_lora.evaluation.predictions import Predictions, in_row_order
 from lightning_lora.files import atomic_path
 from lightning_lora.locations import resolve
 from lightning_lora.training.module import TextClassifier
@@ -57,13 +68,6 @@ class Job:
     text_columns: list[str]
 
 
-def new_columns(labels: Sequence[str]) -> pa.Schema:
-    """The columns that an output has beside those of its input, as ``Predictions.columns`` names them."""
-    numbers = ["probability", *(f"p({name})" for name in labels)]
-    words = [pa.field(name, pa.string()) for name in ("text", "prediction")]
-    return pa.schema([*words, *(pa.field(name, pa.float64()) for name in numbers)])
-
-
 def fingerprint(checkpoint: Path) -> str:
     """SHA-256 of the weights: of the file, or of all files of an exported adapter's folder."""
     digest = hashlib.sha256()
@@ -92,6 +96,16 @@ def load_classifier(config: Any, checkpoint: Path, labels: Sequence[str]) -> Tex
         model.check_int8(str(config.trainer.precision))
         model.int8 = True
     return model
+
+
+def predict_dataset(trainer: Any, model: TextClassifier, dataset: TokenDataset, batch_size: int | None) -> Predictions:
+    """Predictions of all texts of a dataset, in their order; none of none."""
+    if not len(dataset):
+        return Predictions(np.zeros((0, len(model.label_names))), None, model.label_names, np.zeros(0, dtype=np.int64))
+    loader = make_loader(dataset, LengthBatchSampler(dataset.widths, evaluated_together(batch_size), None))
+    with torch.inference_mode():
+        batches: Any = trainer.predict(model, loader)
+    return in_row_order(batches, model.label_names)
 
 
 class Predictor:
@@ -124,7 +138,7 @@ class Predictor:
         """Predicts one file; its output is there whole or not at all.
 
         Raises:
-            RefusedError: The file cannot be read, or a text in it is missing or none.
+            RefusedError: The file cannot be read, or its text column holds something else.
             UserError: The output cannot be written.
         """
         self.counter.advance = advance
@@ -137,10 +151,11 @@ class Predictor:
             stamp = {"input": shard.stamp, "settings": self.job.settings}
             schema = output_schema(file.schema_arrow, self.job.text_columns, new, stamp)
             with pq.ParquetWriter(staging, schema) as writer:
-                for piece, dataset, texts in _one_ahead(self._prepared(file, shard)):
-                    writer.write_table(self._predicted(piece, dataset, texts, schema))
+                for piece, dataset, rows in _one_ahead(self._prepared(file, shard)):
+                    writer.write_table(self._predicted(piece, dataset, rows, schema))
+                    advance(len(rows.faults), True)
 
-    def _prepared(self, file: pq.ParquetFile, shard: Shard) -> Iterator[tuple[pa.Table, TokenDataset, list[str]]]:
+    def _prepared(self, file: pq.ParquetFile, shard: Shard) -> Iterator[tuple[pa.Table, TokenDataset, Rows]]:
         first = 1
         pieces = read_pieces(file, CHUNK_ROWS, CHUNK_BYTES)
         while True:
@@ -148,52 +163,38 @@ class Predictor:
                 piece = next(pieces, None)
             if piece is None:
                 return
-            texts = joined_texts(shard.source, piece, self.job.text_columns, first)
-            first += len(texts)
+            rows = rows_of_piece(shard.source, piece, self.job.text_columns, first)
+            for name in self.job.text_columns:
+                if rows.faults and not holds_texts(kind := piece.schema.field(name).type):
+                    raise RefusedError(f"{rows.faults[min(rows.faults)]}; the column holds {kind}. Set --text_column")
+            first += piece.num_rows
             padding = self.config.data.padding == "max_length"
-            yield piece, TokenDataset(tokenize(texts, self.tokenizer), self.frame, None, padding), texts
+            yield piece, TokenDataset(tokenize(rows.usable, self.tokenizer), self.frame, None, padding), rows
 
-    def _predicted(self, piece: pa.Table, dataset: TokenDataset, texts: list[str], schema: pa.Schema) -> pa.Table:
-        together = evaluated_together(self.config.data.eval_batch_size)
-        loader = make_loader(dataset, LengthBatchSampler(dataset.widths, together, None))
-        with torch.inference_mode():
-            batches: Any = self.trainer.predict(self.model, loader)
-        columns: dict[str, Any] = {"text": texts, **in_row_order(batches, self.model.label_names).columns()}
+    def _predicted(self, piece: pa.Table, dataset: TokenDataset, rows: Rows, schema: pa.Schema) -> pa.Table:
+        columns = rows.columns(predict_dataset(self.trainer, self.model, dataset, self.config.data.eval_batch_size))
         arrays = [columns[name] if name in columns else piece.column(name) for name in schema.names]
         return pa.table(arrays, schema=schema)
 
 
-def joined_texts(path: Path, piece: pa.Table, text_columns: Sequence[str], first: int) -> list[str]:
-    """The texts of some rows, the first of which has this number in its file.
+def rows_of_piece(path: Path, piece: pa.Table, text_columns: Sequence[str], first: int) -> Rows:
+    """Some rows of a file, the first of which has this number in it."""
+    columns = {name: cells(piece.column(name)) for name in text_columns}
+    return Rows.of(Table(str(path), columns, range(first, first + piece.num_rows), "row"), text_columns)
+
+
+def refuse_faults(job: Job) -> None:
+    """Refuses input files with a row that has no text, before any is predicted.
 
     Raises:
-        RefusedError: One is missing, empty or no text; file, row and column are named.
+        UserError: There is such a row; the first is named.
     """
-    from lightning_lora.commands.predict import check_texts  # which imports this module
-
-    cells = {name: _cells(path, piece.column(name), name, first) for name in text_columns}
-    table = Table(str(path), cells, range(first, first + piece.num_rows), "row")
-    for name in text_columns:
-        try:
-            check_texts(table, name)
-        except UserError as error:
-            raise RefusedError(str(error)) from None
-    return [" ".join(parts) for parts in zip(*cells.values(), strict=True)]
-
-
-def _cells(path: Path, column: pa.ChunkedArray, name: str, first: int) -> list[Any]:
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        for i, cell in enumerate(column):
-            try:
-                cell.as_py()
-            except UnicodeDecodeError as error:
-                where = f"{path}, row {first + i}, column '{name}'"
-                raise RefusedError(
-                    f"{where}: a text is needed, got bytes that are not UTF-8 ({error.reason})"
-                ) from None
-        raise
+    for shard in job.shards:
+        first = 1
+        with reading(shard.source), open_flat(shard.source) as file:
+            for batch in file.iter_batches(CHUNK_ROWS, columns=job.text_columns):
+                rows_of_piece(shard.source, pa.Table.from_batches([batch]), job.text_columns, first).refuse_faults()
+                first += batch.num_rows
 
 
 @contextmanager

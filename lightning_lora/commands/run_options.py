@@ -1,14 +1,29 @@
 """What each command that is configured like a run can be told beside the run's settings."""
 
+from collections.abc import Iterable
+from typing import Literal
+
 from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_lora.errors import UserError
 
 #: Options that belong to one command and not to what is trained; they are left out of ``config.yaml``.
 COMMAND_KEYS = frozenset(
     "config name logs_dir resume run checkpoint before int8 texts input text_column output format "  # noqa: SIM905
-    "formats rows licence base_model_id push_to_hub private workers executor address".split()
+    "formats rows licence base_model_id push_to_hub private workers executor address bad_rows".split()
 )
 #: A text that the model of the default config is sure of.
 EXAMPLE_TEXT = "A beautiful film, wonderfully acted."
+#: Settings of a run that ``predict`` uses; it refuses all others, which would be accepted and ignored.
+PREDICT_SETTINGS = (
+    *("data.max_length", "data.truncation", "data.window_overlap", "data.padding", "data.eval_batch_size"),
+    *("data.text_column", "model.base_model", "model.method", "model.adapter", "model.quantization"),
+    *("model.attention", "model.speedups", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
+    *("trainer.strategy", "trainer.precision", "trainer.enable_progress_bar", "trainer.deterministic"),
+    *("trainer.benchmark", "trainer.inference_mode"),
+)
+
+
 #: What the short help of fit shows of the settings.
 COMMON_SETTINGS = (
     *("model.base_model", "data.source", "data.text_column", "data.label_column", "data.label_names"),
@@ -38,6 +53,30 @@ EXAMPLES = {
         "python main.py export logs/reviews --formats [adapter,onnx]",
     ),
 }
+#: Settings of a run that are in no group.
+RUN_SETTINGS = ("seed_everything", "keep_every_epoch")
+
+
+def refuse_unused(keys: Iterable[str]) -> None:
+    """Refuses settings that ``predict`` would not use.
+
+    Args:
+        keys: The settings that were given, such as "data.bad_rows".
+
+    Raises:
+        UserError: There is one.
+    """
+    for key in keys:
+        if ("." not in key and key not in RUN_SETTINGS) or any(
+            f"{key}.".startswith(f"{setting}.") for setting in PREDICT_SETTINGS
+        ):
+            continue
+        if key == "data.bad_rows":
+            raise UserError(
+                "--data.bad_rows: is about rows to train on; for texts to predict give --bad_rows empty or "
+                "--bad_rows error"
+            )
+        raise UserError(f"--{key}: predict does not use it; leave it out")
 
 
 def _fit_options(parser: LightningArgumentParser) -> None:
@@ -86,7 +125,13 @@ def _predict_options(parser: LightningArgumentParser) -> None:
         "of .parquet files, or a quoted pattern such as 'in/*.parquet'."
     )
     parser.add_argument("--input", type=str | None, default=None, help=source)
-    parser.add_argument("--text_column", type=str | None, default=None, help="The text column of --input.")
+    column = "The text column of --input; several, as [title,body], are joined by a space."
+    parser.add_argument("--text_column", type=str | list[str] | None, default=None, help=column)
+    blank = (
+        "Rows without a text: keep them with 'empty' cells (default; typed texts are refused), or stop with an "
+        "'error' before anything is predicted."
+    )
+    parser.add_argument("--bad_rows", type=Literal["empty", "error"] | None, default=None, help=blank)
     written = "A .csv, .jsonl or .parquet file to write; of many input files a folder, with a file for each."
     parser.add_argument("--output", type=str | None, default=None, help=written)
     shown = "What to print without --output: table, csv or jsonl."

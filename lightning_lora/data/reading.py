@@ -64,6 +64,18 @@ class Table:
         return replace(self, columns=columns, rows=[self.rows[i] for i in keep])
 
 
+class MissingColumnError(UserError):
+    """A file lacks a column; ``what`` says which, and the message also which settings name columns.
+
+    Args:
+        what: The file, the column and those that are there.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}. Set data.text_column and data.label_column")
+        self.what = what
+
+
 def source_files(source: str | Mapping[str, str]) -> dict[str, list[Path]] | None:
     """The local files of each split, or None for a Hub source.
 
@@ -128,14 +140,22 @@ def read_source(
     return {split: [read_file(p, columns, label_column) for p in paths] for split, paths in files.items()}
 
 
-def read_file(path: Path, columns: Sequence[str], label_column: str | None = None) -> Table:
-    """The chosen columns of one local file, its format taken from its ending."""
+def read_file(path: Path, columns: Sequence[str], label_column: str | None = None, whole: bool = False) -> Table:
+    """The chosen columns of one local file, its format taken from its ending.
+
+    Args:
+        path: The file.
+        columns: The columns to read; all must exist.
+        label_column: The one of them that holds labels.
+        whole: Also read every other column, in its order (of Parquet and Arrow as Arrow arrays, so that types are
+            kept); a field that a JSON record lacks is then null.
+    """
     reader = READERS.get(format_of(path))
     if reader is None:
         remedy = "; " + _REMEDIES[path.suffix.lower()] if path.suffix.lower() in _REMEDIES else ""
         raise UserError(f"{path}: unknown ending '{path.suffix}'; readable are {', '.join(READERS)}{remedy}")
     try:
-        table = reader(path, columns, label_column)
+        table = reader(path, columns, label_column, whole)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not len(table):
@@ -203,10 +223,7 @@ def _require_columns(have: Sequence[str], wanted: Sequence[str], origin: object)
             if len(have) == 1 and (";" in have[0] or "\t" in have[0]):
                 hint = " (it seems to be separated by semicolons or tabs: save it with commas, or as .tsv)"
             there = ", ".join(str(name).replace("\0", "\\0") for name in have)
-            raise UserError(
-                f"{origin}: no column '{column}'; it has: {there:.200}{hint}. "
-                "Set data.text_column and data.label_column"
-            )
+            raise MissingColumnError(f"{origin}: no column '{column}'; it has: {there:.200}{hint}")
 
 
 def read_text(path: Path) -> str:
@@ -232,18 +249,19 @@ def _text(path: Path) -> tuple[str, list[str]]:
     return text, [f"{path} is not UTF-8; read as {encoding}"] if encoding != "utf-8" else []
 
 
-def _read_delimited(path: Path, columns: Sequence[str], label_column: str | None) -> Table:
+def _read_delimited(path: Path, columns: Sequence[str], label_column: str | None, whole: bool) -> Table:
     del label_column  # a text file declares no class names
     csv.field_size_limit(2**31 - 1)
     separator = "\t" if format_of(path).startswith(".tsv") else ","
     text, warnings = _text(path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    values: dict[str, list[Any]] = {name: [] for name in columns}
     lines: list[int] = []
     start = 1
     try:
         header = next(reader, [])
+        columns = list(dict.fromkeys([*columns, *(header if whole else ())]))
         _require_columns(header, columns, path)
+        values: dict[str, list[Any]] = {name: [] for name in columns}
         places = [(values[name], header.index(name)) for name in columns]
         start = reader.line_num + 1
         for record in reader:
@@ -263,7 +281,7 @@ def _read_delimited(path: Path, columns: Sequence[str], label_column: str | None
     return Table(str(path), values, lines, "line", warnings=warnings)
 
 
-def _read_json(path: Path, columns: Sequence[str], label_column: str | None) -> Table:
+def _read_json(path: Path, columns: Sequence[str], label_column: str | None, whole: bool) -> Table:
     del label_column
     text, warnings = _text(path)
     unit, records = "line", []
@@ -285,49 +303,71 @@ def _read_json(path: Path, columns: Sequence[str], label_column: str | None) -> 
                     raise UserError(f"{path}, line {number}: not a JSON object ({error.msg})") from None
                 except RecursionError:
                     raise UserError(f"{path}, line {number}: nested too deeply to be a row") from None
-    values: dict[str, list[Any]] = {name: [] for name in columns}
     for number, record in records:
         if not isinstance(record, dict):
             raise UserError(f"{path}, {unit} {number}: a JSON object with fields is needed, got {record!r:.60}")
-        _require_columns(list(record), columns, f"{path}, {unit} {number}")
-        for name in columns:
-            values[name].append(record[name])
+        if not whole:
+            _require_columns(list(record), columns, f"{path}, {unit} {number}")
+    if whole and records:
+        there = list(dict.fromkeys(name for _, record in records for name in record))
+        _require_columns(there, columns, path)
+        columns = list(dict.fromkeys([*columns, *there]))
+    values = {name: [record.get(name) for _, record in records] for name in columns}
     return Table(str(path), values, [number for number, _ in records], unit, warnings=warnings)
 
 
-def _read_parquet(path: Path, columns: Sequence[str], label_column: str | None) -> Table:
+def _read_parquet(path: Path, columns: Sequence[str], label_column: str | None, whole: bool) -> Table:
     with open_parquet(path, columns, path) as file:
-        table = file.read(columns=list(columns))
+        have = file.schema_arrow.names
+        _require_columns(have, have if whole else (), path)
+        table = file.read(columns=None if whole else list(columns))
         names = declared_names(file.schema_arrow, label_column)
-    values = {name: cells(table.column(name)) for name in columns}
-    return Table(str(path), values, range(1, table.num_rows + 1), "row", names)
+    return _arrow_table(path, table, columns, names)
 
 
-def _read_arrow(path: Path, columns: Sequence[str], label_column: str | None) -> Table:
+def _read_arrow(path: Path, columns: Sequence[str], label_column: str | None, whole: bool) -> Table:
     import pyarrow as pa
 
     try:
         with pa.memory_map(str(path)) as source:
-            whole = source.read(6) == b"ARROW1"  # Feather; what datasets writes is a stream
+            feather = source.read(6) == b"ARROW1"  # what datasets writes is a stream
             source.seek(0)
-            reader = pa.ipc.open_file(source) if whole else pa.ipc.open_stream(source)
-            _require_columns(reader.schema.names, columns, path)
-            table = reader.read_all()
-            values = {name: cells(table.column(name)) for name in columns}
+            reader = pa.ipc.open_file(source) if feather else pa.ipc.open_stream(source)
+            have = reader.schema.names
+            _require_columns(have, [*columns, *(have if whole else ())], path)
+            table = reader.read_all().select(have if whole else list(columns))
+            return _arrow_table(path, table, columns, declared_names(reader.schema, label_column))
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: not a readable Arrow file ({first_line(error)})") from None
-    names = declared_names(reader.schema, label_column)
+
+
+def _arrow_table(path: Path, table: Any, columns: Sequence[str], names: list[str] | None) -> Table:
+    others = {name: table.column(name) for name in table.column_names if name not in columns}
+    values = {name: cells(table.column(name)) for name in columns} | others
     return Table(str(path), values, range(1, table.num_rows + 1), "row", names)
 
 
 def cells(column: Any) -> list[Any]:
-    """The values of an Arrow column as text formats have them: 0.1 in four bytes is 0.1, a decimal is a number."""
+    """The values of an Arrow column as text formats have them.
+
+    0.1 in four bytes is 0.1, a decimal is a number, and text that is not UTF-8 is given as its bytes.
+    """
     import pyarrow as pa
 
     if pa.types.is_float16(column.type) or pa.types.is_float32(column.type):
         column = column.cast(pa.float32()).cast(pa.string()).cast(pa.float64())
-    values = column.to_pylist()
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        return [_text_or_bytes(cell) for cell in column.cast(pa.binary()).to_pylist()]
     return [float(cell) if isinstance(cell, Decimal) else cell for cell in values]
+
+
+def _text_or_bytes(cell: bytes | None) -> str | bytes | None:
+    try:
+        return None if cell is None else cell.decode()
+    except UnicodeDecodeError:
+        return cell
 
 
 @contextmanager
@@ -385,8 +425,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-#: A file format is one entry: ending -> reader(path, columns, label_column).
-READERS: dict[str, Callable[[Path, Sequence[str], str | None], Table]] = {
+#: A file format is one entry: ending -> reader(path, columns, label_column, whole).
+READERS: dict[str, Callable[[Path, Sequence[str], str | None, bool], Table]] = {
     ".csv": _read_delimited,
     ".tsv": _read_delimited,
     ".jsonl": _read_json,

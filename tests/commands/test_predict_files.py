@@ -18,6 +18,7 @@ import yaml
 
 from lightning_lora.cli import main
 from lightning_lora.commands import many_files, predict_files, predictor
+from lightning_lora.data.reading import texts_or_bytes
 from tests.conftest import make_rows, write_csv
 from tests.faults.processes import Run, kill_in_rows
 
@@ -294,24 +295,54 @@ def not_utf8() -> pa.Array:
     return pa.StringArray.from_buffers(2, offsets, data)
 
 
-@pytest.mark.parametrize(
-    ("column", "said"),
-    [
-        (pa.array(["fine"] * 20 + [None]), "bad.parquet, row 21, column 'text': a text is needed, got null"),
-        (pa.array(["fine", " "]), "bad.parquet, row 2, column 'text': a text is needed, got ' '"),
-        (pa.array([5, 6]), "bad.parquet, row 1, column 'text': a text is needed, got 5"),
-        (not_utf8(), "bad.parquet, row 2, column 'text': a text is needed, got bytes that are not UTF-8"),
-    ],
-)
-def test_a_bad_cell_is_named_and_other_files_are_done(
-    place: Path, column: pa.Array, said: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_column_of_numbers_is_named_and_other_files_are_done(place: Path, capsys: pytest.CaptureFixture) -> None:
+    write_inputs(Path("in"), files=2, rows=4)
+    pq.write_table(pa.table({"text": pa.array([5, 6])}), "in/bad.parquet")
+    assert main(words(place, source="in")) == 2
+    said = refusal(capsys)
+    assert "bad.parquet, row 1, column 'text': a text is needed, got 5; the column holds int64" in said
+    assert sorted(path.name for path in Path("out").glob("*.parquet")) == ["part-0.parquet", "part-1.parquet"]
+
+
+BLANK = {
+    "null": pa.array(["fine"] * 20 + [None]),
+    "blank": pa.array(["fine", " \t\u200b"]),
+    "not UTF-8": not_utf8(),
+    "all null": pa.array([None, None]),
+    "all blank": pa.array(["", " "]),
+}
+
+
+@pytest.mark.parametrize(("kind", "workers"), [*((kind, []) for kind in BLANK), ("null", ["--workers", "2"])])
+def test_rows_without_a_text_stay_and_are_counted(
+    place: Path, kind: str, workers: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predictor, "CHUNK_ROWS", 16)
+    column = BLANK[kind]
+    write_inputs(Path("in"), files=1, rows=4)
+    pq.write_table(pa.table({"text": column, "n": range(len(column))}), "in/bad.parquet")
+    assert main(words(place, *workers, source="in")) == 0
+    found = pq.read_table("out/bad.parquet")
+    empty = [i for i, text in enumerate(texts_or_bytes(column)) if text != "fine"]
+    assert [i for i, name in enumerate(found["prediction"].to_pylist()) if name is None] == empty
+    assert [i for i, p in enumerate(found["p(pos)"].to_pylist()) if p is None] == empty
+    assert found["n"].to_pylist() == list(range(len(column)))
+    for _ in range(2):  # also where the output was there already
+        said = capsys.readouterr().err
+        assert f"warning: {len(empty)} of {len(column) + 4} rows have no text" in said
+        assert f"in/bad.parquet, row {empty[0] + 1}" in said
+        assert main(words(place, *workers, source="in")) == 0
+
+
+def test_rows_without_a_text_are_refused_where_asked_before_anything_is_written(
+    place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict_files.Predictor, "__init__", None)  # no model is loaded
     write_inputs(Path("in"), files=2, rows=4)
-    pq.write_table(pa.table({"text": column}), "in/bad.parquet")
-    assert main(words(place, source="in")) == 2
-    assert said in refusal(capsys)
-    assert sorted(path.name for path in Path("out").glob("*.parquet")) == ["part-0.parquet", "part-1.parquet"]
+    pq.write_table(pa.table({"text": BLANK["null"]}), "in/z.parquet")
+    assert main(words(place, "--bad_rows", "error", source="in")) == 2
+    assert "in/z.parquet, row 21, column 'text': a text is needed, got null" in refusal(capsys)
+    assert not Path("out").exists()
 
 
 def test_damaged_pages_are_said_of_their_file(place: Path, capsys: pytest.CaptureFixture) -> None:

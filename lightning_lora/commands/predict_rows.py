@@ -1,0 +1,162 @@
+"""The rows that ``predict`` is given: their texts, those that have none, and the columns beside them."""
+
+import sys
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_lora.data.prepare import is_unicode
+from lightning_lora.data.reading import READERS, MissingColumnError, Table, format_of, read_file, read_text
+from lightning_lora.errors import UserError, print_warnings
+from lightning_lora.evaluation.predictions import Predictions
+
+#: Unicode categories of characters that show nothing: controls, format characters and separators.
+_INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
+#: Places that a warning names.
+_SHOWN_PLACES = 3
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to predict.
+
+    Args:
+        texts: The text of each row as the output shows it, None where there is none at all.
+        faults: Rows without a text to predict, by position: the place and what is wrong with it.
+        places: The place of each of them.
+        others: The other columns of the rows, by name.
+    """
+
+    texts: list[str | None]
+    faults: dict[int, str]
+    places: list[str]
+    others: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, table: Table, text_columns: Sequence[str]) -> "Rows":
+        """The rows of a table; several text columns are joined by a space, and each must hold a text."""
+        cells = list(zip(*(table.columns[name] for name in text_columns), strict=True))
+        faults: dict[int, str] = {}
+        places: list[str] = []
+        for i, row in enumerate(cells):
+            for name, cell in zip(text_columns, row, strict=True):
+                if what := fault(cell):
+                    faults[i] = f"{table.where(i, name)}: {what}"
+                    places.append(f"{table.origin}, {table.unit} {table.rows[i]}")
+                    break
+        others = {name: values for name, values in table.columns.items() if name not in text_columns}
+        return cls([_shown(row) for row in cells], faults, places, others)
+
+    @property
+    def usable(self) -> list[str]:
+        """The texts to predict, in their order."""
+        return [text for i, text in enumerate(self.texts) if i not in self.faults and text is not None]
+
+    def columns(self, predictions: Predictions) -> dict[str, Any]:
+        """The text and the predictions of every row; the predictions of rows without a text are None."""
+        columns: dict[str, Any] = {"text": self.texts}
+        for name, values in predictions.columns().items():
+            each = iter(values if isinstance(values, list) else values.tolist())
+            columns[name] = [None if i in self.faults else next(each) for i in range(len(self.texts))]
+        return columns
+
+    def refuse_faults(self) -> None:
+        """Refuses rows without a text.
+
+        Raises:
+            UserError: There is one; its place is named.
+        """
+        if self.faults:
+            more = f" (and {len(self.faults) - 1:,} more)" if len(self.faults) > 1 else ""
+            first = self.faults[min(self.faults)]
+            raise UserError(f"{first}{more}; correct it, or keep such rows without a prediction: --bad_rows empty")
+
+
+def warn_of_faults(places: Sequence[str], count: int, total: int) -> None:
+    """Says on standard error how many rows have no prediction, and where the first are."""
+    if count:
+        shown = "; ".join(places[:_SHOWN_PLACES]) + ("; ..." if count > _SHOWN_PLACES else "")
+        print(
+            f"warning: {count:,} of {total:,} rows have no text and so no prediction: {shown} "
+            "(--bad_rows error refuses them)",
+            file=sys.stderr,
+        )
+
+
+def fault(cell: Any) -> str:
+    """What keeps a cell from being predicted; empty where nothing does."""
+    if isinstance(cell, str) and is_unicode(cell) and any(unicodedata.category(c) not in _INVISIBLE for c in cell):
+        return ""
+    got = "null" if cell is None else repr(cell)[:40]
+    return f"a text is needed, got {'bytes that are not UTF-8: ' if isinstance(cell, bytes) else ''}{got}"
+
+
+def _shown(cells: Sequence[Any]) -> str | None:
+    found = [cell.decode(errors="replace") if isinstance(cell, bytes) else str(cell) for cell in cells]
+    found = [
+        text.encode(errors="replace").decode() for text, cell in zip(found, cells, strict=True) if cell is not None
+    ]
+    return " ".join(found) if found else None
+
+
+def text_columns_of(config: Any) -> list[str]:
+    """The columns of an input that hold its text."""
+    columns = config.text_column or config.data.text_column or "text"
+    return [columns] if isinstance(columns, str) else list(columns)
+
+
+def typed_rows(texts: Sequence[str]) -> Rows:
+    """The texts of the command line."""
+    return Rows.of(Table("command line", {"text": list(texts)}, range(1, len(texts) + 1), "text"), ["text"])
+
+
+def piped_rows() -> Rows:
+    """The lines of standard input.
+
+    Raises:
+        UserError: It is a terminal, is not UTF-8 or holds nothing.
+    """
+    if sys.stdin.isatty():
+        raise UserError("no texts: give them as words in quotes, with --input FILE, or on standard input")
+    try:
+        return _lines("standard input", sys.stdin.read())
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def file_rows(source: str, text_columns: Sequence[str]) -> Rows:
+    """The rows of a file, with all their columns.
+
+    Raises:
+        UserError: There is no such file, or it cannot be read, lacks a text column or holds no rows.
+    """
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise UserError(f"--input: no file '{source}'")
+    if path.suffix.lower() in (".txt", ""):
+        return _lines(str(path), read_text(path))
+    if format_of(path) not in READERS:
+        raise UserError(f"--input: '{path.name}' must end in one of .txt, {', '.join(READERS)}")
+    try:
+        table = read_file(path, text_columns, whole=True)
+    except MissingColumnError as error:
+        raise UserError(f"{error.what}. Set --text_column") from None
+    print_warnings(table.warnings)
+    for name in text_columns:
+        cells = table.columns[name]
+        if not any(isinstance(cell, str) for cell in cells):
+            for i, cell in enumerate(cells):
+                if cell is not None:
+                    raise UserError(f"{table.where(i, name)}: {fault(cell)}; no row has a text. Set --text_column")
+    return Rows.of(table, text_columns)
+
+
+def _lines(origin: str, content: str) -> Rows:
+    # Only \n ends a line: splitlines() would also cut at a form feed or U+2028 inside a text.
+    lines = content.removesuffix("\n").split("\n") if content else []
+    if not lines:
+        raise UserError(f"{origin}: no texts")
+    cells = [line.removesuffix("\r") for line in lines]
+    return Rows.of(Table(origin, {"text": cells}, range(1, len(lines) + 1), "line"), ["text"])
