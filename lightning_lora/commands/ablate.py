@@ -34,6 +34,7 @@ from lightning_lora.commands.options import OptionParser
 from lightning_lora.commands.report import gather_cells, same_value, write_ablation_report
 from lightning_lora.errors import BusyError, UserError
 from lightning_lora.files import POLL_S, locked_folder, write_text
+from lightning_lora.locations import check_model
 from lightning_lora.models.methods import AdapterOptions, check_options, find_method
 from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.reports.tables import duration
@@ -84,6 +85,8 @@ def run_experiment(
     show_plan(with_found(plan, read_found(folder)), folder, warned, worker.stale_cells())
     if options.plan:
         return 0
+    done = {cell.cell.name for cell in gather_cells(plan, folder) if cell.status == "finished"}
+    check_bases({name: each for name, each in settings.items() if name not in done})
     differences = {arm: [asdict(change) for change in found] for arm, found in warned.items()}
     document = json.dumps({"format": 1, **asked, "differences": differences}, indent=2, ensure_ascii=False) + "\n"
     (folder / "cells").mkdir(parents=True, exist_ok=True)
@@ -132,6 +135,25 @@ def resolve_cells(plan: Plan, base: Sequence[Mapping[str, Any]], overrides: Sequ
         if plan.search is None and plan.tried == 1 and firsts[one] == firsts[other]:
             raise UserError(f"arms {arm_label(one)} and {arm_label(other)} have the same settings")
     return found
+
+
+def check_bases(settings: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse a base model that does not exist before any cell is trained.
+
+    Args:
+        settings: All settings of each cell that is still to be trained, by its name.
+
+    Raises:
+        UserError: One does not exist; the cell is named.
+    """
+    checked: set[str] = set()
+    for name, each in settings.items():
+        if (base := each["model"]["base_model"]) not in checked:
+            try:
+                check_model(base, "model.base_model")
+            except UserError as error:
+                raise UserError(f"cell {name}: {error}") from error
+            checked.add(base)
 
 
 def resolve(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], change: Mapping[str, Any]) -> dict[str, Any]:

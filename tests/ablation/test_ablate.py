@@ -357,3 +357,18 @@ def kills(place: Path, done: Path, logs: Path, count: int, seconds: float) -> No
 @pytest.mark.faults
 def test_two_workers_killed_twenty_times(place: Path, done: Path, tmp_path: Path) -> None:
     kills(place, done, tmp_path, 20, 12.0)
+
+
+@pytest.mark.parametrize("base", ["./nowhere", "nobody/nothing"])
+def test_a_base_of_an_axis_that_is_not_there_is_refused_before_any_cell_is_trained(
+    place: Path, base: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    good = yaml.safe_load((place / "base.yaml").read_text())["model"]["base_model"]
+    ablation = yaml.safe_load((place / "rank.yaml").read_text())
+    ablation |= {"base": str(place / "base.yaml"), "baseline": {"base": good}}
+    ablation["axes"] = {"base": {"model.base_model": [good, base]}}
+    (tmp_path / "bases.yaml").write_text(yaml.safe_dump(ablation))
+    assert main(["ablate", "--config", str(tmp_path / "bases.yaml"), "--logs_dir", str(tmp_path / "logs")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: cell ") and base in error and error.count("\n") == 1
+    assert not (tmp_path / "logs").exists()

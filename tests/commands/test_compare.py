@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -200,3 +203,39 @@ def test_impossible_arms_are_refused_before_training(make_base, tmp_path, ran, c
     config = write_config(tmp_path, make_base("bert"), arms=arms)
     assert main(["compare", "--config", str(config), *flags]) == 2
     assert said in capsys.readouterr().err and ran == [] and not Path("logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("./nowhere", "no file or folder './nowhere'"),
+        (
+            "nobody/nothing",
+            "no model 'nobody/nothing' (it is not in the cache, and HF_HUB_OFFLINE forbids asking the Hub)",
+        ),
+        (".", "no model in '.' (it has no config.json)"),
+    ],
+)
+def test_a_base_that_is_not_there_is_refused_before_any_arm_is_trained(
+    base: str, said: str, make_base, tmp_path: Path, ran: list, capsys
+) -> None:
+    arms = {"good": {}, "bad": {"model": {"base_model": base}}}
+    config = write_config(tmp_path, make_base("bert"), arms=arms)
+    assert main(["compare", "--config", str(config), "--name", "mine"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cell arm-bad__seed-42: model.base_model: {said}") and error.count("\n") == 1
+    assert not ran and not Path("logs").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(make_base, tmp_path: Path) -> None:
+    config = write_config(tmp_path, make_base("bert"))
+    words = ["compare", "--config", str(config), "--model.base_model", "nobody/nothing"]
+    code = f"import sys; from lightning_lora.cli import main; sys.exit(main({words}))"
+    # A port of this machine at which nobody listens.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "Retrying" not in done.stderr
+    assert "no model 'nobody/nothing' (the Hub cannot be reached: " in done.stderr.splitlines()[-1]
+    assert not Path("logs").exists()
