@@ -32,7 +32,7 @@ def run(words: list[str]) -> int:
     parser = OptionParser(
         "report",
         description="Writes the report of each ablation again, or compares runs: those that differ by their seed only "
-        "are one arm. Without torch.",
+        "are one arm. Runs of a folder are grouped by their data, with a report for each group. Without torch.",
     )
     folders = "Ablations (such as logs/ablation-rank), runs, or folders of runs (such as logs: its finished runs)."
     parser.add_argument("folders", nargs="+", help=folders)
@@ -41,16 +41,67 @@ def run(words: list[str]) -> int:
     options = parser.parse_args(words)
     paths = [Path(folder) for folder in options.folders]
     ablations = [path for path in paths if (path / "ablation.json").is_file()]
-    places = run_folders([path for path in paths if path not in ablations])
+    given = [path for path in paths if path not in ablations]
+    places = run_folders(given)
     if not places and (options.baseline or options.output):
         raise UserError("--baseline and --output are for the report of runs; an ablation has its own")
     for path in ablations:
         write_ablation_report(path)
     if places:
-        base = find_baseline(places, options.baseline)
-        output = Path(options.output) if options.output else places[0].parent / f"report-{places[0].name}"
-        write_runs_report(places, base, output, shlex.join(["python", "main.py", "report", *words]))
+        base = find_baseline(places, options.baseline) if options.baseline else None
+        # What is named is compared or refused; of what merely lies in a folder, what can be compared is.
+        named = [path.resolve() for path in given if (path / "run.json").is_file()]
+        whole = len(named) == len(given)
+        runs = {place: read_run(place) for place in places} if whole else readable_runs(places, named)
+        groups = [runs] if whole else by_data(runs, base)
+        command = shlex.join(["python", "main.py", "report", *words])
+        for group in groups:
+            first = base if base in group else next(iter(group))
+            output = Path(options.output) if options.output else next(iter(group)).parent
+            if not options.output or len(groups) > 1:
+                output /= f"report-{next(iter(group)).name}"
+            if len(groups) > 1:
+                source = group[first].settings.get("data.source")
+                print(f"\n== {source}: {len(group)} run{'s' * (len(group) > 1)} ({', '.join(p.name for p in group)})")
+            write_runs_report(group, first, output, command)
     return 0
+
+
+def readable_runs(places: Sequence[Path], named: Sequence[Path]) -> dict[Path, GivenRun]:
+    """The runs; of those that were not named, one that cannot be read is said to be left out.
+
+    Raises:
+        UserError: A run that was named cannot be read, or none can.
+    """
+    runs: dict[Path, GivenRun] = {}
+    for place in places:
+        try:
+            runs[place] = read_run(place)
+        except UserError as error:
+            if place.resolve() in named:
+                raise
+            print(f"warning: {place} is left out: {error}", file=sys.stderr)
+    if not runs:
+        raise UserError("report: no run can be read")
+    return runs
+
+
+def by_data(runs: Mapping[Path, GivenRun], baseline: Path | None) -> list[dict[Path, GivenRun]]:
+    """The runs in groups of the same validation and test rows; of two with the same settings and seed, only one."""
+    groups: dict[Any, dict[Path, GivenRun]] = {}
+    for place in sorted(runs, key=lambda place: place != baseline):
+        run = runs[place]
+        splits = (run.record.get("data") or {}).get("splits", {})
+        rows = tuple(
+            run.fingerprints.get(split) or splits.get(split, {}).get("fingerprint") for split in ("val", "test")
+        )
+        group = groups.setdefault(rows, {})
+        same = [other.name for other in group.values() if (other.settings, other.seed) == (run.settings, run.seed)]
+        if same:
+            print(f"warning: {place} is left out: same settings and seed as {same[0]}", file=sys.stderr)
+        else:
+            group[place] = run
+    return list(groups.values())
 
 
 def write_ablation_report(folder: Path) -> None:
@@ -64,7 +115,7 @@ def write_ablation_report(folder: Path) -> None:
     write_report(report, folder)
 
 
-def write_runs_report(places: Sequence[Path], baseline: Path, output: Path, command: str) -> None:
+def write_runs_report(given: Mapping[Path, GivenRun], baseline: Path, output: Path, command: str) -> None:
     """Writes the report of runs that were not planned together, in the same forms.
 
     Raises:
@@ -72,8 +123,8 @@ def write_runs_report(places: Sequence[Path], baseline: Path, output: Path, comm
     """
     if any((output / file).exists() for file in ("run.json", "config.yaml", "ablation.json")):
         raise UserError(f"--output: {output} is the folder of a run or ablation; choose another")
-    runs = [read_run(place) for place in places]
-    plan, cells = as_ablation(runs, runs[places.index(baseline)].name)
+    places, runs = list(given), list(given.values())
+    plan, cells = as_ablation(runs, given[baseline].name)
     looks = [sum(name.startswith("test") for name in run.record.get("evaluations", {})) for run in runs]
     report = reports.Report(
         output.name, plan, command, compare_arms(plan, cells), cells, (sum(looks), sum(map(bool, looks))),
@@ -115,13 +166,13 @@ def run_folders(paths: Sequence[Path]) -> list[Path]:
                 raise UserError(f"report: {path} has not finished ({status}); go on with it, or leave it out")
             found.append(path)
             continue
-        inner = sorted(record.parent for record in path.glob("*/run.json"))
-        finished = [place for place in inner if RunFolder(place).read().get("status") == "finished"]
+        left_out = {place: left_out_for(place) for place in sorted(path.glob("*/")) if place.name[0] != "."}
+        finished = [place for place, reason in left_out.items() if reason is None]
         if not finished:
             raise UserError(f"report: {path} is no run, no ablation, and no folder with finished runs in it")
-        for place in inner:
-            if place not in finished:
-                print(f"{place}: has not finished; left out", file=sys.stderr)
+        for place, reason in left_out.items():
+            if reason:
+                print(f"warning: {place} is left out: {reason}", file=sys.stderr)
         found += finished
     unique = list({place.resolve(): place for place in found}.values())
     names = [place.name for place in unique]
@@ -130,10 +181,23 @@ def run_folders(paths: Sequence[Path]) -> list[Path]:
     return unique
 
 
-def find_baseline(places: list[Path], given: str | None) -> Path:
+def left_out_for(place: Path) -> str | None:
+    """Why a folder is no finished run; None where it is one, nothing where it is a report of this command."""
+    if (place / "run.json").is_file():
+        try:
+            status = RunFolder(place).read().get("status")
+        except UserError as error:
+            return str(error)
+        return None if status == "finished" else f"it has not finished ({status})"
+    if (place / "ablation.json").is_file():
+        return f"an ablation has a report of its own: report {place}"
+    if (place / "comparison.json").is_file():
+        return f"the arms of a comparison are reported by: report {place}"
+    return "" if (place / "report.md").is_file() else "it is no run"
+
+
+def find_baseline(places: list[Path], given: str) -> Path:
     """The baseline's folder, which is put beside the others where it is not among them."""
-    if given is None:
-        return places[0]
     path = Path(given)
     if found := [place for place in places if place.resolve() == path.resolve() or place.name == given]:
         return found[0]

@@ -168,3 +168,45 @@ def test_arms_without_a_common_seed_are_said_to_be_so(tmp_path: Path) -> None:
     make_run(tmp_path / "c", 1, BOTH, settings={"model.adapter.rank": 4})
     assert main(["report", "a1", "a2", "b", "c", "--output", "out"]) == 0
     assert "Without a seed in common with it: rank 2" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_runs_of_a_folder_are_grouped_by_their_data(tmp_path: Path, capsys) -> None:
+    logs = tmp_path / "logs"
+    other = {"val": "v2", "test": "x2"}
+    make_run(logs / "a", 1, BOTH)
+    make_run(logs / "b", 1, BOTH, settings={"model.adapter.rank": 2})
+    make_run(logs / "c", 1, BOTH, settings={"data.source": "more.csv"}, fingerprints=other)
+    make_run(logs / "d", 2, BOTH, settings={"data.source": "more.csv"}, fingerprints=other)
+    make_run(logs / "again", 1, BOTH)  # the settings and the seed of a
+    make_run(logs / "begun", 4, {}, status="interrupted")
+    make_run(logs / "damaged", 5, BOTH)
+    (logs / "damaged" / "run.json").write_text("{")
+    make_run(logs / "half", 6, BOTH)
+    (logs / "half" / "predictions" / "test.parquet").write_text("PAR1")
+    (logs / "notes").mkdir()
+    for _ in range(2):  # its own reports are no runs
+        assert main(["report", str(logs)]) == 0
+        said = capsys.readouterr()
+        assert said.out.count("== ") == 2 and "== rows.csv: 2 runs (a, b)" in said.out
+        assert "== more.csv: 2 runs (c, d)" in said.out
+        left_out = [line.split(" is left out: ") for line in said.err.splitlines()]
+        assert [Path(place.removeprefix("warning: ")).name for place, _ in left_out] == [
+            *("begun", "damaged", "notes", "half", "again")
+        ]
+        assert [row[0] for row in table(logs / "report-a")[1:]] == ["rank 8 (baseline)", "rank 2"]
+        assert [row[0] for row in table(logs / "report-c")[1:]] == ["all runs (baseline)"]
+    assert main(["report", str(logs), "--baseline", str(logs / "d"), "--output", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report-a", "report-d"]
+
+
+def test_what_lies_in_a_folder_beside_runs_is_named_with_its_own_report(tmp_path: Path, capsys) -> None:
+    make_run(tmp_path / "logs" / "a", 1, BOTH)
+    arms = tmp_path / "logs" / "compared"
+    make_run(arms / "one", 1, BOTH)
+    make_run(arms / "two", 1, BOTH, settings={"model.adapter.rank": 2})
+    (arms / "comparison.json").write_text("{}")
+    assert main(["report", str(tmp_path / "logs")]) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert main(["report", said.split(": report ")[1].strip()]) == 0
+    assert (arms / "report-one" / "report.md").is_file()
