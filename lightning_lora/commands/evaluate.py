@@ -10,6 +10,7 @@ import numpy as np
 from lightning_lora.artifacts.runs import RunFolder, now
 from lightning_lora.artifacts.weights import check_weights, load_weights, trained_steps
 from lightning_lora.commands.configured import ConfiguredRun, row_columns
+from lightning_lora.commands.run_options import EXAMPLE_TEXT
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import PassClock, peak_memory_mb
@@ -108,7 +109,7 @@ def _lead(cli: ConfiguredRun, command: str, split: str) -> None:
     print_tables(f"{split}: {len(predictions):,} rows", *tables)
     print(f"\nrun folder:    {folder.path} (this table: {name}.md, every row: predictions/{files})")
     print(f"curves:        tensorboard --logdir {folder.path.parent}")
-    print(f"your own text: python main.py predict --run {folder.path} 'What a film!'")
+    print(f"your own text: python main.py predict --run {folder.path} '{EXAMPLE_TEXT}'")
 
 
 def refuse_trained_rows(texts: Sequence[str], folder: RunFolder, seen: Sequence[str]) -> None:
