@@ -88,7 +88,9 @@ def allowed(kind: Any) -> str:
 
 def _many(kind: Any, position: int) -> str:
     inner = get_args(kind)[position : position + 1]
-    return _MANY.get(inner[0], allowed(inner[0])) if inner else "values"
+    if not inner or len(_members(inner[0])) > 1:
+        return "values"
+    return _MANY.get(inner[0], allowed(inner[0]))
 
 
 def _members(kind: Any) -> list[Any]:

@@ -126,7 +126,7 @@ def test_a_misspelt_option_is_answered_with_what_was_meant(
         ("data: {source: [a, b]}", "data.source: a text or a mapping of texts to texts is needed, got \"['a', 'b']\""),
         (
             "data: {source: y, label_column: on}",
-            "data.label_column: a text is needed (or null), got true (YAML reads on",
+            "data.label_column: a name is needed, got true or false: YAML reads on, off",
         ),
         ("trainer: {callbacks: [{class_path: EarlyStoping}]}", "no class 'EarlyStoping'; did you mean EarlyStopping?"),
         (
@@ -156,7 +156,10 @@ def test_a_fault_in_a_config_is_one_line_that_helps(config: str, said: str, caps
         (["--model.frozen_dropout", "2"], "model.frozen_dropout: true or false is needed, got '2'"),
         (["--data.padding", "both"], "data.padding: one of longest, max_length is needed, got 'both'"),
         (["--data.train_rows", "[1, 2]"], "data.train_rows: a number is needed (or null), got '[1, 2]'"),
-        (["--data.label_names", "yes"], "data.label_names: a list of texts is needed (or null), got 'yes'"),
+        (
+            ["--data.label_names", "yes"],
+            "data.label_names: a list of values or a mapping of values to values is needed (or null), got 'yes'",
+        ),
         (["--data.source", "[a, b]"], "data.source: a text or a mapping of texts to texts is needed, got '[a, b]'"),
         (["--data.source", "{train: 3}"], "data.source: a text or a mapping of texts to texts is needed"),
         (["--model.adapter.target_modules", "{a: 1}"], "target_modules: a text or a list of texts is needed"),
