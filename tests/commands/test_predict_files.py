@@ -18,7 +18,7 @@ import yaml
 
 from lightning_lora.cli import main
 from lightning_lora.commands import many_files, predict_files, predictor
-from lightning_lora.data.reading import texts_or_bytes
+from lightning_lora.data.reading import cells
 from tests.conftest import make_rows, write_csv
 from tests.faults.processes import Run, kill_in_rows
 
@@ -323,7 +323,7 @@ def test_rows_without_a_text_stay_and_are_counted(
     pq.write_table(pa.table({"text": column, "n": range(len(column))}), "in/bad.parquet")
     assert main(words(place, *workers, source="in")) == 0
     found = pq.read_table("out/bad.parquet")
-    empty = [i for i, text in enumerate(texts_or_bytes(column)) if text != "fine"]
+    empty = [i for i, text in enumerate(cells(column)) if text != "fine"]
     assert [i for i, name in enumerate(found["prediction"].to_pylist()) if name is None] == empty
     assert [i for i, p in enumerate(found["p(pos)"].to_pylist()) if p is None] == empty
     assert found["n"].to_pylist() == list(range(len(column)))
