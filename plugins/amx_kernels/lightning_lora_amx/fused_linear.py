@@ -325,7 +325,8 @@ class FrozenWeightFunction(torch.autograd.Function):
             (out,), inner = ctx.layer.forward(rows)
         ctx.save_for_backward(*((rows, inner) if adapter else (None, None)))
         ctx.shape, ctx.input_dtype = x.shape, x.dtype
-        return out.view(*x.shape[:-1], -1)
+        # No view: some architectures (Longformer) scale what a linear layer gives in place.
+        return out.contiguous().resize_(*x.shape[:-1], out.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
