@@ -81,7 +81,7 @@ def _lead(cli: ConfiguredRun, command: str, split: str) -> None:
         "fingerprint": rows.fingerprint(),
     }
     if cli.config.get("before"):
-        print(f"{split} rows before fine-tuning (base model with a fresh head): {len(rows):,}")
+        print(f"{split} rows before fine-tuning (base model with {cli.model.head_origin}): {len(rows):,}")
         evaluation["before"], evaluation["before_s"] = _run_pass(cli, command, split, cli.make_trainer(None))
     load_weights(cli.model, path)
     print(f"{split} rows after fine-tuning ({path}): {len(rows):,}")

@@ -141,6 +141,7 @@ def train(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any], point: 
             "architecture": model.model.config.model_type,
             "base_fingerprint": model.identity.base_fingerprint,
             "target_modules": model.target_modules,
+            "head": model.head_origin,
             "head_modules": model.head_modules,
             "learning_rate": model.learning_rate,
             "quantization": model.identity.quantization,
@@ -294,6 +295,7 @@ def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
     print_warnings(data["warnings"])
     stored = "" if model["quantization"] == "none" else f", stored as {model['quantization']}"
     print(f"base model: {record['base_model']} ({model['architecture']}{stored}), method {record['method']}")
+    print(f"starts from: base model with {model['head']}")
     if targets := model["target_modules"]:
         kinds = dict.fromkeys(name.split(".")[-1] for name in targets)
         print(f"adapted: {len(targets)} layers ({', '.join(kinds)}); trained whole: {', '.join(model['head_modules'])}")

@@ -19,6 +19,7 @@ import numpy as np
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_folder, locked_folder
 from lightning_lora.locations import resolve
+from lightning_lora.tokenizer import load_tokenizer
 
 Truncation = Literal["head", "tail", "both", "windows"]
 CACHE_FORMAT = 1
@@ -142,29 +143,6 @@ class InputFormat:
 def base_tokenizer(base_model: str) -> Any:
     """The tokenizer of ``model.base_model``, as ``load_tokenizer``."""
     return load_tokenizer(resolve(base_model, "model.base_model").target, "model.base_model")
-
-
-def load_tokenizer(target: str, key: str) -> Any:
-    """The fast tokenizer of a base model, without truncation or padding of its own.
-
-    Raises:
-        UserError: There is none, or it has no padding token.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{key}: cannot load a tokenizer from '{target}' ({first:.200}); check the name and the network, "
-            "or give a local folder"
-        ) from error
-    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise UserError(f"{key}: the tokenizer of '{target}' is no fast tokenizer with a padding token")
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A Hugging Face encoder with a classification head, loaded and checked."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_lora.errors import UserError
 from lightning_lora.locations import Location, resolve
 from lightning_lora.models.architectures import ARCHITECTURES, Architecture
+from lightning_lora.models.base_folder import check_folder
+from lightning_lora.models.head import config_labels, outside_backbone, settle_head, unloaded
 from lightning_lora.models.quantization import (
     Quantization,
     check_not_quantized,
@@ -20,6 +24,7 @@ from lightning_lora.models.quantization import (
 )
 from lightning_lora.quiet import quiet_loading
 from lightning_lora.seeding import torch_stream
+from lightning_lora.tokenizer import load_tokenizer, tokens_beyond
 
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -40,16 +45,20 @@ class Base:
         architecture: Its entry in the table, or None when it has none.
         head_modules: Modules to train and save whole: the head, and what else was newly initialised.
         fingerprint: SHA-256 of the pretrained weights and the tokenizer.
+        head: What was done with its head, in words that follow "base model with".
     """
 
     model: Any
     architecture: Architecture | None
     head_modules: list[str]
     fingerprint: str
+    head: str = "a fresh head"
 
 
 def load_base(base_model: str, label_names: Sequence[str], seed: int, quantization: Quantization | None = None) -> Base:
     """The base model with a head for the labels; anything newly initialised is a function of the seed.
+
+    A head that it brings along is kept where it is one for the same labels (``models/head.py``).
 
     Args:
         base_model: A Hub id, a local folder, or ``package:NAME/path``.
@@ -59,10 +68,16 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int, quantizati
 
     Raises:
         UserError: There is no such model, the machine cannot quantize it, it is no encoder for classification,
-            or it lacks weights outside the head.
+            or it lacks weights outside the head, or embeddings for tokens of its tokenizer.
     """
     location = resolve(base_model, "model.base_model")
-    config = _load_config(location, label_names)
+    if location.path is not None:
+        check_folder(location.path)
+    config, theirs = _load_config(location, label_names)
+    # Without a tokenizer the data says so, in its own words.
+    tokenizer = load_tokenizer(location.target, "model.base_model") if _tokenizer_file(location) else None
+    if tokenizer is not None and not _has_padding_row(config):
+        _set_padding(config, tokenizer.pad_token_id)
     from transformers import AutoModelForSequenceClassification
 
     quantization = quantization or Quantization()
@@ -74,9 +89,9 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int, quantizati
         )
     not_quantized = [*architecture.head, *architecture.pooler] if architecture else []
 
-    def load(stored: Any) -> tuple[Any, dict[str, Any]]:
+    def load(stored: Any) -> tuple[Any, dict[str, Any], str]:
         with torch_stream(seed, "head"), quiet_loading():
-            return AutoModelForSequenceClassification.from_pretrained(
+            model, info = AutoModelForSequenceClassification.from_pretrained(
                 location.target,
                 config=config,
                 output_loading_info=True,
@@ -86,10 +101,13 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int, quantizati
                 quantization_config=stored,
                 trust_remote_code=False,
             )
+        with torch_stream(seed, "head"):
+            return model, info, settle_head(model, set(info["missing_keys"]), head_names, theirs, label_names)
 
     stored = quantization_config(quantization, not_quantized, base_model)
     try:
-        model, info = load(stored)
+        head_names = list(architecture.head) if architecture else outside_backbone(unloaded(config))
+        model, info, head = load(stored)
     except Exception as error:  # a damaged file raises kinds of several libraries
         raise UserError(
             f"model.base_model: cannot load '{base_model}' for sequence classification ({_first_line(error)})"
@@ -98,14 +116,18 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int, quantizati
     kept = [name for name in not_quantized if _has_module(model, name)]
     if stored is not None and torch.cuda.is_available():
         # There a quantized base is made on the GPU, and a new head drawn by the GPU's generator: take the CPU's.
-        plain, _ = load(None)
+        plain, _, _ = load(None)
         for name in kept:
             model.get_submodule(name).load_state_dict(plain.get_submodule(name).state_dict())
     if quantization.bits == 4:
         keep_differentiable(model)
     check_not_quantized(model, kept)
     head_modules = _head_modules(model, architecture, fresh, base_model)
-    return Base(model, architecture, head_modules, weights_fingerprint(location))
+    if tokenizer is not None:
+        _check_embeddings(model, tokenizer, location)
+        if not _positions_follow_padding(model):
+            _set_padding(model.config, tokenizer.pad_token_id)
+    return Base(model, architecture, head_modules, weights_fingerprint(location), head)
 
 
 def weights_fingerprint(location: Location) -> str:
@@ -126,10 +148,13 @@ def linear_modules(base: Base) -> list[str]:
     return [
         name
         for name, module in base.model.named_modules()
-        if isinstance(module, nn.Linear)
-        and name.startswith(backbone)
-        and any(part.isdecimal() for part in name.split("."))
+        if _is_linear(module) and name.startswith(backbone) and any(part.isdecimal() for part in name.split("."))
     ]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer, quantized or GPT-2's; routers to experts (PhiMoE's) give more than a tensor."""
+    return isinstance(module, nn.Linear | Conv1D) and not type(module).__name__.endswith("Router")
 
 
 def below_layer(name: str) -> str:
@@ -142,18 +167,18 @@ def _has_module(model: Any, name: str) -> bool:
     return any(module == name for module, _ in model.named_modules())
 
 
-def _load_config(location: Location, label_names: Sequence[str]) -> Any:
+def _load_config(location: Location, label_names: Sequence[str]) -> tuple[Any, list[str]]:
+    """The base model's config with our labels, and the names of its own."""
     from transformers import AutoConfig
 
-    names = dict(enumerate(label_names))
     try:
-        return AutoConfig.from_pretrained(
-            location.target,
-            num_labels=len(names),
-            id2label=names,
-            label2id={n: i for i, n in names.items()},
-            trust_remote_code=False,
-        )
+        config = AutoConfig.from_pretrained(location.target, trust_remote_code=False)
+        theirs = config_labels(config)
+        config.num_labels = len(label_names)
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {name: i for i, name in enumerate(label_names)}
+        config.problem_type = "single_label_classification"
+        return config, theirs
     except Exception as error:  # a damaged config raises many kinds
         if "trust_remote_code" in str(error):
             raise UserError(
@@ -166,15 +191,52 @@ def _load_config(location: Location, label_names: Sequence[str]) -> Any:
         ) from error
 
 
+def _has_padding_row(config: Any) -> bool:
+    """Whether the config's padding token is one that the embedding has; else the model could not be made."""
+    text = config.get_text_config()
+    return 0 <= (text.pad_token_id or 0) < getattr(text, "vocab_size", math.inf)
+
+
+def _set_padding(config: Any, pad_id: int) -> None:
+    for each in (config, config.get_text_config()):
+        each.pad_token_id = pad_id
+
+
+def _positions_follow_padding(model: Any) -> bool:
+    """Whether positions are counted from behind the padding token's number (RoBERTa and its kin).
+
+    Another number would move all of them when the model is loaded again. The last token is not looked for there.
+    """
+    return any(
+        "position" in name and getattr(module, "padding_idx", None) is not None
+        for name, module in model.named_modules()
+    )
+
+
+def _check_embeddings(model: Any, tokenizer: Any, location: Location) -> None:
+    """Refuse tokens that the model has no embedding for."""
+    try:
+        rows = len(model.get_input_embeddings().weight)
+    except (NotImplementedError, AttributeError):  # an architecture that has no table of tokens
+        return
+    if not (beyond := tokens_beyond(tokenizer, rows)):
+        return
+    size = max(tokenizer.get_vocab().values()) + 1
+    source = location.target
+    raise UserError(
+        f"model.base_model: the tokenizer of '{location.name}' has {len(beyond)} tokens, such as '{beyond[0]}', beyond "
+        f'the {rows} that the model has an embedding for; give them one with: python -c "from transformers import '
+        f"AutoModel as M, AutoTokenizer as T; m = M.from_pretrained('{source}'); m.resize_token_embeddings({size}); "
+        f"m.save_pretrained('resized'); T.from_pretrained('{source}').save_pretrained('resized')\" and set "
+        "model.base_model: resized"
+    )
+
+
 def _head_modules(model: Any, arch: Architecture | None, fresh: set[str], name: str) -> list[str]:
     """The head, and the pooler where it is fresh; a fresh weight anywhere else means a broken base."""
-    if arch is None:
-        backbone = f"{model.base_model_prefix}."
-        if stray := sorted(key for key in fresh if key.startswith(backbone)):
-            raise UserError(f"model.base_model: '{name}' lacks weights of its encoder, such as {stray[0]}")
-        return sorted({key.split(".")[0] for key in fresh})
-    poolers = [module for module in arch.pooler if any(key.startswith(f"{module}.") for key in fresh)]
-    head = [*poolers, *arch.head]
+    known = arch.pooler if arch else [f"{model.base_model_prefix}.pooler"]
+    poolers = [module for module in known if any(key.startswith(f"{module}.") for key in fresh)]
+    head = [*poolers, *(arch.head if arch else outside_backbone(model))]
     stray = sorted(key for key in fresh if not any(key.startswith(f"{module}.") for module in head))
     if stray:
         raise UserError(

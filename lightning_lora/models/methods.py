@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_lora.errors import UserError
 from lightning_lora.models.adalora import AdaLoraSteps
@@ -179,8 +180,9 @@ def match_targets(base: Base, target_modules: str | Sequence[str]) -> list[str]:
     else:
         endings = [target_modules] if isinstance(target_modules, str) else target_modules
     if not endings or not linear:
-        what = "no layer is named" if linear else "the encoder has no plain linear layer"
-        raise UserError(f"model.adapter.target_modules: {what}; use {_candidates(linear) or 'another base model'}")
+        what = "no layer is named" if linear else "the encoder has no plain linear layer to adapt"
+        instead = _candidates(linear) or "model.method: full or head, or another base model"
+        raise UserError(f"model.adapter.target_modules: {what}; use {instead}")
     for ending in endings:
         if not any(_ends_with(name, ending) for name in linear):
             raise UserError(
@@ -212,6 +214,8 @@ def _saved_modules(base: Base, options: AdapterOptions) -> list[str]:
 def _wrapped(base: Base, config: Any, targets: list[str], head: list[str], **more: Any) -> Tuned:
     from peft import get_peft_model
 
+    if hasattr(config, "fan_in_fan_out"):  # GPT-2's linear layers hold their weights transposed
+        config.fan_in_fan_out = any(isinstance(base.model.get_submodule(name), Conv1D) for name in targets)
     return Tuned(get_peft_model(base.model, config), targets, head, **more)
 
 
@@ -330,7 +334,7 @@ def _head(base: Base, options: AdapterOptions) -> Tuned:
 
 
 def _none(base: Base, options: AdapterOptions) -> Tuned:
-    """Nothing is trained: what the base model says with the fresh head."""
+    """Nothing is trained: what the base model says with its head."""
     del options
     base.model.requires_grad_(False)
     return Tuned(base.model, [], base.head_modules)
@@ -390,5 +394,5 @@ METHODS: dict[str, Method] = {
     "bitfit": Method("only biases and head", 1e-3, True, (), _bitfit, bits=()),
     "full": Method("full fine-tuning", 5e-5, False, (), _full, bits=()),
     "head": Method("a trained head on a frozen base", 1e-2, True, (), _head),
-    "none": Method("the base model with a fresh head, untouched", 0.0, True, (), _none, trains=False),
+    "none": Method("the base model and its head, untouched", 0.0, True, (), _none, trains=False),
 }

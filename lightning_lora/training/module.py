@@ -139,6 +139,7 @@ class TextClassifier(LightningModule):
         self.int8 = False
         self.speed_notes = install(base, speedups)
         self.known_architecture = base.architecture is not None
+        self.head_origin = base.head
         self.model: Any = tuned.model
         self.loaded_attention: str = tuned.model.config._attn_implementation
         self.target_modules = tuned.target_modules

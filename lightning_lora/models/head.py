@@ -1,0 +1,97 @@
+"""What is done with the classification head that a base model may bring along: names decide, never shapes.
+
+================================  =============================================================================
+the base model's labels           its head
+================================  =============================================================================
+the same names, the same order    is kept
+the same names in another order   is kept, with the rows of its output layer in the order of the data's labels
+other names, or LABEL_0, ...      is replaced by a fresh one, as a base model without a head gets
+================================  =============================================================================
+
+Names are the same whatever their case ("POSITIVE", "positive"), as long as that tells all of them apart.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def config_labels(config: Any) -> list[str]:
+    """Give the label names of a base model's config in the order of their numbers."""
+    return [str(name) for _, name in sorted(config.id2label.items())]
+
+
+def matching_rows(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
+    """Give the place among the base model's labels of each of ours, or None where the names are not the same."""
+    folded = [[name.strip().casefold() for name in names] for names in (theirs, ours)]
+    for have, wanted in ((list(theirs), list(ours)), folded):
+        if len(set(have)) == len(have) and sorted(have) == sorted(wanted):
+            return [have.index(name) for name in wanted]
+    return None
+
+
+def settle_head(
+    model: Any, missing: set[str], modules: Sequence[str], theirs: Sequence[str], ours: Sequence[str]
+) -> str:
+    """Keep, reorder or replace the head of a model that was just loaded; say which, as "base model with ...".
+
+    Args:
+        model: The model, with a head of the size for our labels.
+        missing: Names of the weights that the checkpoint lacks.
+        modules: Names of the head's modules.
+        theirs: Label names in the base model's config.
+        ours: Label names of the data.
+    """
+    weights = {f"{name}.{key}" for name in modules for key in model.get_submodule(name).state_dict()}
+    if weights <= missing:
+        return "a fresh head"
+    rows = matching_rows(theirs, ours)
+    if rows is None or weights & missing:
+        redraw(model, modules)
+        return f"a fresh head (its own is for {', '.join(theirs)})"
+    if rows == sorted(rows):
+        return "its own head"
+    reorder(model, rows)
+    return f"its own head, reordered from {', '.join(theirs)}"
+
+
+def outside_backbone(model: Any) -> list[str]:
+    """Give the names of a model's modules beside its encoder that hold weights."""
+    return [
+        name
+        for name, module in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in module.parameters())
+    ]
+
+
+def unloaded(config: Any) -> Any:
+    """Make a model of the config without memory for its weights, to look at its modules and shapes."""
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
+
+
+def redraw(model: Any, modules: Sequence[str]) -> None:
+    """Draw the weights of modules as transformers draws those that a checkpoint lacks."""
+    for name in modules:
+        head = model.get_submodule(name)
+        for module in head.modules():
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, key, nn.Parameter(torch.zeros_like(parameter)))  # transformers skips loaded ones
+        head.apply(model._init_weights)
+
+
+def reorder(model: Any, rows: Sequence[int]) -> None:
+    """Put what a head gives for each label into another order: place i gets what was at ``rows[i]``."""
+    config = copy.deepcopy(model.config)
+    config.num_labels += 1  # what then has another shape has a row a label
+    other = dict(unloaded(config).named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            for dim, (size, larger) in enumerate(zip(parameter.shape, other[name].shape, strict=True)):
+                if size != larger:
+                    parameter.copy_(parameter.index_select(dim, torch.tensor(rows, device=parameter.device)))

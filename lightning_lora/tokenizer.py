@@ -1,0 +1,83 @@
+"""The tokenizer of a base model, and the padding token that tokenizer and model share.
+
+Data pads by the tokenizer, decoders of transformers look for the last token by ``config.pad_token_id``, and whoever
+loads an exported folder does both: the token is chosen here and nowhere else.
+"""
+
+import math
+from typing import Any
+
+from lightning_lora.errors import UserError
+
+
+def load_tokenizer(target: str, key: str) -> Any:
+    """Load the fast tokenizer of a base model: with a padding token, padding on the right, no truncation of its own.
+
+    A tokenizer without a padding token that the model has an embedding for pads with its end-of-text token, or else
+    its unknown token. Positions are counted from the left, so padding there would move the text.
+
+    Args:
+        target: What ``from_pretrained`` takes.
+        key: The config key that holds the name, for messages.
+
+    Raises:
+        UserError: There is no tokenizer, it is not a fast one, or nothing in it can be used for padding.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
+    except Exception as error:  # a damaged file raises kinds of several libraries
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{key}: cannot load a tokenizer from '{target}' ({first:.200}); check the name and the network, "
+            "or give a local folder"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{key}: '{target}' has a tokenizer in Python only ({type(tokenizer).__name__}); a fast one "
+            "(tokenizer.json) is needed"
+        )
+    rows = _embedding_rows(target)
+    wanted = [(tokenizer.pad_token, tokenizer.pad_token_id), (tokenizer.eos_token, tokenizer.eos_token_id)]
+    wanted.append((tokenizer.unk_token, tokenizer.unk_token_id))
+    usable = [token for token, number in wanted if token is not None and number < rows]
+    if not usable:
+        raise UserError(
+            f"{key}: the tokenizer of '{target}' has no padding, end-of-text or unknown token with an embedding to pad "
+            "with; set pad_token in its tokenizer_config.json to one of the model's tokens"
+        )
+    if tokenizer.pad_token != usable[0]:
+        tokenizer.pad_token = usable[0]
+    tokenizer.padding_side = "right"
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _embedding_rows(target: str) -> float:
+    """How many tokens the base model has an embedding for, as its config says; what cannot be read is no limit."""
+    from transformers import AutoConfig
+
+    try:
+        return getattr(AutoConfig.from_pretrained(target).get_text_config(), "vocab_size", None) or math.inf
+    except Exception:  # a folder without a model, of which others say so
+        return math.inf
+
+
+def tokens_beyond(tokenizer: Any, rows: int) -> list[str]:
+    """Give the tokens that an embedding of so many rows has none for, in the order of their numbers.
+
+    Special tokens that have a name and are put into no text are none of them: classes of tokenizers add some.
+    """
+    named = {token for token in tokenizer.special_tokens_map.values() if isinstance(token, str)}
+    used = {tokenizer.pad_token_id, tokenizer.unk_token_id, *tokenizer("a")["input_ids"]}
+    found = [(number, token) for token, number in tokenizer.get_vocab().items() if number >= rows]
+    return [token for number, token in sorted(found) if token not in named or number in used]
+
+
+def ordinary_ids(tokenizer: Any, most: int = 97) -> list[int]:
+    """Give the first tokens that are not special, to make up a text of."""
+    special = set(tokenizer.all_special_ids)
+    numbers = sorted(tokenizer.get_vocab().values())
+    return [number for number in numbers if number not in special][:most] or numbers[:most]
