@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jsonargparse
 import yaml
 from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -28,9 +28,12 @@ from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import CostMeter
 from lightning_lora.evaluation.predictions import PredictionCollector
 from lightning_lora.interrupts import StopRequest
+from lightning_lora.models.check_base import BaseCheck, Inputs
+from lightning_lora.models.speedups import lower_frozen
 from lightning_lora.processes import is_leader
+from lightning_lora.tokenizer import ordinary_ids
 from lightning_lora.training.loggers import make_loggers
-from lightning_lora.training.module import TextClassifier
+from lightning_lora.training.module import AUTOCAST, TextClassifier
 from lightning_lora.training.parallel import STRATEGIES, strategy_for
 from lightning_lora.training.precision import auto_precision
 from lightning_lora.training.pruning import trial_callbacks
@@ -169,12 +172,10 @@ class ConfiguredRun(LightningCLI):
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule = self.config_init.data
         self.model = self.config_init.model
-        limit = position_limit(self.model.model.config)
-        if self.datamodule.max_length > limit:
-            raise UserError(
-                f"data.max_length: {self.datamodule.max_length}, but the base model takes at most {limit} tokens"
-            )
         self.trainer = self.make_trainer(folder)
+        # On the CPU that the model still is on; what a GPU cannot compute in is another matter.
+        trains_here = self.command == "fit" and isinstance(self.trainer.accelerator, CPUAccelerator)
+        check_base(self.model, self.datamodule, str(self.trainer.precision) if trains_here else None)
 
     def make_trainer(self, folder: RunFolder | None) -> Trainer:
         """The trainer of the config; without a folder it logs and saves nothing."""
@@ -235,12 +236,29 @@ def row_columns(rows: Rows) -> dict[str, Any]:
     return {"row": rows.numbers, "origin": rows.origins, "key": text_keys(rows.texts), "characters": characters}
 
 
-def position_limit(config: Any) -> int:
-    """The longest input, in tokens, that a base model's position embeddings take."""
-    limit = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    # RoBERTa and its kin number positions from padding_idx + 1 (transformers: create_position_ids_from_input_ids).
-    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
-    return int(limit) - offset
+def check_base(model: TextClassifier, data: TextDataModule, precision: str | None) -> None:
+    """Refuse a base model that cannot take the texts as they will be given to it.
+
+    Args:
+        model: The model.
+        data: What gives the texts.
+        precision: What is to be trained in on the CPU; None where nothing is.
+
+    Raises:
+        UserError: What the base model cannot, and what works.
+    """
+    frame, words = data.frame, ordinary_ids(data.tokenizer)
+    inputs = Inputs(
+        frame.prefix, frame.suffix, words, frame.pad_id, frame.max_length, pad_to_max=data.padding == "max_length"
+    )
+    config = model.model.config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    check = BaseCheck(model, config.model_type, inputs, positions if positions and positions > 0 else None)
+    check.check(padding=model.identity.quantization == "none")
+    if precision in AUTOCAST:
+        if model.lowers_frozen(precision):
+            lower_frozen(model.model, AUTOCAST[precision])  # as ``TextClassifier.setup`` will
+        check.check_precision(precision, AUTOCAST[precision])
 
 
 class BestCheckpoint(ModelCheckpoint):

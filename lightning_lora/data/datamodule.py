@@ -1,6 +1,7 @@
 """The LightningDataModule: any source of labelled texts as batches of token ids."""
 
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,6 +150,16 @@ class TextDataModule(LightningDataModule):
             self._prepared = read_splits(self.options, self.base_model, self.cache_dir)
         return self._prepared
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base model's tokenizer."""
+        return base_tokenizer(self.base_model)
+
+    @cached_property
+    def frame(self) -> InputFormat:
+        """How a text is framed and cut for the model."""
+        return InputFormat.of(self.tokenizer, self.max_length, self.truncation, self.window_overlap)
+
     @property
     def label_names(self) -> list[str]:
         """Names of the classes in the order of their numbers; reading them reads the data."""
@@ -173,8 +184,7 @@ class TextDataModule(LightningDataModule):
         splits = [split for split in wanted if split not in self._datasets]
         if not splits:
             return
-        tokenizer = base_tokenizer(self.base_model)
-        frame = InputFormat.of(tokenizer, self.max_length, self.truncation, self.window_overlap)
+        tokenizer, frame = self.tokenizer, self.frame
         for split in splits:
             rows = self.rows(split)
             with tokenizing_progress(split, len(rows)) as advance:
