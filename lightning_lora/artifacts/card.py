@@ -1,8 +1,10 @@
-"""The model card of an export: metadata that the Hub can read, code to copy, and the certificate."""
+"""The model card of an export: metadata that the Hub can read, code to copy, and the certificate of parity."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from lightning_lora.artifacts.usage import Usage
 
 #: Metrics of the card: name in the record, the Hub's type, what people read.
 METRICS = (
@@ -18,6 +20,12 @@ _TITLES = {
     "onnx": "`onnx`",
     "onnx-int8": "`onnx-int8`",
 }
+_HEADINGS = {
+    "adapter": "The adapter, with PEFT (it has to be told the labels, which PEFT's format does not hold):",
+    "merged": "The whole model, with transformers:",
+    "onnx": "With ONNX Runtime, without torch:",
+    "onnx-int8": "The same in 8 bits, with ONNX Runtime:",
+}
 
 
 @dataclass(frozen=True)
@@ -29,36 +37,40 @@ class CardFacts:
         base_model: What ``from_pretrained`` takes for the base.
         base_id: Its Hub id, where it has one.
         base_fingerprint: SHA-256 of its weights and tokenizer.
-        label_names: In the order of their numbers.
+        usage: The code that loads each format; holds the label names in the order of their numbers.
         method: How it was fine-tuned.
         quantization: How the base was stored in training.
         max_length: Tokens that it reads.
         truncation: What it reads of longer texts.
-        licence: SPDX name, or "unknown".
+        license: SPDX name, or "unknown".
         dataset: Name, and Hub id where it has one.
         metrics: Of the test rows.
         test_rows: Their number.
-        certificate: Comparison by format, as plain values; "trained" is the model itself.
+        certificate: Comparison by format, as plain values; "trained" is the model itself; or why one is missing.
         formats: Which formats there are.
         trained_params: Trainable and all parameters.
+        warnings: What a user of the files should know of the comparison.
+        hub_name: Where the files are uploaded to, if anywhere.
     """
 
     name: str
     base_model: str
     base_id: str | None
     base_fingerprint: str
-    label_names: Sequence[str]
+    usage: Usage
     method: str
     quantization: str
     max_length: int
     truncation: str
-    licence: str
+    license: str
     dataset: tuple[str, str | None]
     metrics: Mapping[str, float]
     test_rows: int
     certificate: Mapping[str, Mapping[str, Any]]
     formats: Sequence[str]
     trained_params: tuple[int, int]
+    warnings: Sequence[str] = ()
+    hub_name: str | None = None
 
 
 def card(facts: CardFacts, place: str) -> str:
@@ -92,7 +104,7 @@ def metadata(facts: CardFacts, place: str) -> str:
         pipeline_tag="text-classification",
         datasets=[dataset_id] if dataset_id else None,
         metrics=[kind for key, kind, _ in METRICS if key in facts.metrics],
-        license=facts.licence,
+        license=facts.license,
         model_name=facts.name,
         eval_results=results or None,
         tags=["lora" if "lora" in facts.method else facts.method, "text-classification"],
@@ -101,16 +113,18 @@ def metadata(facts: CardFacts, place: str) -> str:
 
 
 def _body(facts: CardFacts, place: str) -> str:
-    labels = ", ".join(f"{i} = {name}" for i, name in enumerate(facts.label_names))
+    labels = ", ".join(f"{i} = {name}" for i, name in enumerate(facts.usage.label_names))
     trained, total = facts.trained_params
     cut = {
         "head": "the first are read",
         "tail": "the last are read",
-        "both": "the first quarter and the last three quarters of the room are read, which a tokenizer alone cannot do",
-        "windows": "all is read in windows whose probabilities are averaged, which a pipeline alone does not do",
+        "both": "the first quarter and the last three quarters of the room are read (by `encode.py`)",
+        "windows": "all is read in windows whose probabilities are averaged (by `encode.py`)",
     }[facts.truncation]
     rows = "\n".join(f"| {said} | {facts.metrics[key]:.4f} |" for key, _, said in METRICS if key in facts.metrics)
+    tested = f"| metric, {facts.test_rows:,} test rows | value |\n| --- | --- |\n{rows}" if rows else "Not tested."
     quantized = "" if facts.quantization == "none" else f", stored as {facts.quantization} in training"
+    warnings = "".join(f"\n- warning: {what}" for what in facts.warnings)
     return f"""# {facts.name}
 
 A text classifier: `{facts.base_id or facts.base_model}` fine-tuned with method `{facts.method}`{quantized}
@@ -122,9 +136,7 @@ A text classifier: `{facts.base_id or facts.base_model}` fine-tuned with method 
   the adapter means nothing
 - data: {facts.dataset[0]}
 
-| metric, {facts.test_rows:,} test rows | value |
-| --- | --- |
-{rows}
+{tested}
 
 ## Use
 
@@ -132,105 +144,63 @@ A text classifier: `{facts.base_id or facts.base_model}` fine-tuned with method 
 
 ## Certificate
 
-Each form was loaded by the software it is for and given the same token ids, in full precision on one CPU.
+Each form was loaded by the code above, with its own tokenizer, and given the same raw texts as the trained model:
+{parity_texts(facts.certificate["trained"], facts.max_length)}
 
 {certificate_table(facts.certificate)}
+{warnings}
 """
+
+
+def parity_texts(row: Mapping[str, Any], max_length: int) -> str:
+    """What the forms were compared on, in words."""
+    real = row["rows"] - row["made_up"]
+    kinds = [f"{real:,} test rows"] * (real > 0) + [f"{row['made_up']:,} made-up texts"] * (row["made_up"] > 0)
+    return (
+        f"{' and '.join(kinds)}, of which {row['long_rows']:,} are longer than {max_length} tokens, in padded batches; "
+        f"{row['single_rows']:,} of them also one by one."
+    )
 
 
 def certificate_table(certificate: Mapping[str, Mapping[str, Any]]) -> str:
     """The certificate as a Markdown table."""
     lines = [
-        "| form | rows | largest logit difference | labels flipped | accuracy | texts/s | one text |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| form | texts | largest logit difference | labels flipped | one by one | accuracy | texts/s | one text |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in certificate.items():
-        against = ("-", "-") if name == "trained" else (f"{row['max_logit_difference']:.1e}", row["labels_flipped"])
+        title = _TITLES.get(name, name)
+        if "missing" in row:
+            lines.append(f"| {title} | missing: {row['missing']} | | | | | | |")
+            continue
+        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
         lines.append(
-            f"| {_TITLES[name]} | {row['rows']:,} | {against[0]} | {against[1]} | {row['accuracy']:.4f} | "
-            f"{row['texts_per_s']:.0f} | {row['latency_ms']:.1f} ms |"
+            f"| {title} | {row['rows']:,} | {row['max_logit_difference']:.1e} | {row['labels_flipped']:,} | "
+            f"{row['labels_flipped_single']:,} of {row['single_rows']:,} | {accuracy} | {row['texts_per_s']:.0f} | "
+            f"{row['latency_ms']:.1f} ms |"
         )
     return "\n".join(lines)
 
 
 def _code(facts: CardFacts, place: str) -> str:
-    """Code to copy, for what is there."""
-    names = {i: str(name) for i, name in enumerate(facts.label_names)}
-    here = '"."  # this folder, or its name on the Hub'
+    """Code to copy, for what is there: in a format's folder its own, in the whole export that of each."""
     blocks = []
-    if place in ("", "adapter") and "adapter" in facts.formats:
-        quantized = ""
-        if facts.quantization != "none":
-            quantized = (
-                f"# Trained on a base stored as {facts.quantization}; for exactly that, pass quantization_config too.\n"
+    for form in facts.formats if not place else [place]:
+        path = '"."  # this folder'
+        if not place:
+            hub = f'huggingface_hub.snapshot_download("{facts.hub_name or "OWNER/NAME"}") + "/{form}"'
+            path = f'"{form}"  # from the Hub: {hub}'
+        notes = ""
+        if form == "adapter" and facts.quantization != "none":
+            notes += (
+                f"\n\nIt was trained on a base stored as {facts.quantization}; for exactly that, pass "
+                "`quantization_config` too."
             )
-        elsewhere = (
-            ""
-            if facts.base_id
-            else (
+        if form == "adapter" and not facts.base_id:
+            notes += (
                 "\n\nIts `adapter_config.json` names the base model by where it lay on the machine that wrote it; "
                 "elsewhere, put the path of a copy there."
             )
-        )
-        told = "num_labels=len(labels), id2label=labels, label2id={v: k for k, v in labels.items()}"
-        if place:
-            classes, sub = "AutoPeftModelForSequenceClassification", ""
-            load = f"model = AutoPeftModelForSequenceClassification.from_pretrained(path, {told}).eval()"
-            more = "AutoTokenizer"
-        else:  # PEFT's own class looks for the base model in the subfolder too
-            classes, sub, more = (
-                "PeftConfig, PeftModel",
-                ', subfolder="adapter"',
-                "AutoModelForSequenceClassification, AutoTokenizer",
-            )
-            load = f"""base = PeftConfig.from_pretrained(path{sub}).base_model_name_or_path
-base_model = AutoModelForSequenceClassification.from_pretrained(base, {told})
-model = PeftModel.from_pretrained(base_model, path{sub}).eval()"""
-        blocks.append(f"""The adapter, with PEFT (it has to be told the labels, which PEFT's format does not hold):
-
-```python
-import torch
-from peft import {classes}
-from transformers import {more}
-
-path = {here}
-labels = {names!r}
-{quantized}{load}
-tokenizer = AutoTokenizer.from_pretrained(path{sub})
-inputs = tokenizer(["your text"], truncation=True, padding=True, return_tensors="pt")
-inputs.pop("token_type_ids", None)
-with torch.no_grad():
-    print(labels[model(**inputs).logits.argmax(-1).item()])
-```{elsewhere}""")
-    if place in ("", "merged") and "merged" in facts.formats:
-        sub = ', subfolder="merged"' if not place else ""
-        blocks.append(f"""The whole model, with transformers:
-
-```python
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
-
-path = {here}
-model = AutoModelForSequenceClassification.from_pretrained(path{sub})
-classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(path{sub}))
-print(classify(["your text"], truncation=True))
-```""")
-    graph = place if place.startswith("onnx") else "onnx"
-    if place in ("", "onnx", "onnx-int8") and graph in facts.formats:
-        folder = "onnx/" if not place else ""
-        direction = ', direction="left"' if facts.truncation == "tail" else ""
-        blocks.append(f"""With ONNX Runtime, without torch:
-
-```python
-import numpy as np
-import onnxruntime
-from tokenizers import Tokenizer
-
-labels = {names!r}
-tokenizer = Tokenizer.from_file("{folder}tokenizer.json")
-tokenizer.enable_truncation({facts.max_length}{direction})
-session = onnxruntime.InferenceSession("{folder}model.onnx")
-encoded = tokenizer.encode("your text")
-inputs = {{"input_ids": np.array([encoded.ids]), "attention_mask": np.array([encoded.attention_mask])}}
-print(labels[int(session.run(None, inputs)[0].argmax())])
-```""")
+        code = facts.usage.code(form, path)
+        blocks.append(f"{_HEADINGS[form]}\n\n```python\n{code}\n```{notes}")
     return "\n\n".join(blocks)

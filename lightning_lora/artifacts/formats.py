@@ -7,34 +7,83 @@
 ``onnx-int8``  the same with weights of 8 bits, quantized by ONNX Runtime
 =============  ==================================================================================
 
-Every folder also holds the tokenizer and ``lightning_lora.json``: label names, base model and its fingerprint.
+Every folder also holds the tokenizer, which truncates and pads as in training, and ``lightning_lora.json``: label
+names, base model and its fingerprint, how texts are encoded. Where a tokenizer cannot truncate as in training,
+``encode.py`` does.
 """
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lightning_lora.artifacts.checkpoints import CHECKPOINT_FORMAT, CheckpointIdentity
+from lightning_lora.artifacts.usage import ENCODED
 from lightning_lora.errors import UserError
 from lightning_lora.quiet import quiet_export, quiet_loading
 
 IDENTITY_FILE = "lightning_lora.json"
 FORMATS = ("adapter", "merged", "onnx", "onnx-int8")
-#: What computes logits (B, C) from token ids and mask (B, T), both int64.
-Client = Callable[[NDArray, NDArray], NDArray]
 
 
-def write_identity(folder: Path, identity: CheckpointIdentity, more: dict[str, Any]) -> None:
-    """Says what the files in a folder belong to."""
-    content = {"format": CHECKPOINT_FORMAT, **asdict(identity), **more}
+def write_identity(folder: Path, identity: CheckpointIdentity, frame: Any, padding: str) -> None:
+    """Writes what the files in a folder belong to, and how texts are encoded.
+
+    Args:
+        folder: The folder.
+        identity: What the weights belong to.
+        frame: The ``InputFormat``; where a tokenizer cannot truncate as it says, ``encode.py`` is added.
+        padding: To the "longest" text of a batch, or to "max_length".
+    """
+    encoding = {
+        "max_length": frame.max_length,
+        "truncation": frame.keep,
+        "window_overlap": frame.overlap,
+        "prefix": list(frame.prefix),
+        "suffix": list(frame.suffix),
+        "pad_id": frame.pad_id,
+        "padding": padding,
+    }
+    content = {"format": CHECKPOINT_FORMAT, **asdict(identity), **encoding}
     (folder / IDENTITY_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if frame.keep in ENCODED:
+        shutil.copyfile(Path(__file__).with_name("encode.py"), folder / "encode.py")
+
+
+def write_tokenizer(folder: Path, target: str, frame: Any, padding: str) -> None:
+    """Writes the base model's tokenizer, so that it truncates, pads and returns what the model was trained on.
+
+    Args:
+        folder: The folder.
+        target: What ``from_pretrained`` takes for the base model.
+        frame: The ``InputFormat``. Of "both" ends a tokenizer alone keeps the tail, which is the larger part.
+        padding: To the "longest" text of a batch, or to "max_length".
+    """
+    from transformers import AutoTokenizer
+
+    side = "left" if frame.keep in ("tail", "both") else "right"
+    # Given here, these are saved with it. Training gives the model no token_type_ids.
+    tokenizer = AutoTokenizer.from_pretrained(
+        target,
+        trust_remote_code=False,
+        model_max_length=frame.max_length,
+        truncation_side=side,
+        padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    if tokenizer.pad_token_id != frame.pad_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(frame.pad_id)
+    # For those who read tokenizer.json without transformers, which sets both in each call.
+    tokenizer.backend_tokenizer.enable_truncation(frame.max_length, direction=side)
+    tokenizer.backend_tokenizer.enable_padding(
+        pad_id=frame.pad_id, pad_token=tokenizer.pad_token, length=frame.max_length if padding == "max_length" else None
+    )
+    tokenizer.save_pretrained(folder)
 
 
 def write_adapter(model: Any, folder: Path, base_target: str, untrained: Callable[[], Any] | None) -> None:
@@ -89,74 +138,19 @@ def write_merged(model: Any, folder: Path) -> None:
         model.save_pretrained(folder)
 
 
-def write_onnx(model: Any, folder: Path, int8: bool) -> None:
+def write_onnx(model: Any, folder: Path, int8: bool, pad_id: int) -> None:
     """Writes a plain transformers model as an ONNX graph for any batch size and length (extra "export")."""
     from transformers.exporters import OnnxConfig, OnnxExporter
     from transformers.exporters.quantizers import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
     # Two rows of two lengths: neither is taken for a constant.
-    sample: dict[str, Any] = {"input_ids": torch.tensor([[2] * 9, [2] * 5 + [0] * 4])}
-    sample["attention_mask"] = (sample["input_ids"] != 0).long()
+    token = 2 if pad_id != 2 else 1
+    sample: dict[str, Any] = {"input_ids": torch.tensor([[token] * 9, [token] * 5 + [pad_id] * 4])}
+    sample["attention_mask"] = (sample["input_ids"] != pad_id).long()
     quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True)) if int8 else None
     with quiet_export():
         exported = OnnxExporter().export(model.eval(), sample, config=OnnxConfig(dynamic=True, quantizer=quantizer))
         exported.save_pretrained(folder)
-
-
-def adapter_client(folder: Path, label_names: Sequence[str]) -> Client:
-    """As ``peft`` loads the adapter, on the base model that its config names, in full precision."""
-    from peft import AutoPeftModelForSequenceClassification
-
-    names = dict(enumerate(label_names))
-    model = AutoPeftModelForSequenceClassification.from_pretrained(
-        folder, num_labels=len(names), id2label=names, label2id={n: i for i, n in names.items()}, dtype="float32"
-    )
-    return _torch_client(model)
-
-
-def merged_client(folder: Path, label_names: Sequence[str]) -> Client:
-    """As ``transformers`` loads the merged model."""
-    from transformers import AutoModelForSequenceClassification
-
-    del label_names
-    return _torch_client(AutoModelForSequenceClassification.from_pretrained(folder))
-
-
-def onnx_client(folder: Path, label_names: Sequence[str]) -> Client:
-    """As ONNX Runtime runs the graph on the CPU."""
-    import onnxruntime
-
-    del label_names
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    names = [each.name for each in session.get_inputs()]
-
-    def run(input_ids: NDArray, attention_mask: NDArray) -> NDArray:
-        given = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return np.asarray(session.run(None, {name: given[name] for name in names})[0])
-
-    return run
-
-
-CLIENTS: dict[str, Callable[[Path, Sequence[str]], Client]] = {
-    "adapter": adapter_client,
-    "merged": merged_client,
-    "onnx": onnx_client,
-    "onnx-int8": onnx_client,
-}
-
-
-def _torch_client(model: Any) -> Client:
-    model.eval()
-
-    def run(input_ids: NDArray, attention_mask: NDArray) -> NDArray:
-        with torch.inference_mode():
-            return (
-                model(input_ids=torch.from_numpy(input_ids), attention_mask=torch.from_numpy(attention_mask))
-                .logits.float()
-                .numpy()
-            )
-
-    return run
 
 
 def read_identity(folder: Path) -> dict[str, Any]:

@@ -1,215 +1,174 @@
 """``main.py export``: a run as files that other software loads, each compared with the trained model first."""
 
-import importlib.util
+import itertools
 import json
-import math
 import re
-from dataclasses import asdict, replace
+import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from lightning_lora.artifacts.card import CardFacts, card, certificate_table
-from lightning_lora.artifacts.checkpoints import checked_checkpoint, load_checkpoint
-from lightning_lora.artifacts.formats import (
-    CLIENTS,
-    FORMATS,
-    Client,
-    rename_base,
-    write_adapter,
-    write_identity,
-    write_merged,
-    write_onnx,
-)
+from lightning_lora.artifacts.checkpoints import load_checkpoint
+from lightning_lora.artifacts.formats import FORMATS, rename_base
 from lightning_lora.artifacts.runs import RunFolder
+from lightning_lora.artifacts.usage import ENCODED
+from lightning_lora.artifacts.weights import weights_labels
 from lightning_lora.commands.configured import ConfiguredRun
-from lightning_lora.commands.evaluate import refuse_trained_rows
-from lightning_lora.data.batching import TokenDataset, evaluation_batches
+from lightning_lora.commands.format_writer import FormatWriter, build_model, missing_packages, public_name
+from lightning_lora.commands.parity import Parity, source_test_rows, unequal
+from lightning_lora.data.prepare import SplitRows
 from lightning_lora.data.specs import find_spec
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.certificate import BROKEN, LATENCY_TEXTS, TOLERANCE, compare, measure
-from lightning_lora.evaluation.documents import pooled
-from lightning_lora.evaluation.intervals import METRICS, RowSums
-from lightning_lora.files import atomic_folder
-from lightning_lora.locations import PACKAGE_PREFIX, resolve
-from lightning_lora.models.methods import merged
-from lightning_lora.models.quantization import Quantization
-from lightning_lora.quiet import quiet_loading
+from lightning_lora.files import atomic_folder, refusal
+from lightning_lora.locations import resolve
 from lightning_lora.training.module import TextClassifier
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def run(words: list[str]) -> int:
-    """Writes the formats asked for, compares each with the trained model, and uploads them where asked."""
+    """Writes the formats asked for, compares each with the trained model, and uploads them where asked.
+
+    Raises:
+        UserError: A format that was asked for by name could not be made (the others are written), or none could.
+    """
     cli = ConfiguredRun("export", words)
     config = cli.config
+    if config.rows < 1:
+        raise UserError(f"--rows: a number of at least 1 is needed, got {config.rows}")
     folder = RunFolder.open(Path(config.run))
-    output = Path(config.output) if config.output else folder.path / "export"
-    if output.exists():
-        raise UserError(f"--output: {output} exists, and nothing is overwritten; give another folder")
+    output = output_folder(folder, config.output)
     checkpoint = folder.checkpoint(config.checkpoint)
     if checkpoint.is_dir():
         raise UserError(f"--checkpoint: {checkpoint} is an export already; give 'best', 'last' or a checkpoint file")
     location = resolve(config.model.base_model, "model.base_model")
-    target = str(location.path.resolve()) if location.path else location.name
     base_id = config.base_model_id or (location.name if location.is_hub else None)
     if config.push_to_hub:
-        check_push(config.push_to_hub, base_id, target)
-    cli.build(folder)
-    model: TextClassifier = cli.model
-    checked_checkpoint(model, checkpoint)
+        check_push(config.push_to_hub, base_id, location.target)
+    model = build_model(config, list(weights_labels(checkpoint)))
     load_checkpoint(model, checkpoint)
-    formats = choose_formats(config.formats, model)
-    batches, singles, labels = compared_rows(cli)
-    print(f"export of {checkpoint} to {output}: {', '.join(formats)}")
     model.cpu().eval()
-    said = measure(lambda batch: trained_logits(model, batch), batches, singles)
-    reference = said.logits
-    certificate = {"trained": compare(said, reference, labels).plain}
-    with atomic_folder(output) as staging:
-        write_formats(staging, formats, model, checkpoint, config, target)
-        for name in formats:
-            with quiet_loading():
-                client = CLIENTS[name](staging / name, model.label_names)
-            found = compare(measure(batch_client(client), batches, singles), reference, labels)
-            certificate[name] = found.plain
-            print(
-                f"{name}: largest logit difference {found.max_logit_difference:.1e}, {found.labels_flipped} of "
-                f"{found.rows} labels flipped, {found.texts_per_s:.0f} texts/s"
-            )
-        if config.base_model_id and "adapter" in formats:
-            rename_base(staging / "adapter", config.base_model_id)
-        refuse_broken(certificate, model.identity.quantization)
-        measured = RowSums(reference, labels)
-        metrics = tested_metrics(folder, checkpoint, cli.datamodule.rows("test").fingerprint())
-        metrics = metrics or ({name: measured.value(name) for name in METRICS}, len(labels))
-        facts = card_facts(cli, folder, model, formats, certificate, base_id, metrics)
-        for place in ("", *formats):
-            (staging / place / "README.md").write_text(card(facts, place), encoding="utf-8")
-        content = json.dumps(certificate, indent=2, allow_nan=False)
-        (staging / "certificate.json").write_text(content + "\n", encoding="utf-8")
-    print(f"\n{certificate_table(certificate)}\n\nwritten: {output} (README.md says how to load each)")
-    if (what := beyond_tolerance(certificate, model.identity.quantization)) is not None:
-        print(f"careful: {what}")
+    formats = choose_formats(config.formats, model)
+    print(f"export of {checkpoint} to {output}: {', '.join(formats)}")
+    rows, unread = readable_test_rows(cli, model.label_names)
+    parity = Parity.of(model, config, rows)
+    if (what := unequal("trained", parity.certificate["trained"], "trained")) is not None:
+        raise UserError(f"export: {checkpoint} gives values that are not finite ({what}); train again")
+    try:
+        with atomic_folder(output, keep_existing=False) as staging:
+            written = write_formats(staging, formats, FormatWriter(model, checkpoint, config, parity.frame), parity)
+            warnings = [*([unread] if unread else []), *parity.warnings()]
+            metrics = tested_metrics(folder, checkpoint, rows.fingerprint() if rows is not None else None)
+            facts = card_facts(cli, folder, parity, written, base_id, metrics or parity.metrics(), warnings)
+            if config.base_model_id and "adapter" in written:
+                rename_base(staging / "adapter", config.base_model_id)
+            for place in ("", *written):
+                (staging / place / "README.md").write_text(card(facts, place), encoding="utf-8")
+            content = json.dumps(parity.certificate, indent=2, allow_nan=False)
+            (staging / "certificate.json").write_text(content + "\n", encoding="utf-8")
+    except FileExistsError:
+        raise UserError(f"{output} was made by another process meanwhile; export again") from None
+    print(f"\n{certificate_table(parity.certificate)}\n\nwritten: {output} (README.md says how to load each)")
+    for warning in warnings:
+        print(f"warning: {warning}")
+    if config.formats and (missing := parity.missing()):
+        raise UserError(f"--formats: not written: {missing}; {output} holds {', '.join(written)}")
     if config.push_to_hub:
         push(output, config.push_to_hub, config.private)
     return 0
 
 
-def compared_rows(cli: ConfiguredRun) -> tuple[list[dict[str, Any]], list[dict[str, Any]], NDArray]:
-    """Test rows to compare on: batches of them, the first few alone, and the true labels of all."""
-    cli.datamodule.setup("test")
-    rows = cli.datamodule.rows("test")
-    refuse_trained_rows(rows.texts, RunFolder.open(Path(cli.config.run)), ("train", "val"))
-    dataset: TokenDataset = cli.datamodule.dataset("test")
-    chosen = some_rows(len(dataset), cli.config.rows)
-    parts = evaluation_batches(dataset.widths[chosen], cli.datamodule.eval_batch_size)
-    batches = [dataset.__getitems__(chosen[part].tolist()) for part in parts]
-    singles = [dataset.__getitems__([int(row)]) for row in chosen[:LATENCY_TEXTS]]
-    return batches, singles, rows.labels[chosen]
+def output_folder(folder: RunFolder, given: str | None) -> Path:
+    """The folder to write to: the one given, or RUN/export, RUN/export-2 and so on, whichever is free.
+
+    Raises:
+        UserError: The folder given exists.
+    """
+    if given is None:
+        names = itertools.chain(["export"], (f"export-{number}" for number in itertools.count(2)))
+        return next(path for name in names if not (path := folder.path / name).exists())
+    if Path(given).exists():
+        raise UserError(f"--output: {given} exists, and nothing is overwritten; give another folder")
+    return Path(given)
+
+
+def readable_test_rows(cli: ConfiguredRun, label_names: list[str]) -> tuple[SplitRows | None, str | None]:
+    """The run's test rows; or None and a warning that says why they are not used.
+
+    Raises:
+        UserError: They cannot be used, and the command line says where they are.
+    """
+    try:
+        return source_test_rows(cli, label_names), None
+    except Exception as error:  # a source can be gone, moved, changed, or unreachable in many ways
+        if any(word.startswith("--data.") for word in cli.words):
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return None, f"the run's test rows were not used ({first:.300}); the texts are made up of the vocabulary"
 
 
 def choose_formats(wanted: list[str] | None, model: TextClassifier) -> list[str]:
     """The formats asked for, by default all that the method has.
 
     Raises:
-        UserError: There is no such format, or the method has no adapter.
+        UserError: There is no such format, the method has no adapter, or a package for it is missing.
     """
     has_adapter = bool(model.target_modules)
+    if wanted == []:
+        raise UserError(f"--formats: the list is empty; give some of {', '.join(FORMATS)}, or leave it out")
     if unknown := set(wanted or ()) - set(FORMATS):
         raise UserError(f"--formats: no format '{min(unknown)}'; there are {', '.join(FORMATS)}")
     if wanted and "adapter" in wanted and not has_adapter:
         raise UserError(f"--formats: method '{model.identity.method}' has no adapter; use merged")
-    chosen = [name for name in FORMATS if (name in wanted if wanted else has_adapter or name != "adapter")]
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing and any(name.startswith("onnx") for name in chosen):
-        raise UserError(
-            f"--formats: onnx needs the package '{missing[0]}': pip install -e '.[export]' in this project's folder, "
-            "or --formats '[adapter, merged]'"
-        )
-    return chosen
+    if wanted and any(name.startswith("onnx") for name in wanted) and (what := missing_packages()):
+        raise UserError(f"--formats: {what}, or --formats '[adapter, merged]'")
+    return [name for name in FORMATS if (name in wanted if wanted else has_adapter or name != "adapter")]
 
 
-def some_rows(total: int, wanted: int) -> NDArray:
-    """Sorted positions of at most ``wanted`` rows, evenly spread."""
-    if wanted < 1:
-        raise UserError(f"--rows: a number of at least 1 is needed, got {wanted}")
-    return np.unique(np.linspace(0, total - 1, min(wanted, total)).astype(int))
+def write_formats(staging: Path, formats: list[str], writer: FormatWriter, parity: Parity) -> list[str]:
+    """Writes each format and compares it with the trained model; returns those that could be made and are equal.
 
-
-def trained_logits(model: TextClassifier, batch: dict[str, Any]) -> NDArray:
-    """The trained model's logits of a batch, in full precision."""
-    with torch.inference_mode():
-        return model.document_logits(batch).numpy()
-
-
-def batch_client(client: Client) -> Any:
-    """A client that takes a batch and pools windows as the trained model does."""
-
-    def run(batch: dict[str, Any]) -> NDArray:
-        logits = client(batch["input_ids"].numpy(), batch["attention_mask"].numpy())
-        if "documents" not in batch:
-            return logits
-        return pooled(torch.from_numpy(logits), batch["documents"], len(batch["rows"])).numpy()
-
-    return run
-
-
-def write_formats(
-    folder: Path, formats: list[str], model: TextClassifier, checkpoint: Path, config: Any, target: str
-) -> None:
-    """Writes each format into its folder, with tokenizer and identity."""
-    from transformers import AutoTokenizer
-
-    # Given here, both are saved with it: truncation=True then cuts as it was cut in training.
-    side = "left" if config.data.truncation == "tail" else "right"
-    tokenizer = AutoTokenizer.from_pretrained(target, model_max_length=config.data.max_length, truncation_side=side)
-    more = {key: config.data[key] for key in ("max_length", "truncation", "window_overlap")}
-    if "adapter" in formats:
-        method = config.model.method
-        untrained = (lambda: _build(config, model.label_names).model) if method == "pissa" else None
-        write_adapter(model.model, folder / "adapter", target, untrained)
-    if set(formats) - {"adapter"}:
-        # A model that was trained on a quantized base is merged into the base in full precision.
-        whole = _build(config, model.label_names, Quantization())
-        load_checkpoint(whole, checkpoint, any_quantization=True)
-        plain = merged(whole.tuned).eval()
-        plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
-        if "merged" in formats:
-            write_merged(plain, folder / "merged")
-        for name in ("onnx", "onnx-int8"):
-            if name in formats:
-                write_onnx(plain, folder / name, int8=name == "onnx-int8")
-    # Where the base lies on this machine says nothing elsewhere, and is nobody's business.
-    identity = replace(model.identity, base_model=public_name(config))
-    for name in formats:
-        tokenizer.save_pretrained(folder / name)
-        write_identity(folder / name, identity, more)
-
-
-def _build(config: Any, label_names: list[str], quantization: Quantization | None = None) -> TextClassifier:
-    """A fresh model of the run's settings."""
-    settings = {**config.model.as_dict(), "label_names": label_names}
-    if quantization is not None:
-        settings["quantization"] = asdict(quantization)
-    return TextClassifier(**settings).eval()
+    Raises:
+        UserError: There is none, or no room for them.
+    """
+    written = []
+    for form in formats:
+        why: str | None
+        try:
+            writer.write(form, staging / form)
+            why = parity.check(form, staging / form)
+        except Exception as error:  # exporters raise kinds of several libraries, and each format stands for itself
+            if isinstance(error, OSError) and refusal(error) is not None:
+                raise
+            lines = [line.strip() for line in _COLOURS.sub("", str(error)).splitlines() if line.strip()]
+            why = f"{type(error).__name__}: {lines[0]:.200}" if lines else type(error).__name__
+        if why is None:
+            written.append(form)
+            continue
+        shutil.rmtree(staging / form, ignore_errors=True)
+        parity.certificate[form] = {"missing": why.replace("|", "/")}
+        print(f"{form}: not written: {why}")
+    if not written:
+        raise UserError(f"export: nothing was written: {parity.missing()}")
+    if parity.frame.keep in ENCODED:
+        form = "merged" if "merged" in written else written[0]
+        parity.check(form, staging / form, plain=True)
+    return written
 
 
 def card_facts(
     cli: ConfiguredRun,
     folder: RunFolder,
-    model: TextClassifier,
+    parity: Parity,
     formats: list[str],
-    certificate: dict[str, dict[str, Any]],
     base_id: str | None,
     metrics: tuple[dict[str, float], int],
+    warnings: list[str],
 ) -> CardFacts:
-    """What the cards say, from the run's record and the certificate."""
-    config, record = cli.config, folder.read()
+    """What the cards say, from the run's record, where it has ended, and the certificate."""
+    config, model = cli.config, parity.model
+    record = folder.read() if folder.record.is_file() else {}
     source = config.data.source
     spec = find_spec(source) if isinstance(source, str) else None
     location = resolve(config.model.base_model, "model.base_model")
@@ -220,26 +179,21 @@ def card_facts(
         base_model=public_name(config),
         base_id=base_id,
         base_fingerprint=model.identity.base_fingerprint,
-        label_names=model.label_names,
+        usage=parity.usage,
         method=model.identity.method,
         quantization=model.identity.quantization,
         max_length=config.data.max_length,
         truncation=config.data.truncation,
-        licence=config.licence or licence_of(location),
+        license=config.license or license_of(location),
         dataset=(name, hub_dataset(source)),
         metrics=metrics[0],
         test_rows=metrics[1],
-        certificate=certificate,
+        certificate=parity.certificate,
         formats=formats,
         trained_params=(costs["trainable_params"], costs["total_params"]),
+        warnings=warnings,
+        hub_name=config.push_to_hub,
     )
-
-
-def public_name(config: Any) -> str:
-    """The base model's name as others may read it: of a local folder only the last part."""
-    name = config.model.base_model
-    local = not name.startswith(PACKAGE_PREFIX) and not resolve(name, "model.base_model").is_hub
-    return config.base_model_id or (Path(name).name if local else name)
 
 
 def hub_dataset(source: Any) -> str | None:
@@ -247,22 +201,28 @@ def hub_dataset(source: Any) -> str | None:
     if not isinstance(source, str):
         return None
     spec = find_spec(source)
-    location = resolve(spec.source if spec else source, "data.source")
+    try:
+        location = resolve(spec.source if spec else source, "data.source")
+    except UserError:  # a file that is no longer there
+        return None
     return location.name.partition(":")[0] if location.is_hub else None
 
 
-def tested_metrics(folder: RunFolder, checkpoint: Path, fingerprint: str) -> tuple[dict[str, float], int] | None:
-    """Metrics and rows of the latest test of this checkpoint on these rows, or None where there was none."""
+def tested_metrics(folder: RunFolder, checkpoint: Path, fingerprint: str | None) -> tuple[dict[str, float], int] | None:
+    """Metrics and rows of the latest test of this checkpoint on these rows (on any, without a fingerprint), or None."""
     done = folder.read().get("evaluations", {}) if folder.record.is_file() else {}
     for name, evaluation in reversed(list(done.items())):
-        same = evaluation["fingerprint"] == fingerprint and Path(evaluation["checkpoint"]).samefile(checkpoint)
-        if name.startswith("test") and same:
+        tested = Path(evaluation["checkpoint"])
+        # The folder may have been moved since, or the path be relative to another place.
+        same = tested.name == checkpoint.name and checkpoint.parent == folder.checkpoints
+        same = tested.samefile(checkpoint) if tested.exists() else same
+        if name.startswith("test") and same and fingerprint in (None, evaluation["fingerprint"]):
             return evaluation["after"], evaluation["rows"]
     return None
 
 
-def licence_of(location: Any) -> str:
-    """The licence that the base model's own card names, else "unknown"."""
+def license_of(location: Any) -> str:
+    """The license that the base model's own card names, else "unknown"."""
     from huggingface_hub import ModelCard
 
     try:
@@ -270,31 +230,6 @@ def licence_of(location: Any) -> str:
         return ModelCard.load(readme).data.license or "unknown"
     except Exception:  # no card, no network, or one that cannot be read
         return "unknown"
-
-
-def refuse_broken(certificate: dict[str, dict[str, Any]], quantization: str) -> None:
-    """Refuses an export that is not the trained model.
-
-    Raises:
-        UserError: A form says nothing that is a number, or one in full precision says something else.
-    """
-    for name, row in certificate.items():
-        exact = name != "onnx-int8" and quantization == "none"
-        difference = row["max_logit_difference"]
-        if not math.isfinite(difference) or (exact and difference > BROKEN):
-            raise UserError(
-                f"export: {name} differs from the trained model by {difference:.2g} in a logit; nothing was written "
-                "(leave it out with --formats, and please report it)"
-            )
-
-
-def beyond_tolerance(certificate: dict[str, dict[str, Any]], quantization: str) -> str | None:
-    """What a person should know of forms that are not the trained model itself, or None."""
-    off = [n for n, row in certificate.items() if n != "onnx-int8" and not row["max_logit_difference"] <= TOLERANCE]
-    if not off:
-        return None
-    why = f"; the run's base was stored as {quantization}, the export's is not" if quantization != "none" else ""
-    return f"{', '.join(off)} differ from the trained model by more than {TOLERANCE:g}{why}"
 
 
 def check_push(name: str, base_id: str | None, target: str) -> None:

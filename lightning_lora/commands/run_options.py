@@ -10,7 +10,7 @@ from lightning_lora.errors import UserError
 #: Options that belong to one command and not to what is trained; they are left out of ``config.yaml``.
 COMMAND_KEYS = frozenset(
     "config name logs_dir resume run checkpoint before int8 texts input text_column output format "  # noqa: SIM905
-    "formats rows licence base_model_id push_to_hub private workers executor address bad_rows".split()
+    "formats rows license base_model_id push_to_hub private workers executor address bad_rows".split()
 )
 #: A text that the model of the default config is sure of.
 EXAMPLE_TEXT = "A beautiful film, wonderfully acted."
@@ -105,12 +105,14 @@ def _test_options(parser: LightningArgumentParser) -> None:
 
 def _export_options(parser: LightningArgumentParser) -> None:
     _run_options(parser)
-    parser.add_argument("--output", type=str | None, default=None, help="A new folder; by default RUN/export.")
+    parser.add_argument(
+        "--output", type=str | None, default=None, help="A new folder; by default RUN/export, RUN/export-2, ..."
+    )
     formats = "Of adapter, merged, onnx, onnx-int8; by default all that the method has."
     parser.add_argument("--formats", type=list[str] | None, default=None, help=formats)
-    parser.add_argument("--rows", type=int, default=1000, help="Test rows that the certificate is made on.")
-    licence = "Licence for the card; by default that of the base model's card."
-    parser.add_argument("--licence", type=str | None, default=None, help=licence)
+    parser.add_argument("--rows", type=int, default=1000, help="Test rows that the forms are compared on.")
+    license_ = "License for the card; by default that of the base model's card."
+    parser.add_argument("--license", type=str | None, default=None, help=license_)
     base = "The base model's name on the Hub, where it was loaded from a folder or package."
     parser.add_argument("--base_model_id", type=str | None, default=None, help=base)
     parser.add_argument("--push_to_hub", type=str | None, default=None, help="Upload as NAME or OWNER/NAME.")
