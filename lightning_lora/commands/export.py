@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from lightning_lora.artifacts.usage import ENCODED
 from lightning_lora.artifacts.weights import weights_labels
 from lightning_lora.commands.configured import ConfiguredRun
 from lightning_lora.commands.format_writer import FormatWriter, build_model, missing_packages, public_name
-from lightning_lora.commands.parity import Parity, source_test_rows, unequal
+from lightning_lora.commands.parity import Parity, source_test_rows
 from lightning_lora.data.prepare import SplitRows
 from lightning_lora.data.specs import find_spec
 from lightning_lora.errors import UserError
@@ -53,8 +54,10 @@ def run(words: list[str]) -> int:
     print(f"export of {checkpoint} to {output}: {', '.join(formats)}")
     rows, unread = readable_test_rows(cli, model.label_names)
     parity = Parity.of(model, config, rows)
-    if (what := unequal("trained", parity.certificate["trained"], "trained")) is not None:
-        raise UserError(f"export: {checkpoint} gives values that are not finite ({what}); train again")
+    if not math.isfinite(parity.certificate["trained"]["max_logit_difference"]):
+        raise UserError(
+            f"export: the logits of {checkpoint} are not finite, so there is nothing to export; train again"
+        )
     try:
         with atomic_folder(output, keep_existing=False) as staging:
             written = write_formats(staging, formats, FormatWriter(model, checkpoint, config, parity.frame), parity)

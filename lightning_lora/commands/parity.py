@@ -121,8 +121,10 @@ class Parity:
         given = parity_texts(rows, config.rows, tokenizer, frame)
         pad_to_max = data.padding == "max_length"
         usage = Usage(model.label_names, frame.keep, model.model.config.pad_token_id, pad_to_max)
-        said = measure(trained_client(model, tokenizer, frame, pad_to_max), given)
-        return cls(model, frame, usage, given, said.logits, {"trained": compare(said, said.logits, given).plain})
+        measured = measure(trained_client(model, tokenizer, frame, pad_to_max), given)
+        return cls(
+            model, frame, usage, given, measured.logits, {"trained": compare(measured, measured.logits, given).plain}
+        )
 
     def check(self, form: str, folder: Path, plain: bool = False) -> str | None:
         """Runs the card's code on the texts and adds a row to the certificate; returns why the format is not equal.

@@ -39,8 +39,8 @@ class ParityTexts:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What one form says of the texts, and how fast.
+class Measured:
+    """Logits that one form gives the texts, and how fast.
 
     Args:
         logits: In padded batches; float32, shape (rows, C), in the order of the texts.
@@ -93,7 +93,7 @@ class Comparison:
         return asdict(self)
 
 
-def measure(client: Callable[[list[str]], NDArray], given: ParityTexts) -> Said:
+def measure(client: Callable[[list[str]], NDArray], given: ParityTexts) -> Measured:
     """Gives the texts to a client in padded batches, in their order, and some of them one by one.
 
     Args:
@@ -109,7 +109,7 @@ def measure(client: Callable[[list[str]], NDArray], given: ParityTexts) -> Said:
         begun = time.perf_counter()
         singles.append(client([given.texts[position]]))
         times.append(time.perf_counter() - begun)
-    return Said(
+    return Measured(
         np.concatenate(logits),
         np.concatenate(singles),
         len(given.texts) / seconds,
@@ -117,25 +117,25 @@ def measure(client: Callable[[list[str]], NDArray], given: ParityTexts) -> Said:
     )
 
 
-def compare(said: Said, reference: NDArray, given: ParityTexts) -> Comparison:
-    """What a form says of the texts against the trained model's logits (rows, C)."""
-    expected, found = reference.argmax(1), said.logits.argmax(1)
+def compare(measured: Measured, reference: NDArray, given: ParityTexts) -> Comparison:
+    """Compares a form's logits with the trained model's (rows, C)."""
+    expected, found = reference.argmax(1), measured.logits.argmax(1)
     single = reference[given.singles]
-    differences = [np.abs(said.logits - reference), np.abs(said.single_logits - single)]
+    differences = [np.abs(measured.logits - reference), np.abs(measured.single_logits - single)]
     right, real = found == given.labels, given.labels >= 0
     return Comparison(
         max_logit_difference=float(np.max(np.concatenate(differences))),
         labels_flipped=int((found != expected).sum()),
         rows=len(given.texts),
-        labels_flipped_single=int((said.single_logits.argmax(1) != single.argmax(1)).sum()),
+        labels_flipped_single=int((measured.single_logits.argmax(1) != single.argmax(1)).sum()),
         single_rows=len(given.singles),
         long_rows=int(given.long.sum()),
         labels_flipped_long=int((found != expected)[given.long].sum()),
         made_up=int((~real).sum()),
         accuracy=_share(right[real]),
         accuracy_long=_share(right[real & given.long]),
-        texts_per_s=said.texts_per_s,
-        latency_ms=said.latency_ms,
+        texts_per_s=measured.texts_per_s,
+        latency_ms=measured.latency_ms,
     )
 
 

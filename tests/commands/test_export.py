@@ -417,9 +417,8 @@ def change_tokenizer(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize("case", ["padding", "left", "types", "bfloat16", "to_max"])
 def test_what_a_base_brings_does_not_change_what_is_said(make_base, tmp_path, monkeypatch, case: str) -> None:
     """Padding that config and tokenizer disagree on, or on the left; token types; weights of 16 bits."""
-    decoder = case in ("padding", "left")
-    size = {"num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3} if decoder else {}
-    base = Path(shutil.copytree(make_base("llama" if decoder else "bert", **size), tmp_path / "base"))
+    size = {"num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3} if case == "padding" else {}
+    base = Path(shutil.copytree(make_base("llama" if case == "padding" else "bert", **size), tmp_path / "base"))
     words = []
     if case == "padding":
         change_tokenizer(base, pad_token="[MASK]")  # number 4; the config says 0
