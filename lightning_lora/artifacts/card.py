@@ -144,7 +144,8 @@ A text classifier: `{facts.base_id or facts.base_model}` fine-tuned with method 
 
 ## Certificate
 
-Each form was loaded by the code above, with its own tokenizer, and given the same raw texts as the trained model:
+Each form was loaded by the code above, with its own tokenizer, and given the same raw texts as the trained model, in
+float32:
 {parity_texts(facts.certificate["trained"], facts.max_length)}
 
 {certificate_table(facts.certificate)}
