@@ -1,5 +1,6 @@
 """The exceptions that a user can cause, and warnings."""
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -24,3 +25,10 @@ def print_warnings(warnings: Sequence[str]) -> None:
     """Prints each on a line of standard error that begins with "warning:"."""
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def check_range(key: str, value: float, low: float, high: float | None) -> None:
+    """Refuses a number under ``low``, or not under ``high``."""
+    if not (math.isfinite(value) and value >= low) or (high is not None and value >= high):
+        limits = f"from {low}" + (f" up to {high}" if high is not None else "")
+        raise UserError(f"{key}: a number {limits} is needed, got {value}")

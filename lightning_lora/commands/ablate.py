@@ -194,31 +194,36 @@ def lint(plan: Plan, settings: Mapping[str, dict[str, Any]]) -> dict[str, list[C
     named += list(plan.search.space) if plan.search is not None else []
     first = {arm: next(cell for cell in plan.cells if cell.arm == arm) for arm in plan.arms}
     base = settings[first[plan.baseline].name]
-    return {
-        arm_label(arm): changes(
-            flat(base),
-            flat(settings[cell.name]),
-            named,
-            (what_follows(base, named), what_follows(settings[cell.name], named)),
-        )
-        for arm, cell in first.items()
-        if arm != plan.baseline
-    }
+    found = {}
+    for arm, cell in first.items():
+        if arm != plan.baseline:
+            other = settings[cell.name]
+            follows = what_follows(base, named), what_follows(other, named)
+            both = follows[0].keys() & follows[1].keys()
+            one_side, other_side = ({name: side[name] for name in both} for side in follows)
+            one, two = (_shared(*sides, named) for sides in ((base, other), (other, base)))
+            found[arm_label(arm)] = changes(one, two, named, (one_side, other_side))
+    return found
+
+
+def _shared(settings: Mapping[str, Any], other: Mapping[str, Any], named: Sequence[str]) -> dict[str, Any]:
+    """Flat settings without the adapter's options that only one of two methods takes: the method implies them."""
+    one, two = (set(find_method(each["model"]["method"]).options) for each in (settings, other))
+    left_out = {f"model.adapter.{name}" for name in one ^ two} - set(named)
+    return {key: value for key, value in flat(dict(settings)).items() if key not in left_out}
 
 
 def what_follows(settings: Mapping[str, Any], named: Sequence[str]) -> dict[str, Any]:
-    """What settings come to without saying so: defaults that depend on the method, and ratios.
+    """What settings come to without saying so, such as ratios.
 
     Args:
         settings: Of an arm's first cell.
-        named: Keys that the axes and the search name; what is searched has no default.
+        named: Keys that the axes and the search name.
     """
     model = settings["model"]
     method, adapter = find_method(model["method"]), model["adapter"]
     follows: dict[str, Any] = {}
-    if model["learning_rate"] is None and "model.learning_rate" not in named:  # else the setting itself is compared
-        follows["learning rate of the method"] = method.learning_rate
-    if adapter["rank"] and adapter["alpha"]:
+    if adapter["rank"] and "alpha" in method.options:
         follows["alpha / rank"] = adapter["alpha"] / adapter["rank"]
     lowered = model["speedups"]["frozen_weights"] == "auto" and settings["trainer"]["precision"] == "bf16-mixed"
     number = "bfloat16" if method.frozen_encoder and lowered else "float32"

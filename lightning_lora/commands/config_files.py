@@ -8,10 +8,11 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from lightning_lora.commands.resolved import reopen
 from lightning_lora.errors import UserError
 
 #: From where a config may name classes (``class_path``); more by ``LIGHTNING_LORA_ALLOW``, which no config can set.
-ALLOWED = tuple(f"lightning.pytorch.{room}" for room in ("callbacks", "loggers", "profilers", "plugins", "strategies"))
+ALLOWED = tuple(f"lightning.pytorch.{room}" for room in ("callbacks", "loggers", "profilers"))
 ALLOW_VARIABLE = "LIGHTNING_LORA_ALLOW"
 #: Settings of such classes that say where they write.
 _PLACES = ("dirpath", "save_dir", "root_dir", "log_dir", "directory")
@@ -33,7 +34,7 @@ def restrict_imports() -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file.
+    """The settings in a YAML file; those of a run without the defaults of its method, see ``reopen``.
 
     Raises:
         UserError: It cannot be read, is no YAML, holds something else than settings, one twice, or more than
@@ -51,6 +52,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"--config: cannot read {path} ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(config, dict):
         raise UserError(f"--config: {path} holds no settings")
+    if path.with_name("run.json").is_file():
+        reopen(config)
     return config
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import jsonargparse
 import yaml
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lora.artifacts.checkpoints import AtomicCheckpointIO, ResumePoints
 from lightning_lora.artifacts.runs import RunFolder
@@ -19,6 +21,8 @@ from lightning_lora.commands.config_files import ALLOW_VARIABLE, check_places, r
 from lightning_lora.commands.console import Progress, quiet_libraries
 from lightning_lora.commands.help_pages import show_help
 from lightning_lora.commands.parse_errors import check_groups, check_texts, explained
+from lightning_lora.commands.resolved import ResolvingParser, option_value, reset_words, resolved
+from lightning_lora.commands.resuming import rejoin_loggers, resumed_words
 from lightning_lora.commands.run_options import COMMAND_KEYS, COMMAND_OPTIONS, refuse_unused
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.rows import Rows
@@ -35,14 +39,18 @@ from lightning_lora.tokenizer import ordinary_ids
 from lightning_lora.training.loggers import make_loggers
 from lightning_lora.training.module import AUTOCAST, TextClassifier
 from lightning_lora.training.parallel import STRATEGIES, strategy_for
-from lightning_lora.training.precision import auto_precision
 from lightning_lora.training.pruning import trial_callbacks
-from lightning_lora.training.saving import StateSaver
+from lightning_lora.training.refused import (
+    check_accelerator,
+    check_monitors,
+    class_fault,
+    refuse_callbacks,
+    refuse_options,
+)
+from lightning_lora.training.saving import StateSaver, checkpoint_callbacks, place_checkpoints
 from lightning_lora.training.tensorboard import TensorBoardPages
 
 DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "default.yaml"
-#: The best checkpoint is chosen by this metric, on validation rows.
-MONITOR = "val/f1_macro"
 DEFAULT_SEED = 42
 
 #: Where this project's defaults differ from Lightning's.
@@ -53,6 +61,20 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
     "devices": 1,
+    "use_distributed_sampler": False,  # batches are shared out by LengthBatchSampler
+}
+#: What Lightning takes where its own defaults say None, so that a config shows it.
+SPELLED_OUT: dict[str, Any] = {
+    "logger": True,
+    "enable_checkpointing": True,
+    "enable_progress_bar": True,
+    "limit_train_batches": 1.0,
+    "limit_val_batches": 1.0,
+    "limit_test_batches": 1.0,
+    "limit_predict_batches": 1.0,
+    "val_check_interval": 1.0,
+    "gradient_clip_algorithm": "norm",
+    "deterministic": False,
 }
 #: Commands that run on several devices if asked to: fit by its config too, the others by what is typed alone, as the
 #: machine that trained is not always the one that tests.
@@ -79,17 +101,29 @@ class ConfiguredRun(LightningCLI):
         self.stop_request = StopRequest()
         #: Steps that were done before, where a run goes on; or those that the weights to evaluate were trained for.
         self.steps_done = 0
+        #: The runs that loggers began, by their class, where training is resumed.
+        self.logger_ids: dict[str, str] = {}
+        #: Called right before training, when all that it uses is known.
+        self.at_start: Callable[[], None] = lambda: None
         super().__init__(
             TextClassifier,
             TextDataModule,
             save_config_callback=None,
-            trainer_defaults=TRAINER_DEFAULTS,
+            trainer_defaults=TRAINER_DEFAULTS | SPELLED_OUT,
             parser_kwargs={"prog": f"main.py {command}", "exit_on_error": False, "allow_abbrev": False},
             args=words,
             run=False,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that shows what is used where a config leaves it open."""
+        parser = ResolvingParser(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=jsonargparse.ActionConfigFile, help="A YAML file of settings; may be repeated."
+        )
+        return parser
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the seed and the command's own options."""
@@ -116,9 +150,14 @@ class ConfiguredRun(LightningCLI):
         try:
             show_help(self.command, parser, args)
             words = with_base_config(self.command, args)
-            for path in config_files(words):
-                check_groups(read_config(path), parser)
-            self.config = parser.parse_args(words)
+            configs = [read_config(path) for path in config_files(words)]
+            for config in configs:
+                check_groups(config, parser)
+            if self.command == "fit":
+                for config in configs:
+                    refuse_callbacks(config.get("trainer"))
+                words = [*words, *reset_words(configs, words)]
+            self.config = resolved(parser.parse_args(words))
         except (jsonargparse.ArgumentError, TypeError) as error:
             if "'arms" in str(error):
                 raise UserError(
@@ -126,14 +165,22 @@ class ConfiguredRun(LightningCLI):
                 ) from error
             if (denied := re.search(r"Importing '([^']*)' is not allowed", str(error))) is not None:
                 raise UserError(
-                    f"the config names '{denied[1]}', none of Lightning's callbacks, loggers, profilers, "
-                    f"plugins or strategies; code of your own is allowed by {ALLOW_VARIABLE}=PACKAGE in the environment"
+                    f"the config names '{denied[1]}', none of Lightning's callbacks, loggers or profilers; code of "
+                    f"your own is allowed by {ALLOW_VARIABLE}=PACKAGE in the environment"
                 ) from error
             raise UserError(explained(str(error), parser)) from error
         keys = [word[2:].partition("=")[0].rstrip("+") for word in option_words(args) if word.startswith("--")]
         check_texts(self.config, parser, keys)
         if self.command == "predict":
             refuse_unused([*keys, *(key for path in config_files(args) for key in flat(read_config(path)))])
+        self._check_settings(words)
+
+    def _check_settings(self, words: list[str]) -> None:
+        """Refuses settings that the parser lets through.
+
+        Raises:
+            UserError: There is one.
+        """
         trainer = self.config.trainer
         logs = Path(self.config.get("logs_dir") or "logs")
         check_places(self.config.trainer.as_dict(), [Path.cwd(), logs])
@@ -157,8 +204,13 @@ class ConfiguredRun(LightningCLI):
             raise UserError(
                 "trainer.default_root_dir: a run writes into its own folder only; use --logs_dir and --name"
             )
-        if trainer.precision is None:
-            trainer.precision = auto_precision(str(trainer.accelerator))
+        if self.command == "fit":
+            settings = trainer.as_dict()
+            refuse_callbacks(settings)
+            if self.config.resume is None:  # one that has begun keeps what it began with
+                refuse_options(settings)
+            if self.config.keep_every_epoch and not trainer.enable_checkpointing:
+                raise UserError("keep_every_epoch: trainer.enable_checkpointing is off; leave one of the two out")
 
     def _set_seed(self) -> None:
         seed_everything(self.config.seed_everything, workers=True, verbose=False)
@@ -169,7 +221,8 @@ class ConfiguredRun(LightningCLI):
     def build(self, folder: RunFolder) -> None:
         """Makes the data module, the model and the trainer; the trainer writes into the folder."""
         keep_freed_memory()
-        self.config_init = self.parser.instantiate_classes(self.config)
+        check_accelerator(str(self.config.trainer.accelerator))
+        self.config_init = self._instantiated()
         self.datamodule = self.config_init.data
         self.model = self.config_init.model
         self.trainer = self.make_trainer(folder)
@@ -177,41 +230,80 @@ class ConfiguredRun(LightningCLI):
         trains_here = self.command == "fit" and isinstance(self.trainer.accelerator, CPUAccelerator)
         check_base(self.model, self.datamodule, str(self.trainer.precision) if trains_here else None)
 
+    def _instantiated(self) -> Any:
+        """The objects of the config; callbacks and loggers that it adds are for fitting only.
+
+        Raises:
+            UserError: A class that the config names cannot be made, such as a logger whose package is missing.
+        """
+        config = self.config.clone()
+        trainer = config.trainer
+        if self.command != "fit":
+            trainer.callbacks = None
+            trainer.logger = trainer.logger is not False
+        elif self.steps_done:  # the rate that was found stands in the run's config
+            several = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+            kept = [c for c in several if not str(getattr(c, "class_path", "")).endswith(".LearningRateFinder")]
+            trainer.callbacks = kept if trainer.callbacks else None
+        rejoin_loggers(trainer, self.logger_ids)
+        try:
+            return self.parser.instantiate_classes(config)
+        except (ValueError, TypeError, ImportError, AttributeError) as error:
+            if (said := class_fault(error)) is None:
+                raise
+            raise UserError(said) from error
+
     def make_trainer(self, folder: RunFolder | None) -> Trainer:
         """The trainer of the config; without a folder it logs and saves nothing."""
         config = dict((self.config_init if hasattr(self, "config_init") else self.config).trainer)
+        fits = self.command == "fit"
         own: list[Callback] = [self.collector, self.costs]
-        # What a config adds (early stopping and the like) is about fitting; predict does not even make them.
-        extra = (config["callbacks"] or []) if self.command == "fit" else []
+        extra = (config["callbacks"] or []) if fits else []
         extra = extra if isinstance(extra, list) else [extra]
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in extra):
             own.append(Progress())
-        checkpointing = folder is not None and self.command == "fit" and config["enable_checkpointing"] is not False
+        checkpointing = folder is not None and fits and config["enable_checkpointing"] is not False
         checkpointing = checkpointing and not config["fast_dev_run"]
         if folder is None or not is_leader():
             config["logger"] = False
-        elif config["logger"] in (None, True):
-            config["logger"] = make_loggers(folder.path, self.command == "fit", self.steps_done)
+        elif config["logger"] is not False:
+            added = config["logger"] if isinstance(config["logger"], list | Logger) else []
+            added = added if isinstance(added, list) else [added]
+            config["logger"] = [*make_loggers(folder.path, fits, self.steps_done), *added]
+        if fits and folder is not None:
+            check_monitors(extra, self.model.label_names, config["limit_val_batches"] != 0)
+            place_checkpoints(extra, folder)
+            # After those of the config, one of which may search for the learning rate.
+            extra = [*extra, LambdaCallback(on_fit_start=lambda *_: self.at_start())]
         if config["logger"] and folder is not None:
-            session = self.hyperparameters() if self.command == "fit" else None
-            own.append(TensorBoardPages(self.collector, session, self.steps_done))
-            if self.command == "fit":
+            logs_settings = fits and config["enable_autolog_hparams"]
+            pages = TensorBoardPages(self.collector, self.hyperparameters if logs_settings else None, self.steps_done)
+            extra = [*extra, pages]
+            if fits and not any(isinstance(c, LearningRateMonitor) for c in extra):
                 own.append(LearningRateMonitor(logging_interval="step"))
         if checkpointing and folder is not None:
             own += checkpoint_callbacks(folder, self.config.keep_every_epoch)
             own.append(StateSaver(ResumePoints(folder.checkpoints), self.stop_request))
-        config["callbacks"] = own + extra + (trial_callbacks() if self.command == "fit" else [])
+        config["callbacks"] = own + extra + (trial_callbacks() if fits else [])
         if self.command == "predict":  # whose config is not instantiated
             config |= {"plugins": None, "profiler": None, "limit_predict_batches": None, "fast_dev_run": False}
         config["enable_checkpointing"] = checkpointing
-        config["use_distributed_sampler"] = False  # the batches are shared out by LengthBatchSampler
+        config["use_distributed_sampler"] = False  # also in runs whose config says otherwise
         config["strategy"] = strategy_for(config, [self.command, *self.words])
         plugins = config["plugins"] or []
         config["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
         if folder is not None:
             config["default_root_dir"] = str(folder.path)
-        trainer = Trainer(**config)
-        if self.command == "fit" and (size := self.config.data.batch_size) < trainer.world_size:
+        try:
+            trainer = Trainer(**config)
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        if fits and (used := str(trainer.precision)) != (asked := str(self.config.trainer.precision)):
+            raise UserError(
+                f"trainer.precision: this machine cannot compute in {asked}, and {used} would be used instead; give "
+                f"--trainer.precision {used}"
+            )
+        if fits and (size := self.config.data.batch_size) < trainer.world_size:
             raise UserError(
                 f"data.batch_size: {size} texts a step cannot be shared by {trainer.world_size} devices; raise it"
             )
@@ -226,7 +318,8 @@ class ConfiguredRun(LightningCLI):
         """Flat settings of model and data, and of the trainer what differs from Lightning's own defaults."""
         settings = self.settings()
         defaults = inspect.signature(Trainer.__init__).parameters
-        settings["trainer"] = {k: v for k, v in settings["trainer"].items() if v != defaults[k].default}
+        given = {k: v for k, v in settings["trainer"].items() if k != "logger"}  # which may hold a key to a service
+        settings["trainer"] = {k: v for k, v in given.items() if v not in (defaults[k].default, SPELLED_OUT.get(k))}
         return flat(settings)
 
 
@@ -261,37 +354,6 @@ def check_base(model: TextClassifier, data: TextDataModule, precision: str | Non
         check.check_precision(precision, AUTOCAST[precision])
 
 
-class BestCheckpoint(ModelCheckpoint):
-    """A class of its own, so that its state cannot be taken for that of a checkpoint callback in a config."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on comparing with the best so far, also where the run's folder has been moved."""
-        here = self.dirpath or ""
-        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-            if state_dict.get(key):
-                state_dict[key] = str(Path(here) / Path(state_dict[key]).name)
-        best = {str(Path(here) / Path(path).name): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, "dirpath": self.dirpath, "best_k_models": best})
-
-
-class EpochCheckpoint(BestCheckpoint):
-    """As ``BestCheckpoint``."""
-
-
-def checkpoint_callbacks(folder: RunFolder, keep_every_epoch: bool) -> list[Callback]:
-    """The best weights on validation, and those of each epoch; the last state is kept by ``StateSaver``."""
-    common: dict[str, Any] = {"dirpath": folder.checkpoints, "enable_version_counter": False}
-    callbacks: list[Callback] = [
-        BestCheckpoint(filename="best", monitor=MONITOR, mode="max", save_weights_only=True, save_top_k=1, **common),
-    ]
-    if keep_every_epoch:
-        # At the end of each epoch of training, whether or not a validation pass ran in it.
-        each_epoch: dict[str, Any] = {"monitor": None, "save_on_train_epoch_end": True, **common}
-        each_epoch |= {"filename": "epoch-{epoch}", "auto_insert_metric_name": False}
-        callbacks.append(EpochCheckpoint(save_top_k=-1, save_weights_only=True, **each_epoch))
-    return callbacks
-
-
 def with_base_config(command: str, words: list[str]) -> list[str]:
     """The words with the config in front that they change: the run's own, or for fit the embedded default."""
     if command == "fit":
@@ -317,17 +379,6 @@ def with_base_config(command: str, words: list[str]) -> list[str]:
     return ["--config", str(RunFolder.open(Path(run)).config), *words]
 
 
-def resumed_words(words: list[str], run: str) -> list[str]:
-    """The words that continue a run: its own config, and nothing that would make it another run.
-
-    Raises:
-        UserError: There is more.
-    """
-    if len(words) != 1 + (words[0] == "--resume"):
-        raise UserError("--resume goes on with a run as it was begun, and takes no other options; start a new run")
-    return ["--config", str(RunFolder.open(Path(run), "--resume").config), "--resume", run]
-
-
 def option_words(words: Sequence[str]) -> list[str]:
     """The words up to "--", behind which none is an option."""
     return list(words[: words.index("--")] if "--" in words else words)
@@ -338,17 +389,6 @@ def config_files(words: Sequence[str]) -> list[Path]:
     pairs = zip(words, [*words[1:], ""], strict=True)
     given = ("-c", "--config")
     return [Path(w.partition("=")[2] or after) for w, after in pairs if w in given or w.startswith("--config=")]
-
-
-def option_value(words: list[str], option: str) -> str | None:
-    """The last value of an option in the words, as ``--option value`` or ``--option=value``."""
-    value = None
-    for i, word in enumerate(words):
-        if word == option and i + 1 < len(words):
-            value = words[i + 1]
-        elif word.startswith(f"{option}="):
-            value = word.partition("=")[2]
-    return value
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -108,7 +108,8 @@ def _lead(cli: ConfiguredRun, command: str, split: str) -> None:
     print()
     print_tables(f"{split}: {len(predictions):,} rows", *tables)
     print(f"\nrun folder:    {folder.path} (this table: {name}.md, every row: predictions/{files})")
-    print(f"curves:        tensorboard --logdir {folder.path.parent}")
+    if (folder.path / "tensorboard").is_dir():
+        print(f"curves:        tensorboard --logdir {folder.path.parent}")
     print(f"your own text: python main.py predict --run {folder.path} '{EXAMPLE_TEXT}'")
 
 

@@ -1,9 +1,11 @@
-"""``main.py fit``: train or go on with training, keep the best and the last checkpoint, write the record."""
+"""``main.py fit``: train or resume training, keep the best and the last checkpoint, write the record."""
 
+import copy
 import gc
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,26 +13,30 @@ from typing import Any
 import torch
 import yaml
 from lightning import Trainer
+from lightning.fabric.utilities.spike import TrainingSpikeException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lora.artifacts.checkpoints import ResumePoints, read_checkpoint
 from lightning_lora.artifacts.runs import RunFolder, new_record, now
-from lightning_lora.commands.configured import MONITOR, ConfiguredRun, row_columns
+from lightning_lora.commands.configured import ConfiguredRun, row_columns
+from lightning_lora.commands.resuming import check_extension, extension, find_state, warn_of_epoch, warn_of_schedule
 from lightning_lora.data.labels import few
 from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
-from lightning_lora.files import locked_folder, remove_partial
+from lightning_lora.files import locked_folder, remove_partial, write_text
 from lightning_lora.interrupts import Interrupted, requeue, requeued
 from lightning_lora.models.methods import find_method
 from lightning_lora.processes import started_to_follow
 from lightning_lora.reports.tables import duration
 from lightning_lora.training.guard import NotFiniteError
+from lightning_lora.training.loggers import run_ids
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.parallel import PATIENCE_S, device_count, end_followers, follow_the_leader
-from lightning_lora.training.saving import StateSaver
+from lightning_lora.training.saving import MONITOR, StateSaver, describe_best
 
 
 def run(words: list[str]) -> int:
-    """Trains one run, or goes on with one; whatever happens after the folder is made, a record is left in it."""
+    """Trains one run, or resumes one; once its first step has begun, a record is left whatever happens."""
     cli = ConfiguredRun("fit", words)
     if cli.config.resume is None and cli.config.name and requeued():
         place = Path(cli.config.logs_dir) / cli.config.name
@@ -44,47 +50,66 @@ def run(words: list[str]) -> int:
     settings = cli.settings()
     config = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     folder = RunFolder.create(Path(cli.config.logs_dir), cli.config.name, automatic_name(cli), config)
-    with locked(folder):
-        record = new_record(["python", "main.py", "fit", *words], cli.config.seed_everything)
-        record |= {"name": folder.path.name, "base_model": cli.config.model.base_model}
-        record |= {"method": cli.config.model.method, "config": settings}
-        print(f"run: {folder.path}")
-        train(cli, folder, record, None)
+    try:
+        with locked(folder):
+            record = new_record(["python", "main.py", "fit", *words], cli.config.seed_everything)
+            record |= {"name": folder.path.name, "base_model": cli.config.model.base_model}
+            record |= {"method": cli.config.model.method, "config": settings}
+            print(f"run: {folder.path}")
+            train(cli, folder, record, None)
+    except Exception:
+        if not (has_begun(cli) or any(folder.checkpoints.glob("*.ckpt"))):
+            shutil.rmtree(folder.path, ignore_errors=True)  # its name is free again
+        raise
     return 0
 
 
+def has_begun(cli: ConfiguredRun) -> bool:
+    """Whether a first step has begun."""
+    model = getattr(cli, "model", None)
+    return model is not None and model.began
+
+
 def resume(cli: ConfiguredRun, words: list[str]) -> int:
-    """Goes on with an interrupted run from its last state that is whole; without one, from the start."""
+    """Continues a run from its last state that is whole, perhaps for longer than planned; without one, restarts it."""
     folder = RunFolder(Path(cli.config.resume))
     with locked(folder):
         record = folder.read() if folder.record.is_file() else {}
-        if record.get("status") == "finished":
-            print(f"{folder.path} has finished already; nothing to do")
+        settings = cli.settings()
+        changed = extension(yaml.safe_load(folder.config.read_text(encoding="utf-8"))["trainer"], settings["trainer"])
+        finished = record.get("status") == "finished"
+        if finished and not changed:
+            print(f"{folder.path} has finished already; to train longer, give --trainer.max_epochs N too")
             return 0
         for place in (folder.path, folder.checkpoints, folder.path / "predictions"):
             remove_partial(place, any_host=True)  # the run is held by this process alone
-        settings = cli.settings()
         begun = new_record(["python", "main.py", "fit", *words], cli.config.seed_everything)
         if not record:  # killed before it was written
             record = begun | {"name": folder.path.name, "base_model": cli.config.model.base_model}
             record |= {"method": cli.config.model.method, "config": settings}
         for key in ("versions", "code"):
             if record[key] != begun[key]:
-                print(f"careful: {key} were {record[key]}, now {begun[key]}: the rest may differ", file=sys.stderr)
-        try:
-            point, damage = ResumePoints(folder.checkpoints).find()
-        except UserError as error:
-            folder.write({**record, "status": "failed", "error": str(error)})
-            raise
-        if damage:
-            print(f"careful: {damage}", file=sys.stderr)
-        if point is not None:
-            state = read_checkpoint(point)
-            cli.steps_done = int(state["global_step"])
+                print(f"warning: {key} were {record[key]}, now {begun[key]}: the rest may differ", file=sys.stderr)
+        point = find_state(folder, record)
+        state = read_checkpoint(point) if point is not None else {"global_step": 0, "epoch": 0}
+        if changed:
+            check_extension(record["method"], settings["trainer"], state, folder)
+            warn_of_epoch(state)
+        cli.steps_done = int(state["global_step"])
+        cli.logger_ids = record.get("loggers", {})
         where = f"{cli.steps_done} steps" if point else "the start: no state was saved"
-        print(f"run: {folder.path}, going on from {where}")
-        record.setdefault("resumed", []).append({"at": begun["started"], "steps": cli.steps_done})
-        train(cli, folder, record, point)
+        print(f"run: {folder.path}, continued from {where}")
+        before = copy.deepcopy(record)
+        resumed = {"at": begun["started"], "steps": cli.steps_done} | ({"changed": changed} if changed else {})
+        record.setdefault("resumed", []).append(resumed)
+        try:
+            train(cli, folder, record, point)
+        except Exception:
+            if finished and not has_begun(cli):
+                folder.write(before)  # what had finished stays so
+            raise
+        if finished and (stale := ", ".join(record.get("evaluations", {}))):
+            print(f"warning: {stale} in run.json are of the weights before; evaluate again", file=sys.stderr)
     return 0
 
 
@@ -93,9 +118,11 @@ def follow(cli: ConfiguredRun) -> None:
     follow_the_leader()
     folder, point = RunFolder(Path(cli.config.resume or cli.config.logs_dir)), None
     if cli.config.resume is not None:
-        if folder.record.is_file() and folder.read().get("status") == "finished":
+        changed = extension(yaml.safe_load(folder.config.read_text(encoding="utf-8"))["trainer"], cli.config.trainer)
+        if folder.record.is_file() and folder.read().get("status") == "finished" and not changed:
             return  # as the leader does
         point, _ = ResumePoints(folder.checkpoints).find()
+        cli.steps_done = int(read_checkpoint(point)["global_step"]) if point is not None else 0
     try:
         with cli.stop_request.listening():
             cli.build(folder)
@@ -149,6 +176,7 @@ def train(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any], point: 
         record["speed"] = speed_choices(model, cli.trainer)
         describe_run(record, cli.trainer)
         folder.write(record)
+        cli.at_start = lambda: record_start(cli, folder, record)
         rows = cli.datamodule.rows("val")
         named = row_columns(rows)
         file = folder.path / "predictions" / "val.parquet"
@@ -161,8 +189,9 @@ def train(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any], point: 
             cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)
         record["costs"] |= {"fit_s": time.perf_counter() - started, **cli.costs.costs(), **peak_memory_mb()}
         record["steps"] = cli.trainer.global_step
-        if scores := best_score(cli.trainer):
-            record["best"] = scores
+        record["epochs"] = cli.trainer.current_epoch
+        if best := describe_best(folder):
+            record["best"] = best
         saved = [callback.metrics for callback in cli.trainer.checkpoint_callbacks if isinstance(callback, StateSaver)]
         metrics: dict[str, Any] = {**(saved[0] if saved else {}), **cli.trainer.callback_metrics}
         record["metrics"] = {name: float(value) for name, value in metrics.items()}
@@ -191,6 +220,15 @@ def fit(cli: ConfiguredRun, folder: RunFolder, point: Path | None) -> None:
             f"{error}: look at its rows ({origins}: {numbers}), lower model.learning_rate or raise "
             f"model.warmup_ratio; the weights before it are in {path}"
         ) from error
+    except TrainingSpikeException as error:
+        raise UserError(
+            f"SpikeDetection: {' '.join(str(error).split())}; look at the rows of that batch, or lower "
+            "model.learning_rate"
+        ) from error
+    except (MisconfigurationException, ValueError) as error:  # of the trainer's settings, before the first step
+        if cli.model.began:
+            raise
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -227,13 +265,19 @@ def refuse_changed_data(before: dict[str, Any] | None, now: dict[str, Any], fold
             )
 
 
-def best_score(trainer: Trainer) -> dict[str, Any]:
-    """The metric that chose the best checkpoint and its value."""
-    for callback in trainer.checkpoint_callbacks:
-        score = getattr(callback, "best_model_score", None)
-        if getattr(callback, "monitor", None) == MONITOR and score is not None:
-            return {"monitor": MONITOR, "value": float(score)}
-    return {}
+def record_start(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any]) -> None:
+    """Records what is known only right before training: a learning rate that was searched for, the loggers' runs."""
+    found = cli.model.learning_rate
+    if found != record["model"]["learning_rate"]:
+        print(f"learning rate found by LearningRateFinder: {found:g}", flush=True)
+        record["model"]["learning_rate"] = cli.config.model.learning_rate = found
+    warn_of_schedule(cli.model)
+    settings, ids = cli.settings(), run_ids(cli.trainer.loggers)
+    if settings == record["config"] and ids == record.get("loggers", {}):
+        return
+    write_text(folder.config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    record |= {"config": settings, "loggers": ids}
+    folder.write(record)
 
 
 @contextmanager
@@ -264,12 +308,12 @@ def recorded(folder: RunFolder, record: dict[str, Any]) -> Iterator[None]:
 
 
 def tell_interrupted(folder: RunFolder, record: dict[str, Any], error: Interrupted) -> None:
-    """Says how to go on, and where the scheduler warned, has the job begun again."""
+    """Says how to resume, and where the scheduler warned, has the job queued again."""
     record["interrupted_by"] = str(error)
     if str(error) == "SIGUSR1":
         record["requeue"] = requeue()
         print(record["requeue"], file=sys.stderr)
-    print(f"{error}: go on with: python main.py fit --resume {folder.path}", file=sys.stderr)
+    print(f"{error}: resume with: python main.py fit --resume {folder.path}", file=sys.stderr)
 
 
 def speed_choices(model: TextClassifier, trainer: Trainer) -> dict[str, Any]:
@@ -322,10 +366,13 @@ def labelled(name: str, values: list[str]) -> str:
 
 def finish(folder: RunFolder, record: dict[str, Any]) -> None:
     """Prints what came out and what to type next."""
-    metrics = record["metrics"]
-    took = record["costs"]["train_s"]
-    print(f"\n{f'trained in {duration(took)}' if took else 'nothing to train'}: ", end="")
-    print(", ".join(f"{name} {metrics[name]:.4f}" for name in ("val/accuracy", MONITOR, "val/loss") if name in metrics))
+    took, best, last = record["costs"]["train_s"], record.get("best"), record["metrics"]
+    done = f"trained in {duration(took)}: {record['epochs']} epochs, {record['steps']} steps"
+    print(f"\n{done if took else 'nothing to train'}")
+    if best and took:
+        print(f"kept: epoch {best['epoch']}, step {best['step']} (best {MONITOR}): {shown(best['metrics'])}")
+    if not (best and took and best["metrics"].items() <= last.items()) and (said := shown(last)):
+        print(f"{'last validation' if took else 'validation'}: {said}")
     print(f"run folder: {folder.path}")
     if (folder.checkpoints / "best.ckpt").is_file():
         print(f"next: python main.py test --run {folder.path}")
@@ -334,3 +381,8 @@ def finish(folder: RunFolder, record: dict[str, Any]) -> None:
         print(f"next: python main.py test --run {folder.path} --checkpoint last")
     else:
         print("no checkpoint was kept (trainer.enable_checkpointing or fast_dev_run); the weights are gone")
+
+
+def shown(metrics: Mapping[str, float]) -> str:
+    """The validation metrics that people look at first."""
+    return ", ".join(f"{name} {metrics[name]:.4f}" for name in ("val/accuracy", MONITOR, "val/loss") if name in metrics)

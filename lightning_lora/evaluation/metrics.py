@@ -141,6 +141,13 @@ def metric_values(computed: dict[str, Tensor], label_names: Sequence[str]) -> di
     return values
 
 
+def metric_names(label_names: Sequence[str]) -> list[str]:
+    """The names of what is logged of a validation pass: the loss and every metric."""
+    counter = StageCounter(len(label_names), training=False)
+    counter.count(torch.zeros(1, len(label_names)), torch.zeros(1, dtype=torch.long), torch.zeros(()))
+    return list(counter.take_values(label_names))
+
+
 def label_tags(label_names: Sequence[str]) -> list[str]:
     """Label names as parts of a metric's name: other signs become "_", and no two are the same."""
     tags: list[str] = []

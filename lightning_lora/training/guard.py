@@ -1,9 +1,14 @@
 """What is looked at before an optimizer step: one that would spoil the weights is not done."""
 
+from typing import Any
+
 import torch
+from lightning import Trainer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_lora import processes
+from lightning_lora.data.batching import ResumableLoader
 from lightning_lora.errors import UserError
 
 
@@ -72,3 +77,39 @@ class StepGuard:
 def stepped(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """The parameters that an optimizer changes."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def check_whole_steps(trainer: Trainer) -> None:
+    """Refuses a limit on training batches that cuts the last step of an epoch, whose parts would count too little.
+
+    Raises:
+        UserError: It does.
+    """
+    batches, parts, loader = trainer.num_training_batches, trainer.accumulate_grad_batches, trainer.train_dataloader
+    if batches % parts and loader is not None and batches < len(loader):
+        raise UserError(
+            f"trainer.limit_train_batches: {batches} batches are no whole number of steps of {parts} "
+            "(trainer.accumulate_grad_batches); give a multiple"
+        )
+
+
+def compute_largest_batch(module: Any) -> None:
+    """Computes the gradients of the epoch's largest batch once and forgets them.
+
+    If it does not fit, that is known before anything is learnt; and memory is laid out by it: where batches grow one
+    after the other, freed pieces are too small for the next (a fifth more, without a GPU).
+    """
+    trainer: Any = module.trainer
+    loader = trainer.train_dataloader
+    if not isinstance(loader, ResumableLoader):
+        return
+    data: Any = loader.dataset
+    loader.batch_sampler.set_epoch(trainer.current_epoch)  # as Lightning does, but later
+    trained = [p for p in module.parameters() if p.requires_grad]
+    largest = loader.batch_sampler.largest()
+    # One row first: what is made once and stays must not lie between what comes and goes.
+    for rows in (largest[:1], largest):
+        batch = trainer.strategy.batch_to_device(data.__getitems__(rows))
+        with trainer.precision_plugin.forward_context():
+            loss = F.cross_entropy(module.document_logits(batch), batch["labels"])
+        torch.autograd.grad(loss, trained, allow_unused=True)

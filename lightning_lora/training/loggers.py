@@ -2,13 +2,16 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_lora.files import write_text
+
+#: Loggers of services whose runs have an id, and the argument that continues one.
+RUN_ARGUMENTS = {"CometLogger": "experiment_key", "MLFlowLogger": "run_id", "WandbLogger": "id"}
 
 
 def make_loggers(folder: Path, training: bool, steps: int) -> list[Logger]:
@@ -27,7 +30,7 @@ def make_loggers(folder: Path, training: bool, steps: int) -> list[Logger]:
         place["purge_step"] = steps
     board = TensorBoardLogger(**place)
     kept = _rows_before(folder / "metrics.csv", steps) if steps else None
-    numbers = CSVLogger(folder, name="", version="")
+    numbers = MetricsFile(folder, name="", version="")
     if kept is not None:
         experiment = numbers.experiment  # Lightning's writer begins by removing the file
         experiment.metrics_keys = list(kept[0])
@@ -35,6 +38,18 @@ def make_loggers(folder: Path, training: bool, steps: int) -> list[Logger]:
         csv.writer(text, lineterminator="\r\n").writerows(kept)
         write_text(folder / "metrics.csv", text.getvalue())
     return [board, numbers]
+
+
+def run_ids(loggers: Iterable[Logger]) -> dict[str, str]:
+    """The ids of the runs that loggers of ``RUN_ARGUMENTS`` have begun, by class."""
+    return {type(each).__name__: str(each.version) for each in loggers if type(each).__name__ in RUN_ARGUMENTS}
+
+
+class MetricsFile(CSVLogger):
+    """``metrics.csv`` of a run, whose settings are in ``config.yaml``."""
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Writes nothing."""
 
 
 class EvaluationBoard(TensorBoardLogger):

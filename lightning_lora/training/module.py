@@ -1,6 +1,6 @@
 """The LightningModule: a base model, a method, one shared step."""
 
-import math
+import contextlib
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from lightning_lora import processes
 from lightning_lora.artifacts.checkpoints import CheckpointIdentity
-from lightning_lora.data.batching import ResumableLoader
-from lightning_lora.errors import UserError
+from lightning_lora.errors import check_range
 from lightning_lora.evaluation.documents import pooled
 from lightning_lora.evaluation.metrics import StageCounter
 from lightning_lora.models.base import enable_gradient_checkpointing, load_base
@@ -29,9 +28,16 @@ from lightning_lora.models.speedups import (
     lower_frozen,
 )
 from lightning_lora.seeding import stream_seed
-from lightning_lora.training.guard import StepGuard, stepped
+from lightning_lora.training.guard import NotFiniteError, StepGuard, check_whole_steps, compute_largest_batch, stepped
 from lightning_lora.training.loss import ClassWeights, make_class_weights, training_loss
-from lightning_lora.training.optim import Schedule, make_optimizer, make_schedule
+from lightning_lora.training.optim import (
+    Schedule,
+    count_steps,
+    make_optimizer,
+    make_schedule,
+    set_rates,
+    take_found_rate,
+)
 
 STAGES = ("train", "val", "test")
 #: In what a precision of Lightning's multiplies while weights are of another format.
@@ -154,6 +160,13 @@ class TextClassifier(LightningModule):
         self.register_buffer("loss_weights", None, persistent=False)
         self._counted: dict[str, Any] = {}
         self.step_guard = StepGuard()
+        #: Whether training itself has begun, and with it its first step; a search for a learning rate comes before.
+        self.trains = self.began = False
+        #: The peak of the schedule, which a search may replace.
+        self.scheduled_rate = self.learning_rate
+        #: Optimizer steps that the schedule is laid out over: in the state that training continues from, and now.
+        self.planned_before: int | None = None
+        self.planned_steps: int | None = None
 
     def train(self, mode: bool = True) -> "TextClassifier":
         """Sets training or evaluation mode, and with it the attention that is faster in that mode."""
@@ -210,6 +223,7 @@ class TextClassifier(LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Starts dropout's random stream of this batch: a run that goes on draws what it would have drawn."""
+        self.began = self.trains
         rank = f"/{self.trainer.global_rank}" if self.trainer.global_rank else ""
         seed = stream_seed(self.seed, f"dropout/{self.trainer.fit_loop.total_batch_idx}{rank}")
         if self.device.type == "cpu":
@@ -233,8 +247,10 @@ class TextClassifier(LightningModule):
         Raises:
             NotFiniteError: The loss or the gradient of the step is not finite.
         """
-        # A scaler of the loss meets infinite gradients, and leaves them out.
-        self.step_guard.check(optimizer, self.trainer.global_step + 1, gradients=not self.scales_loss)
+        # A search for a learning rate goes up to rates at which the weights are lost; they are restored after it.
+        with contextlib.nullcontext() if self.trains else contextlib.suppress(NotFiniteError):
+            # A scaler of the loss meets infinite gradients, and leaves them out.
+            self.step_guard.check(optimizer, self.trainer.global_step + 1, gradients=not self.scales_loss)
 
     @property
     def scales_loss(self) -> bool:
@@ -316,47 +332,34 @@ class TextClassifier(LightningModule):
             self.loss_weights = make_class_weights(self.class_weights, found).to(self.device)
 
     def on_fit_start(self) -> None:
-        """Puts the model into training mode, and the counters to nought."""
+        """Sets training mode, resets the metrics, and takes the learning rate that a callback may have found."""
+        take_found_rate(self)
+        self.trains = True
         for stage in STAGES:  # a validation before may have left counters that can only be read
             self._counter(stage).reset()
         self.train()
 
     def on_train_start(self) -> None:
-        """Meets the largest batch, and goes on counting where an interrupted epoch was."""
-        self._meet_largest_batch()
+        """Computes the largest batch once, and restores what the metrics of an interrupted epoch have counted."""
+        check_whole_steps(self.trainer)
+        if self.planned_before not in (None, self.planned_steps):  # the rate in the state is of the plan before
+            for config in self.trainer.lr_scheduler_configs:
+                set_rates(config.scheduler)
+        compute_largest_batch(self)
         if self._counted and self.trainer.is_global_zero:  # it holds what all processes had counted
             self._counter("train").go_on(self._counted)
         self._counted = {}
-
-    def _meet_largest_batch(self) -> None:
-        """Computes the gradients of the epoch's largest batch once and forgets them.
-
-        If it does not fit, that is known before anything is learnt; and memory is laid out by it: where batches grow
-        one after the other, freed pieces are too small for the next (a fifth more, without a GPU).
-        """
-        loader = self.trainer.train_dataloader
-        if not isinstance(loader, ResumableLoader):
-            return
-        data: Any = loader.dataset
-        loader.batch_sampler.set_epoch(self.trainer.current_epoch)  # as Lightning does, but later
-        trained = [p for p in self.parameters() if p.requires_grad]
-        largest = loader.batch_sampler.largest()
-        # One row first: what is made once and stays must not lie between what comes and goes.
-        for rows in (largest[:1], largest):
-            batch = self.trainer.strategy.batch_to_device(data.__getitems__(rows))
-            with self.trainer.precision_plugin.forward_context():
-                loss = F.cross_entropy(self.document_logits(batch), batch["labels"])
-            torch.autograd.grad(loss, trained, allow_unused=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and its schedule, which moves on each optimizer step."""
         optimizer = make_optimizer(
             self.model, self.learning_rate, self.weight_decay, self.tuned.lr_factors, not self.scales_loss
         )
-        total_steps = int(self.trainer.estimated_stepping_batches)
+        self.scheduled_rate = self.learning_rate
+        self.planned_steps = count_steps(self.trainer, self.schedule, self.warmup_ratio, self.tuned.steps is not None)
         if self.tuned.steps is not None:
-            self.tuned.steps.plan(total_steps)
-        scheduler = make_schedule(optimizer, self.schedule, self.warmup_ratio, total_steps)
+            self.tuned.steps.plan(self.planned_steps)
+        scheduler = make_schedule(optimizer, self.schedule, self.warmup_ratio, self.planned_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -366,14 +369,19 @@ class TextClassifier(LightningModule):
         self.identity.write_to(checkpoint)
         if "optimizer_states" in checkpoint:  # a state to go on from, and not weights alone
             checkpoint["counted"] = self._counter("train").counted()
+            checkpoint["planned_steps"] = self.planned_steps
             if self.tuned.steps is not None:
                 checkpoint["method_state"] = self.tuned.steps.state_dict()
+        elif self._trainer is not None:
+            metrics = self.trainer.callback_metrics
+            checkpoint["metrics"] = {name: float(v) for name, v in metrics.items() if name.startswith("val/")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another base model, other labels, another method or other weights."""
         self.identity.check(checkpoint)
         self.identity.check_keys(checkpoint["state_dict"], self.checkpoint_keys(), self.state_dict())
         self._counted = checkpoint.get("counted", {})
+        self.planned_before = checkpoint.get("planned_steps")
         if self.tuned.steps is not None and "method_state" in checkpoint:
             self.tuned.steps.load_state_dict(checkpoint["method_state"])
 
@@ -387,10 +395,3 @@ class TextClassifier(LightningModule):
         if not kept & {name for name, _ in self.named_parameters()}:  # nothing is trained, but the head is new
             kept |= {f"model.{m}.{n}" for m in self.head_modules for n in self.model.get_submodule(m).state_dict()}
         return kept & set(self.state_dict())
-
-
-def check_range(key: str, value: float, low: float, high: float | None) -> None:
-    """Refuses a number under ``low``, or not under ``high``."""
-    if not (math.isfinite(value) and value >= low) or (high is not None and value >= high):
-        limits = f"from {low}" + (f" up to {high}" if high is not None else "")
-        raise UserError(f"{key}: a number {limits} is needed, got {value}")

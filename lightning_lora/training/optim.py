@@ -4,8 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
 from torch.optim import AdamW
+
+from lightning_lora.errors import UserError
 
 Schedule = Literal["linear", "cosine", "constant"]
 _TRANSFORMERS_NAMES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -48,5 +52,67 @@ def make_schedule(optimizer: AdamW, schedule: Schedule, warmup_ratio: float, tot
     """A schedule counted in optimizer steps: warm-up over the first share of them, then as named."""
     from transformers import get_scheduler
 
-    warmup_steps = round(warmup_ratio * total_steps)
-    return get_scheduler(_TRANSFORMERS_NAMES[schedule], optimizer, warmup_steps, total_steps)
+    warm_up = warmup_steps(warmup_ratio, total_steps)
+    return get_scheduler(_TRANSFORMERS_NAMES[schedule], optimizer, warm_up, total_steps)
+
+
+def warmup_steps(warmup_ratio: float, total_steps: int) -> int:
+    """Steps over which the learning rate rises."""
+    return round(warmup_ratio * total_steps)
+
+
+def same_schedule(schedule: Schedule, warmup_ratio: float, total: int, other: int) -> bool:
+    """Whether a schedule gives the same rates where it is laid out over another number of steps."""
+    return schedule == "constant" and warmup_steps(warmup_ratio, total) == warmup_steps(warmup_ratio, other)
+
+
+def set_rates(scheduler: Any) -> None:
+    """Sets each rate to what the schedule says for the step that it is at, where a state held that of another."""
+    groups = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    for group, peak, factor in groups:
+        group["lr"] = peak * factor(scheduler.last_epoch)
+
+
+def count_steps(trainer: Trainer, schedule: Schedule, warmup_ratio: float, moves_ranks: bool) -> int:
+    """Optimizer steps of the whole run; 0 where there is no limit and nothing depends on it.
+
+    Args:
+        trainer: The trainer.
+        schedule: How the learning rate falls.
+        warmup_ratio: Share of the steps over which it rises.
+        moves_ranks: Whether the method needs the number too.
+
+    Raises:
+        UserError: There is no limit, and something depends on it.
+    """
+    total = trainer.estimated_stepping_batches
+    if not math.isinf(total):
+        return int(total)
+    if moves_ranks or schedule != "constant" or warmup_ratio:
+        without = "" if moves_ranks else ", or --model.schedule constant --model.warmup_ratio 0"
+        raise UserError(
+            "trainer.max_epochs: -1 gives no number of steps to lay the schedule out over; give trainer.max_steps or "
+            f"a high trainer.max_epochs{without}"
+        )
+    return 0
+
+
+def take_found_rate(module: LightningModule) -> None:
+    """Makes the learning rate that a ``LearningRateFinder`` has found the peak of the schedule.
+
+    By itself it sets the rate of the next step only, and the same for all groups of weights (Lightning 2.6.6).
+
+    Raises:
+        UserError: It tried too few rates to find one.
+    """
+    trainer, planned = module.trainer, module.planned_steps
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LearningRateFinder) and (search := callback.optimal_lr) is not None:
+            tried, asked = len(search.results["lr"]), search.num_training
+            if search.suggestion() is None or planned == tried < asked:
+                raise UserError(
+                    f"trainer.callbacks: LearningRateFinder: {tried} of {asked} rates (num_training_steps) were tried, "
+                    f"as the run has {planned} steps; give a num_training_steps from 20 to {planned}, or train longer"
+                )
+    if module.learning_rate != module.scheduled_rate:
+        trainer.strategy.setup_optimizers(trainer)

@@ -4,6 +4,14 @@ import torch
 
 from lightning_lora.devices import has_bf16
 
+#: Lightning's older names.
+_OLD_NAMES = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+
+
+def full_name(precision: str | int) -> str:
+    """The name of a precision without abbreviation: "16-mixed" for 16."""
+    return _OLD_NAMES.get(str(precision), str(precision))
+
 
 def auto_precision(accelerator: str) -> str:
     """``bf16-mixed`` where the device multiplies bfloat16 matrices natively, else ``32-true``.

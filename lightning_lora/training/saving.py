@@ -1,17 +1,23 @@
-"""Saves the state of training: so often that little is lost, so seldom that it costs little."""
+"""Saves the state of training (so often that little is lost, so seldom that it costs little) and the best weights."""
 
 import time
+from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_lora import processes
-from lightning_lora.artifacts.checkpoints import ResumePoints
+from lightning_lora.artifacts.checkpoints import ResumePoints, read_checkpoint
+from lightning_lora.artifacts.runs import RunFolder
+from lightning_lora.errors import UserError
 from lightning_lora.interrupts import StopRequest
 
+#: The best checkpoint is chosen by this metric, on validation rows.
+MONITOR = "val/f1_macro"
 #: Saving may take this share of the time of training.
 SHARE = 0.01
 
@@ -40,7 +46,7 @@ class StateSaver(Checkpoint):
         self._took = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes on with the batches that are left of the epoch; from here on signals wait for the end of a step."""
+        """Resumes with the batches that are left of the epoch; from here on signals wait for the end of a step."""
         self._first = True
         loader: Any = trainer.train_dataloader
         if self._loader:
@@ -48,6 +54,9 @@ class StateSaver(Checkpoint):
             # is then there before the state is read).
             loader.load_state_dict(self._loader)
             self._loader = {}
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        if epochs.ready == epochs.processed:  # with max_steps Lightning (2.6.6) resumes within an epoch that has ended
+            trainer.fit_loop.epoch_loop.restarting = False
         loader.before_batch = partial(self._between_batches, trainer)
         self.request.install()
         self.request.deferred = True
@@ -128,3 +137,62 @@ def validates_within(trainer: Trainer, taken: int) -> bool:
     # Without check_val_every_n_epoch the interval counts through all epochs.
     before = 0 if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.total_batch_idx + 1 - taken
     return (before + following) // every > (before + taken) // every
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """A class of its own, so that its state cannot be taken for that of a checkpoint callback in a config."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps comparing with the best so far, also where the run's folder has been moved."""
+        here = self.dirpath or ""
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            if state_dict.get(key):
+                state_dict[key] = str(Path(here) / Path(state_dict[key]).name)
+        best = {str(Path(here) / Path(path).name): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath, "best_k_models": best})
+
+
+class EpochCheckpoint(BestCheckpoint):
+    """As ``BestCheckpoint``."""
+
+
+def checkpoint_callbacks(folder: RunFolder, keep_every_epoch: bool) -> list[Callback]:
+    """The best weights on validation, and those of each epoch; the last state is kept by ``StateSaver``."""
+    common: dict[str, Any] = {"dirpath": folder.checkpoints, "enable_version_counter": False}
+    callbacks: list[Callback] = [
+        BestCheckpoint(filename="best", monitor=MONITOR, mode="max", save_weights_only=True, save_top_k=1, **common),
+    ]
+    if keep_every_epoch:
+        # At the end of each epoch of training, whether or not a validation pass ran in it.
+        each_epoch: dict[str, Any] = {"monitor": None, "save_on_train_epoch_end": True, **common}
+        each_epoch |= {"filename": "epoch-{epoch}", "auto_insert_metric_name": False}
+        callbacks.append(EpochCheckpoint(save_top_k=-1, save_weights_only=True, **each_epoch))
+    return callbacks
+
+
+def place_checkpoints(callbacks: Iterable[Callback], folder: RunFolder) -> None:
+    """Gives checkpoint callbacks of a config a folder of their own in the run.
+
+    Raises:
+        UserError: One of them names that of the run's own checkpoints.
+    """
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback.dirpath = callback.dirpath or str(folder.path / "model_checkpoints")
+            if Path(callback.dirpath).resolve() == folder.checkpoints.resolve():
+                raise UserError(
+                    f"trainer.callbacks: ModelCheckpoint: {callback.dirpath} holds the run's own; leave "
+                    "dirpath out, or name another folder"
+                )
+
+
+def describe_best(folder: RunFolder) -> dict[str, Any] | None:
+    """Where in training the best checkpoint is from, by which metric, and its validation metrics; None without one."""
+    path = folder.checkpoints / "best.ckpt"
+    if not path.is_file():
+        return None
+    checkpoint = read_checkpoint(path)
+    metrics = checkpoint.get("metrics", {})
+    epoch = int(checkpoint["epoch"]) + 1 if checkpoint["global_step"] else 0
+    found = {"monitor": MONITOR, "value": metrics.get(MONITOR), "epoch": epoch, "step": int(checkpoint["global_step"])}
+    return {**found, "metrics": metrics}

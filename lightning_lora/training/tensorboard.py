@@ -1,6 +1,6 @@
 """What TensorBoard shows beside the curves: confusion matrix, precision-recall, wrong texts, hyperparameters."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,28 +21,42 @@ class TensorBoardPages(Callback):
 
     Args:
         collector: Where the logits of the pass are.
-        hyperparameters: Flat settings of the run for the HPARAMS page; None where the run is there already.
+        hyperparameters: Gives the flat settings of the run, for the HPARAMS page and for other loggers; None where
+            they are not logged.
         steps: Steps that the weights have been trained for before.
     """
 
     def __init__(
-        self, collector: PredictionCollector, hyperparameters: Mapping[str, Any] | None, steps: int = 0
+        self, collector: PredictionCollector, hyperparameters: Callable[[], Mapping[str, Any]] | None, steps: int = 0
     ) -> None:
         self.collector = collector
         self.hyperparameters = hyperparameters
         self.steps = steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Logs the hyperparameters of a method that trains nothing."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._begin_session(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the hyperparameters, as they are once a learning rate has been searched for."""
+        self._begin_session(trainer)
+
+    def _begin_session(self, trainer: Trainer) -> None:
         """Begins the run's session on the HPARAMS page.
 
         Without TensorBoard's list of an experiment's metrics, which holds for all sessions and is that of the first: it
         then looks at all of them itself, and so finds which settings differ and what was measured later.
         """
-        if self.hyperparameters is None:
+        if self.hyperparameters is None or not trainer.is_global_zero:
             return
-        for logger in self._loggers(trainer):
-            logger.log_hyperparams(dict(self.hyperparameters))  # hparams.yaml
-            _add(logger, _session_summaries(self.hyperparameters)[0])
+        settings = dict(self.hyperparameters())
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(settings)  # hparams.yaml
+                _add(logger, _session_summaries(settings)[0])
+            elif not self.steps:  # a service keeps those of a run that is resumed
+                logger.log_hyperparams(settings)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the pages of the validation split."""

@@ -306,14 +306,33 @@ def test_checkpoints_are_written_by_the_atomic_writer_and_gradients_are_clipped(
     assert run.trainer.gradient_clip_val == 1.0
 
 
-def test_a_failed_run_leaves_a_record(tiny_base: Path, tmp_path: Path, capsys) -> None:
+def test_a_run_without_a_first_step_is_one_line(tiny_base: Path, tmp_path: Path, capsys) -> None:
     path = write_csv(tmp_path / "one.csv", [(text, "same") for text, _ in make_rows(20)])
     words = ["--model.base_model", str(tiny_base), "--data.source", str(path), "--name", "bad", "--data.val_size", "2"]
     assert main(["fit", *words]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "every row of the train split has the label 'same'" in captured.err
-    record = RunFolder.open(Path("logs/bad")).read()
-    assert record["status"] == "failed" and "the label 'same'" in record["error"]
+
+
+def test_fit_says_which_epoch_is_kept_and_its_values_are_those_of_validate(fitted: RunFolder, capsys) -> None:
+    """The last epoch is worse: its learning rate is too high once the rows are learnt."""
+    words = ["--trainer.max_epochs", "4", "--model.schedule", "constant", "--model.learning_rate", "0.05"]
+    status, folder = refit(fitted, *words)
+    assert status == 0
+    said = capsys.readouterr().out
+    best, last = folder.read()["best"], folder.read()["metrics"]
+    with (folder.path / "metrics.csv").open(newline="") as file:
+        passes = [row for row in csv.DictReader(file) if row["val/loss"]]
+    scores = [float(row["val/f1_macro"]) for row in passes]
+    assert best["epoch"] == scores.index(max(scores)) + 1 < 4  # the case is what it is meant to be
+    assert best["step"] == int(passes[best["epoch"] - 1]["step"]) + 1
+    assert best["metrics"]["val/loss"] != last["val/loss"]
+    assert main(["validate", "--run", str(folder.path)]) == 0
+    after = folder.read()["evaluations"]["val"]["after"]
+    assert best["metrics"] == pytest.approx({f"val/{name}": value for name, value in after.items()}, abs=1e-6)
+    values = ", ".join(f"val/{name} {after[name]:.4f}" for name in ("accuracy", "f1_macro", "loss"))
+    assert f"kept: epoch {best['epoch']}, step {best['step']} (best val/f1_macro): {values}\n" in said
+    assert f"last validation: val/accuracy {last['val/accuracy']:.4f}, " in said
 
 
 def test_an_interrupted_run_leaves_a_record(tiny_base: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:

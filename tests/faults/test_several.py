@@ -295,5 +295,5 @@ def test_a_scheduler_warns_two_tasks_and_one_of_them_has_the_job_begun_again(pla
     assert called.read_text() == "scontrol requeue 21\n"
     again = srun(given, tmp_path / "again", 2, {**environment, "SLURM_RESTART_COUNT": "1"})
     assert ended(again) == [0, 0], again[0].text()
-    assert "going on from" in again[0].text()
+    assert "continued from" in again[0].text()
     alike(tmp_path / "job", place / "one")

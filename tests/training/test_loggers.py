@@ -1,0 +1,114 @@
+"""Loggers that a config adds: beside TensorBoard and ``metrics.csv``, with the settings, in one run."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+from lightning.pytorch.loggers.logger import Logger
+
+from lightning_lora.cli import main
+from lightning_lora.training import loggers
+from tests.conftest import make_rows, write_csv
+
+
+class ServiceLogger(Logger):
+    """Stands in for a service whose runs have ids."""
+
+    began: ClassVar[list[str]] = []
+    logged: ClassVar[dict[str, list[dict[str, Any]]]] = {}
+
+    def __init__(self, run_id: str | None = None) -> None:
+        super().__init__()
+        self.run_id = run_id
+
+    @property
+    def experiment(self) -> str:
+        """Begins a run where none is given, as services do when they are first used."""
+        if self.run_id is None:
+            self.run_id = f"run-{len(self.began)}"
+        self.began.append(self.run_id)
+        return self.run_id
+
+    @property
+    def name(self) -> str:
+        return "service"
+
+    @property
+    def version(self) -> str | None:
+        return self.run_id
+
+    def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
+        self.logged.setdefault("hyperparameters", []).append(dict(params))
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.logged.setdefault("metrics", []).append({**metrics, "step": step})
+
+
+@pytest.fixture
+def words(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("LIGHTNING_LORA_ALLOW", "tests.training.test_loggers")
+    monkeypatch.setitem(loggers.RUN_ARGUMENTS, "ServiceLogger", "run_id")
+    ServiceLogger.began.clear()
+    ServiceLogger.logged.clear()
+    write_csv(tmp_path / "rows.csv", make_rows(80))
+    settings = {
+        "model": {"base_model": str(tiny_base)},
+        "data": {"source": "rows.csv", "max_length": 24, "batch_size": 8},
+        "trainer": {
+            "accelerator": "cpu",
+            "precision": "32-true",
+            "enable_progress_bar": False,
+            "logger": [{"class_path": "tests.training.test_loggers.ServiceLogger"}],
+        },
+    }
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
+    return ["fit", "--config", "a.yaml", "--name", "run"]
+
+
+def test_a_logger_of_a_config_is_added_with_the_settings_and_continued(words: list[str], capsys) -> None:
+    assert main(words) == 0
+    with Path("logs/run/metrics.csv").open(newline="") as file:
+        assert any(row["val/loss"] for row in csv.DictReader(file))
+    assert list(Path("logs/run/tensorboard").glob("events*"))
+    (settings,) = ServiceLogger.logged["hyperparameters"]
+    assert settings["model.learning_rate"] == 5e-4 and settings["model.adapter.rank"] == 8
+    assert any("val/loss" in row for row in ServiceLogger.logged["metrics"])
+    assert set(ServiceLogger.began) == {"run-0"}
+    assert json.loads(Path("logs/run/run.json").read_text())["loggers"] == {"ServiceLogger": "run-0"}
+    # Neither an evaluation nor a longer training begins a second run.
+    assert main(["test", "--run", "logs/run"]) == 0
+    assert "tensorboard --logdir" in capsys.readouterr().out
+    assert main(["fit", "--resume", "logs/run", "--trainer.max_epochs", "2"]) == 0
+    assert set(ServiceLogger.began) == {"run-0"} and len(ServiceLogger.logged["hyperparameters"]) == 1
+    # Another run of the same config is one of its own.
+    assert main(["fit", "--config", "logs/run/config.yaml", "--name", "other"]) == 0
+    assert len(set(ServiceLogger.began)) == 2
+
+
+def test_settings_are_not_logged_where_that_is_switched_off(words: list[str]) -> None:
+    assert main([*words, "--trainer.enable_autolog_hparams", "false"]) == 0
+    assert "hyperparameters" not in ServiceLogger.logged
+
+
+def test_without_loggers_nothing_points_to_them(words: list[str], capsys) -> None:
+    assert main([*words, "--trainer.logger", "false"]) == 0
+    assert not Path("logs/run/tensorboard").exists() and not Path("logs/run/metrics.csv").exists()
+    assert main(["test", "--run", "logs/run"]) == 0
+    assert "tensorboard" not in capsys.readouterr().out and not Path("logs/run/tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("WandbLogger", "wandb"), ("MLFlowLogger", "mlflow"), ("CometLogger", "comet-ml")]
+)
+def test_a_missing_package_is_named_with_what_installs_it(words: list[str], capsys, name: str, package: str) -> None:
+    others = [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "mine"}}]
+    for given in ({"class_path": f"lightning.pytorch.loggers.{name}"},), others:
+        logger = [{"class_path": f"lightning.pytorch.loggers.{name}"}, *given][: 1 + (given is others)]
+        Path("b.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
+        assert main([*words, "--config", "b.yaml"]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {name}") and error.endswith(f"that is missing: pip install {package}")
+        assert not list(Path("logs").iterdir())
