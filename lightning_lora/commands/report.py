@@ -101,7 +101,7 @@ def by_data(runs: Mapping[Path, GivenRun], baseline: Path | None) -> list[dict[P
             print(f"warning: {place} is left out: same settings and seed as {same[0]}", file=sys.stderr)
         else:
             group[place] = run
-    return list(groups.values())
+    return [{place: group[place] for place in runs if place in group} for group in groups.values()]
 
 
 def write_ablation_report(folder: Path) -> None:

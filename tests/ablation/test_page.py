@@ -17,7 +17,7 @@ BROWSER = next((path for name in ("chromium", "google-chrome", "chrome") if (pat
 #: Put at the top of the page: keeps errors. Put at its end: presses the second heading and says what came.
 WATCH = "<script>window.faults = []; window.onerror = m => { faults.push(m) };</script>"
 ASK = """<script>
-const table = document.querySelector("table"), column = () => [...table.tBodies[0].rows].map(r => r.cells[2].innerText);
+const table = document.querySelector("#arms"), column = () => [...table.tBodies[0].rows].map(r => r.cells[2].innerText);
 const before = column(); table.querySelectorAll("th button")[2].click(); const up = column();
 table.querySelectorAll("th button")[2].click(); const down = column();
 const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".wide, svg"))
