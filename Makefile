@@ -28,8 +28,8 @@ test-slow: $(INSTALLED)  ## the embedded default at full size
 	$(BIN)/python -m pytest -m slow
 
 faults: $(INSTALLED)  ## kills, signals, damage and hostile files, all of them (a quarter of an hour)
-	$(BIN)/python -m pytest tests/faults tests/ablation/test_ablate.py tests/ablation/test_search.py \
-		tests/ablation/test_cluster.py tests/commands/test_predict_files.py -m "faults or not faults"
+	$(BIN)/python -m pytest tests/faults tests/experiments/test_ablate.py tests/experiments/test_search.py \
+		tests/experiments/test_cluster.py tests/inference/test_predict_files.py -m "faults or not faults"
 
 audit: $(INSTALLED)  ## known vulnerabilities of the pinned packages (needs the network)
 	$(BIN)/python -m pip install --quiet pip-audit

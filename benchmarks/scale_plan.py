@@ -17,7 +17,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning_lora.data.batching import LengthBatchSampler
-from lightning_lora.reports.tables import duration, markdown
+from lightning_lora.reports.tables import markdown
+from lightning_lora.units import duration
 
 GPUS = (1, 8, 64)
 TEXTS = (10**6, 10**8, 10**10)

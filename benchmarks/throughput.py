@@ -99,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     from lightning import Trainer
 
-    from lightning_lora.commands.console import quiet_libraries
+    from lightning_lora.config.console import quiet_libraries
     from lightning_lora.data.batching import LengthBatchSampler
     from lightning_lora.data.datamodule import make_loader
     from lightning_lora.devices import keep_freed_memory

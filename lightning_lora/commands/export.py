@@ -8,20 +8,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.artifacts.card import CardFacts, card, certificate_table
-from lightning_lora.artifacts.checkpoints import load_checkpoint
-from lightning_lora.artifacts.formats import FORMATS, rename_base
-from lightning_lora.artifacts.runs import RunFolder
-from lightning_lora.artifacts.usage import ENCODED
-from lightning_lora.artifacts.weights import weights_labels
-from lightning_lora.commands.configured import ConfiguredRun
-from lightning_lora.commands.format_writer import FormatWriter, build_model, missing_packages, public_name
-from lightning_lora.commands.parity import Parity, source_test_rows
+from lightning_lora.config.lightning_cli import ConfiguredRun
 from lightning_lora.data.prepare import SplitRows
 from lightning_lora.data.specs import find_spec
 from lightning_lora.errors import UserError
+from lightning_lora.export.card import CardFacts, card, certificate_table
+from lightning_lora.export.formats import FORMATS, rename_base
+from lightning_lora.export.parity_check import Parity, source_test_rows
+from lightning_lora.export.usage import ENCODED
+from lightning_lora.export.weights import weights_labels
+from lightning_lora.export.writer import FormatWriter, build_model, missing_packages, public_name
 from lightning_lora.files import atomic_folder, refusal
 from lightning_lora.locations import resolve
+from lightning_lora.runs.checkpoints import load_checkpoint
+from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training.module import TextClassifier
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")

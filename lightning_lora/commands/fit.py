@@ -16,10 +16,8 @@ from lightning import Trainer
 from lightning.fabric.utilities.spike import TrainingSpikeException
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_lora.artifacts.checkpoints import ResumePoints, read_checkpoint
-from lightning_lora.artifacts.runs import RunFolder, new_record, now
-from lightning_lora.commands.configured import ConfiguredRun, row_columns
-from lightning_lora.commands.resuming import check_extension, extension, find_state, warn_of_epoch, warn_of_schedule
+from lightning_lora.config.lightning_cli import ConfiguredRun, row_columns
+from lightning_lora.config.resuming import check_extension, extension, find_state, warn_of_epoch, warn_of_schedule
 from lightning_lora.data.labels import few
 from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
@@ -27,12 +25,14 @@ from lightning_lora.files import locked_folder, remove_partial, write_text
 from lightning_lora.interrupts import Interrupted, requeue, requeued
 from lightning_lora.models.methods import find_method
 from lightning_lora.processes import started_to_follow
-from lightning_lora.reports.tables import duration
+from lightning_lora.runs.checkpoints import ResumePoints, read_checkpoint
+from lightning_lora.runs.folder import RunFolder, new_record, now
 from lightning_lora.training.guard import NotFiniteError
 from lightning_lora.training.loggers import run_ids
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.parallel import PATIENCE_S, device_count, end_followers, follow_the_leader
 from lightning_lora.training.saving import MONITOR, StateSaver, describe_best
+from lightning_lora.units import duration
 
 
 def run(words: list[str]) -> int:

@@ -4,11 +4,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.artifacts.runs import RunFolder
-from lightning_lora.artifacts.weights import weights_labels
-from lightning_lora.commands.configured import ConfiguredRun
-from lightning_lora.commands.many_files import is_many
-from lightning_lora.commands.predict_output import (
+from lightning_lora.config.lightning_cli import ConfiguredRun
+from lightning_lora.data.batching import TokenDataset
+from lightning_lora.data.tokens import InputFormat, load_tokenizer, tokenize
+from lightning_lora.errors import UserError
+from lightning_lora.evaluation.predictions import Predictions
+from lightning_lora.export.weights import weights_labels
+from lightning_lora.files import check_writable
+from lightning_lora.inference.file_predictor import load_classifier, predict_dataset
+from lightning_lora.inference.input_rows import (
+    Rows,
+    file_rows,
+    piped_rows,
+    text_columns_of,
+    typed_rows,
+    warn_of_faults,
+)
+from lightning_lora.inference.many_files import is_many
+from lightning_lora.inference.output import (
     FORMATS,
     OUTPUTS,
     as_csv,
@@ -20,21 +33,8 @@ from lightning_lora.commands.predict_output import (
     write_output,
     writing,
 )
-from lightning_lora.commands.predict_rows import (
-    Rows,
-    file_rows,
-    piped_rows,
-    text_columns_of,
-    typed_rows,
-    warn_of_faults,
-)
-from lightning_lora.commands.predictor import load_classifier, predict_dataset
-from lightning_lora.data.batching import TokenDataset
-from lightning_lora.data.tokens import InputFormat, load_tokenizer, tokenize
-from lightning_lora.errors import UserError
-from lightning_lora.evaluation.predictions import Predictions
-from lightning_lora.files import check_writable
 from lightning_lora.locations import resolve
+from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training.module import TextClassifier
 
 
@@ -48,7 +48,7 @@ def run(words: list[str]) -> int:
             raise UserError("--output: for many input files a folder is needed, to hold an output for each")
         if config.format != "table":
             raise UserError("--format: the outputs of many input files are Parquet files; leave it out")
-        from lightning_lora.commands.predict_files import run_files
+        from lightning_lora.inference.executors import run_files
 
         return run_files(cli)
     check_options(config, output)

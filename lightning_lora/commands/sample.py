@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from lightning_lora.artifacts.runs import RunFolder
-from lightning_lora.commands.options import OptionParser
+from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.data.prepare import SourceOptions
 from lightning_lora.data.splits import text_keys
 from lightning_lora.data.stored import default_cache_dir
 from lightning_lora.data.streaming import read_splits
 from lightning_lora.errors import UserError
+from lightning_lora.runs.folder import RunFolder
 
 SHOWN = ("all", "hits", "misses")
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lora.ablation.plan import Axis, Plan, arm_label
-from lightning_lora.ablation.results import Answers, ArmResult, CellResult
 from lightning_lora.evaluation.significance import LEVEL
-from lightning_lora.reports.tables import COLUMNS, Column, duration
+from lightning_lora.experiments.plan import Axis, Plan, arm_label
+from lightning_lora.experiments.results import Answers, ArmResult, CellResult
+from lightning_lora.reports.tables import COLUMNS, Column
+from lightning_lora.units import duration
 
 VERDICTS = {
     "better": "better",

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_lora.units import duration
+
 
 @dataclass(frozen=True)
 class Column:
@@ -106,15 +108,6 @@ def print_tables(title: str, metrics: list[list[str]], costs: list[list[str]]) -
     for row in costs:
         grid.add_row(*row)
     console.print(grid)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def _cell(value: float | Sequence[float] | None) -> str:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lora import processes
-from lightning_lora.artifacts.checkpoints import CheckpointIdentity
 from lightning_lora.errors import check_range
 from lightning_lora.evaluation.documents import pooled
 from lightning_lora.evaluation.metrics import StageCounter
@@ -27,6 +26,7 @@ from lightning_lora.models.speedups import (
     install,
     lower_frozen,
 )
+from lightning_lora.runs.checkpoints import CheckpointIdentity
 from lightning_lora.seeding import stream_seed
 from lightning_lora.training.guard import NotFiniteError, StepGuard, check_whole_steps, compute_largest_batch, stepped
 from lightning_lora.training.loss import ClassWeights, make_class_weights, training_loss

@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_lora import processes
-from lightning_lora.artifacts.checkpoints import ResumePoints, read_checkpoint
-from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.errors import UserError
 from lightning_lora.interrupts import StopRequest
+from lightning_lora.runs.checkpoints import ResumePoints, read_checkpoint
+from lightning_lora.runs.folder import RunFolder
 
 #: The best checkpoint is chosen by this metric, on validation rows.
 MONITOR = "val/f1_macro"

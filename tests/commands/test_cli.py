@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lora.cli import COMMANDS, main
-from lightning_lora.commands.run_options import COMMAND_OPTIONS, EXAMPLES
+from lightning_lora.config.run_options import COMMAND_OPTIONS, EXAMPLES
 
 ROOT = Path(__file__).parents[2]
 

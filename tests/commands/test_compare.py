@@ -1,5 +1,6 @@
 """Comparisons of tiny arms: an experiment whose axis is the method."""
 
+import contextlib
 import csv
 import json
 import os
@@ -13,20 +14,21 @@ import pytest
 import yaml
 from sklearn.metrics import accuracy_score, f1_score
 
-from lightning_lora.artifacts.checkpoints import read_checkpoint
-from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.cli import main
-from lightning_lora.commands import ablate, cells
 from lightning_lora.commands.compare import choose_arms, method_settings
 from lightning_lora.errors import UserError
+from lightning_lora.experiments import runner, worker
+from lightning_lora.runs.checkpoints import read_checkpoint
+from lightning_lora.runs.folder import RunFolder
 from tests.conftest import make_rows, write_csv
 
 ARMS = ["none", "head", "lora", "full"]
 
 
 def run_here(commands: list[list[str]], output: Path, environment: object = None) -> int:
-    """Run commands in this process instead of one of their own."""
-    return next((status for status in map(main, commands) if status), 0)
+    """Run commands in this process instead of one of their own; what they say of errors goes to the output."""
+    with output.open("a") as file, contextlib.redirect_stderr(file):
+        return next((status for status in map(main, commands) if status), 0)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +40,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         found.extend(commands)
         return run_here(commands, output)
 
-    for module in (ablate, cells):
+    for module in (runner, worker):
         monkeypatch.setattr(module, "run_child", run)
     return found
 
@@ -61,7 +63,7 @@ def compared(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_config(place, make_base("bert"))
     words = ["--config", str(config), "--logs_dir", str(place / "logs"), "--name", "four", "--arms", *ARMS]
     with pytest.MonkeyPatch.context() as patch:
-        for module in (ablate, cells):
+        for module in (runner, worker):
             patch.setattr(module, "run_child", run_here)
         assert main(["compare", *words, "--data.batch_size", "8"]) == 0
     return place / "logs" / "four"
@@ -147,7 +149,7 @@ def test_arms_of_the_config_and_one_that_fails(make_base, tmp_path: Path) -> Non
     assert main(["compare", "--config", str(config), "--name", "mine"]) == 1
     found = json.loads(Path("logs/mine/report.json").read_text())["arms"]
     assert [arm["name"] for arm in found] == ["small", "broken"]
-    assert found[1]["values"] == {} and found[1]["reason"]
+    assert found[1]["values"] == {} and "nowhere.csv" in found[1]["reason"]
     ranks = read_checkpoint(cell(Path("logs/mine"), "small") / "checkpoints" / "best.ckpt")["state_dict"]
     assert all(value.shape[0] == 2 for name, value in ranks.items() if "lora_A" in name)
 
@@ -179,7 +181,7 @@ def test_method_arms_reset_only_what_the_method_does_not_take(make_base) -> None
     model = {"base_model": str(make_base("bert")), "adapter": {"alpha": 32, "target_modules": "query_value"}}
     config = {"model": {**model, "quantization": {"bits": 8}, "frozen_dropout": True}, "data": {"source": "x.csv"}}
     settings = {
-        name: ablate.resolve([config], [], {"model": method_settings(name, {})})["model"]
+        name: runner.resolve([config], [], {"model": method_settings(name, {})})["model"]
         for name in ("none", "lora", "vera", "full")
     }
     assert settings["lora"]["adapter"]["alpha"] == 32

@@ -13,8 +13,8 @@ import torch
 import yaml
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.cli import main
+from lightning_lora.runs.folder import RunFolder
 from tests.conftest import make_rows, write_csv
 
 
@@ -297,8 +297,8 @@ def test_its_own_config_does_a_run_again(fitted: RunFolder) -> None:
 
 
 def test_checkpoints_are_written_by_the_atomic_writer_and_gradients_are_clipped(fitted: RunFolder) -> None:
-    from lightning_lora.artifacts.checkpoints import AtomicCheckpointIO
-    from lightning_lora.commands.configured import ConfiguredRun
+    from lightning_lora.config.lightning_cli import ConfiguredRun
+    from lightning_lora.runs.checkpoints import AtomicCheckpointIO
 
     run = ConfiguredRun("fit", ["--config", str(fitted.config)])
     run.build(RunFolder.create(Path("logs"), None, "x"))

@@ -5,8 +5,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.cli import main
+from lightning_lora.runs.folder import RunFolder
 from tests.commands.test_fit_test_predict import fitted  # noqa: F401  # a run that was fitted and tested
 
 

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.cli import main
 from lightning_lora.data import sharding
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.batching import LengthBatchSampler
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError
+from lightning_lora.runs.folder import RunFolder
 from tests.conftest import make_rows
 
 Row = tuple[object, object]

@@ -131,7 +131,7 @@ def kill_in_rotation(count: int) -> None:
 
 def kill_at_the_end(count: int) -> None:
     """The process dies when training has ended, before its record says so."""
-    from lightning_lora.artifacts.checkpoints import ResumePoints
+    from lightning_lora.runs.checkpoints import ResumePoints
 
     del count
     ResumePoints.tidy = lambda self: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
@@ -154,7 +154,7 @@ def kill_in_rows(count: int) -> None:
     """The process dies in the middle of the ``count``-th piece of rows that it adds to an output of many files."""
     import pyarrow.parquet as pq
 
-    from lightning_lora.commands import predictor
+    from lightning_lora.inference import file_predictor as predictor
 
     predictor.CHUNK_ROWS = 16
     write, left = pq.ParquetWriter.write_table, [count]

@@ -12,13 +12,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_lora.artifacts.checkpoints import read_checkpoint
-from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.cli import main
-from lightning_lora.commands.config_files import read_config
+from lightning_lora.config.yaml_files import read_config
 from lightning_lora.data.prepare import SourceOptions, prepare
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metrics import label_tags
+from lightning_lora.runs.checkpoints import read_checkpoint
+from lightning_lora.runs.folder import RunFolder
 from tests.conftest import make_rows, write_csv
 
 

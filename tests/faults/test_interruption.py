@@ -246,8 +246,8 @@ def test_a_damaged_state_is_left_for_the_one_before(place: Path, stopped: Path, 
 
 def test_damage_is_found_wherever_it_is(stopped: Path, tmp_path: Path) -> None:
     """Every cut is refused; a turned bit is refused, or lies where it changes nothing."""
-    from lightning_lora.artifacts.checkpoints import read_checkpoint
     from lightning_lora.errors import UserError
+    from lightning_lora.runs.checkpoints import read_checkpoint
 
     content = (stopped / "checkpoints" / "last.ckpt").read_bytes()
     whole = plain(read_checkpoint(stopped / "checkpoints" / "last.ckpt"))

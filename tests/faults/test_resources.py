@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 
-from lightning_lora.artifacts.checkpoints import AtomicCheckpointIO, read_checkpoint
 from lightning_lora.cli import main
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_folder, atomic_path, remove_partial, write_text
+from lightning_lora.runs.checkpoints import AtomicCheckpointIO, read_checkpoint
 from lightning_lora.training.module import TextClassifier
 from tests.conftest import make_rows, write_csv
 

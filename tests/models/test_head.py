@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.cli import main
 from lightning_lora.models.base import Base, load_base
 from lightning_lora.models.head import matching_rows
+from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training.module import TextClassifier
 from tests.conftest import make_rows, write_csv
 from tests.models.tiny_bases import save_tiny_base

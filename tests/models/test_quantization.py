@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora.artifacts.checkpoints import load_checkpoint
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import parameter_counts
 from lightning_lora.models.base import load_base
 from lightning_lora.models.methods import METHODS, AdapterOptions
 from lightning_lora.models.quantization import Quantization
+from lightning_lora.runs.checkpoints import load_checkpoint
 from lightning_lora.training.module import TextClassifier
-from tests.artifacts.test_checkpoints import save
 from tests.models.test_methods import INPUTS, LABELS, logits, step
+from tests.runs.test_checkpoints import save
 
 KINDS = {
     "int8": Quantization(bits=8),

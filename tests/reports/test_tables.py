@@ -1,6 +1,7 @@
 import pytest
 
-from lightning_lora.reports.tables import cost_rows, duration, markdown, metric_rows
+from lightning_lora.reports.tables import cost_rows, markdown, metric_rows
+from lightning_lora.units import duration
 
 
 def test_a_table_has_a_row_before_and_after_and_no_invented_numbers() -> None:

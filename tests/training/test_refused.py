@@ -9,8 +9,8 @@ import lightning.pytorch.callbacks
 import pytest
 import yaml
 
-from lightning_lora.artifacts.runs import RunFolder
 from lightning_lora.cli import main
+from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training import refused
 from tests.conftest import make_rows, write_csv
 

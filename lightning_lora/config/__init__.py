@@ -1,0 +1,1 @@
+"""Settings: the LightningCLI, its options, YAML files, help and error messages."""

@@ -1,0 +1,1 @@
+"""Experiments: plan, confounders, runner, search and results."""

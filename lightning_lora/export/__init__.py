@@ -1,0 +1,1 @@
+"""Formats for other software, each checked for parity, with a model card."""

@@ -1,0 +1,1 @@
+"""Run folders, their record and checkpoints."""

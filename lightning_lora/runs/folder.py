@@ -1,0 +1,303 @@
+"""A run's folder and its record; the only place that reads or writes either. Imports no torch.
+
+A run folder holds ``config.yaml`` (resolved), ``checkpoints/best.ckpt`` and ``last.ckpt``, ``metrics.csv``,
+``tensorboard/``, ``splits.parquet`` (which row went where), ``predictions/`` and, written last,
+``run.json``: the record.
+"""
+
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lightning_lora import __version__
+from lightning_lora.errors import UserError
+from lightning_lora.files import atomic_folder, write_text
+from lightning_lora.fingerprint import code_fingerprint
+
+RECORD_FORMAT = 1
+_PACKAGES = (
+    "torch",
+    "lightning",
+    "transformers",
+    "datasets",
+    "peft",
+    "bitsandbytes",
+    "torchmetrics",
+    "jsonargparse",
+)
+#: What trains: with another fingerprint of this code, results may be others.
+_TRAINS = ("training.module", "data.datamodule")
+_NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,99}")
+
+
+class RunFolder:
+    """One run's folder under ``logs/``.
+
+    Args:
+        path: The folder; it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, logs_dir: Path, name: str | None, stem: str, config: str = "") -> "RunFolder":
+        """A new folder; one that exists is never used again.
+
+        Args:
+            logs_dir: The folder of all runs.
+            name: The folder's name; taken as it is, and refused when it exists.
+            stem: Without a name the folder is called ``<stem>-<date>-<time>``, with a number where taken.
+            config: Its resolved config.
+
+        Raises:
+            UserError: The name is taken or not usable, or the folder cannot be made.
+        """
+        if name is not None:
+            folder_name(name)
+        wanted = (
+            name or f"{re.sub(r'[^A-Za-z0-9.]+', '-', stem)[:60].strip('-.') or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
+        )
+        try:
+            logs_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--logs_dir: cannot make {logs_dir} ({error.strerror or error})") from error
+        for number in range(1000):
+            path = logs_dir / (f"{wanted}-{number}" if number else wanted)
+            try:
+                # With its config in it from the first moment on: what a killed process leaves can be gone on with.
+                with atomic_folder(path, keep_existing=False) as staging:
+                    (staging / "config.yaml").write_text(config, encoding="utf-8")
+            except FileExistsError:
+                if name is not None:
+                    raise UserError(
+                        f"--name: {path} exists, and a run is never overwritten; choose another name, or go on with "
+                        f"it: --resume {path}"
+                    ) from None
+            except OSError as error:
+                raise UserError(f"--logs_dir: cannot make {path} ({error.strerror or error})") from error
+            else:
+                return cls(path)
+        raise UserError(f"--logs_dir: {logs_dir} holds a thousand runs of this second already")
+
+    @classmethod
+    def open(cls, path: Path, option: str = "--run") -> "RunFolder":
+        """The folder of an earlier run, which was given with this option.
+
+        Raises:
+            UserError: It does not exist or is none.
+        """
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"{option}: {path} is no run folder (no config.yaml in it); give a folder that fit made")
+        return cls(path)
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of ``best.ckpt`` and ``last.ckpt``."""
+        return self.path / "checkpoints"
+
+    def checkpoint(self, which: str) -> Path:
+        """The checkpoint "best" or "last", or a path to a file or an exported adapter's folder.
+
+        Raises:
+            UserError: It does not exist; the reason is looked up in the record.
+        """
+        path = self.checkpoints / f"{which}.ckpt" if which in ("best", "last") else Path(which)
+        if not (path.is_file() or (which not in ("best", "last") and path.is_dir())):
+            status = self.read().get("status", "unfinished") if self.record.is_file() else "unfinished"
+            last = which == "best" and (self.checkpoints / "last.ckpt").is_file()
+            remedy = (
+                "no validation pass ended, so none is best; --checkpoint last takes the last state"
+                if last
+                else "an untrained model is not evaluated; run fit again"
+            )
+            raise UserError(f"--run: {self.path} has no checkpoint {path.name} (the run's status: {status}); {remedy}")
+        return path
+
+    @property
+    def record(self) -> Path:
+        """The run record, JSON."""
+        return self.path / "run.json"
+
+    def read(self) -> dict[str, Any]:
+        """The record.
+
+        Raises:
+            UserError: It is missing or damaged.
+        """
+        try:
+            record = dict(json.loads(self.record.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: no run.json: the run has not ended, or was killed") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{self.record}: cannot be read ({error})") from error
+        if record.get("format") != RECORD_FORMAT:
+            raise UserError(f"{self.record}: format {record.get('format')}; this version reads {RECORD_FORMAT}")
+        return record
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes the record, whole; numbers that are not finite become null, which JSON has."""
+        write_text(self.record, json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    @property
+    def splits(self) -> Path:
+        """Which row of the source went to which split."""
+        return self.path / "splits.parquet"
+
+    def refuse_trained_rows(self, keys: Sequence[bytes], seen: Sequence[str]) -> None:
+        """Refuse to evaluate on texts that the run has learned from or was chosen by.
+
+        The source may have changed since, or another ``data.split_seed`` may have been given.
+
+        Args:
+            keys: Keys of the texts, as in the file of splits.
+            seen: The splits that were learned from or chosen by.
+
+        Raises:
+            UserError: There are such rows, or the file of splits cannot be read.
+        """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+
+        splits, wanted = pa.array(seen), pa.array(set(keys), pa.binary())
+        known: set[bytes] = set()
+        try:
+            with pq.ParquetFile(self.splits) as file:
+                for batch in file.iter_batches(columns=["split", "key"]):  # of millions of rows, those in question stay
+                    same = pc.and_(pc.is_in(batch["split"], splits), pc.is_in(batch["key"], wanted))
+                    known.update(batch["key"].filter(same).to_pylist())
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{self.splits}: cannot be read ({error}); without it nobody knows what was trained on"
+            ) from error
+        if count := sum(key in known for key in keys):
+            raise UserError(
+                f"{count} of the {len(keys)} rows to evaluate are rows that {self.path} was trained or chosen on; "
+                "use the source and the data.split_seed of the run, or other rows"
+            )
+
+    def new_evaluation(self, split: str) -> str:
+        """A name for a further evaluation of a split ("test", then "test-2", ...); none is overwritten."""
+        done = self.read().get("evaluations", {}) if self.record.is_file() else {}
+        return next(
+            name
+            for name in (split if number == 1 else f"{split}-{number}" for number in itertools.count(1))
+            if name not in done and not (self.path / f"{name}.md").exists()
+        )
+
+    def add_evaluation(self, name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
+        """Adds what a later command measured (such as "test") to the record, and gives the whole."""
+        killed: dict[str, Any] = {"format": RECORD_FORMAT, "name": self.path.name, "status": "unfinished"}
+        record = self.read() if self.record.is_file() else killed
+        record.setdefault("evaluations", {})[name] = evaluation
+        self.write(record)
+        return record
+
+
+def folder_name(name: str, key: str = "--name") -> str:
+    """The name, if a folder may be called so.
+
+    Args:
+        name: What is asked for.
+        key: Where it was given, for the message.
+
+    Raises:
+        UserError: It may not.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{key}: '{name}' is no folder name; use letters, digits, '.', '_' and '-' (at most 100)")
+    return name
+
+
+def new_record(command: list[str], seed: int) -> dict[str, Any]:
+    """The part of a record that is known at the start: command, seed, versions, commit, machine."""
+    return {
+        "format": RECORD_FORMAT,
+        "started": now(),
+        "command": shlex.join(command),
+        "seed": seed,
+        "versions": {"lightning_lora": __version__, "python": platform.python_version(), **versions()},
+        "code": commit(),
+        "machine": {"system": platform.platform(), "processor": processor(), "cores": os.cpu_count()},
+    }
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that results depend on."""
+    return {name: metadata.version(name) for name in _PACKAGES}
+
+
+def commit() -> dict[str, Any]:
+    """The commit of this code and whether code or configs differed from it; nulls outside a git checkout.
+
+    Asked once a process, early: what is imported stays as it was when the files change. Processes that are forked
+    from one that has imported the code have its answer.
+
+    With them a fingerprint of the code that results come from, which a commit that changes a document leaves as it is.
+    """
+    return dict(_commit())
+
+
+@cache
+def _commit() -> dict[str, Any]:
+    here = Path(__file__).parents[2]
+    code: dict[str, Any] = {"fingerprint": code_fingerprint(*_TRAINS)}
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    if git("ls-files", "--error-unmatch", str(Path(__file__))) is None:
+        return {"commit": None, "dirty": None, **code}  # a copy that another repository happens to contain
+    # Data and runs of a user may lie in the same folder; they do not change what the code does.
+    changes = git("status", "--porcelain", "--", "main.py", "lightning_lora", "configs")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes), **code}
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: keys as text, tuples as lists, numbers that are not finite as None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,122 @@
+"""What a config leaves open is shown as it is used: in config.yaml, the record, --print_config and TensorBoard."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_lora.cli import main
+from lightning_lora.commands.compare import choose_arms
+from lightning_lora.config.yaml_files import read_config
+from lightning_lora.experiments.runner import resolve
+from lightning_lora.models.methods import METHODS
+from tests.conftest import make_rows, write_csv
+
+USED = {
+    "model.learning_rate": 5e-4,
+    "model.adapter.rank": 8,
+    "data.text_column": "text",
+    "data.label_column": "label",
+    "data.eval_batch_size": 32,
+    "trainer.precision": "32-true",
+    "trainer.limit_train_batches": 1.0,
+    "trainer.gradient_clip_algorithm": "norm",
+}
+
+
+@pytest.fixture
+def words(tmp_path: Path, tiny_base: Path) -> list[str]:
+    write_csv(tmp_path / "rows.csv", make_rows(80))
+    settings = {
+        "model": {"base_model": str(tiny_base)},
+        "data": {"source": "rows.csv", "max_length": 24},
+        "trainer": {"accelerator": "cpu", "precision": 32, "enable_progress_bar": False},
+    }
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
+    return ["fit", "--config", "a.yaml", "--name", "run"]
+
+
+def value(settings: dict, key: str) -> object:
+    for part in key.split("."):
+        settings = settings[part]
+    return settings
+
+
+def printed(capsys: pytest.CaptureFixture, *words: str) -> dict:
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*words, "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_what_is_used_is_shown_everywhere(words: list[str], capsys) -> None:
+    assert main(words) == 0
+    record = json.loads(Path("logs/run/run.json").read_text())
+    for settings in (
+        yaml.safe_load(Path("logs/run/config.yaml").read_text()),
+        record["config"],
+        printed(capsys, *words),
+    ):
+        assert {key: value(settings, key) for key in USED} == USED
+    hyperparameters = yaml.safe_load(Path("logs/run/tensorboard/hparams.yaml").read_text())
+    shown = {key: hyperparameters[key] for key in USED if key in hyperparameters}
+    assert shown == {key: used for key, used in USED.items() if key in shown} and len(shown) >= 5
+    assert record["model"]["learning_rate"] == USED["model.learning_rate"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_learning_rate_and_rank_are_those_of_the_method(words: list[str], capsys, method: str) -> None:
+    """Against the model itself."""
+    from lightning_lora.training.module import TextClassifier
+
+    settings = printed(capsys, *words, "--model.method", method)["model"]
+    assert settings["learning_rate"] == METHODS[method].learning_rate
+    model = TextClassifier(**settings, label_names=["a", "b"])
+    assert model.learning_rate == settings["learning_rate"]
+    ranks = {parameter.shape[0] for name, parameter in model.named_parameters() if "lora_A" in name}
+    if method in ("lora", "rslora", "dora", "lora_plus", "pissa"):
+        assert ranks == {settings["adapter"]["rank"]}
+    assert (settings["adapter"]["rank"] is None) == ("rank" not in METHODS[method].options)
+
+
+@pytest.mark.parametrize("method", ["full", "vera", "head", "lora"])
+def test_the_config_of_a_run_passes_no_default_on_to_another_method(words: list[str], capsys, method: str) -> None:
+    assert main([*words, "--trainer.max_steps", "1"]) == 0
+    again = ["fit", "--config", "logs/run/config.yaml", "--model.method", method]
+    alone = printed(capsys, *words, "--model.method", method)["model"]
+    assert printed(capsys, *again)["model"] == alone
+    arm = choose_arms([method], None)[method]
+    assert resolve([read_config(Path("logs/run/config.yaml"))], [], arm)["model"] == alone
+    # What is typed, or stands in a config that is no run's, is kept.
+    assert printed(capsys, *again, "--model.learning_rate", "0.0005")["model"]["learning_rate"] == 5e-4
+    Path("b.yaml").write_text(Path("logs/run/config.yaml").read_text())
+    mine = resolve([read_config(Path("b.yaml"))], ["--model.adapter.rank", "null"], {"model": {"method": method}})
+    assert mine["model"]["learning_rate"] == 5e-4
+
+
+def test_what_was_used_on_one_machine_can_be_evaluated_on_another(words: list[str], capsys) -> None:
+    """An accelerator and a precision that are not here: the first is refused with a remedy that works."""
+    assert main([*words, "--trainer.max_steps", "1"]) == 0
+    config = Path("logs/run/config.yaml")
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"] |= {"accelerator": "gpu", "precision": "bf16-mixed"}
+    settings["data"]["eval_batch_size"] = 256
+    config.write_text(yaml.safe_dump(settings))
+    test = ["test", "--run", "logs/run", "--checkpoint", "last", "--before", "false"]
+    assert main(test) == 2
+    assert "give --trainer.accelerator auto" in capsys.readouterr().err
+    assert main([*test, "--trainer.accelerator", "auto"]) == 0
+
+
+def test_runs_of_earlier_versions_are_tested_and_resumed(words: list[str]) -> None:
+    """Their config has nulls, and Lightning's own default of an option that is refused now."""
+    assert main([*words, "--trainer.max_steps", "1"]) == 0
+    config = Path("logs/run/config.yaml")
+    settings = yaml.safe_load(config.read_text())
+    settings["model"]["learning_rate"] = settings["model"]["adapter"]["rank"] = settings["data"]["text_column"] = None
+    settings["trainer"] |= {"use_distributed_sampler": True, "limit_train_batches": None, "logger": None}
+    config.write_text(yaml.safe_dump(settings))
+    assert main(["test", "--run", "logs/run", "--checkpoint", "last", "--before", "false"]) == 0
+    assert main(["fit", "--resume", "logs/run", "--trainer.max_steps", "2", "--trainer.max_epochs", "2"]) == 0
+    assert yaml.safe_load(config.read_text())["model"]["learning_rate"] == USED["model.learning_rate"]

@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_lora.errors import UserError
+from lightning_lora.experiments.plan import make_plan
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs" / "ablation").glob("*.yaml"))
+GOOD = {
+    "question": "Does rank matter?",
+    "axes": {"rank": {"model.adapter.rank": [2, 8], "model.adapter.alpha": [4, 16]}},
+    "baseline": {"rank": 8},
+    "seeds": [1, 2],
+}
+
+
+def plan(in_small: bool = False, **change):
+    return make_plan({**GOOD, **change}, Path("a.yaml"), in_small)
+
+
+def test_settings_of_an_axis_change_together() -> None:
+    found = plan()
+    assert [(dict(c.arm), c.seed) for c in found.cells] == [
+        ({"rank": "2"}, 1), ({"rank": "8"}, 1), ({"rank": "2"}, 2), ({"rank": "8"}, 2)
+    ]  # fmt: skip
+    assert found.cells[0].change == {"model.adapter.rank": 2, "model.adapter.alpha": 4}
+    assert found.cells[0].name == "rank-2__seed-1"
+
+
+def test_axes_are_crossed_and_chosen_ones_are_variants_of_an_arm() -> None:
+    rate = {
+        "names": ["low", "high"],
+        "chosen": True,
+        "model.learning_rate": {"rank": {2: [1e-4, 1e-3], 8: [1e-5, 2e-5]}},
+    }
+    found = plan(axes={**GOOD["axes"], "rate": rate})
+    assert (len(found.cells), len(found.arms), found.tried) == (8, 2, 2)
+    rates = {(dict(c.arm)["rank"], dict(c.variant)["rate"]): c.change["model.learning_rate"] for c in found.cells}
+    assert rates == {("2", "low"): 1e-4, ("2", "high"): 1e-3, ("8", "low"): 1e-5, ("8", "high"): 2e-5}
+
+
+def test_the_small_size_has_fewer_values_seeds_and_rows() -> None:
+    small = {"seeds": [7], "settings": {"data.train_rows": 10}}
+    found = plan(True, small=small)
+    assert {c.seed for c in found.cells} == {7} and found.cells[0].change["data.train_rows"] == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"question": ""}, "say in a sentence"),
+        ({"axis": {}}, "unknown key 'axis'"),
+        ({"axes": {}}, "at least one axis"),
+        ({"axes": {"r": {"a": [1, 2], "b": [1]}}}, "as many values each"),
+        ({"axes": {"r": {"a": 1}}}, "a list of values each"),
+        ({"axes": {"r": {"a": [1, 1]}}}, "a name of its own"),
+        ({"axes": {"r": {"a": [1]}}, "baseline": {}}, "one arm only"),
+        ({"axes": {"r": {"a": [1, 2], "chosen": True}}, "baseline": {}}, "nothing is compared"),
+        ({"baseline": {"rank": 3}}, "rank 3 is none of 2, 8"),
+        ({"baseline": {"x": 3}}, "'x' is no compared axis"),
+        ({"seeds": []}, "whole numbers"),
+        ({"seeds": [1, 1]}, "one stands there twice"),
+        ({"seeds": [True]}, "whole numbers"),
+        ({"metric": "test_accuracy"}, "is none of accuracy, loss"),
+        ({"margin": 0}, "between 0 and 1"),
+        ({"settings": {"model.adapter.rank": 4}}, "is varied by an axis"),
+        ({"settings": {"model": 5}}, "model and model.adapter.* are both given"),
+        ({"axes": {"r": {"a": [1, 2], "names": 5}}}, "names: a list of words is needed, got 5"),
+        (
+            {"axes": {"r": {"m.a": [1, 2]}, "s": {"names": ["x", "y"], "m": [{"a": 1}, {"a": 2}]}}, "baseline": {}},
+            "m and m.a are both given",
+        ),
+        ({"axes": {"r": {"a": list(range(20_000))}}, "baseline": {}}, "at most 10,000"),
+        (
+            {"axes": {**GOOD["axes"], "b": {"names": ["x"], "chosen": True, "a": {"rank": {"2": [1]}}}}},
+            "no value for rank 8",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_one_line(change: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        plan(**change)
+    assert "a.yaml" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_every_shipped_ablation_is_a_plan(path: Path) -> None:
+    content = yaml.safe_load(path.read_text())
+    assert len(make_plan(content, path).seeds) >= 3
+    if "small" in content:
+        assert 2 <= len(make_plan(content, path, small=True).cells) <= 12
+
+
+def test_every_axis_that_was_promised_is_shipped() -> None:
+    promised = "rank alpha dropout target_modules learning_rate method quantization train_rows base_model max_length"
+    assert {path.stem for path in SHIPPED} == {*promised.split(), "arms", "search", "speed_choices"}

@@ -1,0 +1,285 @@
+"""A search space of an ablation: what it may say, what Optuna makes of it, and that nothing of it is lost."""
+
+import csv
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import yaml
+
+from lightning_lora.cli import main
+from lightning_lora.errors import UserError
+from lightning_lora.experiments.plan import Cell, make_plan, with_found
+from lightning_lora.experiments.search_space import Found, Range, Trial, read_found, write_found
+from lightning_lora.experiments.searcher import Searcher, journal
+from lightning_lora.training import pruning
+from lightning_lora.training.pruning import ReportTrial
+from tests.conftest import make_rows, write_csv
+from tests.faults.processes import Run
+
+CONTENT = {
+    "question": "Does rank matter when each has its own learning rate?",
+    "axes": {"rank": {"model.adapter.rank": [2, 8]}},
+    "search": {
+        "space": {
+            "model.learning_rate": {
+                "rank": {2: {"low": 1e-3, "high": 1e-1, "log": True}, 8: {"low": 1e-4, "high": 1e-2}}
+            },
+            "data.batch_size": {"low": 4, "high": 16, "step": 4},
+            "model.schedule": ["linear", "constant"],
+        },
+        "trials": 2,
+    },
+    "seeds": [1, 2],
+}  # fmt: skip
+
+
+def plan(**change: object):
+    return make_plan({**CONTENT, **change}, Path("a.yaml"))
+
+
+def test_each_arm_has_its_own_space() -> None:
+    arms = plan().arms
+    spaces = [plan().search.for_arm(arm) for arm in arms]
+    assert spaces[0]["model.learning_rate"] == Range(1e-3, 1e-1, True)
+    assert spaces[1]["model.learning_rate"] == Range(1e-4, 1e-2)
+    assert spaces[0]["data.batch_size"].whole and not spaces[0]["model.learning_rate"].whole
+    assert spaces[1]["model.schedule"] == ["linear", "constant"]
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        ({}, "a space is needed"),
+        ({"space": {}}, "a space is needed"),
+        ({"space": {"a": [1]}, "x": 1}, "unknown key 'x'"),
+        ({"space": {"a": [1]}, "sampler": "grid"}, "'grid' is none of tpe"),
+        ({"space": {"a": [1]}, "trials": 0}, "at least 1"),
+        ({"space": {"a": {"low": 1}}}, "a list of choices, or a range"),
+        ({"space": {"a": {"low": 2, "high": 1}}}, "low the smaller"),
+        ({"space": {"a": {"low": 0, "high": 1, "log": True}}}, "low above 0"),
+        ({"space": {"model.adapter.rank": [1]}}, "is varied by an axis"),
+        ({"space": {"a": {"rank": {2: [1]}}}}, "no range for rank 8"),
+    ],
+)
+def test_what_does_not_fit_together_is_one_line(search: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        plan(search=search)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_value_at_an_end_of_its_range_is_known_as_such() -> None:
+    log, plain = Range(1e-4, 1e-2, log=True), Range(0, 100)
+    assert log.at_edge(1.1e-4) and log.at_edge(9e-3) and not log.at_edge(1e-3)
+    assert plain.at_edge(4) and plain.at_edge(96) and not plain.at_edge(6)
+
+
+def test_the_cells_are_those_of_the_best_trial_with_every_seed(tmp_path: Path) -> None:
+    first, second = plan().arms
+    rest = {"data.batch_size": 4, "model.schedule": "linear"}
+    trials = [
+        Trial(0, {"model.learning_rate": 0.01, **rest}, "complete", 0.5),
+        Trial(1, {"model.learning_rate": 0.02, **rest}, "failed"),
+    ]
+    found = {first: Found(trials, 0, ["model.learning_rate 0.01"])}
+    (tmp_path / "search.json").write_text(write_found(found))
+    assert read_found(tmp_path) == found
+    cells = with_found(plan(), read_found(tmp_path)).cells
+    assert [(dict(c.variant)["trial"], c.seed) for c in cells] == [("0", 1), ("none", 1), ("0", 2), ("none", 2)]
+    assert cells[0].change["model.learning_rate"] == 0.01 and cells[0].change["model.adapter.rank"] == 2
+    assert cells[1].arm == second and "model.learning_rate" not in cells[1].change
+    # Of a config that searches other settings by now, or other arms, nothing is taken.
+    (tmp_path / "search.json").write_text(write_found({first: Found([Trial(0, {"x": 1}, "complete", 0.5)], 0)}))
+    assert not with_found(plan(), read_found(tmp_path)).cells[0].searched
+    (tmp_path / "search.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_found(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def place(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("search")
+    write_csv(folder / "rows.csv", make_rows(120))
+    base = {
+        "model": {"base_model": str(make_base("bert"))},
+        "data": {"source": str(folder / "rows.csv"), "max_length": 24, "cache_dir": str(folder / "cache")},
+        "trainer": {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
+    }
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    (folder / "search.yaml").write_text(yaml.safe_dump({**CONTENT, "base": "base.yaml"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(place: Path) -> Path:
+    assert main(["ablate", "--config", str(place / "search.yaml"), "--logs_dir", str(place / "logs")]) == 0
+    return place / "logs" / "ablation-search"
+
+
+#: Columns that are never the same twice.
+TIMES = ("train s", "memory MiB")
+
+
+def studies(folder: Path) -> list[optuna.Study]:
+    storage = journal(folder / "optuna.log")
+    return [optuna.load_study(study_name=each.study_name, storage=storage) for each in storage.get_all_studies()]
+
+
+def tried(folder: Path) -> list[list[tuple]]:
+    return [[(t.params, t.state, t.value) for t in study.trials] for study in studies(folder)]
+
+
+def test_what_is_compared_is_what_optuna_calls_best(done: Path) -> None:
+    found = read_found(done)
+    assert len(found) == len(studies(done)) == 2
+    for one, study in zip(found.values(), studies(done), strict=True):
+        assert [t.state for t in study.trials] == [optuna.trial.TrialState.COMPLETE] * 2
+        assert one.best == study.best_trial.number
+        assert one.settings["model.learning_rate"] == study.best_params["model.learning_rate"]
+        assert one.settings["model.schedule"] == study.best_params["model.schedule"]
+    records = {p.parent.name: json.loads(p.read_text()) for p in (done / "cells").glob("*/run.json")}
+    assert len(records) == 2 * 2 + 2  # the first seed's are trials
+    for rank, one in zip((2, 8), found.values(), strict=True):
+        for trial in one.trials:
+            record = records[f"rank-{rank}__trial-{trial.number}__seed-1"]
+            assert record["evaluations"]["val"]["after"]["accuracy"] == trial.value
+            assert record["config"]["model"]["learning_rate"] == trial.settings["model.learning_rate"]
+            assert record["config"]["data"]["batch_size"] in (4, 8, 12, 16)
+        tested = [
+            name for name, record in records.items() if f"rank-{rank}_" in name and "test" in record["evaluations"]
+        ]
+        assert sorted(tested) == [f"rank-{rank}__trial-{one.best}__seed-{seed}" for seed in (1, 2)]
+
+
+def main_table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "report.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_report_shows_what_was_tried(done: Path) -> None:
+    said = (done / "report.md").read_text()
+    assert "2 trials (Optuna, tpe, seed 0)" in said and "## What the search has tried" in said
+    assert [row["settings tried"] for row in main_table(done)] == ["2", "2"]
+    assert "crosses are the best" in (done / "report.html").read_text()
+
+
+@pytest.mark.faults
+def test_killed_workers_leave_the_search_as_it_would_have_been(place: Path, done: Path, tmp_path: Path) -> None:
+    """Two at once, one killed in a trial: each trial is done once, with the settings of the undisturbed search."""
+    words = ["ablate", "--config", str(place / "search.yaml"), "--logs_dir", str(tmp_path)]
+    workers = [Run(words, tmp_path / f"{number}.txt") for number in range(2)]
+    here = tmp_path / "ablation-search"
+    workers[0].wait_for(lambda: len(list((here / "cells").glob("*trial-1__seed-1"))) > 0, 300)
+    workers[0].signal(signal.SIGKILL)
+    workers[0].wait()
+    assert workers[1].wait(300) == 0, workers[1].text()
+    assert tried(here) == tried(done)
+    told = [[{k: v for k, v in row.items() if k not in TIMES} for row in main_table(f)] for f in (here, done)]
+    assert told[0] == told[1]
+    again = Run(words, tmp_path / "again.txt")
+    assert again.wait(100) == 0 and "trial 1 of" not in again.text()
+    assert tried(here) == tried(done)
+
+
+def test_a_pruned_trial_ends_early_and_says_so(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = journal(tmp_path / "optuna.log")
+    optuna.create_study(storage=storage, study_name="s", direction="maximize").ask()
+    described = {"journal": str(tmp_path / "optuna.log"), "study": "s", "number": 0, "metric": "accuracy"}
+    monkeypatch.setenv(pruning.VARIABLE, json.dumps({**described, "pruner": "always"}))
+    monkeypatch.setitem(pruning.PRUNERS, "always", lambda: optuna.pruners.ThresholdPruner(lower=1.1))
+    words = ["fit", "--config", str(place / "base.yaml"), "--name", "run", "--trainer.val_check_interval", "0.25"]
+    assert main(words) == 0
+    assert Path("logs/run/checkpoints/best.ckpt").exists()
+    (trial,) = optuna.load_study(study_name="s", storage=journal(tmp_path / "optuna.log")).trials
+    assert trial.user_attrs == {"pruned": True} and len(trial.intermediate_values) == 1
+    record = json.loads(Path("logs/run/run.json").read_text())
+    assert record["status"] == "finished" and record["costs"]["train_rows"] < record["data"]["splits"]["train"]["rows"]
+
+
+class Stopped(Exception):
+    """Stands for a kill between two trials."""
+
+
+def search(folder: Path, loss, stop_after: int | None = None, **how: object) -> dict:
+    """Searches with trials that are worked out instead of trained: ``loss`` of a learning rate, step by step."""
+    two = plan(metric="loss", search={**SPACE, **how}, seeds=[1])
+    begun = 0
+
+    def train(cell: Cell, environment: dict[str, str]) -> None:
+        nonlocal begun
+        begun += 1
+        if stop_after is not None and begun > stop_after:
+            raise Stopped
+        curve = loss(cell.change["model.learning_rate"])
+        if pruning.VARIABLE in environment:
+            callback = ReportTrial(**json.loads(environment[pruning.VARIABLE]))
+            for step, value in enumerate(curve):
+                if callback._report(value, step):
+                    curve = curve[: step + 1]
+                    break
+        place = folder / "cells" / cell.name
+        place.mkdir(parents=True, exist_ok=True)
+        record = {"format": 1, "status": "finished", "evaluations": {"val": {"after": {"loss": curve[-1]}}}}
+        (place / "run.json").write_text(json.dumps(record))
+
+    def claim(cell: Cell) -> Path:
+        place = folder / ".claims" / cell.name
+        place.mkdir(parents=True, exist_ok=True)
+        return place
+
+    folder.mkdir(exist_ok=True)
+    return Searcher(two, folder, train, claim, lambda arm: "the same code").run()
+
+
+SPACE = {"space": {"model.learning_rate": {"low": 1e-5, "high": 1e-1, "log": True}}, "trials": 24}
+
+
+def bowl(rate: float) -> list[float]:
+    """A loss that is smallest at 1e-3."""
+    return [(math.log10(rate) + 3) ** 2]
+
+
+@pytest.mark.parametrize("stop_after", [4, 15])
+def test_a_search_goes_on_with_what_it_would_have_proposed(tmp_path: Path, stop_after: int) -> None:
+    """Also behind the ten trials that TPE draws at random: what it proposes then depends on all that came before."""
+    search(tmp_path / "undisturbed", bowl)
+    with pytest.raises(Stopped):
+        search(tmp_path / "stopped", bowl, stop_after)
+    search(tmp_path / "stopped", bowl)
+    assert tried(tmp_path / "stopped") == tried(tmp_path / "undisturbed")
+
+
+def test_tpe_looks_where_it_was_good_and_random_does_not(tmp_path: Path) -> None:
+    values = {}
+    for sampler in ("tpe", "random"):
+        search(tmp_path / sampler, bowl, sampler=sampler)
+        values[sampler] = [value for *_, value in tried(tmp_path / sampler)[0]]
+    assert values["tpe"] != values["random"]
+    assert np.mean(values["tpe"][10:]) < np.mean(values["tpe"][:10]) / 2
+    assert np.mean(values["tpe"][10:]) < np.mean(values["random"][10:]) / 2
+
+
+def test_a_search_ends_trials_that_are_worse_than_the_median_and_never_calls_one_best(tmp_path: Path) -> None:
+    found, _ = search(tmp_path, lambda rate: [bowl(rate)[0] + 1 / step for step in (1, 2, 3)], pruner="median").values()
+    states = [trial.state for trial in found.trials]
+    assert len(states) == 24 and set(states) == {"complete", "pruned"}
+    assert set(states[:5]) == {"complete"}  # Optuna's pruner wants five to compare with
+    pruned = [trial for trial in found.trials if trial.state == "pruned"]
+    best = found.trials[found.best]
+    assert best.state == "complete" and best.value == min(t.value for t in found.trials if t.state == "complete")
+    study = studies(tmp_path)[0]
+    for trial in pruned:  # each was worse at that step than the median of those before it
+        step, value = max(study.trials[trial.number].intermediate_values.items())
+        before = [t.intermediate_values.get(step) for t in study.trials[: trial.number] if t.state.name == "COMPLETE"]
+        assert value > np.median([v for v in before if v is not None])
+
+
+def test_without_optuna_the_message_says_how_to_get_it(place: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert main(["ablate", "--config", str(place / "search.yaml")]) == 2
+    assert "pip install -c constraints.txt -e '.[search]'" in capsys.readouterr().err

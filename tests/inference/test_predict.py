@@ -1,0 +1,212 @@
+"""``predict`` of a file, of standard input and of words: rows without a text, other columns, and the printed table."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from lightning_lora.cli import main
+from lightning_lora.commands import predict as command
+from lightning_lora.inference.output import print_table
+from tests.conftest import make_rows, write_csv
+
+NEW = ["text", "prediction", "probability", "p(neg)", "p(pos)"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run folder; nothing in it is changed."""
+    place = tmp_path_factory.mktemp("predict")
+    write_csv(place / "rows.csv", make_rows(120))
+    config = {
+        "model": {"base_model": str(tiny_base), "learning_rate": 5e-3},
+        "data": {"source": str(place / "rows.csv"), "max_length": 32, "cache_dir": str(place / "cache")},
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
+    }
+    (place / "tiny.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(place / "tiny.yaml"), "--name", "run", "--logs_dir", str(place)]) == 0
+    return str(place / "run")
+
+
+def predict(run: str, *words: str) -> int:
+    return main(["predict", "--run", run, *words])
+
+
+def error(capsys: pytest.CaptureFixture) -> str:
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and not said.out, said
+    return lines[0]
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused is refused before the model is loaded."""
+    monkeypatch.setattr(command, "load_classifier", None)
+
+
+CSV = 'id,review,note\n1,a fine film,"a, ""b"""\n2,,\n3,  ,x\n4,an awful film,\n'
+
+
+def test_rows_without_a_text_stay_and_other_columns_are_unchanged(run: str, capsys: pytest.CaptureFixture) -> None:
+    Path("in.csv").write_text(CSV)
+    assert predict(run, "--input", "in.csv", "--text_column", "review", "--format", "csv") == 0
+    said = capsys.readouterr()
+    assert "warning: 2 of 4 rows have no text and so no prediction: in.csv, line 3; in.csv, line 4 " in said.err
+    found = list(csv.DictReader(io.StringIO(said.out)))
+    source = list(csv.DictReader(io.StringIO(CSV)))
+    assert list(found[0]) == [*NEW, "id", "note"]
+    assert [(row["text"], row["id"], row["note"]) for row in found] == [
+        (row["review"], row["id"], row["note"]) for row in source
+    ]
+    assert all(found[i][name] == "" for i in (1, 2) for name in NEW[1:])
+    assert predict(run, "a fine film", "an awful film", "--format", "csv") == 0
+    alone = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    for row, expected in zip((found[0], found[3]), alone, strict=True):
+        assert row["prediction"] == expected["prediction"]
+        assert float(row["p(pos)"]) == pytest.approx(float(expected["p(pos)"]), abs=1e-5)
+
+
+def test_of_json_lines_nested_values_and_lacking_fields_are_kept(run: str, capsys: pytest.CaptureFixture) -> None:
+    records: list[dict[str, Any]] = [
+        {"text": "a fine film", "meta": {"a": [1, 2.5, None]}, "id": 12345678901234567890},
+        {"id": 2},
+        {"text": 5, "meta": "\ud800"},
+        {"text": ["x"]},
+        {"text": "\ud800 film", "id": True},
+        {"text": "x\0y"},
+    ]
+    Path("in.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert predict(run, "--input", "in.jsonl", "--output", "out.jsonl") == 0
+    assert "warning: 4 of 6 rows" in capsys.readouterr().err
+    found = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [[row["meta"], row["id"]] for row in found] == [[r.get("meta"), r.get("id")] for r in records]
+    assert [row["prediction"] is None for row in found] == [False, True, True, True, True, False]
+    assert found[1]["p(neg)"] is None and found[1]["text"] is None
+
+
+def test_of_parquet_types_are_kept_and_only_blank_rows_are_no_error(run: str) -> None:
+    table = pa.table(
+        {
+            "n": pa.array([1, 2], pa.int8()),
+            "text": pa.nulls(2),
+            "when": pa.array([0, 1], pa.timestamp("us")),
+            "kind": pa.array(["a", "b"]).dictionary_encode(),
+            "raw": pa.array([b"\xff", None]),
+        }
+    )
+    pq.write_table(table, "in.parquet")
+    assert predict(run, "--input", "in.parquet", "--output", "out.parquet") == 0
+    found = pq.read_table("out.parquet")
+    assert found.column_names == [*NEW, "n", "when", "kind", "raw"]
+    assert found["prediction"].null_count == found["probability"].null_count == 2
+    assert found.schema.field("prediction").type == pa.string()
+    assert found.schema.field("p(pos)").type == pa.float64()
+    for name in ("n", "when", "kind", "raw"):
+        assert found[name].to_pylist() == table[name].to_pylist()
+        assert found.schema.field(name).type == table.schema.field(name).type
+
+
+def test_lines_of_standard_input_stay_lines(run: str, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    for content, empty in (("a fine film\n\n \nawful\n", [1, 2]), ("\n\n", [0, 1]), ("x " * 500_000, [])):
+        monkeypatch.setattr("sys.stdin", io.StringIO(content))
+        assert predict(run, "--format", "jsonl") == 0
+        said = capsys.readouterr()
+        rows = [json.loads(line) for line in said.out.splitlines()]
+        assert [i for i, row in enumerate(rows) if row["prediction"] is None] == empty
+        assert len(rows) == len(content.splitlines()) and ("warning:" in said.err) == bool(empty)
+
+
+def test_a_typed_text_that_is_empty_is_refused_unless_asked_for(run: str, capsys: pytest.CaptureFixture) -> None:
+    assert predict(run, "a fine film", " ") == 2
+    said = error(capsys)
+    assert "command line, text 2, column 'text': a text is needed, got ' '" in said and "--bad_rows empty" in said
+    assert predict(run, "a fine film", " ", "--bad_rows", "empty", "--format", "csv") == 0
+    assert capsys.readouterr().out.splitlines()[2] == " ,,,,"
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--text_column", "review", "--bad_rows", "error"],
+            "in.csv, line 3, column 'review': a text is needed, got ''",
+        ),
+        ([], "no column 'text'; it has: id, review, note. Set --text_column"),
+        (["--text_column", "review", "--data.bad_rows", "drop"], "give --bad_rows empty or --bad_rows error"),
+        (["--text_column", "review", "--data.train_rows", "5"], "--data.train_rows: predict does not use it"),
+        (["--text_column", "review", "--seed_everything", "5"], "--seed_everything: predict does not use it"),
+        (["--text_column", "review", "--config", "more.yaml"], "--data.bad_rows: is about rows to train on"),
+        (["--text_column", "review", "--bad_rows", "drop"], "bad_rows: one of empty, error is needed (or null)"),
+        (["--text_column", "text", "--input", "clash.csv"], "column 'prediction' is also one of the output's"),
+        (
+            ["--input", "numbers.jsonl"],
+            "line 1, column 'text': a text is needed, got 5; no row has a text. Set --text_c",
+        ),
+        (["--input", "mixed.jsonl"], ".parquet cannot hold column 'a'"),
+        (["--text_column", "review", "--output", "in.csv/out.csv"], "--output: cannot write in.csv/out.csv"),
+    ],
+)
+def test_what_is_refused_is_refused_before_anything_is_done(run: str, words: list[str], said: str, capsys) -> None:
+    Path("in.csv").write_text(CSV)
+    Path("more.yaml").write_text("data: {bad_rows: drop}\n")
+    Path("clash.csv").write_text("text,prediction\na,b\n")
+    Path("numbers.jsonl").write_text('{"text": 5}\n{"text": null}\n')
+    Path("mixed.jsonl").write_text('{"text": "fine", "a": 1}\n{"text": "fine", "a": "x"}\n')
+    assert predict(run, "--input", "in.csv", "--output", "out.parquet", *words) == 2
+    assert said in error(capsys) and not Path("out.parquet").exists()
+
+
+def test_remedies_help(run: str) -> None:
+    Path("mixed.jsonl").write_text('{"text": "fine", "a": 1}\n{"text": "fine", "a": "x"}\n')
+    assert predict(run, "--input", "mixed.jsonl", "--output", "out.jsonl") == 0
+    Path("in.csv").write_text(CSV)
+    assert predict(run, "--input", "in.csv", "--text_column", "review", "--output", "out.parquet") == 0
+    assert predict(run, "--input", "in.csv", "--text_column", "[review,note]", "--output", "two.csv") == 0
+    rows = list(csv.DictReader(io.StringIO(Path("two.csv").read_text())))
+    assert rows[0]["text"] == 'a fine film a, "b"' and [bool(row["prediction"]) for row in rows] == [True] + [False] * 3
+
+
+LABELS = {
+    "two": ["negative", "positive"],
+    "four": ["World", "Sports", "Business", "Sci/Tech"],
+    "long": ["a label of several words, " * 3, "日本語のラベル"],
+    "many": [f"class {i}" for i in range(30)],
+}
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+def test_the_table_shows_every_probability_at_any_width(
+    labels: list[str], width: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.cells import cell_len
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    columns: dict[str, Any] = {
+        "text": ["long " * 90, "映画" * 60, "\x1b[31mred", None],
+        "prediction": [*labels[:1] * 3, None],
+    }
+    columns["probability"] = [0.9876, 0.8765, 0.7654, None]
+    columns |= {f"p({name})": [0.1234, 0.2345, 0.3456, None] for name in labels}
+    print_table(columns)
+    out = capsys.readouterr().out
+    assert max(cell_len(line) for line in out.splitlines()) <= width
+    expected = ["0.9876", "0.8765", "0.7654"]
+    expected += ["0.1234", "0.2345", "0.3456"] * len(labels) if len(labels) <= 4 else []
+    assert sorted(word for word in out.replace("│", " ").split() if word[:2] == "0.") == sorted(expected)
+    assert "\x1b" not in out
+
+
+def test_at_80_columns_two_classes_are_a_table_with_the_text(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    print_table({"text": ["word " * 30], "prediction": ["pos"], "probability": [0.9], "p(neg)": [0.1], "p(pos)": [0.9]})
+    row = capsys.readouterr().out.splitlines()[3]
+    assert "word word word word word" in row and row.count("│") == 6 and "0.1000 │ 0.9000 │" in row
