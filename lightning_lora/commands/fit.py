@@ -260,7 +260,7 @@ def refuse_changed_data(before: dict[str, Any] | None, now: dict[str, Any], fold
     for split, report in now["splits"].items():
         if before["splits"].get(split, {}).get("fingerprint") != report["fingerprint"]:
             raise UserError(
-                f"--resume: the {split} rows are not those that {folder.path} was begun with; bring the data back as "
+                f"--resume: the {split} rows are not those that {folder.path} was started with; bring the data back as "
                 "it was, or start a new run"
             )
 
@@ -332,7 +332,7 @@ def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
         print(f"{split}: {report['rows']:,} rows, {report['from']}{cut}{cached}")
     if any(data["repeats_removed"].values()):
         what = ", ".join(f"{n} ({k.replace('_', ' ')})" for k, n in data["repeats_removed"].items() if n)
-        print(f"repeats taken out: {what}")
+        print(f"duplicates removed: {what}")
     if data["bad_rows_dropped"]:
         print(f"rows without text or label left out: {data['bad_rows_dropped']}")
     print(f"labels: {few([labelled(name, data['label_values'][name]) for name in data['label_names']], 30)}")

@@ -28,7 +28,7 @@ def run(words: list[str]) -> int:
     )
     folders = "Ablations (such as logs/ablation-rank), runs, or folders of runs (such as logs: its finished runs)."
     parser.add_argument("folders", nargs="+", help=folders)
-    parser.add_argument("--baseline", help="The run that the others are held against; by default the first.")
+    parser.add_argument("--baseline", help="The run that the others are compared with; by default the first.")
     parser.add_argument("--output", help="Folder of the runs' report; by default report-RUN beside the first run.")
     options = parser.parse_args(words)
     paths = [Path(folder) for folder in options.folders]
@@ -155,7 +155,7 @@ def run_folders(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if (path / "run.json").is_file():
             if (status := RunFolder(path).read().get("status")) != "finished":
-                raise UserError(f"report: {path} has not finished ({status}); go on with it, or leave it out")
+                raise UserError(f"report: {path} has not finished ({status}); resume it, or leave it out")
             found.append(path)
             continue
         left_out = {place: left_out_for(place) for place in sorted(path.glob("*/")) if place.name[0] != "."}

@@ -97,7 +97,7 @@ def warn_of_schedule(model: TextClassifier) -> None:
         return
     print(
         f"warning: the learning rate ({model.schedule}, warm-up {model.warmup_ratio:g}) was planned for {before} steps "
-        f"and is planned for {now} from here on; the result differs from that of a run begun with {now}",
+        f"and is planned for {now} from here on; the result differs from that of a run started with {now}",
         file=sys.stderr,
     )
 

@@ -94,7 +94,7 @@ def _check(root: yaml.Node, path: Path) -> None:
                 if isinstance(name, yaml.ScalarNode) and name.value != "<<":
                     if name.value in names:
                         raise UserError(
-                            f"--config: {path}:{name.start_mark.line + 1}: '{name.value}' stands there twice"
+                            f"--config: {path}:{name.start_mark.line + 1}: '{name.value}' is a duplicate key"
                         )
                     names.add(name.value)
                 total += size(name) + size(value)

@@ -79,7 +79,7 @@ def _strict(data: bytes, encoding: str, path: Path) -> str:
         line = data[: error.start].decode(encoding, "ignore").count("\n") + 1
         raise UserError(
             f"{path}, line {line}: begins with the mark of {encoding.removesuffix('-sig').upper()}, but byte "
-            f"0x{data[error.start]:02x} does not belong to it; correct the file, or save it anew as UTF-8"
+            f"0x{data[error.start]:02x} does not belong to it; correct the file, or save it as UTF-8"
         ) from None
 
 

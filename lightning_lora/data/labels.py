@@ -209,7 +209,7 @@ def _mapped(names: Mapping[Any, Any], found: _Found, declared: list[str] | None)
     by_word: dict[str, str] = {}
     for label, name in names.items():
         if (word := canonical(label)) in by_word:
-            raise UserError(f"data.label_names: '{word}' stands there twice; name each label once")
+            raise UserError(f"data.label_names: '{word}' is duplicated; name each label once")
         by_word[word] = str(name)
     classes = list(dict.fromkeys(by_word.values()))
     if len(classes) < 2:

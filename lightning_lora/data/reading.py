@@ -217,7 +217,7 @@ def _saved_files(folder: Path) -> list[Path]:
 def _require_columns(have: Sequence[str], wanted: Sequence[str], origin: object) -> None:
     for column in wanted:
         if list(have).count(column) > 1:
-            raise UserError(f"{origin}: column '{column}' stands there twice; rename one")
+            raise UserError(f"{origin}: column '{column}' is duplicated; rename one")
         if column not in have:
             hint = ""
             if len(have) == 1 and (";" in have[0] or "\t" in have[0]):

@@ -169,7 +169,7 @@ def make_shards(pieces: Sequence[Piece], job: Job) -> tuple[list[Shard], bool]:
             return [Shard.open(entry) for entry in entries], False
     except BrokenProcessPool:
         raise UserError(
-            "a process that tokenizes was ended from outside (is memory short?); the same command goes on with the rest"
+            "a process that tokenizes was ended from outside (is memory short?); the same command resumes with the rest"
         ) from None
     except OSError as error:
         raise UserError(

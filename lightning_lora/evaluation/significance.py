@@ -77,7 +77,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What may be said: "better", "worse", "equivalent", "not told apart", "one seed", or "same answers".
+        """What may be said: "better", "worse", "equivalent", "inconclusive", "one seed", or "same answers".
 
         Where no row of any seed differs there is no variance to judge by, and nothing is claimed of other rows.
         """
@@ -87,7 +87,7 @@ class Difference:
             return "same answers"
         if self.p_corrected < 1 - LEVEL:
             return "better" if self.estimate.mean > 0 else "worse"
-        return "equivalent" if self.p_equivalent_corrected < 1 - LEVEL else "not told apart"
+        return "equivalent" if self.p_equivalent_corrected < 1 - LEVEL else "inconclusive"
 
 
 def estimate(values: NDArray) -> Estimate:

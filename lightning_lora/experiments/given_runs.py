@@ -59,7 +59,7 @@ def as_ablation(
 
     Args:
         runs: The runs, in the order of the table.
-        baseline: Name of the run whose arm the others are held against.
+        baseline: Name of the run whose arm the others are compared with.
         metric: What is compared by.
         margin: Differences under this count as none.
 
@@ -170,7 +170,7 @@ def remarks(runs: Sequence[GivenRun]) -> list[str]:
     said = []
     untested = [run.name for run in runs if run.test is None]
     if untested and len(untested) < len(runs):
-        said.append(f"careful: validation rows are compared, as not all runs were tested ({', '.join(untested)} not)")
+        said.append(f"warning: validation rows are compared, as not all runs were tested ({', '.join(untested)} not)")
     last = [run.name for run in runs if run.val is not None and run.val_of == "last"]
     if last:
         said.append(f"Validation predictions are of the last weights, not of the best ones, in {', '.join(last)}.")
@@ -178,7 +178,7 @@ def remarks(runs: Sequence[GivenRun]) -> list[str]:
     for run in runs[1:]:
         same = all(run.settings.get(key) == first.settings.get(key) for key in differing(runs) if key[:5] == "data.")
         if same and run.fingerprints.get("train") != first.fingerprints.get("train"):
-            said.append(f"careful: {first.name} and {run.name} learnt from different rows; the source has changed")
+            said.append(f"warning: {first.name} and {run.name} were trained on different rows; the source has changed")
             break
     return said
 

@@ -109,7 +109,7 @@ class Plan:
         base: The config of the base recipe, or None for the embedded default.
         settings: What differs from it in every cell, as flat keys.
         axes: What is varied.
-        baseline: The arm that the others are held against.
+        baseline: The arm that the others are compared with.
         seeds: Of every arm.
         metric: What is chosen and compared by; a key of ``METRICS``.
         margin: Differences under this count as none.
@@ -283,7 +283,7 @@ def _check_seeds(seeds: Any, fail: Any) -> None:
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
         raise fail("seeds: a list of whole numbers is needed, such as [1, 2, 3]")
     if len(set(seeds)) < len(seeds):
-        raise fail("seeds: one stands there twice")
+        raise fail("seeds: one is duplicated")
 
 
 def _check_cells(plan: Plan, fail: Any) -> None:

@@ -72,7 +72,7 @@ def _cell(cell: Cell, place: Path) -> CellResult:
     if not cell.searched:
         return CellResult(cell, "missing", "no trial of the search has finished", {}, None, None)
     if not (place / "run.json").is_file():
-        return CellResult(cell, "missing", "not begun", {}, None, None)
+        return CellResult(cell, "missing", "not started", {}, None, None)
     record: Mapping[str, Any] = RunFolder(place).read()
     status = str(record.get("status"))
     if status != "finished":

@@ -155,7 +155,7 @@ def read_answers(path: Path) -> tuple[Answers, list[str]] | None:
 
 
 def compare_arms(plan: Plan, cells: Sequence[CellResult]) -> list[ArmResult]:
-    """The arms in the plan's order: each with its best variant by validation, then held against the baseline."""
+    """The arms in the plan's order: each with its best variant by validation, then compared with the baseline."""
     arms = {arm: _best_variant(plan, arm, [c for c in cells if c.cell.arm == arm]) for arm in plan.arms}
     base = arms[plan.baseline]
     complete = [result for result in arms.values() if result.complete]

@@ -258,9 +258,9 @@ def show_plan(plan: Plan, folder: Path, warned: Mapping[str, Sequence[Change]], 
     for arm, found in warned.items():
         print(f"{arm} against {arm_label(plan.baseline)}: {'; '.join(map(str, found)) or 'no difference'}")
         for change in second_differences(found):
-            print(f"  careful: {change} is named by no axis; its effect would be taken for that of the axis")
+            print(f"  warning: confounder: {change} is named by no axis; its effect cannot be told from the axis's")
     if len(plan.seeds) < 2:
-        print("careful: one seed; nothing can be called better")
+        print("warning: one seed; nothing can be called better")
     print(flush=True)
 
 
@@ -307,6 +307,6 @@ def add_options(parser: OptionParser) -> None:
     parser.add_argument("--no_test", action="store_true", help="Leave the test rows closed.")
     parser.add_argument("--retry_failed", action="store_true", help="Try cells again that failed.")
     parser.add_argument("--executor", choices=("local", "ray"), default="local", help="Where cells are trained.")
-    parser.add_argument("--address", help="Of a Ray cluster; by default one on this machine is begun.")
+    parser.add_argument("--address", help="Of a Ray cluster; by default one is started on this machine.")
     parser.add_argument("--cell_cpus", type=float, default=1, help="CPUs that a cell takes of its Ray node.")
     parser.add_argument("--cell_gpus", type=float, default=0, help="GPUs that a cell takes of its Ray node.")

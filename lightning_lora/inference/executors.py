@@ -210,7 +210,7 @@ def predict_by_workers(job: Job, workers: int, advance: Advance) -> list[str]:
             process.join()
     undone = sum(not (refused[i] or is_done(shard, job.settings)) for i, shard in enumerate(job.shards))
     if undone:
-        raise UserError(f"{failed[0]}; {undone} files are not done, the same command goes on with them")
+        raise UserError(f"{failed[0]}; {undone} files are not done, the same command resumes with them")
     if failed:
         print(f"warning: {failed[0]}; the others have done its files", file=sys.stderr)
     return said
@@ -303,7 +303,7 @@ def predict_by_ray(ray: Any, job: Job, shards: list[Shard], advance: Advance, wo
         left = [shard.source.name for shard in shards if not shard.output.exists()]
         raise UserError(
             f"--executor ray: the same file ended {RAY_RETRIES + 1} processes (is memory short?); it is one of "
-            f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}; the same command goes on with what is left"
+            f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}; the same command resumes with what is left"
         ) from error
     return said
 

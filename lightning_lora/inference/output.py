@@ -43,7 +43,7 @@ def other_columns(names: Sequence[str], text_columns: Sequence[str], new: Sequen
     """
     for name, count in Counter(names).items():
         if count > 1:
-            raise UserError(f"{origin}: column '{name}' stands there twice; rename one")
+            raise UserError(f"{origin}: column '{name}' is duplicated; rename one")
         if name in new and name not in text_columns:
             raise UserError(f"{origin}: column '{name}' is also one of the output's; rename it")
     return [name for name in names if name not in text_columns]

@@ -19,9 +19,9 @@ VERDICTS = {
     "better": "better",
     "worse": "worse",
     "equivalent": "equivalent",
-    "not told apart": "not told apart",
-    "one seed": "one seed: nothing can be said",
-    "same answers": "the same answers on every row",
+    "inconclusive": "inconclusive",
+    "one seed": "one seed",
+    "same answers": "same predictions",
 }
 
 
@@ -75,7 +75,7 @@ def answer(report: Report) -> str:
     if own.seeds < 2:
         return f"{start}. With one seed nothing can be called better or worse."
     parts = []
-    for verdict in ("better", "worse", "equivalent", "not told apart", "same answers", "one seed"):
+    for verdict in ("better", "worse", "equivalent", "inconclusive", "same answers", "one seed"):
         arms = [arm for arm in compared if arm.against is not None and arm.against.verdict == verdict]
         if not arms:
             continue
@@ -85,18 +85,18 @@ def answer(report: Report) -> str:
         elif verdict == "equivalent":
             parts.append(f"equivalent to it within {report.plan.margin:g}: {', '.join(arm.label for arm in arms)}")
         elif verdict == "same answers":
-            parts.append(f"with its very answers on every row: {', '.join(arm.label for arm in arms)}")
+            parts.append(f"with the same predictions on every row: {', '.join(arm.label for arm in arms)}")
         elif verdict == "one seed":
-            parts.append(f"one seed only in common with it, of which nothing can be said: {_labels(arms)}")
+            parts.append(f"one seed in common with it only, which does not support a conclusion: {_labels(arms)}")
         else:
             named = ", ".join(f"{arm.label} ({arm.against.detectable:.3f})" for arm in arms if arm.against is not None)
-            parts.append(f"not told apart from it: {named}; in brackets the difference that 80% would have seen")
+            parts.append(f"inconclusive: {named}; in brackets the minimum detectable effect at 80% power")
     parts += _not_compared(report)
     return f"{start}. {'. '.join(part[0].upper() + part[1:] for part in parts)}."
 
 
 def _not_compared(report: Report) -> list[str]:
-    """The arms that could not be held against the baseline, by the reason."""
+    """The arms that could not be compared with the baseline, by the reason."""
     apart = [arm for arm in report.arms if arm.against is None and arm is not report.baseline]
     missing = [arm for arm in apart if arm.own is None]
     reasons = {
@@ -122,7 +122,7 @@ def table(report: Report) -> list[list[str]]:
         "SD of seeds",
         "better than baseline by",
     ]
-    header += [f"{LEVEL:.0%} interval", "p (Holm)", "verdict", "could have seen", "seeds to settle"]
+    header += [f"{LEVEL:.0%} interval", "p (Holm)", "verdict", "minimum detectable effect", "seeds to settle"]
     header += ["settings tried"]
     rows = [header]
     for arm in report.arms:
@@ -312,10 +312,10 @@ def notes(report: Report) -> list[str]:
     said = [
         f"command: {report.command}",
         *(report.remarks or [chosen]),
-        f"Test rows were looked at {looks} times, for {cells} cells.",
+        f"Test rows were evaluated {looks} times, for {cells} cells.",
         f"Intervals and p-values are over seeds and {report.split} rows together; p-values, also those behind "
-        "'equivalent', are corrected for the number of arms (Holm), intervals are of each arm by itself. 'Could have "
-        "seen' is the smallest true difference that 80% of such experiments would find; 'seeds to settle' is how many "
+        "'equivalent', are corrected for the number of arms (Holm), intervals are of each arm by itself. The "
+        "minimum detectable effect is the smallest true difference found with 80% power; 'seeds to settle' is how many "
         "seeds would find one as large as was seen ('more rows': over a thousand); both for a single comparison.",
         "All seeds learn from the same choice of rows (data.split_seed) and are tested on the same: what another "
         "choice would have come to is not in the intervals.",
@@ -343,27 +343,29 @@ def notes(report: Report) -> list[str]:
 
 
 def _cautions(report: Report) -> list[str]:
-    """What would be held against the numbers."""
+    """What would be compared with the numbers."""
     said = []
     for axis in report.plan.axes:
         if (edge := _best_at_edge(report, axis)) is not None:
-            said.append(f"careful: of {axis.name} the best was an end of what was compared ({edge})")
+            said.append(f"warning: of {axis.name} the best value is at the edge of those compared ({edge})")
     if report.split == "validation":
-        said.append("careful: compared on the validation rows that checkpoints and variants were chosen on: too good")
+        said.append(
+            "warning: compared on the validation rows that chose checkpoints and variants: optimistically biased"
+        )
     for arm in report.arms:
         if not arm.complete:
-            said.append(f"careful: {arm.label} has seeds that have not finished; it is not tested before they have")
+            said.append(f"warning: {arm.label} has seeds that have not finished; it is not tested before they have")
         if arm.edges:
-            said.append(f"careful: {arm.label} is best at the edge of what was tried ({', '.join(arm.edges)})")
+            said.append(f"warning: {arm.label} is best at the edge of what was tried ({', '.join(arm.edges)})")
     for label, found in report.differences.items():
         for change in found:
             if not change["named"]:
                 what = f"{change['key']} ({change['baseline']} -> {change['arm']})"
-                said.append(f"careful: {label} also differs from the baseline in {what}")
+                said.append(f"warning: {label} also differs from the baseline in {what}")
     said += _made_otherwise(report)
     one_sided = [cell for cell in report.cells if cell.status == "finished" and cell.reason]
     if one_sided:
-        said.append(f"careful: {len(one_sided)} of {len(report.cells)} cells have learnt one class only")
+        said.append(f"warning: {len(one_sided)} of {len(report.cells)} cells predict one class only")
     odd = [cell for cell in report.cells if cell.status != "finished"]
     if odd:
         said.append(f"{len(odd)} of {len(report.cells)} cells have not finished; the table of cells says why")
@@ -380,7 +382,7 @@ def _made_otherwise(report: Report) -> list[str]:
         ("on different machines", lambda record: record.get("machine")),
     ):
         if odd := [record for record in having if value(record) != value(having[0])]:
-            said.append(f"careful: {having[0].get('name')} and {odd[0].get('name')} were made {what}")
+            said.append(f"warning: {having[0].get('name')} and {odd[0].get('name')} were made {what}")
     return said
 
 

@@ -75,7 +75,7 @@ class CheckpointIdentity:
             if self.adapter.get(name) != value:
                 raise UserError(
                     f"the checkpoint was trained with adapter.{name} {value}, not {self.adapter.get(name)}: its "
-                    "weights would be applied otherwise than they were learnt"
+                    "weights would be applied in another way than in training"
                 )
 
     @staticmethod
@@ -199,9 +199,9 @@ class ResumePoints:
             except UserError as error:
                 damage.append(str(error))
             else:
-                return path, f"{damage[0]}; going on from the state before it, {path}" if damage else None
+                return path, f"{damage[0]}; resuming from the state before it, {path}" if damage else None
         if damage:
-            raise UserError(f"no state to go on from: {'; '.join(damage)}")
+            raise UserError(f"no state to resume from: {'; '.join(damage)}")
         return None, None
 
 

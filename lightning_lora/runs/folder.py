@@ -82,7 +82,7 @@ class RunFolder:
             except FileExistsError:
                 if name is not None:
                     raise UserError(
-                        f"--name: {path} exists, and a run is never overwritten; choose another name, or go on with "
+                        f"--name: {path} exists, and a run is never overwritten; choose another name, or resume "
                         f"it: --resume {path}"
                     ) from None
             except OSError as error:

@@ -80,7 +80,7 @@ def test_declared_names_count_from_0_even_where_a_class_has_no_row() -> None:
         (["no", "yes"], {False: "a", True: "b"}, "put each in quotes"),
         ([0, 1], {0: False, 1: True}, "put each in quotes"),
         ([0, 1], ["a", None], "a name is a word or a number, got None"),
-        ([0, 1], {1: "a", "1.0": "b"}, "'1' stands there twice"),
+        ([0, 1], {1: "a", "1.0": "b"}, "'1' is duplicated"),
         ([0, 1], {0: "a", 1: "a"}, "at least two different names"),
         (["1", "01"], None, "'01' differs from '1' only in characters that look alike"),
         (["m2", "m\u00b2"], None, "only in characters that look alike"),

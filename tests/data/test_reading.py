@@ -50,7 +50,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
         ("a.csv", "text,label\nhi,x\none,two,three\n", ["line 3", "3 fields", "2"]),
         ("a.csv", "text,label\nhi,x\nshort\n", ["line 3", "1 fields"]),
         ("a.csv", 'text,label\nhi,x\n"open,y\nmore,z\n', ["line 3", "never closed"]),
-        ("a.csv", "text,text,label\na,b,c\n", ["'text' stands there twice"]),
+        ("a.csv", "text,text,label\na,b,c\n", ["'text' is duplicated"]),
         ("a.csv", "text,label\nhi,x\nпривет мир,y\n".encode("cp1251"), ["line 3", "0xef", "iconv -f", "cp1251"]),
         ("a.csv", "text,label\nпривет,x\n".encode() + b"caf\xe9,y\n", ["line 3", "0xe9", "1 places are not"]),
         ("a.csv", b"\xff\xfet\0e\0x", ["UTF-16"]),

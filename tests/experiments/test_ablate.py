@@ -75,13 +75,13 @@ def test_each_cell_is_a_run_and_the_report_has_every_form(done: Path) -> None:
         assert "rank" in text or "arm" in text
     looks = [json.loads(line) for line in (done / "test_looks.jsonl").read_text().splitlines()]
     assert sorted(look["cell"] for look in looks) == sorted(names)
-    assert "looked at 4 times, for 4 cells" in (done / "report.md").read_text()
+    assert "evaluated 4 times, for 4 cells" in (done / "report.md").read_text()
 
 
 def test_the_second_difference_of_the_axis_is_told(done: Path, place: Path, tmp_path: Path, capsys) -> None:
     assert again(done, place, tmp_path, "--plan") == 0
     said = capsys.readouterr().out
-    assert "careful: alpha / rank" in said and "4 are finished" in said
+    assert "confounder: alpha / rank" in said and "4 are finished" in said
     assert "also differs from the baseline in alpha / rank" in (done / "report.md").read_text()
 
 
@@ -182,7 +182,7 @@ def test_a_test_by_hand_counts_as_a_look_and_another_checkpoint_is_no_answer(don
     (copy / "cells" / "rank-2__seed-1" / "run.json").write_text(json.dumps(record))
     assert main(["report", str(copy)]) == 0
     report = (copy / "report.md").read_text()
-    assert "looked at 5 times, for 4 cells" in report and "careful: compared on the validation rows" in report
+    assert "evaluated 5 times, for 4 cells" in report and "warning: compared on the validation rows" in report
     # It is set aside, with both looks, and another is trained in its place.
     (copy / "stale").mkdir()
     shutil.copytree(copy / "cells" / "rank-2__seed-1", copy / "stale" / "rank-2__seed-1.1")

@@ -87,7 +87,7 @@ def test_runs_that_differ_by_their_seed_only_are_one_arm(tmp_path: Path) -> None
     ]
     assert float(rows[1]["better than baseline by"]) == pytest.approx(-30 / 90, abs=1e-4)
     assert rows[1]["verdict"] == "worse"
-    assert "Nothing was chosen by this report" in report and "looked at 6 times, for 6 cells" in report
+    assert "Nothing was chosen by this report" in report and "evaluated 6 times, for 6 cells" in report
     # Broken are the rows of lengths 31 + seed to 60 + seed: 30 - seed of the middle third, seed of the last.
     assert "| up to 30 characters: fixed / broken | 31 to 60: fixed / broken | 61 to 90: fixed / broken |" in report
     assert "| rank 2, alpha 4, lr 0.001 | 0.0 / 0.0 | 0.0 / 28.0 | 0.0 / 2.0 |" in report

@@ -61,7 +61,7 @@ def test_the_small_size_has_fewer_values_seeds_and_rows() -> None:
         ({"baseline": {"rank": 3}}, "rank 3 is none of 2, 8"),
         ({"baseline": {"x": 3}}, "'x' is no compared axis"),
         ({"seeds": []}, "whole numbers"),
-        ({"seeds": [1, 1]}, "one stands there twice"),
+        ({"seeds": [1, 1]}, "one is duplicated"),
         ({"seeds": [True]}, "whole numbers"),
         ({"metric": "test_accuracy"}, "is none of accuracy, loss"),
         ({"margin": 0}, "between 0 and 1"),

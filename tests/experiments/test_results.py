@@ -189,7 +189,7 @@ def test_the_answer_and_the_tables_of_a_report() -> None:
     assert two[header.index("verdict")] == "worse" and two[header.index("settings tried")] == "3"
     assert eight[0] == "**8** (baseline)" and len({len(header), len(two), len(eight)}) == 1
     text = as_markdown(report)
-    assert "looked at 6 times, for 6 cells" in text and "best at the edge of what was tried (rate 0.01)" in text
+    assert "evaluated 6 times, for 6 cells" in text and "best at the edge of what was tried (rate 0.01)" in text
     assert "also differs from the baseline in alpha / rank" in text and "diverged" in text
     assert as_csv(report).count("\n") == 3 and r"a \& b" not in as_latex(report) and "\\toprule" in as_latex(report)
     page = as_html(report)

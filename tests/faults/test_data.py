@@ -51,7 +51,7 @@ BAD: dict[str, tuple[str, str | bytes, list[str]]] = {
     "no header": ("a.csv", GOOD, ["no column 'text'", "data.text_column"]),
     "another header": ("a.csv", f"review,stars\n{GOOD}", ["no column 'text'", "review, stars"]),
     "semicolons": ("a.csv", (HEAD + GOOD).replace(",", ";"), ["no column 'text'", "semicolons"]),
-    "a column twice": ("a.csv", "text,label,text\n" + "a,pos,b\n", ["'text' stands there twice"]),
+    "a column twice": ("a.csv", "text,label,text\n" + "a,pos,b\n", ["'text' is duplicated"]),
     "an empty file": ("a.csv", "", ["a.csv"]),
     "a header only": ("a.csv", HEAD, ["holds no rows"]),
     "a million empty lines": ("a.csv", HEAD + "\n" * 1_000_000, ["holds no rows"]),

@@ -267,7 +267,7 @@ def test_where_no_state_is_whole_nothing_is_begun(stopped: Path, tmp_path: Path)
         (run / "checkpoints" / name).write_bytes(b"")
     again = go_on(run)
     assert again.wait() == 2
-    assert "no state to go on from" in again.text() and "Traceback" not in again.text()
+    assert "no state to resume from" in again.text() and "Traceback" not in again.text()
 
 
 def test_one_process_at_a_time_trains_a_run(place: Path, tmp_path: Path) -> None:

@@ -389,7 +389,7 @@ def prepare_wrong(kind: str) -> None:
         ("twice", ["--input", "in/*/*.parquet", "--output", "out"], "would have the same output, a.parquet"),
         ("clash", ["--input", "in", "--output", "out"], "column 'prediction' is also one of the output's"),
         ("column", ["--input", "in", "--output", "out"], "in/a.parquet: no column 'text'; it has: body"),
-        ("doubled", ["--input", "in", "--output", "out"], "column 'n' stands there twice"),
+        ("doubled", ["--input", "in", "--output", "out"], "column 'n' is duplicated"),
         ("good", ["--input", "in", "--output", "in"], "lies in the folder of the input"),
         ("good", ["--input", "in", "--output", "in/labels"], "lies in the folder of the input"),
         ("good", ["--input", "in", "--output", "in/a"], "lies in the folder of the input"),
