@@ -5,13 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.config.lightning_cli import ConfiguredRun
-from lightning_lora.data.batching import TokenDataset
-from lightning_lora.data.tokens import InputFormat, load_tokenizer, tokenize
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.export.weights import weights_labels
 from lightning_lora.files import check_writable
-from lightning_lora.inference.file_predictor import load_classifier, predict_dataset
+from lightning_lora.inference.file_predictor import load_for
 from lightning_lora.inference.input_rows import (
     Rows,
     file_rows,
@@ -33,9 +30,7 @@ from lightning_lora.inference.output import (
     write_output,
     writing,
 )
-from lightning_lora.locations import resolve
 from lightning_lora.runs.folder import RunFolder
-from lightning_lora.training.module import TextClassifier
 
 
 def run(words: list[str]) -> int:
@@ -64,8 +59,8 @@ def run(words: list[str]) -> int:
     if output:
         with writing(output):
             check_writable(output.parent)
-    model = load_classifier(config, path, labels)
-    columns = {**rows.columns(predict_texts(cli, model, rows.usable)), **others}
+    loaded = load_for(cli, path, labels)
+    columns = {**rows.columns(loaded.predict_dataset(loaded.dataset(rows.usable))), **others}
     if output:
         write_output(output, columns, new)
         print(f"{len(rows.texts):,} rows written to {output}", file=sys.stderr)
@@ -114,12 +109,3 @@ def gather_rows(config: Any) -> Rows:
     if (config.bad_rows or ("error" if config.texts else "empty")) == "error":
         rows.refuse_faults()
     return rows
-
-
-def predict_texts(cli: ConfiguredRun, model: TextClassifier, texts: list[str]) -> Predictions:
-    """Predictions of the texts, in their order."""
-    data = cli.config.data
-    tokenizer = load_tokenizer(resolve(data.base_model, "model.base_model").target, "model.base_model")
-    frame = InputFormat.of(tokenizer, data.max_length, data.truncation, data.window_overlap)
-    dataset = TokenDataset(tokenize(texts, tokenizer), frame, None, data.padding == "max_length")
-    return predict_dataset(cli.make_trainer(None), model, dataset, data.eval_batch_size)

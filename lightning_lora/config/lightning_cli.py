@@ -329,20 +329,20 @@ def row_columns(rows: Rows) -> dict[str, Any]:
     return {"row": rows.numbers, "origin": rows.origins, "key": text_keys(rows.texts), "characters": characters}
 
 
-def check_base(model: TextClassifier, data: TextDataModule, precision: str | None) -> None:
+def check_base(model: TextClassifier, texts: Any, precision: str | None) -> None:
     """Refuse a base model that cannot take the texts as they will be given to it.
 
     Args:
         model: The model.
-        data: What gives the texts.
+        texts: How texts are given to it: has ``frame``, ``tokenizer`` and ``padding``.
         precision: What is to be trained in on the CPU; None where nothing is.
 
     Raises:
         UserError: What the base model cannot, and what works.
     """
-    frame, words = data.frame, ordinary_ids(data.tokenizer)
+    frame, words = texts.frame, ordinary_ids(texts.tokenizer)
     inputs = Inputs(
-        frame.prefix, frame.suffix, words, frame.pad_id, frame.max_length, pad_to_max=data.padding == "max_length"
+        frame.prefix, frame.suffix, words, frame.pad_id, frame.max_length, pad_to_max=texts.padding == "max_length"
     )
     config = model.model.config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -45,13 +45,18 @@ class Predictions:
         """The class number with the largest logit, shape (rows,)."""
         return self.logits.argmax(axis=1)
 
+    @property
+    def names(self) -> list[str]:
+        """The name of each predicted class."""
+        return [self.label_names[i] for i in self.classes]
+
     def columns(self) -> dict[str, Any]:
         """Columns for a table: label (if known), prediction, probability of the prediction and of each class."""
         probabilities, classes = self.probabilities, self.classes
         columns: dict[str, Any] = {}
         if self.labels is not None:
             columns["label"] = [self.label_names[i] for i in self.labels]
-        columns["prediction"] = [self.label_names[i] for i in classes]
+        columns["prediction"] = self.names
         columns["probability"] = probabilities[np.arange(len(classes)), classes]
         for i, name in enumerate(self.label_names):
             columns[f"p({name})"] = probabilities[:, i]

@@ -8,23 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from lightning import Callback
 
-from lightning_lora.config.lightning_cli import ConfiguredRun
-from lightning_lora.data.batching import LengthBatchSampler, TokenDataset, evaluated_together
-from lightning_lora.data.datamodule import make_loader
+from lightning_lora.config.lightning_cli import ConfiguredRun, check_base
+from lightning_lora.config.resolved import option_value
+from lightning_lora.data.batching import TokenDataset
 from lightning_lora.data.reading import Table, cells
-from lightning_lora.data.tokens import InputFormat, load_tokenizer, tokenize
-from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.predictions import Predictions, in_row_order
-from lightning_lora.export.weights import load_weights
 from lightning_lora.files import atomic_path
 from lightning_lora.inference.input_rows import Rows
+from lightning_lora.inference.loaded_run import LoadedRun, assemble
 from lightning_lora.inference.many_files import (
     Shard,
     holds_texts,
@@ -35,9 +30,7 @@ from lightning_lora.inference.many_files import (
     reading,
 )
 from lightning_lora.inference.output import new_columns
-from lightning_lora.locations import resolve
 from lightning_lora.runs.folder import RunFolder
-from lightning_lora.training.module import TextClassifier
 
 #: Rows that are held at a time: enough to find batches of like length in, and twice as many are all that memory holds.
 CHUNK_ROWS = 8192
@@ -78,34 +71,25 @@ def fingerprint(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def load_classifier(config: Any, checkpoint: Path, labels: Sequence[str]) -> TextClassifier:
-    """The model of a run, trained, as it is to predict.
+def load_for(cli: ConfiguredRun, checkpoint: Path, labels: Sequence[str]) -> LoadedRun:
+    """The run of a command line, loaded with its settings.
 
     Args:
-        config: Settings of the command.
-        checkpoint: Its weights.
-        labels: Names of its classes.
+        cli: The command line.
+        checkpoint: The weights.
+        labels: Names of the classes.
 
     Raises:
         UserError: The weights cannot be loaded, or the model cannot compute as is asked.
     """
-    model = TextClassifier(**config.model.as_dict(), label_names=list(labels))
-    load_weights(model, checkpoint)
-    keep_freed_memory()
+    config = cli.config
+    found = assemble(config.model.as_dict(), config.data, checkpoint, labels, cli.make_trainer(None))
     if config.int8:
-        model.check_int8(str(config.trainer.precision))
-        model.int8 = True
-    return model
-
-
-def predict_dataset(trainer: Any, model: TextClassifier, dataset: TokenDataset, batch_size: int | None) -> Predictions:
-    """Predictions of all texts of a dataset, in their order; none of none."""
-    if not len(dataset):
-        return Predictions(np.zeros((0, len(model.label_names))), None, model.label_names, np.zeros(0, dtype=np.int64))
-    loader = make_loader(dataset, LengthBatchSampler(dataset.widths, evaluated_together(batch_size), None))
-    with torch.inference_mode():
-        batches: Any = trainer.predict(model, loader)
-    return in_row_order(batches, model.label_names)
+        found.model.check_int8(str(config.trainer.precision))
+        found.model.int8 = True
+    if option_value(cli.words, "--data.max_length") is not None:
+        check_base(found.model, found, None)
+    return found
 
 
 class Predictor:
@@ -123,16 +107,12 @@ class Predictor:
         self.config = cli.config
         self.job = job
         checkpoint = RunFolder.open(Path(self.config.run)).checkpoint(self.config.checkpoint)
-        self.model = load_classifier(self.config, checkpoint, job.settings["labels"])
+        self.config.trainer.enable_progress_bar = False  # there is one for all files
+        self.run = load_for(cli, checkpoint, job.settings["labels"])
         if fingerprint(checkpoint) != job.settings["weights"]:
             raise UserError(f"{checkpoint} has changed since the command began (is it still trained?); start it again")
-        data = self.config.data
-        self.tokenizer = load_tokenizer(resolve(data.base_model, "model.base_model").target, "model.base_model")
-        self.frame = InputFormat.of(self.tokenizer, data.max_length, data.truncation, data.window_overlap)
-        self.config.trainer.enable_progress_bar = False  # there is one for all files
-        self.trainer = cli.make_trainer(None)
         self.counter = _RowCounter()
-        self.trainer.callbacks.append(self.counter)  # type: ignore[attr-defined]  # a list, which Lightning hides
+        self.run.trainer.callbacks.append(self.counter)  # type: ignore[attr-defined]  # a list, which Lightning hides
 
     def write(self, shard: Shard, advance: Advance) -> None:
         """Predicts one file; its output is there whole or not at all.
@@ -168,11 +148,10 @@ class Predictor:
                 if rows.faults and not holds_texts(kind := piece.schema.field(name).type):
                     raise RefusedError(f"{rows.faults[min(rows.faults)]}; the column holds {kind}. Set --text_column")
             first += piece.num_rows
-            padding = self.config.data.padding == "max_length"
-            yield piece, TokenDataset(tokenize(rows.usable, self.tokenizer), self.frame, None, padding), rows
+            yield piece, self.run.dataset(rows.usable), rows
 
     def _predicted(self, piece: pa.Table, dataset: TokenDataset, rows: Rows, schema: pa.Schema) -> pa.Table:
-        columns = rows.columns(predict_dataset(self.trainer, self.model, dataset, self.config.data.eval_batch_size))
+        columns = rows.columns(self.run.predict_dataset(dataset))
         arrays = [columns[name] if name in columns else piece.column(name) for name in schema.names]
         return pa.table(arrays, schema=schema)
 

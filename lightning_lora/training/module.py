@@ -1,6 +1,7 @@
 """The LightningModule: a base model, a method, one shared step."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
@@ -9,12 +10,13 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics import Metric
 
 from lightning_lora import processes
 from lightning_lora.errors import check_range
 from lightning_lora.evaluation.documents import pooled
 from lightning_lora.evaluation.metrics import StageCounter
-from lightning_lora.models.base import enable_gradient_checkpointing, load_base
+from lightning_lora.models.base import Base, enable_gradient_checkpointing, load_base
 from lightning_lora.models.kernel_plugins import check_engine
 from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
 from lightning_lora.models.quantization import Quantization, check_quantization
@@ -92,13 +94,12 @@ class TextClassifier(LightningModule):
         speedups: Speedups = Speedups(),  # noqa: B008
         seed: int = 42,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        if isinstance(adapter, dict):  # from a checkpoint, which holds plain types only
-            adapter = AdapterOptions(**adapter)
-        if isinstance(quantization, dict):
-            quantization = Quantization(**quantization)
-        if isinstance(speedups, dict):
-            speedups = Speedups(**speedups)
+        # A checkpoint holds plain types only.
+        adapter = AdapterOptions(**adapter) if isinstance(adapter, dict) else adapter
+        quantization = Quantization(**quantization) if isinstance(quantization, dict) else quantization
+        speedups = Speedups(**speedups) if isinstance(speedups, dict) else speedups
         entry = find_method(method)
         check_options(method, adapter)
         check_quantization(quantization, method, entry.bits, entry.cpu_bits)
@@ -107,27 +108,9 @@ class TextClassifier(LightningModule):
         check_range("model.weight_decay", weight_decay, 0, None)
         check_range("model.learning_rate", learning_rate or 0, 0, None)
         self.learning_rate = entry.learning_rate if learning_rate is None else learning_rate
-        self.save_hyperparameters(
-            {
-                "base_model": base_model,
-                "label_names": list(label_names),
-                "method": method,
-                "adapter": asdict(adapter),
-                "quantization": asdict(quantization),
-                "learning_rate": self.learning_rate,
-                "schedule": schedule,
-                "warmup_ratio": warmup_ratio,
-                "weight_decay": weight_decay,
-                "label_smoothing": label_smoothing,
-                "class_weights": class_weights,
-                "attention": attention,
-                "gradient_checkpointing": gradient_checkpointing,
-                "frozen_dropout": frozen_dropout,
-                "speedups": asdict(speedups),
-                "seed": seed,
-            },
-            logger=False,
-        )
+        given |= {"label_names": list(label_names), "learning_rate": self.learning_rate}
+        given |= {"adapter": asdict(adapter), "quantization": asdict(quantization), "speedups": asdict(speedups)}
+        self.save_hyperparameters(given, logger=False)
         self.label_names = list(label_names)
         self.schedule = schedule
         self.warmup_ratio = warmup_ratio
@@ -136,28 +119,17 @@ class TextClassifier(LightningModule):
         self.class_weights = class_weights
         self.attention = attention
         self.seed = seed
-        base = load_base(base_model, self.label_names, seed, quantization)
-        if gradient_checkpointing:
-            enable_gradient_checkpointing(base.model)
-        self.tuned = tuned = tune(base, method, adapter, seed, frozen_dropout)
+        self.adapter = adapter
+        self.quantization = quantization
         self.speedups = speedups
         #: Whether layers are evaluated in int8, where they can be.
         self.int8 = False
-        self.speed_notes = install(base, speedups)
-        self.known_architecture = base.architecture is not None
-        self.head_origin = base.head
-        self.model: Any = tuned.model
-        self.loaded_attention: str = tuned.model.config._attn_implementation
-        self.target_modules = tuned.target_modules
-        self.head_modules = tuned.head_modules
-        self.identity = CheckpointIdentity(
-            base_model, base.fingerprint, self.label_names, method, quantization.label, applied(adapter, method)
-        )
         # A checkpoint holds what is trained; the frozen rest comes from the base model.
         self.strict_loading = False
-        classes = len(self.label_names)
-        self.stage_counters = nn.ModuleDict({f"{s}_counter": StageCounter(classes, s == "train") for s in STAGES})
         self.register_buffer("loss_weights", None, persistent=False)
+        self.configure_models()
+        self.configure_losses()
+        self.configure_metrics()
         self._counted: dict[str, Any] = {}
         self.step_guard = StepGuard()
         #: Whether training itself has begun, and with it its first step; a search for a learning rate comes before.
@@ -167,6 +139,47 @@ class TextClassifier(LightningModule):
         #: Optimizer steps that the schedule is laid out over: in the state that training continues from, and now.
         self.planned_before: int | None = None
         self.planned_steps: int | None = None
+
+    def load_base_model(self) -> Base:
+        """Load the base model with its head. Override to change the head before the method is applied."""
+        base = load_base(self.hparams["base_model"], self.label_names, self.seed, self.quantization)
+        if self.hparams["gradient_checkpointing"]:
+            enable_gradient_checkpointing(base.model)
+        return base
+
+    def configure_models(self) -> None:
+        """Apply the method to the base model: sets ``self.model``, which gives ``logits`` (B, C)."""
+        base, method = self.load_base_model(), self.hparams["method"]
+        self.tuned = tuned = tune(base, method, self.adapter, self.seed, self.hparams["frozen_dropout"])
+        self.speed_notes = install(base, self.speedups)
+        self.known_architecture = base.architecture is not None
+        self.head_origin = base.head
+        self.model: Any = tuned.model
+        self.loaded_attention: str = tuned.model.config._attn_implementation
+        self.target_modules = tuned.target_modules
+        self.head_modules = tuned.head_modules
+        stored, options = self.quantization.label, applied(self.adapter, method)
+        self.identity = CheckpointIdentity(
+            self.hparams["base_model"], base.fingerprint, self.label_names, method, stored, options
+        )
+
+    def configure_losses(self) -> None:
+        """Set ``self.criterion``, the training loss of logits (B, C) and labels (B,); override for another one."""
+        self.criterion: Callable[[Tensor, Tensor], Tensor] = self.weighted_cross_entropy
+
+    def configure_metrics(self) -> None:
+        """Set the metrics of each stage; override to add some: ``self.add_metric("mcc", MulticlassMatthews...(C))``."""
+        classes = len(self.label_names)
+        self.stage_counters = nn.ModuleDict({f"{s}_counter": StageCounter(classes, s == "train") for s in STAGES})
+
+    def add_metric(self, name: str, metric: Metric) -> None:
+        """Log a torchmetrics metric of probabilities (B, C) and labels (B,) as "val/NAME" and "test/NAME"."""
+        for stage in ("val", "test"):
+            self._counter(stage).metrics.add_metrics({name: metric.clone()})
+
+    def weighted_cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The training loss: cross-entropy with label smoothing and class weights."""
+        return training_loss(logits, labels, cast("Tensor | None", self.loss_weights), self.label_smoothing)
 
     def train(self, mode: bool = True) -> "TextClassifier":
         """Sets training or evaluation mode, and with it the attention that is faster in that mode."""
@@ -212,10 +225,7 @@ class TextClassifier(LightningModule):
         """Loss and logits of a batch; counts the metrics of the stage ("train", "val" or "test")."""
         logits = self.document_logits(batch)
         labels = batch["labels"]
-        if stage == "train":
-            loss = training_loss(logits, labels, self.loss_weights, self.label_smoothing)
-        else:
-            loss = F.cross_entropy(logits, labels)
+        loss = self.criterion(logits, labels) if stage == "train" else F.cross_entropy(logits, labels)
         if not batch["share"]:  # this process had no row of the part
             return {"loss": loss, "logits": logits}
         self._counter(stage).count(logits, labels, loss)

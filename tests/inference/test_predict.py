@@ -48,7 +48,7 @@ def error(capsys: pytest.CaptureFixture) -> str:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is refused is refused before the model is loaded."""
-    monkeypatch.setattr(command, "load_classifier", None)
+    monkeypatch.setattr(command, "load_for", None)
 
 
 CSV = 'id,review,note\n1,a fine film,"a, ""b"""\n2,,\n3,  ,x\n4,an awful film,\n'

@@ -1,0 +1,137 @@
+"""A trained run, loaded once, that classifies texts: what Python code, ``predict`` and its workers share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from lightning import Trainer
+
+from lightning_lora.config.console import quiet_libraries
+from lightning_lora.data.batching import LengthBatchSampler, TokenDataset, evaluated_together
+from lightning_lora.data.datamodule import make_loader
+from lightning_lora.data.tokens import InputFormat, base_tokenizer, tokenize
+from lightning_lora.devices import keep_freed_memory
+from lightning_lora.errors import UserError
+from lightning_lora.evaluation.predictions import Predictions, in_row_order
+from lightning_lora.export.weights import load_weights, weights_labels
+from lightning_lora.runs.folder import RunFolder
+from lightning_lora.training.module import TextClassifier
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model with its tokenizer and its way of reading texts.
+
+    Args:
+        model: The model, with its trained weights.
+        tokenizer: The base model's.
+        frame: How texts are truncated and framed by special tokens.
+        padding: To the "longest" text of a batch, or to "max_length".
+        eval_batch_size: Texts in a batch; None for what suits the machine.
+        trainer: What runs the prediction loop.
+    """
+
+    model: TextClassifier
+    tokenizer: Any
+    frame: InputFormat
+    padding: str
+    eval_batch_size: int | None
+    trainer: Trainer
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes in the order of their numbers."""
+        return self.model.label_names
+
+    def predict(self, texts: Sequence[str]) -> Predictions:
+        """Classify texts.
+
+        Args:
+            texts: N texts.
+
+        Returns:
+            Logits (N, C), probabilities (N, C) and predicted names (N), in the order of the texts.
+
+        Raises:
+            UserError: A text is not a string, or is blank.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for i, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"text {i}: a text is needed, got {text!r:.40}")
+        return self.predict_dataset(self.dataset(texts))
+
+    def dataset(self, texts: Sequence[str]) -> TokenDataset:
+        """The texts, tokenized."""
+        return TokenDataset(tokenize(texts, self.tokenizer), self.frame, None, self.padding == "max_length")
+
+    def predict_dataset(self, dataset: TokenDataset) -> Predictions:
+        """Classify tokenized texts; as ``predict``."""
+        names = self.model.label_names
+        if not len(dataset):
+            return Predictions(np.zeros((0, len(names))), None, names, np.zeros(0, dtype=np.int64))
+        together = evaluated_together(self.eval_batch_size)
+        loader = make_loader(dataset, LengthBatchSampler(dataset.widths, together, None))
+        with torch.inference_mode():
+            batches: Any = self.trainer.predict(self.model, loader)
+        return in_row_order(batches, names)
+
+
+def assemble(
+    model: Mapping[str, Any], data: Mapping[str, Any], checkpoint: Path, labels: Sequence[str], trainer: Trainer
+) -> LoadedRun:
+    """Build a run's model from settings and put its weights into it.
+
+    Args:
+        model: Settings of ``TextClassifier``, without the label names.
+        data: Settings of ``TextDataModule``.
+        checkpoint: The weights.
+        labels: Names of the classes.
+        trainer: What runs the prediction loop.
+
+    Raises:
+        UserError: The weights do not belong to the model, or are damaged.
+    """
+    classifier = TextClassifier(**model, label_names=list(labels))
+    load_weights(classifier, checkpoint)
+    keep_freed_memory()
+    tokenizer = base_tokenizer(model["base_model"])
+    frame = InputFormat.of(tokenizer, data["max_length"], data["truncation"], data["window_overlap"])
+    return LoadedRun(classifier, tokenizer, frame, data["padding"], data["eval_batch_size"], trainer)
+
+
+def load_run(folder: str | Path, checkpoint: str = "best", **trainer: Any) -> LoadedRun:
+    """Load a trained run for prediction.
+
+    Args:
+        folder: A folder that ``main.py fit`` made, such as "logs/reviews".
+        checkpoint: "best", "last", or the path of a checkpoint or exported adapter.
+        trainer: Options of ``lightning.Trainer`` in place of the run's, such as ``accelerator="cpu"``.
+
+    Raises:
+        UserError: It is not a run, has no such checkpoint, or its base model cannot be loaded.
+    """
+    quiet_libraries()
+    run = RunFolder.open(Path(folder), "load_run")
+    settings = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    path = run.checkpoint(checkpoint)
+    options = {name: settings["trainer"][name] for name in ("accelerator", "precision")} | trainer
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "devices": 1}
+    return assemble(settings["model"], settings["data"], path, weights_labels(path), Trainer(**(quiet | options)))
+
+
+def predict(run: str | Path | LoadedRun, texts: Sequence[str]) -> Predictions:
+    """Classify texts by a trained run: ``predict("logs/reviews", ["What a film!"]).names``.
+
+    Args:
+        run: A folder that ``main.py fit`` made, or what ``load_run`` returned.
+        texts: N texts.
+
+    Raises:
+        UserError: As ``load_run`` and ``LoadedRun.predict``.
+    """
+    return (run if isinstance(run, LoadedRun) else load_run(run)).predict(texts)
