@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "reports": {"runs", "experiments", "evaluation"},
 }
 MAY_IMPORT["commands"] = {*MAY_IMPORT}
-MODULES = sorted(ROOT.rglob("*.py"))
+#: All modules but the public API, which names what lies in any room.
+MODULES = sorted({*ROOT.rglob("*.py")} - {ROOT / "__init__.py"})
 
 
 def imported(path: Path) -> set[str]:
