@@ -2,7 +2,7 @@
 
     python benchmarks/scale_plan.py [--tokenized_per_s N] [--batched_per_s N] [...]
 
-Prints the tables of docs/SCALE.md. Rates that were measured and rates that are assumed are options, and said as such.
+Prints the tables of docs/scale.md. Rates that were measured and rates that are assumed are options, and said as such.
 How long devices wait for each other is not assumed: the batches of ``LengthBatchSampler`` are dealt out to so many of
 them, for texts of AG News' lengths, and the longest share of each step is what the others wait for.
 """

