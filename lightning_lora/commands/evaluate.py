@@ -77,6 +77,7 @@ def _lead(cli: ConfiguredRun, command: str, split: str) -> None:
         "measured": now(),
         "command": shlex.join(["python", "main.py", command, *cli.words]),
         "checkpoint": str(path),
+        "step": cli.steps_done,
         "fingerprint": rows.fingerprint(),
     }
     if cli.config.get("before"):

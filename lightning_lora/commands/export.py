@@ -16,7 +16,7 @@ from lightning_lora.export.card import CardFacts, card, certificate_table
 from lightning_lora.export.formats import FORMATS, rename_base
 from lightning_lora.export.parity_check import Parity, source_test_rows
 from lightning_lora.export.usage import ENCODED
-from lightning_lora.export.weights import weights_labels
+from lightning_lora.export.weights import trained_steps, weights_labels
 from lightning_lora.export.writer import FormatWriter, build_model, missing_packages, public_name
 from lightning_lora.files import atomic_folder, refusal
 from lightning_lora.locations import resolve
@@ -214,11 +214,13 @@ def hub_dataset(source: Any) -> str | None:
 def tested_metrics(folder: RunFolder, checkpoint: Path, fingerprint: str | None) -> tuple[dict[str, float], int] | None:
     """Metrics and rows of the latest test of this checkpoint on these rows (on any, without a fingerprint), or None."""
     done = folder.read().get("evaluations", {}) if folder.record.is_file() else {}
+    step = trained_steps(checkpoint)
     for name, evaluation in reversed(list(done.items())):
         tested = Path(evaluation["checkpoint"])
         # The folder may have been moved since, or the path be relative to another place.
         same = tested.name == checkpoint.name and checkpoint.parent == folder.checkpoints
         same = tested.samefile(checkpoint) if tested.exists() else same
+        same = same and evaluation.get("step", step) == step
         if name.startswith("test") and same and fingerprint in (None, evaluation["fingerprint"]):
             return evaluation["after"], evaluation["rows"]
     return None

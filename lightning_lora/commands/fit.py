@@ -108,7 +108,8 @@ def resume(cli: ConfiguredRun, words: list[str]) -> int:
             if finished and not has_begun(cli):
                 folder.write(before)  # what had finished stays so
             raise
-        if finished and (stale := ", ".join(record.get("evaluations", {}))):
+        other = (record.get("best") or {}).get("step") != (before.get("best") or {}).get("step")
+        if finished and other and (stale := ", ".join(record.get("evaluations", {}))):
             print(f"warning: {stale} in run.json are of the weights before; evaluate again", file=sys.stderr)
     return 0
 

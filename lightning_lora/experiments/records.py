@@ -14,7 +14,7 @@ from lightning_lora.experiments.given_runs import GivenRun
 from lightning_lora.experiments.plan import Cell, Plan, make_plan, with_found
 from lightning_lora.experiments.results import CellResult, one_class, read_answers
 from lightning_lora.experiments.search_space import read_found
-from lightning_lora.runs.folder import RunFolder
+from lightning_lora.runs.folder import RunFolder, kept_evaluation, kept_predictions
 
 #: Many configs are read; libyaml takes a tenth of the time.
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -27,14 +27,14 @@ def read_run(place: Path) -> GivenRun:
         UserError: A file is damaged.
     """
     record = RunFolder(place).read()
-    evaluations = record.get("evaluations") or {}
-    tests = [name for name in evaluations if name.startswith("test") and _of_best(record, name)]
     splits = (record.get("data") or {}).get("splits", {})
     fingerprints = {split: splits[split]["fingerprint"] for split in splits if split != "test"}
     test = None
-    if tests and (test := read_answers(place / "predictions" / f"{tests[0]}.parquet")) is not None:
-        fingerprints["test"] = evaluations[tests[0]]["fingerprint"]
-    best = read_answers(place / "predictions" / "val-best.parquet") if _of_best(record, "val") else None
+    if (tested := kept_evaluation(record, "test")) is not None:
+        test = read_answers(kept_predictions(place, tested))
+        fingerprints["test"] = record["evaluations"][tested]["fingerprint"]
+    validated = kept_evaluation(record, "val")
+    best = read_answers(kept_predictions(place, validated)) if validated else None
     val = best or read_answers(place / "predictions" / "val.parquet")
     names = (test or val or ((), ()))[1]
     return GivenRun(
@@ -81,19 +81,14 @@ def _cell(cell: Cell, place: Path) -> CellResult:
         return CellResult(cell, status, reason, record, None, None)
     if different := _different(cell, place / "config.yaml"):
         return CellResult(cell, "stale", f"trained with other settings: {different}", record, None, None)
-    tests = [name for name in record.get("evaluations") or {} if name.startswith("test") and _of_best(record, name)]
-    val = read_answers(place / "predictions" / "val-best.parquet") if _of_best(record, "val") else None
-    test = read_answers(place / "predictions" / f"{tests[0]}.parquet") if tests else None
+    val, test = (
+        read_answers(kept_predictions(place, name)) if (name := kept_evaluation(record, split)) else None
+        for split in ("val", "test")
+    )
     if val is None:
         return CellResult(cell, "interrupted", "trained, but not validated", record, None, None)
     answers, names = val
     return CellResult(cell, status, one_class(answers), record, answers, test[0] if test else None, names)
-
-
-def _of_best(record: Mapping[str, Any], name: str) -> bool:
-    """Whether an evaluation was of the checkpoint that validation chose, and not one that a person asked for."""
-    evaluation = (record.get("evaluations") or {}).get(name)
-    return evaluation is not None and Path(evaluation["checkpoint"]).name == "best.ckpt"
 
 
 def _different(cell: Cell, config: Path) -> str:

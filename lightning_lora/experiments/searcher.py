@@ -19,7 +19,7 @@ from lightning_lora.errors import BusyError, UserError
 from lightning_lora.experiments.plan import Arm, Cell, Plan, arm_label, trial_cell
 from lightning_lora.experiments.search_space import FOUND, Found, Range, Trial, read_found, write_found
 from lightning_lora.files import POLL_S, locked_folder, write_text
-from lightning_lora.runs.folder import RunFolder
+from lightning_lora.runs.folder import RunFolder, kept_metrics
 from lightning_lora.training.pruning import VARIABLE
 
 JOURNAL = "optuna.log"
@@ -154,7 +154,7 @@ class Searcher:
         states = self.optuna.trial.TrialState
         place = self.folder / "cells" / cell.name
         record = RunFolder(place).read() if (place / "run.json").is_file() else {}
-        value = record.get("evaluations", {}).get("val", {}).get("after", {}).get(self.plan.metric)
+        value = kept_metrics(record, "val").get(self.plan.metric)
         trial = next(trial for trial in study.get_trials(deepcopy=False) if trial.number == number)
         if record.get("status") == "finished" and value is not None:
             if trial.user_attrs.get("pruned"):

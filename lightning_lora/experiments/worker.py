@@ -23,7 +23,7 @@ from lightning_lora.errors import BusyError, UserError
 from lightning_lora.experiments.plan import Cell, Plan, with_found
 from lightning_lora.experiments.searcher import Searcher
 from lightning_lora.files import POLL_S, locked_folder, write_text
-from lightning_lora.runs.folder import RunFolder, commit, now, versions
+from lightning_lora.runs.folder import RunFolder, commit, kept_metrics, now, versions
 from lightning_lora.units import duration
 
 
@@ -177,7 +177,7 @@ class Worker:
 
     def _say(self, place: Path, status: int, output: Path) -> None:
         record = RunFolder(place).read() if (place / "run.json").is_file() else {}
-        value = record.get("evaluations", {}).get("val", {}).get("after", {}).get(self.plan.metric)
+        value = kept_metrics(record, "val").get(self.plan.metric)
         if status == 0 and value is not None:
             print(f"  validation {self.plan.metric} {value:.4f}", end="")
             return

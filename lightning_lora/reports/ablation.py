@@ -13,6 +13,7 @@ from lightning_lora.evaluation.significance import LEVEL
 from lightning_lora.experiments.plan import Axis, Plan, arm_label
 from lightning_lora.experiments.results import Answers, ArmResult, CellResult
 from lightning_lora.reports.tables import COLUMNS, Column
+from lightning_lora.runs.folder import kept_evaluation, kept_metrics
 from lightning_lora.units import duration
 
 VERDICTS = {
@@ -152,13 +153,15 @@ def measured(report: Report, arm: ArmResult, column: Column) -> tuple[float, lis
     """A metric or cost of an arm, the mean over its finished seeds (NaN without), and the interval of a single seed."""
     if not column.is_metric:
         return arm.mean_cost(column.key), None
-    name = "test" if report.split == "test" else "val"
-    found = [(cell.record.get("evaluations") or {}).get(name, {}) for cell in arm.cells if cell.status == "finished"]
-    found = [evaluation for evaluation in found if column.key in evaluation.get("after", {})]
-    if not found:
+    split = "test" if report.split == "test" else "val"
+    records = [cell.record for cell in arm.cells if cell.status == "finished"]
+    values = [metrics[column.key] for record in records if column.key in (metrics := kept_metrics(record, split))]
+    if not values:
         return math.nan, None
-    interval = found[0].get("after_interval", {}).get(column.key) if len(found) == 1 else None
-    return float(np.mean([evaluation["after"][column.key] for evaluation in found])), interval
+    interval = None
+    if len(values) == 1 and (name := kept_evaluation(records[0], split)) is not None:
+        interval = records[0]["evaluations"][name].get("after_interval", {}).get(column.key)
+    return float(np.mean(values)), interval
 
 
 def metric_table(report: Report) -> list[list[str]]:

@@ -13,7 +13,7 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -209,6 +209,33 @@ class RunFolder:
         record.setdefault("evaluations", {})[name] = evaluation
         self.write(record)
         return record
+
+
+def kept_evaluation(record: Mapping[str, Any], split: str) -> str | None:
+    """The first evaluation of a split ("val", "test") by the weights that are the best checkpoint now, or None.
+
+    A run that was trained for longer may have kept other weights since; what was said of those before does not count.
+    """
+    step = (record.get("best") or {}).get("step")
+    for name, evaluation in (record.get("evaluations") or {}).items():
+        now = step is None or evaluation.get("step", step) == step
+        if now and re.fullmatch(rf"{split}(-\d+)?", name) and Path(evaluation["checkpoint"]).name == "best.ckpt":
+            return str(name)
+    return None
+
+
+def kept_predictions(place: Path, name: str) -> Path:
+    """The file with the predictions of an evaluation; "val.parquet" is what the last pass of ``fit`` gave."""
+    return place / "predictions" / ("val-best.parquet" if name == "val" else f"{name}.parquet")
+
+
+def kept_metrics(record: Mapping[str, Any], split: str) -> Mapping[str, float]:
+    """Metrics of the kept weights on a split; of validation rows those of ``fit``, where it was not run by itself."""
+    name = kept_evaluation(record, split)
+    if name is not None:
+        return dict(record["evaluations"][name].get("after", {}))
+    best = (record.get("best") or {}).get("metrics", {}) if split == "val" else {}
+    return {key.removeprefix("val/"): value for key, value in best.items()}
 
 
 def folder_name(name: str, key: str = "--name") -> str:

@@ -182,3 +182,22 @@ def test_a_run_that_began_stays_with_its_record(config, monkeypatch: pytest.Monk
     assert fit(config, "run") == 2
     record = json.loads(Path("logs/run/run.json").read_text())
     assert record["status"] == "failed" and record["error"] == "in the first step"
+
+
+def test_reports_do_not_take_an_evaluation_of_earlier_weights(config: Path) -> None:
+    """A run that is trained for longer and keeps other weights: what was said of those before does not count."""
+    assert fit(config, "run", *CONSTANT, "--trainer.max_epochs", "1", "--model.learning_rate", "2e-2") == 0
+    run = ["--run", "logs/run"]
+    assert main(["test", *run]) == 0 and main(["validate", *run]) == 0
+    assert main(["fit", "--resume", "logs/run", "--trainer.max_epochs", "6"]) == 0
+    record = json.loads(Path("logs/run/run.json").read_text())
+    assert record["best"]["step"] != record["evaluations"]["test"]["step"]
+    assert main(["report", "logs/run", "--output", "before"]) == 0
+    assert json.loads(Path("before/report.json").read_text())["split"] == "validation"
+    assert main(["test", *run]) == 0
+    record = json.loads(Path("logs/run/run.json").read_text())
+    first, second = (record["evaluations"][name]["after"]["accuracy"] for name in ("test", "test-2"))
+    assert first != second
+    assert main(["report", "logs/run", "--output", "after"]) == 0
+    (arm,) = json.loads(Path("after/report.json").read_text())["arms"]
+    assert arm["values"]["accuracy"] == pytest.approx(second)
