@@ -14,6 +14,7 @@ import torch
 import yaml
 from lightning import Trainer
 from lightning.fabric.utilities.spike import TrainingSpikeException
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lora.config.lightning_cli import ConfiguredRun, row_columns
@@ -191,6 +192,7 @@ def train(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any], point: 
         record["costs"] |= {"fit_s": time.perf_counter() - started, **cli.costs.costs(), **peak_memory_mb()}
         record["steps"] = cli.trainer.global_step
         record["epochs"] = cli.trainer.current_epoch
+        record["stopped_by"] = stopped_by(cli.trainer)
         if best := describe_best(folder):
             record["best"] = best
         saved = [callback.metrics for callback in cli.trainer.checkpoint_callbacks if isinstance(callback, StateSaver)]
@@ -365,11 +367,23 @@ def labelled(name: str, values: list[str]) -> str:
     return name if values in ([], [name]) else f"{name} ({', '.join(values)})"
 
 
+def stopped_by(trainer: Trainer) -> str | None:
+    """Why training ended before its last epoch and step, or None."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # a list, which Lightning hides
+        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+            return f"EarlyStopping: {callback.monitor} did not improve in {callback.patience} validations"
+        if isinstance(callback, Timer) and (callback.time_remaining() or 1) <= 0:
+            return f"the time limit of {duration(callback.time_elapsed() + (callback.time_remaining() or 0))}"
+    return None
+
+
 def finish(folder: RunFolder, record: dict[str, Any]) -> None:
     """Prints what came out and what to type next."""
     took, best, last = record["costs"]["train_s"], record.get("best"), record["metrics"]
     done = f"trained in {duration(took)}: {record['epochs']} epochs, {record['steps']} steps"
     print(f"\n{done if took else 'nothing to train'}")
+    if record.get("stopped_by"):
+        print(f"stopped by {record['stopped_by']}")
     if best and took:
         print(f"kept: epoch {best['epoch']}, step {best['step']} (best {MONITOR}): {shown(best['metrics'])}")
     if not (best and took and best["metrics"].items() <= last.items()) and (said := shown(last)):

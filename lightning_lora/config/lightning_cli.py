@@ -13,6 +13,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lora.config.console import Progress, quiet_libraries
@@ -209,6 +210,11 @@ class ConfiguredRun(LightningCLI):
             refuse_callbacks(settings)
             if self.config.resume is None:  # one that has begun keeps what it began with
                 refuse_options(settings)
+            if self.config.model.method == "lora_plus" and "LearningRateFinder" in str(settings["callbacks"]):
+                raise UserError(
+                    "trainer.callbacks: LearningRateFinder: it tries one rate for all weights, and lora_plus has two; "
+                    "search with model.method lora, or leave it out"
+                )
             if self.config.keep_every_epoch and not trainer.enable_checkpointing:
                 raise UserError("keep_every_epoch: trainer.enable_checkpointing is off; leave one of the two out")
 
@@ -294,9 +300,10 @@ class ConfiguredRun(LightningCLI):
         config["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
         if folder is not None:
             config["default_root_dir"] = str(folder.path)
+            config["profiler"] = placed_profiler(config["profiler"], folder)
         try:
             trainer = Trainer(**config)
-        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         if fits and (used := str(trainer.precision)) != (asked := str(self.config.trainer.precision)):
             raise UserError(
@@ -321,6 +328,12 @@ class ConfiguredRun(LightningCLI):
         given = {k: v for k, v in settings["trainer"].items() if k != "logger"}  # which may hold a key to a service
         settings["trainer"] = {k: v for k, v in given.items() if v not in (defaults[k].default, SPELLED_OUT.get(k))}
         return flat(settings)
+
+
+def placed_profiler(asked: Any, folder: RunFolder) -> Any:
+    """The profiler, writing into the run's folder where only its name was given."""
+    kind: Any = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}.get(str(asked))
+    return asked if kind is None else kind(dirpath=folder.path, filename="profiler")
 
 
 def row_columns(rows: Rows) -> dict[str, Any]:

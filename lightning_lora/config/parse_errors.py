@@ -10,6 +10,8 @@ import yaml
 from lightning_lora.config.argument_parser import did_you_mean, unknown_options
 from lightning_lora.errors import UserError
 
+#: Settings that take the value of another one.
+LINKED = ("data.base_model", "model.seed", "data.seed", "model.label_names")
 _MANY = {int: "whole numbers", float: "numbers", str: "texts"}
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
 _KEY = re.compile(r'^Parser key "([^"]*)":')
@@ -26,7 +28,9 @@ def explained(message: str, parser: Any) -> str:
         message: What the parser says.
         parser: The parser, which knows all settings and their types.
     """
-    names = [action.dest for action in parser._actions if action.dest not in ("help", "==SUPPRESS==")]
+    # What is linked is typed once, under the name that it is linked to.
+    actions = [action for action in parser._actions if type(action).__name__ != "ActionLink"]
+    names = [action.dest for action in actions if action.dest not in ("help", "==SUPPRESS==", *LINKED)]
     if (words := message.removeprefix("unrecognized arguments: ")) != message:
         return unknown_options(words.split(), [f"--{name}" for name in names])
     if match := re.match(r"(?:Group '([^']*)' does not accept o|O)ption '([^']*)'", message):

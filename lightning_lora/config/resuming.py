@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.callbacks import Timer
+
 from lightning_lora.errors import UserError
 from lightning_lora.models.methods import METHODS
 from lightning_lora.runs.checkpoints import ResumePoints
@@ -88,6 +90,12 @@ def check_extension(method: str, trainer: Mapping[str, Any], state: Mapping[str,
         limit = trainer[name]
         if limit is not None and 0 <= limit <= done:
             raise UserError(f"--trainer.{name}: {limit}, but {folder.path} has done {done} already; give more")
+    if trainer["max_epochs"] is None and trainer["max_steps"] == -1:
+        raise UserError("--trainer.max_epochs: null without trainer.max_steps; give one of the two, or -1 for no limit")
+    timer = state.get("callbacks", {}).get("Timer", {}).get("time_elapsed", {})
+    limit = trainer["max_time"]
+    if limit is not None and Timer(limit).time_remaining() <= (elapsed := timer.get("train", 0.0)):
+        raise UserError(f"--trainer.max_time: {limit}, but {folder.path} has trained for {elapsed:.0f} s; give more")
 
 
 def warn_of_schedule(model: TextClassifier) -> None:

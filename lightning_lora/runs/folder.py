@@ -81,9 +81,9 @@ class RunFolder:
                     (staging / "config.yaml").write_text(config, encoding="utf-8")
             except FileExistsError:
                 if name is not None:
+                    or_resume = f", or resume it: --resume {path}" if (path / "config.yaml").is_file() else ""
                     raise UserError(
-                        f"--name: {path} exists, and a run is never overwritten; choose another name, or resume "
-                        f"it: --resume {path}"
+                        f"--name: {path} exists, and a run is never overwritten; choose another name{or_resume}"
                     ) from None
             except OSError as error:
                 raise UserError(f"--logs_dir: cannot make {path} ({error.strerror or error})") from error

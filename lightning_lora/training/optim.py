@@ -91,8 +91,8 @@ def count_steps(trainer: Trainer, schedule: Schedule, warmup_ratio: float, moves
     if moves_ranks or schedule != "constant" or warmup_ratio:
         without = "" if moves_ranks else ", or --model.schedule constant --model.warmup_ratio 0"
         raise UserError(
-            "trainer.max_epochs: -1 gives no number of steps to lay the schedule out over; give trainer.max_steps or "
-            f"a high trainer.max_epochs{without}"
+            "trainer.max_epochs: -1 gives no number of steps to lay the schedule out over; give trainer.max_steps"
+            f"{without}"
         )
     return 0
 

@@ -54,8 +54,8 @@ def _device_count(trainer: dict[str, Any]) -> int:
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     try:
         return nodes * Trainer(accelerator=trainer["accelerator"], devices=devices, **quiet).num_devices
-    except MisconfigurationException as error:
-        raise UserError(f"trainer.devices: {' '.join(str(error).split())}") from error
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise UserError(f"trainer.devices: {devices}: {' '.join(str(error).split())}") from error
 
 
 def strategy_for(trainer: dict[str, Any], words: Sequence[str]) -> "DataParallel | str":

@@ -63,7 +63,14 @@ def refuse_callbacks(settings: Any) -> None:
     """
     if not isinstance(settings, Mapping):
         return
-    for path, arguments in _classes(settings.get("callbacks")):
+    callbacks = settings.get("callbacks")
+    for callback in callbacks if isinstance(callbacks, list | tuple) else [callbacks]:
+        if isinstance(callback, Mapping) and "class_path" not in callback:
+            raise UserError(
+                f"trainer.callbacks: {dict(callback)} does not name a class; write "
+                "{class_path: EarlyStopping, init_args: {monitor: val/loss}}"
+            )
+    for path, arguments in _classes(callbacks):
         room, _, name = path.rpartition(".")
         if name in CALLBACKS and (not room or room.startswith("lightning.")):
             raise UserError(f"trainer.callbacks: {name}: {CALLBACKS[name]}")
@@ -124,7 +131,9 @@ def check_monitors(callbacks: Iterable[Callback], label_names: list[str], valida
     logged += [f"val/{name}" for name in names] if validates else []
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
-        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None or monitor.startswith("lr-"):
+        if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None:
+            continue
+        if re.fullmatch(r"lr-AdamW(/pg\d+)?", monitor):
             continue
         kind = type(callback).__name__
         if isinstance(callback, ModelCheckpoint) and monitor in ("epoch", "step"):
