@@ -1,7 +1,6 @@
 """From label cells to class numbers, without guessing."""
 
-import re
-import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,19 +8,25 @@ from typing import Any
 import numpy as np
 
 from lightning_lora.data.reading import Table
+from lightning_lora.data.words import (
+    ALIKE,
+    canonical,
+    escaped,
+    few,
+    is_number,
+    is_quantity,
+    looks,
+    quantity,
+    setting,
+    yaml_key,
+)
 from lightning_lora.errors import UserError
 
 #: So few different values are never taken for a measure, an identifier or a text.
 FEW_VALUES = 10
 #: More whole numbers than these are pointed out, as they could measure something.
 MANY_NUMBERS = 20
-#: A number as Python and pandas write it; "007" is a code and "1,5" may be anything, so both stay words.
-_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:e[+-]\d\d+)?", re.ASCII)
-_QUANTITY = re.compile(r"-?\d+(?:[.,]\d+)?(?:e[+-]?\d+)?\s?%?", re.ASCII | re.IGNORECASE)
-#: Shown as nothing: zero-width space, byte order mark, soft hyphen, word joiner, marks of direction.
-_INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
-_WIDE_SPACE = re.compile(r"(?![\x00-\x7f])\s")
-_QUOTE = "YAML reads yes, no, on and off without quotes as true and false: put each in quotes"
+_QUOTE = "YAML reads yes, no, on, off, null, 007, 1:30 and 1.10 without quotes as something else: put each in quotes"
 
 
 @dataclass(frozen=True)
@@ -39,23 +44,6 @@ class Labels:
     encoded: dict[str, list[np.ndarray]]
     values: dict[str, list[str]]
     warnings: list[str]
-
-
-def canonical(cell: Any) -> str:
-    """The label cell as a word, the same from every file format.
-
-    Numbers are written as Python does, whole ones without a point ("1.0" is "1"); accents are composed (NFC), a
-    no-break or other special space is a space, and characters that show as nothing are left out.
-    """
-    if not isinstance(cell, str):
-        cell = str(cell)
-    word = cell.strip()
-    if not word.isascii():
-        word = _WIDE_SPACE.sub(" ", _INVISIBLE.sub("", unicodedata.normalize("NFC", word))).strip()
-    if ("." in word or "e" in word or word == "-0") and _NUMBER.fullmatch(word):
-        number = float(word)
-        return str(int(number)) if number.is_integer() else repr(number)
-    return word
 
 
 def encode_labels(
@@ -80,28 +68,21 @@ def encode_labels(
     Raises:
         UserError: A label has no name, is of mixed kinds, measures or identifies something, or there is one class.
     """
-    found = _Found(splits, column, train_rows)
-    declared = list(known) if known else _declared_names(splits)
+    found = _Found(splits, column, list(known or _declared_names(splits)), train_rows)
     warnings = found.merged()
     if isinstance(names, Mapping):
-        classes, by_word = _mapped(names, found, declared)
+        classes, by_word = _mapped(names, found, warnings)
     elif names is not None:
-        classes, by_word = _listed(names, found, declared, warnings)
-    elif declared:
-        classes, by_word = declared, _by_position(found, declared)
+        classes, by_word = _listed(names, found, warnings)
+    elif found.declared:
+        classes, by_word = found.declared, found.named({name: name for name in found.declared})
     else:
         found.check_categorical(warnings)
         classes = [found.shown[word] for word in found.ordered(found.train)]
         by_word = found.shown
     numbers = {name: number for number, name in enumerate(classes)}
-    for word, (table, i) in found.first.items():
-        if by_word.get(word) not in numbers:
-            hint = f" ({_QUOTE})" if {"True", "False"} & {*by_word, *classes} else ""
-            allowed = [*map(canonical, names)] if isinstance(names, Mapping) else classes
-            raise UserError(
-                f"{table.where(i, column)}: label '{word}' is not one of {few(allowed)}{hint}; "
-                "correct the row, or set data.label_names"
-            )
+    if missing := [word for word in found.first if by_word.get(word) not in numbers]:
+        raise UserError(_unnamed(missing, by_word, classes, names, found))
     codes = {word: numbers[by_word[word]] for word in found.first}
     encoded = {
         split: [np.array([codes[found.words[cell_key(cell)]] for cell in t.columns[column]], np.int64) for t in tables]
@@ -111,43 +92,79 @@ def encode_labels(
     if len(present) < 2:
         raise UserError(
             f"{splits['train'][0].origin}: every row of the train split has the label "
-            f"'{classes[present[0]]}'; a classifier needs at least two classes"
+            f"'{few([classes[present[0]]])}'; a classifier needs at least two classes"
         )
     values: dict[str, list[str]] = {name: [] for name in classes}
     for word in found.ordered(found.first):
-        values[by_word[word]].append(word)
+        values[by_word[word]] += found.cells[word]
     return Labels(classes, encoded, values, warnings)
 
 
 class _Found:
-    """The different labels of a column: where each is first, and how it is written."""
+    """The different labels of a column: where each is first, and how it is written.
 
-    def __init__(self, splits: dict[str, list[Table]], column: str, train_rows: int | None) -> None:
-        self.column = column
+    Where the source declares names, each label is one of these: a number is its position, as in
+    ``datasets.ClassLabel``. Text is a name; only if some text is none and all are numbers, it is a position too.
+    """
+
+    def __init__(
+        self, splits: dict[str, list[Table]], column: str, declared: list[str], train_rows: int | None
+    ) -> None:
+        self.column, self.declared = column, declared
         self.rows = sum(map(len, splits["train"])) if train_rows is None else train_rows
-        self.words: dict[Any, str] = {}
-        self.first: dict[str, tuple[Table, int]] = {}
-        self.train: dict[str, None] = {}
-        for split, tables in splits.items():
+        places: dict[Any, tuple[Table, int]] = {}
+        for tables in splits.values():
             for table in tables:
                 for i, cell in enumerate(table.columns[column]):
-                    if (key := cell_key(cell)) not in self.words:
-                        self.words[key] = canonical(cell)
-                        self.first.setdefault(self.words[key], (table, i))
-            if split == "train":
-                cells = (cell for table in tables for cell in table.columns[column])
-                self.train = dict.fromkeys(self.words[cell_key(cell)] for cell in cells)
+                    places.setdefault(cell_key(cell), (table, i))
+        self.words = self._words(places)
+        self.first: dict[str, tuple[Table, int]] = {}
+        #: How the data writes each word.
+        self.cells: dict[str, list[str]] = {}
+        for key, word in self.words.items():
+            self.first.setdefault(word, places[key])
+            cell = canonical(key[1]) if declared else word
+            self.cells[word] = [*dict.fromkeys([*self.cells.get(word, []), cell])]
+        cells = (cell for table in splits["train"] for cell in table.columns[column])
+        self.train = dict.fromkeys(self.words[cell_key(cell)] for cell in cells)
         self.boolean = {word.casefold() for word in self.first} <= {"true", "false"}
         #: Each word as the class that it is: of booleans there is one spelling in every format.
         self.shown = {word: word.capitalize() if self.boolean else word for word in self.first}
-        self.quantities = all(_QUANTITY.fullmatch(word) for word in self.first)
+        self.quantities = all(is_quantity(word) for word in self.first)
+
+    def _words(self, places: Mapping[Any, tuple[Table, int]]) -> dict[Any, str]:
+        words = {key: canonical(key[1]) for key in places}
+        texts = {key: word for key, word in words.items() if isinstance(key[1], str)}
+        fractions = [(word, key[1].strip()) for key, word in texts.items() if "." in word and is_number(word)]
+        written = Counter(word for word, _ in dict.fromkeys(fractions))
+        self.exact = {*self.declared, *(text for word, text in fractions if written[word] > 1)}  # "1.1" and "1.10"
+        alike = Counter(map(canonical, self.declared))
+        self.by_word = {word: name for name in self.declared if alike[word := canonical(name)] == 1}
+        words |= {key: self.word(key[1]) for key in texts}
+        self.counted = {key for key in words if isinstance(key[1], int | float) and not isinstance(key[1], bool)}
+        if not {words[key] for key in texts} <= {*self.declared} and all(map(is_quantity, texts.values())):
+            self.counted |= texts.keys()
+        for key in self.counted if self.declared else ():
+            number = canonical(key[1])
+            if not (number.isdecimal() and int(number) < len(self.declared)):
+                table, i = places[key]
+                raise UserError(
+                    f"{table.where(i, self.column)}: label '{number}' is not one of 0 to {len(self.declared) - 1}, the "
+                    f"numbers of the classes that the data declares, {few(self.declared)}; correct the row"
+                )
+            words[key] = self.declared[int(number)]
+        return words
+
+    def word(self, label: Any) -> str:
+        """The label as a word; one that the source declares, or that is written as no other number is, as it is."""
+        if (text := str(label).strip()) in self.exact:
+            return text
+        return self.by_word.get(canonical(label), canonical(label))
 
     def ordered(self, words: Any) -> list[str]:
         """The words, one for each class: numbers in numeric order, others in alphabetic order."""
         one_each = {self.shown[word]: word for word in words}.values()
-        return sorted(
-            one_each, key=lambda word: (_quantity(word), word) if self.quantities else (0.0, self.shown[word])
-        )
+        return sorted(one_each, key=lambda word: (quantity(word), word) if self.quantities else (0.0, self.shown[word]))
 
     def named(self, by_word: Mapping[str, str]) -> dict[str, str]:
         """The name of each word that has one, under its own or its class's spelling."""
@@ -175,97 +192,118 @@ class _Found:
         many = f"column '{self.column}' holds {len(words):,} different"
         remedy = (
             "; set data.label_column, turn the values into classes, or say what they mean with "
-            f"data.label_names='{{{words[0]}: NAME, {words[-1]}: NAME, ...}}' "
+            f"{setting([words[0], words[-1]], more=True)} "
             "(every value; several may have the same name)"
         )
         if self.quantities:
-            whole = all(_quantity(word).is_integer() for word in words)
-            span = _quantity(words[-1]) - _quantity(words[0]) + 1
+            whole = all(quantity(word).is_integer() for word in words)
+            span = quantity(words[-1]) - quantity(words[0]) + 1
             sparse = span > len(words) and len(words) > FEW_VALUES and self.rows < 10 * len(words)
             if not whole or sparse:
                 raise UserError(f"{where}: {many} numbers ({few(words)}): a measure, not classes{remedy}")
         if len(words) > FEW_VALUES and 2 * len(words) > self.rows:
             raise UserError(f"{where}: {many} values in {self.rows:,} rows ({few(words)}): no classes{remedy}")
-        if self.quantities and len(words) > MANY_NUMBERS:
+        # Ids without a gap from 0 or 1 are classes; up to 100 they could be percent.
+        ids = self.quantities and words[0] in ("0", "1") and span == len(words) and words[-1] != "100"
+        if self.quantities and len(words) > MANY_NUMBERS and not (ids and self.rows >= 10 * len(words)):
             warnings.append(f"{many} numbers ({few(words)}), and each is a class; if it is a measure{remedy[1:]}")
-        counted = [word for word in self.first if _NUMBER.fullmatch(word)]
+        counted = [word for word in self.first if is_number(word)]
         if counted and not self.quantities:
             odd = next(w for w in self.first if (w in counted) != (next(iter(self.first)) in counted))
-            raise UserError(f"{_place(self, odd)}: label '{odd}', but others are {few(list(self.first))}; use one kind")
+            raise UserError(
+                f"{_place(self, odd)}: label '{few([odd])}', but others are {few(list(self.first))}; use one kind"
+            )
         alike: dict[str, str] = {}
         for word in self.first:
-            other = alike.setdefault(_looks(self.shown[word]), word)
-            if self.shown[other] != self.shown[word]:
-                how = "only in case" if other.casefold() == word.casefold() else "only in characters that look alike"
-                raise UserError(
-                    f"{_place(self, word)}: label '{word}' differs from '{other}' {how}; write it one way, or "
-                    f"say that they are one class: data.label_names='{{{other}: NAME, {word}: NAME, ...}}'"
-                )
+            for look in dict.fromkeys([looks(self.shown[word]), looks(self.shown[word].translate(ALIKE))]):
+                other = alike.setdefault(look, word)
+                if self.shown[other] != self.shown[word]:
+                    case = other.casefold() == word.casefold()
+                    how = "only in case" if case else "only in characters that look alike"
+                    raise UserError(
+                        f"{_place(self, word)}: label '{escaped(word)}' differs from '{escaped(other)}' {how}; "
+                        f"write it one way, or say that they are one class: {setting([other, word], more=True)}"
+                    )
 
 
-def _mapped(names: Mapping[Any, Any], found: _Found, declared: list[str] | None) -> tuple[list[str], dict[str, str]]:
+def _mapped(names: Mapping[Any, Any], found: _Found, warnings: list[str]) -> tuple[list[str], dict[str, str]]:
     _check_words([*names], found.boolean)
     _check_words([*names.values()], booleans=False)
     by_word: dict[str, str] = {}
     for label, name in names.items():
-        if (word := canonical(label)) in by_word:
-            raise UserError(f"data.label_names: '{word}' is duplicated; name each label once")
+        if (word := found.word(label)) in by_word:
+            raise UserError(f"data.label_names: '{few([word])}' is duplicated; name each label once{_eaten(names)}")
         by_word[word] = str(name)
     classes = list(dict.fromkeys(by_word.values()))
     if len(classes) < 2:
         raise UserError(f"data.label_names: at least two different names are needed, got {classes}")
-    if declared and not by_word.keys() & found.first.keys():  # the names that the source declares stand for its numbers
-        words = map(canonical, declared)
-        by_word = {str(i): by_word[word] for i, word in enumerate(words) if word in by_word}
+    numbers = {str(i): name for i, name in enumerate(found.declared)}
+    if not by_word.keys() & {*found.declared}:
+        by_word = {numbers.get(word, word): name for word, name in by_word.items()}
+    elif odd := [word for word in by_word if word not in found.declared and is_number(word)]:
+        raise UserError(
+            f"data.label_names: {few(odd)} is none of the names that the data declares, {few(found.declared)}; "
+            f"name these: {setting(found.declared)}"
+        )
+    elif found.counted and by_word.keys() <= numbers.keys() and any(numbers[word] != word for word in by_word):
+        pairs = few([f"{i} = {by_word[name]}" for i, name in numbers.items() if name in by_word])
+        warnings.append(f"data.label_names: its keys are the names that the data declares, so that the cells {pairs}")
     return classes, by_word | found.named(by_word)
 
 
-def _listed(
-    given: Sequence[Any], found: _Found, declared: list[str] | None, warnings: list[str]
-) -> tuple[list[str], dict[str, str]]:
+def _listed(given: Sequence[Any], found: _Found, warnings: list[str]) -> tuple[list[str], dict[str, str]]:
     _check_words(given, found.boolean)
+    declared = found.declared
     names = [canonical(name) if not isinstance(name, str) else name for name in given]
-    by_word = {canonical(name): name for name in names}
+    by_word = {found.word(name): name for name in names}
     if len(by_word) != len(names) or len(names) < 2:
-        raise UserError(f"data.label_names: at least two different names are needed, got {names}")
-    if declared and sorted(names) == sorted(declared) and names != declared:
+        raise UserError(f"data.label_names: at least two different names are needed, got {names}{_eaten(given)}")
+    if declared and sorted(by_word) == sorted(declared) and [*by_word] != declared:
         raise UserError(
             f"data.label_names: {few(names)} has another order than the data itself declares, "
             f"{few(declared)}; use that order, or other names"
         )
     spelled = found.named(by_word)
-    if not (found.boolean or found.quantities) or len(spelled) == len(found.first):
+    counted = found.counted and len(found.counted) == len(found.words) if declared else found.quantities
+    if not (found.boolean or counted) or len(spelled) == len(found.first):
         return names, spelled
     values = declared or [found.shown[word] for word in found.ordered(found.first)]
-    if len(values) != len(names) or spelled:
-        words = found.ordered(found.first)
-        pairs = ", ".join(f"{word}: NAME" for word in words[:2])
+    # A name that means another label already, or a number that means none, is not given by its place.
+    means = {str(i): i for i in range(len(declared))} | {name: i for i, name in enumerate(declared)}
+    if declared:
+        moved = any(means.get(word, i) != i for i, word in enumerate(by_word))
+    else:
+        moved = bool(spelled) or any(map(is_number, by_word))
+    if len(values) != len(names) or moved:
         raise UserError(
             f"data.label_names: {len(names)} names ({few(names)}) for {len(values)} classes ({few(values)}); "
-            f"say which is which: data.label_names='{{{pairs}, ...}}'"
+            f"say which is which: {setting(values[:2], more=True)}{_eaten(given)}"
         )
-    if declared:
-        return names, {word: names[int(word)] for word in _by_position(found, declared)}
-    numbers = [_quantity(value) for value in values if found.quantities]
+    numbers = [quantity(value) for value in values if found.quantities and not declared]
     if numbers and numbers not in ([*range(len(numbers))], [*range(1, len(numbers) + 1)]):
         matched = few([f"{value} = {name}" for value, name in zip(values, names, strict=True)])
         warnings.append(f"data.label_names: matched to the sorted labels, {matched}")
     by_shown = dict(zip(values, names, strict=True))
-    return names, {word: by_shown[found.shown[word]] for word in found.first}
+    return names, by_shown | {word: by_shown[found.shown[word]] for word in found.first if not declared}
 
 
-def _by_position(found: _Found, declared: list[str]) -> dict[str, str]:
-    """What numbers of classes mean; or the names themselves, where the cells hold these."""
-    by_name = {canonical(name): name for name in declared}
-    if found.first.keys() <= by_name.keys():
-        return by_name
-    for word, (table, i) in found.first.items():
-        if found.quantities and not (word.isdecimal() and int(word) < len(declared)):
-            raise UserError(
-                f"{table.where(i, found.column)}: label '{word}' is not one of 0 to {len(declared) - 1}, the classes "
-                f"{few(declared)}; correct the row, or set data.label_names"
-            )
-    return {str(i): name for i, name in enumerate(declared)} if found.quantities else by_name
+def _unnamed(missing: list[str], by_word: Mapping[str, str], classes: list[str], names: Any, found: _Found) -> str:
+    """What to say of labels without a name: which they are, and the mapping to give."""
+    allowed = [*map(found.word, names)] if isinstance(names, Mapping) else classes
+    hint = _eaten(names) if any(yaml_key(word) != word for word in missing) or {"True", "False"} & {*allowed} else ""
+    others = f"; without a name: {few(missing)}" if len(missing) > 1 else ""
+    cell, word = found.cells[missing[0]][0], missing[0]
+    label = f"'{few([cell])}'" if cell == word else f"'{few([cell])}', declared as '{few([word])}',"
+    named = {word: by_word[word] for word in found.first if word not in missing}
+    return (
+        f"{_place(found, word)}: label {label} is not one of {few(allowed)}{others}; correct the row, or set "
+        f"{setting(missing, named)}{hint}"
+    )
+
+
+def _eaten(given: Any) -> str:
+    """A hint if YAML may have read something else than was written."""
+    return f" ({_QUOTE})" if any(not isinstance(word, str) for word in given or ()) else ""
 
 
 def _check_words(words: Sequence[Any], booleans: bool) -> None:
@@ -278,10 +316,10 @@ def _check_words(words: Sequence[Any], booleans: bool) -> None:
         if isinstance(word, bool) and not booleans:
             raise UserError(f"data.label_names: {word} is neither a name nor a label of the data; {_QUOTE}")
         if not isinstance(word, str | int | float) or not canonical(word):
-            raise UserError(f"data.label_names: a name is a word or a number, got {word!r:.40}; put it in quotes")
+            raise UserError(f"data.label_names: a name is a word or a number, got {word!r:.40}; {_QUOTE}")
 
 
-def _declared_names(splits: dict[str, list[Table]]) -> list[str] | None:
+def _declared_names(splits: dict[str, list[Table]]) -> list[str]:
     """The class names that the source declares, which must be the same in all its files."""
     tables = [table for tables in splits.values() for table in tables if table.label_names]
     for table in tables[1:]:
@@ -290,7 +328,7 @@ def _declared_names(splits: dict[str, list[Table]]) -> list[str] | None:
                 f"{table.origin}: declares the classes {table.label_names}, but {tables[0].origin} declares "
                 f"{tables[0].label_names}; write both with the same names in the same order"
             )
-    return tables[0].label_names if tables else None
+    return tables[0].label_names or [] if tables else []
 
 
 def cell_key(cell: Any) -> tuple[type, Any]:
@@ -298,24 +336,6 @@ def cell_key(cell: Any) -> tuple[type, Any]:
     return type(cell), cell
 
 
-def _quantity(word: str) -> float:
-    return float(word.rstrip("% ").replace(",", "."))
-
-
-def _looks(word: str) -> str:
-    """The same for words that a reader may take for one another."""
-    if re.fullmatch(r"-?\d+", word, re.ASCII):
-        return str(int(word))
-    plain = unicodedata.normalize("NFKC", word).casefold()
-    return " ".join("".join(c for c in plain if unicodedata.category(c) != "Cf").split())
-
-
 def _place(found: _Found, word: str) -> str:
     table, i = found.first[word]
     return table.where(i, found.column)
-
-
-def few(words: Sequence[str], most: int = 8) -> str:
-    """The first words, and how many there are if these are not all."""
-    shown = ", ".join(words[:most])
-    return shown if len(words) <= most else f"{shown}, ... ({len(words)} in all)"
