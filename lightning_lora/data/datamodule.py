@@ -24,8 +24,8 @@ from lightning_lora.data.streaming import read_splits
 from lightning_lora.data.tokens import InputFormat, Truncation, base_tokenizer, tokenizing_progress
 from lightning_lora.errors import UserError
 
-#: A label or a name as YAML reads it.
-Word = str | int | float | bool
+#: A label or a name as YAML reads it; null is then refused with its remedy.
+Word = str | int | float | bool | None
 
 
 class TextDataModule(LightningDataModule):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_lora.cli import COMMANDS, main
 from lightning_lora.config.run_options import COMMAND_OPTIONS, EXAMPLES
@@ -226,6 +227,13 @@ def test_an_unknown_key_in_a_config_is_one_line(tmp_path: Path, capsys) -> None:
 def test_a_traceback_on_request(capsys) -> None:
     assert main(["--traceback", "test"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_null_as_a_label_stays_null_and_is_refused_later(capsys) -> None:
+    words = ["--data.source", "y", "--model.base_model", "x", "--data.label_names", "[null, x]"]
+    with pytest.raises(SystemExit):
+        main(["fit", *words, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["label_names"] == [None, "x"]
 
 
 def test_numbers_in_yaml_stay_numbers(tmp_path: Path, capsys) -> None:
