@@ -5,6 +5,7 @@ taken out of the training side; validation is carved from what is left; subsampl
 """
 
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from lightning_lora.files import atomic_path
 
 DEFAULT_TEST_SIZE = 0.2
 DEFAULT_VAL_SIZE = 0.1
+#: Unicode categories of characters that show nothing: controls, format characters and separators.
+_INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 
 
 @dataclass(frozen=True)
@@ -179,19 +182,22 @@ def bad_rows(table: Table, text_columns: Sequence[str], label_column: str) -> di
         UserError: A cell is there but is no text, or no label.
     """
     bad: dict[int, str] = {}
-    for column in text_columns:
-        for i, cell in enumerate(table.columns[column]):
-            if cell is None or (isinstance(cell, str) and not cell.strip()):
-                bad.setdefault(i, f"{table.where(i, column)}: the text is {'null' if cell is None else 'empty'}")
-            elif not isinstance(cell, str):
+    for i, row in enumerate(zip(*(table.columns[name] for name in text_columns), strict=True)):
+        for column, cell in zip(text_columns, row, strict=True):
+            if cell is None:
+                continue
+            if not isinstance(cell, str):
                 raise UserError(
                     f"{table.where(i, column)}: a text is needed, got {type(cell).__name__} {cell!r:.40}; "
                     "is it the text? Set data.text_column"
                 )
-            elif "\0" in cell:
+            if "\0" in cell:
                 raise UserError(f"{table.where(i, column)}: a NUL byte is no character; correct the row")
-            elif not is_unicode(cell):
+            if not is_unicode(cell):
                 raise UserError(f"{table.where(i, column)}: half of a surrogate pair is no character; correct the row")
+        if all(map(is_blank, row)):
+            what = "null" if row[0] is None else "empty"
+            bad[i] = f"{table.where(i, ' + '.join(text_columns))}: the text is {what}"
     for i, cell in enumerate(table.columns[label_column]):
         if cell is None or canonical(cell) == "" or (isinstance(cell, float) and math.isnan(cell)):
             bad.setdefault(i, f"{table.where(i, label_column)}: the label is missing")
@@ -226,10 +232,22 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def is_blank(cell: Any) -> bool:
+    """Whether a cell of a text column is null or shows nothing: spaces, controls, format characters."""
+    return cell is None or (isinstance(cell, str) and all(unicodedata.category(c) in _INVISIBLE for c in cell))
+
+
+def joined_text(cells: Sequence[Any]) -> str:
+    """The text of a row: those of its text columns that are not blank, joined by a space.
+
+    This is the rule in training, streaming, ``predict`` and exports. A row lacks a text only if all of them are blank.
+    """
+    return " ".join(str(cell) for cell in cells if not is_blank(cell))
+
+
 def texts_of(table: Table, text_columns: Sequence[str]) -> list[str]:
-    """The text of each row: its columns, joined by a space."""
-    columns = [table.columns[name] for name in text_columns]
-    return columns[0] if len(columns) == 1 else [" ".join(cells) for cells in zip(*columns, strict=True)]
+    """The text of each row, by ``joined_text``; none may lack one."""
+    return [joined_text(row) for row in zip(*(table.columns[name] for name in text_columns), strict=True)]
 
 
 def joined(tables: list[Table], text_columns: Sequence[str], labels: list[np.ndarray]) -> Rows:

@@ -97,7 +97,19 @@ def test_several_text_columns_are_joined(tmp_path: Path) -> None:
     assert "t3 b3" in set().union(*(texts_of(prepared, split) for split in prepared.splits))
 
 
-@pytest.mark.parametrize("fault", [("", "pos"), ("  ", "pos"), ("fine", ""), ("fine", "  ")])
+def test_a_row_has_a_text_if_one_of_its_text_columns_has(tmp_path: Path) -> None:
+    path = tmp_path / "news.csv"
+    blank = ["title only,,1", ",body only,0", " \u200b,invisible title,1", " ,\u200b,1"]
+    path.write_text("\n".join(["title,body,label", *(f"t{i},b{i},{i % 2}" for i in range(40)), *blank]))
+    with pytest.raises(UserError, match=r"line 45, column 'title \+ body': the text is empty"):
+        prepare(SourceOptions(str(path), text_column=["title", "body"]))
+    prepared = prepare(SourceOptions(str(path), text_column=["title", "body"], bad_rows="drop"))
+    texts = set().union(*(texts_of(prepared, split) for split in prepared.splits))
+    assert texts == {*(f"t{i} b{i}" for i in range(40)), "title only", "body only", "invisible title"}
+    assert prepared.bad_rows_dropped == 1
+
+
+@pytest.mark.parametrize("fault", [("", "pos"), ("  ", "pos"), ("\u200b", "pos"), ("fine", ""), ("fine", "  ")])
 def test_rows_without_text_or_label_stop_the_run_or_are_dropped_and_counted(tmp_path: Path, fault: tuple) -> None:
     path = write_csv(tmp_path / "a.csv", [*make_rows(50), fault])
     with pytest.raises(UserError, match=r"a\.csv, line 52, column '(text|label)': the (text|label) is"):

@@ -154,6 +154,19 @@ def test_rows_without_text_or_label_are_dropped_and_counted_on_request(module, f
     assert data.rows("train").numbers.tolist() == held.rows("train").numbers.tolist()
 
 
+def test_several_text_columns_with_blank_parts_are_joined_as_in_memory(module, folder: Path) -> None:
+    for path in folder.iterdir():
+        table = pq.read_table(path)
+        titles = [["", None, "Title"][i % 3] for i in range(len(table))]
+        texts = [None if title else text for title, text in zip(titles, table["text"].to_pylist(), strict=True)]
+        body = [f"{i} words" if text is None and i % 2 else text for i, text in enumerate(texts)]
+        pq.write_table(pa.table({"title": titles, "body": body, "label": table["label"]}), path)
+    streamed, held = (module(stream=stream, text_column=["title", "body"]) for stream in (True, False))
+    for one, other in zip(batches(streamed), batches(held), strict=True):
+        assert np.array_equal(one["input_ids"], other["input_ids"])
+    assert streamed.prepared.describe() == held.prepared.describe()
+
+
 def test_labels_are_mapped_over_all_files_as_in_memory(module, folder: Path) -> None:
     """Files whose labels appear in another order, and files that declare names for their numbers."""
     write(folder / "train-0.parquet", sorted(make_rows(50, seed=7), key=lambda row: row[1], reverse=True))
