@@ -25,8 +25,9 @@ from lightning_lora.inference.output import (
     as_jsonl,
     checked_columns,
     new_columns,
-    other_columns,
+    output_columns,
     print_table,
+    warn_of_renamed,
     write_output,
     writing,
 )
@@ -51,16 +52,18 @@ def run(words: list[str]) -> int:
     path = RunFolder.open(Path(config.run)).checkpoint(config.checkpoint)
     labels = weights_labels(path)
     new = new_columns(labels)
-    others: dict[str, Any] = {}
+    columns: dict[str, Any] = {"text": rows.texts, **dict.fromkeys(new.names)}
     if output or config.format != "table":
-        kept = other_columns([*rows.others], [], new.names, config.input)
+        names = output_columns([*rows.columns], rows.text_columns, new.names, config.input)
         ending = output.suffix.lower() if output else f".{config.format}"
-        others = checked_columns({name: rows.others[name] for name in kept}, ending)
+        kept = {name: rows.columns[source] for name, source in names.items() if source is not None}
+        columns = {**names, **checked_columns(kept, ending)}
+        warn_of_renamed([names])
     if output:
         with writing(output):
             check_writable(output.parent)
     loaded = load_for(cli, path, labels)
-    columns = {**rows.columns(loaded.predict_dataset(loaded.dataset(rows.usable))), **others}
+    columns |= rows.predicted(loaded.predict_dataset(loaded.dataset(rows.usable)))
     if output:
         write_output(output, columns, new)
         print(f"{len(rows.texts):,} rows written to {output}", file=sys.stderr)

@@ -147,7 +147,7 @@ def read_file(path: Path, columns: Sequence[str], label_column: str | None = Non
         path: The file.
         columns: The columns to read; all must exist.
         label_column: The one of them that holds labels.
-        whole: Also read every other column, in its order (of Parquet and Arrow as Arrow arrays, so that types are
+        whole: Read every column, in its order after those (of Parquet and Arrow as Arrow arrays, so that types are
             kept); a field that a JSON record lacks is then null.
     """
     reader = READERS.get(format_of(path))
@@ -322,7 +322,7 @@ def _read_parquet(path: Path, columns: Sequence[str], label_column: str | None, 
         _require_columns(have, have if whole else (), path)
         table = file.read(columns=None if whole else list(columns))
         names = declared_names(file.schema_arrow, label_column)
-    return _arrow_table(path, table, columns, names)
+    return _arrow_table(path, table, () if whole else columns, names)
 
 
 def _read_arrow(path: Path, columns: Sequence[str], label_column: str | None, whole: bool) -> Table:
@@ -336,7 +336,7 @@ def _read_arrow(path: Path, columns: Sequence[str], label_column: str | None, wh
             have = reader.schema.names
             _require_columns(have, [*columns, *(have if whole else ())], path)
             table = reader.read_all().select(have if whole else list(columns))
-            return _arrow_table(path, table, columns, declared_names(reader.schema, label_column))
+            return _arrow_table(path, table, () if whole else columns, declared_names(reader.schema, label_column))
     except pa.ArrowInvalid as error:
         raise UserError(f"{path}: not a readable Arrow file ({first_line(error)})") from None
 

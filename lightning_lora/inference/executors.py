@@ -35,7 +35,7 @@ from lightning_lora.inference.many_files import (
     plan_shards,
     rows_without_prediction,
 )
-from lightning_lora.inference.output import new_columns
+from lightning_lora.inference.output import new_columns, warn_of_renamed
 from lightning_lora.interrupts import Interrupted, StopRequest
 from lightning_lora.runs.folder import RunFolder
 
@@ -66,6 +66,7 @@ def run_files(cli: ConfiguredRun) -> int:
     check_writable(output)
     remove_partial(output)
     done = sum(is_done(shard, job.settings) for shard in job.shards)
+    warn_of_renamed(shard.columns for shard in job.shards)
     began = time.monotonic()
     open_shards = [shard for shard in job.shards if not shard.output.exists()]
     rows = sum(shard.rows for shard in open_shards)

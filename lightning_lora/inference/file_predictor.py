@@ -1,7 +1,7 @@
 """A trained model, loaded once, and how a Parquet file goes through it in flat memory."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from lightning import Callback
 from lightning_lora.config.lightning_cli import ConfiguredRun, check_base
 from lightning_lora.config.resolved import option_value
 from lightning_lora.data.batching import TokenDataset
-from lightning_lora.data.reading import Table, cells
+from lightning_lora.data.reading import Table
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_path
 from lightning_lora.inference.input_rows import Rows
@@ -129,10 +129,10 @@ class Predictor:
                 raise RefusedError(f"{shard.source} has changed since the command began; start it again")
             new = new_columns(self.job.settings["labels"])
             stamp = {"input": shard.stamp, "settings": self.job.settings}
-            schema = output_schema(file.schema_arrow, self.job.text_columns, new, stamp)
+            schema = output_schema(shard, file.schema_arrow, new, stamp)
             with pq.ParquetWriter(staging, schema) as writer:
                 for piece, dataset, rows in _one_ahead(self._prepared(file, shard)):
-                    writer.write_table(self._predicted(piece, dataset, rows, schema))
+                    writer.write_table(self._predicted(piece, dataset, rows, schema, shard.columns))
                     advance(len(rows.faults), True)
 
     def _prepared(self, file: pq.ParquetFile, shard: Shard) -> Iterator[tuple[pa.Table, TokenDataset, Rows]]:
@@ -150,15 +150,22 @@ class Predictor:
             first += piece.num_rows
             yield piece, self.run.dataset(rows.usable), rows
 
-    def _predicted(self, piece: pa.Table, dataset: TokenDataset, rows: Rows, schema: pa.Schema) -> pa.Table:
-        columns = rows.columns(self.run.predict_dataset(dataset))
-        arrays = [columns[name] if name in columns else piece.column(name) for name in schema.names]
+    def _predicted(
+        self,
+        piece: pa.Table,
+        dataset: TokenDataset,
+        rows: Rows,
+        schema: pa.Schema,
+        columns: Mapping[str, str | None],
+    ) -> pa.Table:
+        new = rows.predicted(self.run.predict_dataset(dataset))
+        arrays = [piece.column(source) if source else new[name] for name, source in columns.items()]
         return pa.table(arrays, schema=schema)
 
 
 def rows_of_piece(path: Path, piece: pa.Table, text_columns: Sequence[str], first: int) -> Rows:
     """Some rows of a file, the first of which has this number in it."""
-    columns = {name: cells(piece.column(name)) for name in text_columns}
+    columns: dict[str, Any] = {name: piece.column(name) for name in text_columns}
     return Rows.of(Table(str(path), columns, range(first, first + piece.num_rows), "row"), text_columns)
 
 

@@ -1,19 +1,18 @@
 """The rows that ``predict`` is given: their texts, those that have none, and the columns beside them."""
 
 import sys
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.data.prepare import is_unicode
-from lightning_lora.data.reading import READERS, MissingColumnError, Table, format_of, read_file, read_text
+import pyarrow as pa
+
+from lightning_lora.data.prepare import is_blank, is_unicode, joined_text
+from lightning_lora.data.reading import READERS, MissingColumnError, Table, cells, format_of, read_file, read_text
 from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.evaluation.predictions import Predictions
 
-#: Unicode categories of characters that show nothing: controls, format characters and separators.
-_INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 #: Places that a warning names.
 _SHOWN_PLACES = 3
 
@@ -23,40 +22,44 @@ class Rows:
     """Rows to predict.
 
     Args:
-        texts: The text of each row as the output shows it, None where there is none at all.
+        texts: The text of each row.
         faults: Rows without a text to predict, by position: the place and what is wrong with it.
         places: The place of each of them.
-        others: The other columns of the rows, by name.
+        columns: All columns of the rows as they came, by name.
+        text_columns: Those that hold the text.
     """
 
-    texts: list[str | None]
+    texts: list[str]
     faults: dict[int, str]
     places: list[str]
-    others: Mapping[str, Any]
+    columns: Mapping[str, Any]
+    text_columns: Sequence[str]
 
     @classmethod
     def of(cls, table: Table, text_columns: Sequence[str]) -> "Rows":
-        """The rows of a table; several text columns are joined by a space, and each must hold a text."""
-        cells = list(zip(*(table.columns[name] for name in text_columns), strict=True))
-        faults: dict[int, str] = {}
-        places: list[str] = []
-        for i, row in enumerate(cells):
-            for name, cell in zip(text_columns, row, strict=True):
-                if what := fault(cell):
-                    faults[i] = f"{table.where(i, name)}: {what}"
-                    places.append(f"{table.origin}, {table.unit} {table.rows[i]}")
-                    break
-        others = {name: values for name, values in table.columns.items() if name not in text_columns}
-        return cls([_shown(row) for row in cells], faults, places, others)
+        """The rows of a table; a cell that is neither a text nor blank is a fault, as are only blank ones."""
+        columns = [table.columns[name] for name in text_columns]
+        columns = [cells(column) if isinstance(column, pa.ChunkedArray) else column for column in columns]
+        texts, faults, places = list[str](), dict[int, str](), list[str]()
+        for i, row in enumerate(zip(*columns, strict=True)):
+            texts.append(joined_text(row))
+            wrong = [(name, cell) for name, cell in zip(text_columns, row, strict=True) if not _is_allowed(cell)]
+            if not wrong and all(map(is_blank, row)):
+                wrong = [(" + ".join(text_columns), row[0])]
+            if wrong:
+                name, cell = wrong[0]
+                faults[i] = f"{table.where(i, name)}: {_needed(cell)}"
+                places.append(f"{table.origin}, {table.unit} {table.rows[i]}")
+        return cls(texts, faults, places, table.columns, text_columns)
 
     @property
     def usable(self) -> list[str]:
         """The texts to predict, in their order."""
-        return [text for i, text in enumerate(self.texts) if i not in self.faults and text is not None]
+        return [text for i, text in enumerate(self.texts) if i not in self.faults]
 
-    def columns(self, predictions: Predictions) -> dict[str, Any]:
-        """The text and the predictions of every row; the predictions of rows without a text are None."""
-        columns: dict[str, Any] = {"text": self.texts}
+    def predicted(self, predictions: Predictions) -> dict[str, list[Any]]:
+        """The predictions of every row, by column; those of rows without a text are None."""
+        columns: dict[str, list[Any]] = {}
         for name, values in predictions.columns().items():
             each = iter(values if isinstance(values, list) else values.tolist())
             columns[name] = [None if i in self.faults else next(each) for i in range(len(self.texts))]
@@ -85,20 +88,13 @@ def warn_of_faults(places: Sequence[str], count: int, total: int) -> None:
         )
 
 
-def fault(cell: Any) -> str:
-    """What keeps a cell from being predicted; empty where nothing does."""
-    if isinstance(cell, str) and is_unicode(cell) and any(unicodedata.category(c) not in _INVISIBLE for c in cell):
-        return ""
+def _is_allowed(cell: Any) -> bool:
+    return is_blank(cell) or (isinstance(cell, str) and is_unicode(cell))
+
+
+def _needed(cell: Any) -> str:
     got = "null" if cell is None else repr(cell)[:40]
     return f"a text is needed, got {'bytes that are not UTF-8: ' if isinstance(cell, bytes) else ''}{got}"
-
-
-def _shown(cells: Sequence[Any]) -> str | None:
-    found = [cell.decode(errors="replace") if isinstance(cell, bytes) else str(cell) for cell in cells]
-    found = [
-        text.encode(errors="replace").decode() for text, cell in zip(found, cells, strict=True) if cell is not None
-    ]
-    return " ".join(found) if found else None
 
 
 def text_columns_of(config: Any) -> list[str]:
@@ -144,13 +140,11 @@ def file_rows(source: str, text_columns: Sequence[str]) -> Rows:
     except MissingColumnError as error:
         raise UserError(f"{error.what}. Set --text_column") from None
     print_warnings(table.warnings)
-    for name in text_columns:
-        cells = table.columns[name]
-        if not any(isinstance(cell, str) for cell in cells):
-            for i, cell in enumerate(cells):
-                if cell is not None:
-                    raise UserError(f"{table.where(i, name)}: {fault(cell)}; no row has a text. Set --text_column")
-    return Rows.of(table, text_columns)
+    rows = Rows.of(table, text_columns)
+    wrong = next((i for i, text in enumerate(rows.texts) if text), None)
+    if wrong is not None and len(rows.faults) == len(rows.texts):
+        raise UserError(f"{rows.faults[wrong]}; no row has a text. Set --text_column")
+    return rows
 
 
 def _lines(origin: str, content: str) -> Rows:

@@ -13,6 +13,7 @@ from lightning import Trainer
 from lightning_lora.config.console import quiet_libraries
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset, evaluated_together
 from lightning_lora.data.datamodule import make_loader
+from lightning_lora.data.prepare import is_blank
 from lightning_lora.data.tokens import InputFormat, base_tokenizer, tokenize
 from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError
@@ -61,7 +62,7 @@ class LoadedRun:
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         for i, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
+            if not isinstance(text, str) or is_blank(text):
                 raise UserError(f"text {i}: a text is needed, got {text!r:.40}")
         return self.predict_dataset(self.dataset(texts))
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from lightning_lora.errors import UserError
 from lightning_lora.files import locked_folder
-from lightning_lora.inference.output import other_columns
+from lightning_lora.inference.output import output_columns
 
 #: Where an output's metadata says what it was made from.
 METADATA_KEY = b"lightning_lora.predict"
@@ -39,12 +39,14 @@ class Shard:
         rows: Rows of both.
         stamp: What tells this input file from another: its size, rows and the hash of its footer, which holds the
             place, size and bounds of every column.
+        columns: Columns of the output, as ``output_columns`` gives them.
     """
 
     source: Path
     output: Path
     rows: int
     stamp: Mapping[str, Any]
+    columns: Mapping[str, str | None]
 
 
 def find_files(given: str, output: Path) -> list[Path]:
@@ -91,11 +93,11 @@ def plan_shards(files: Sequence[Path], output: Path, text_columns: Sequence[str]
         files: The input files.
         output: The folder of the outputs.
         text_columns: Columns that every file must have.
-        new: Columns that the outputs get, which no file may have beside them.
+        new: Columns that the outputs get.
 
     Raises:
-        UserError: A file cannot be read, lacks a column or has one that an output gets; two have one name; or the
-            outputs would lie among the inputs.
+        UserError: A file cannot be read, or lacks a column; two have one name; or the outputs would lie among the
+            inputs.
     """
     resolved = output.resolve()
     if resolved.exists() and not resolved.is_dir():
@@ -118,8 +120,7 @@ def _plan_shard(path: Path, output: Path, text_columns: Sequence[str], new: Sequ
     for column in text_columns:
         if column not in names:
             raise UserError(f"{path}: no column '{column}'; it has: {', '.join(names):.200}. Set --text_column")
-    other_columns(names, text_columns, new, path)
-    return Shard(path, output, rows, stamp)
+    return Shard(path, output, rows, stamp, output_columns(names, text_columns, new, path))
 
 
 def holds_texts(kind: pa.DataType) -> bool:
@@ -160,12 +161,10 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: not a readable Parquet file ({first})") from None
 
 
-def output_schema(
-    source: pa.Schema, text_columns: Sequence[str], new: pa.Schema, stamp: Mapping[str, Any]
-) -> pa.Schema:
-    """The columns of an output: the new ones, and those of the input that are not its text; and its stamp."""
-    others = [field for field in source if field.name not in text_columns]
-    return pa.schema([*new, *others], {METADATA_KEY: json.dumps(stamp, sort_keys=True).encode()})
+def output_schema(shard: Shard, source: pa.Schema, new: pa.Schema, stamp: Mapping[str, Any]) -> pa.Schema:
+    """The columns of an output, new and those of its input, and its stamp."""
+    fields = [source.field(n).with_name(name) if n else new.field(name) for name, n in shard.columns.items()]
+    return pa.schema(fields, {METADATA_KEY: json.dumps(stamp, sort_keys=True).encode()})
 
 
 def read_pieces(file: pq.ParquetFile, rows: int, size: int) -> Iterator[pa.Table]:
@@ -196,6 +195,7 @@ def is_done(shard: Shard, settings: Mapping[str, Any]) -> bool:
     try:
         with pq.ParquetFile(shard.output) as file:
             metadata, rows = file.schema_arrow.metadata or {}, file.metadata.num_rows
+            names = file.schema_arrow.names
         stamp = json.loads(metadata[METADATA_KEY])
         source, made_with = stamp["input"], stamp["settings"]
     except (pa.ArrowException, OSError, KeyError, ValueError):
@@ -212,6 +212,11 @@ def is_done(shard: Shard, settings: Mapping[str, Any]) -> bool:
                 f"--output: {shard.output} was made with {key} {_short(was)}, not {_short(now)}; give another folder, "
                 "or remove what is in this one"
             )
+    if names != [*shard.columns]:  # by a version that named them otherwise
+        raise UserError(
+            f"--output: {shard.output} has the columns {', '.join(names):.100}, not {', '.join(shard.columns):.100}; "
+            "give another folder, or remove what is in this one"
+        )
     return True
 
 

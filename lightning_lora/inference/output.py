@@ -1,11 +1,12 @@
-"""What ``predict`` writes and prints: the new columns first, then those of the input that are not its text."""
+"""What ``predict`` writes and prints: the input's text as it came, the new columns, the input's other columns."""
 
 import csv
 import io
 import json
+import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,41 +27,60 @@ _TEXT_WIDTH = 16
 
 
 def new_columns(names: Sequence[str]) -> pa.Schema:
-    """The columns that an output has beside those of its input, as ``Rows.columns`` names them.
+    """The columns that an output has beside those of its input, as ``Rows.predicted`` names them.
 
     Args:
         names: Names of the classes.
     """
-    words, numbers = ("text", "prediction"), ("probability", *(f"p({name})" for name in names))
-    return pa.schema([*((word, pa.string()) for word in words), *((number, pa.float64()) for number in numbers)])
+    numbers = ("probability", *(f"p({name})" for name in names))
+    return pa.schema([("prediction", pa.string()), *((number, pa.float64()) for number in numbers)])
 
 
-def other_columns(names: Sequence[str], text_columns: Sequence[str], new: Sequence[str], origin: object) -> list[str]:
-    """The columns of an input that its output keeps: all but its text, in their order.
+def output_columns(
+    names: Sequence[str], text_columns: Sequence[str], new: Sequence[str], origin: object
+) -> dict[str, str | None]:
+    """The columns of an output in their order, each with the name of the input's column that it holds, None if new.
+
+    An input's column that has the name of a new one, as in an earlier output, is kept as NAME_input.
 
     Raises:
-        UserError: Two have one name, or one has a name that the output's own columns have.
+        UserError: Two columns of the input have one name.
     """
     for name, count in Counter(names).items():
         if count > 1:
             raise UserError(f"{origin}: column '{name}' is duplicated; rename one")
-        if name in new and name not in text_columns:
-            raise UserError(f"{origin}: column '{name}' is also one of the output's; rename it")
-    return [name for name in names if name not in text_columns]
+
+    def kept(name: str) -> str:
+        free = name
+        while free in new or (free != name and free in names):
+            free += "_input"
+        return free
+
+    texts = {kept(name): name for name in text_columns}
+    others = {kept(name): name for name in names if name not in text_columns}
+    return {**texts, **dict.fromkeys(new), **others}
 
 
-def checked_columns(others: Mapping[str, Any], ending: str) -> dict[str, Any]:
-    """The other columns as they will be written, so that what the format cannot hold is known before anything is done.
+def warn_of_renamed(columns: Iterable[Mapping[str, str | None]]) -> None:
+    """Says on standard error which columns of the inputs have other names in their outputs."""
+    pairs = {(name, kept): None for each in columns for kept, name in each.items() if name not in (None, kept)}
+    if pairs:
+        shown = ", ".join(f"'{name}' as '{kept}'" for name, kept in pairs)
+        print(f"warning: columns of the input that have the name of a new one are kept: {shown}", file=sys.stderr)
+
+
+def checked_columns(columns: Mapping[str, Any], ending: str) -> dict[str, Any]:
+    """The input's columns as they will be written: what the format cannot hold is known before anything is done.
 
     Args:
-        others: The columns, by name.
+        columns: The columns, by name.
         ending: Of the output: ".csv", ".jsonl" or ".parquet".
 
     Raises:
         UserError: The format cannot hold a column.
     """
     found: dict[str, Any] = {}
-    for name, values in others.items():
+    for name, values in columns.items():
         is_arrow = isinstance(values, pa.ChunkedArray)
         try:
             if ending == ".parquet":
@@ -185,9 +205,9 @@ def _shown(value: Any) -> str:
 
 
 def _one_line(text: str | None) -> str:
-    """The text without what a terminal would obey, such as escape sequences."""
+    """The text without what a terminal would obey, such as escape sequences, or cannot show."""
     spaced = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text or "")
-    return " ".join("".join(spaced).split())
+    return " ".join("".join(spaced).encode(errors="replace").decode().split())
 
 
 def _shortened(text: str, width: int) -> str:

@@ -181,7 +181,7 @@ def test_predictions_on_test_rows_are_those_of_test(fitted: RunFolder, tmp_path:
             found = list(csv.DictReader(lines)) if ending == ".csv" else [json.loads(line) for line in lines]
         else:
             found = read(output)
-        assert [row["text"] for row in found] == texts
+        assert [row["review"] for row in found] == texts and "text" not in found[0]
         assert [row["prediction"] for row in found] == [row["prediction"] for row in rows]
         np.testing.assert_allclose([float(row["p(pos)"]) for row in found], [row["p(pos)"] for row in rows], atol=1e-5)
 

@@ -25,6 +25,7 @@ from tests.conftest import make_rows, write_csv
 from tests.faults.processes import Run, kill_in_rows
 
 FILES = 5
+NEW = ["prediction", "probability", "p(neg)", "p(pos)"]
 ROWS = 50  # a file: more than three chunks of 16
 
 
@@ -71,7 +72,7 @@ def whole(place: Path, output: Path = Path("out")) -> list[pa.Table]:
     tables = [pq.read_table(output / name) for name in names]
     for name, table in zip(names, tables, strict=True):
         source = pq.read_table(place / "in" / name)
-        assert table.column_names == ["text", "prediction", "probability", "p(neg)", "p(pos)", "id", "tags", "kind"]
+        assert table.column_names == ["text", *NEW, "id", "tags", "kind"]
         for column in source.column_names:
             assert table[column].to_pylist() == source[column].to_pylist()
             assert table.schema.field(column).type == source.schema.field(column).type
@@ -151,16 +152,29 @@ def test_chunks_end_where_they_hold_enough_bytes(tmp_path: Path) -> None:
     assert pa.concat_tables(pieces) == table
 
 
-def test_texts_of_several_columns_and_of_another_name(place: Path) -> None:
+def test_texts_of_several_columns_and_of_another_name(place: Path, capsys: pytest.CaptureFixture) -> None:
     Path("in").mkdir()
     texts = pq.read_table(place / "in" / "part-0.parquet")["text"].to_pylist()[:3]
     parts = [text.split(" ", 1) for text in texts]
-    table = {"head": [part[0] for part in parts], "rest": [part[1] for part in parts], "n": [1, 2, 3]}
+    parts += [[None, texts[0]], [texts[1], ""], [" ", None]]
+    table = {"n": range(6), "head": [part[0] for part in parts], "rest": [part[1] for part in parts]}
+    table["prediction"] = ["an earlier one"] * 6
     pq.write_table(pa.table(table), "in/a.parquet")
     pq.write_table(pa.table({name: values[:0] for name, values in table.items()}), "in/b.parquet")
     assert main(words(place, "--data.text_column", "[head,rest]", source="in")) == 0
     found = pq.read_table("out/a.parquet")
-    assert found["text"].to_pylist() == texts and found.column_names[-1] == "n" and "head" not in found.column_names
+    assert found.column_names == ["head", "rest", *NEW, "n", "prediction_input"]
+    assert found.select(["n", "head", "rest"]).equals(pq.read_table("in/a.parquet").select(["n", "head", "rest"]))
+    said = capsys.readouterr().err
+    assert said.count("warning: columns") == 1 and "kept: 'prediction' as 'prediction_input'" in said
+    assert "1 of 6 rows have no text" in said and "in/a.parquet, row 6 " in said
+    Path("texts.txt").write_text("\n".join([*texts, *texts[:2]]))
+    assert main(words(place, source="texts.txt", output="alone.parquet")) == 0
+    alone = pq.read_table("alone.parquet")
+    same([found.slice(0, 5)], [alone])
+    single = words(place, "--text_column", "[head,rest]", source="in/a.parquet", output="single.parquet")
+    assert main(single) == 0
+    assert pq.read_table("single.parquet").schema.equals(found.schema)
     empty = pq.read_table("out/b.parquet")
     assert len(empty) == 0 and empty.column_names == found.column_names
 
@@ -255,7 +269,7 @@ def test_when_all_workers_are_killed_it_says_what_is_not_done(
     [
         (["--data.max_length", "16"], "made with data.max_length '32', not '16'; give another folder"),
         (["--checkpoint", "other.ckpt"], "made with weights"),
-        (["--text_column", "kind"], "column 'text' is also one of the output's; rename it"),
+        (["--text_column", "kind"], "made with text_column '['text']', not '['kind']'; give another folder"),
     ],
 )
 def test_outputs_of_other_settings_are_not_mixed(
@@ -290,6 +304,18 @@ def test_outputs_of_another_input_are_not_mixed(place: Path, capsys: pytest.Capt
     shutil.copy("in/part-0.parquet", "out/part-1.parquet")
     assert main(words(place, source="in")) == 2
     assert "out/part-1.parquet is there and was not made by predict" in refusal(capsys)
+
+
+def test_outputs_with_columns_of_an_earlier_version_are_not_mixed(place: Path, capsys: pytest.CaptureFixture) -> None:
+    write_inputs(Path("in"), files=2, rows=8)
+    assert main(words(place, source="in")) == 0
+    Path("out/part-0.parquet").unlink()
+    table = pq.read_table("out/part-1.parquet")
+    renamed = table.rename_columns(["review", *table.column_names[1:]]).replace_schema_metadata(table.schema.metadata)
+    pq.write_table(renamed, "out/part-1.parquet")
+    assert main(words(place, source="in")) == 2
+    assert "out/part-1.parquet has the columns review, prediction" in refusal(capsys)
+    assert not Path("out/part-0.parquet").exists()
 
 
 def not_utf8() -> pa.Array:
@@ -368,8 +394,6 @@ def prepare_wrong(kind: str) -> None:
         for name in ("in/x", "in/y"):
             Path(name).mkdir()
             pq.write_table(pa.table(good), f"{name}/a.parquet")
-    elif kind == "clash":
-        pq.write_table(pa.table(good | {"prediction": [1, 2]}), "in/a.parquet")
     elif kind == "column":
         pq.write_table(pa.table({"body": ["fine"]}), "in/a.parquet")
     elif kind == "doubled":
@@ -387,7 +411,6 @@ def prepare_wrong(kind: str) -> None:
         ("text", ["--input", "in/*", "--output", "out"], "'in/notes.txt' matches, but only .parquet files"),
         ("damaged", ["--input", "in", "--output", "out"], "in/a.parquet: not a readable Parquet file"),
         ("twice", ["--input", "in/*/*.parquet", "--output", "out"], "would have the same output, a.parquet"),
-        ("clash", ["--input", "in", "--output", "out"], "column 'prediction' is also one of the output's"),
         ("column", ["--input", "in", "--output", "out"], "in/a.parquet: no column 'text'; it has: body"),
         ("doubled", ["--input", "in", "--output", "out"], "column 'n' is duplicated"),
         ("good", ["--input", "in", "--output", "in"], "lies in the folder of the input"),
@@ -458,7 +481,7 @@ def test_a_claim_that_is_removed_while_it_is_made_is_made_again(tmp_path: Path, 
         mkdir(self, *args, **more)
 
     monkeypatch.setattr(Path, "mkdir", interrupted)
-    shard = many_files.Shard(tmp_path / "in.parquet", tmp_path / "a.parquet", 1, {})
+    shard = many_files.Shard(tmp_path / "in.parquet", tmp_path / "a.parquet", 1, {}, {})
     with many_files.claimed(shard):
         assert not failing
 
