@@ -127,7 +127,7 @@ def _predict_options(parser: LightningArgumentParser) -> None:
         "of .parquet files, or a quoted pattern such as 'in/*.parquet'."
     )
     parser.add_argument("--input", type=str | None, default=None, help=source)
-    column = "The text column of --input; several, as [title,body], are joined by a space."
+    column = "The text column of --input; of several, as [title,body], those not blank are joined by a space."
     parser.add_argument("--text_column", type=str | list[str] | None, default=None, help=column)
     blank = (
         "Rows without a text: keep them with 'empty' cells (default; typed texts are refused), or stop with an "

@@ -123,6 +123,8 @@ def _body(facts: CardFacts, place: str) -> str:
     }[facts.truncation]
     rows = "\n".join(f"| {said} | {facts.metrics[key]:.4f} |" for key, _, said in METRICS if key in facts.metrics)
     tested = f"| metric, {facts.test_rows:,} test rows | value |\n| --- | --- |\n{rows}" if rows else "Not tested."
+    columns = ' + " " + '.join(facts.usage.text_columns)
+    joined = f"`{columns}` (without columns that are blank), " if len(facts.usage.text_columns) > 1 else ""
     quantized = "" if facts.quantization == "none" else f", stored as {facts.quantization} in training"
     warnings = "".join(f"\n- warning: {what}" for what in facts.warnings)
     return f"""# {facts.name}
@@ -131,7 +133,7 @@ A text classifier: `{facts.base_id or facts.base_model}` fine-tuned with method 
 ({trained:,} of {total:,} parameters trained) by lightning_lora.
 
 - labels: {labels}
-- input: at most {facts.max_length} tokens; of longer texts {cut}
+- input: {joined}at most {facts.max_length} tokens; of longer texts {cut}
 - base model: SHA-256 of weights and tokenizer `{facts.base_fingerprint}`; on other weights, also of the same shape,
   the adapter means nothing
 - data: {facts.dataset[0]}

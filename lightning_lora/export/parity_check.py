@@ -120,7 +120,9 @@ class Parity:
         frame = InputFormat.of(tokenizer, data.max_length, data.truncation, data.window_overlap)
         given = parity_texts(rows, config.rows, tokenizer, frame)
         pad_to_max = data.padding == "max_length"
-        usage = Usage(model.label_names, frame.keep, model.model.config.pad_token_id, pad_to_max)
+        names = data.text_column or "text"
+        columns = [names] if isinstance(names, str) else list(names)
+        usage = Usage(model.label_names, frame.keep, model.model.config.pad_token_id, pad_to_max, columns)
         measured = measure(trained_client(model, tokenizer, frame, pad_to_max), given)
         return cls(
             model, frame, usage, given, measured.logits, {"trained": compare(measured, measured.logits, given).plain}

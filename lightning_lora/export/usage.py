@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,12 +58,20 @@ class Usage:
         truncation: What is kept of long texts.
         pad_token_id: Of the trained model's config; the base's own may be another.
         pad_to_max: Whether every text is padded to ``max_length``.
+        text_columns: What a text is joined of, by ``joined_text``.
     """
 
     label_names: Sequence[str]
     truncation: str
     pad_token_id: int | None
     pad_to_max: bool
+    text_columns: Sequence[str]
+
+    @property
+    def example(self) -> str:
+        """A Python expression for a text to classify, joined as in training."""
+        parts = [f"your {name}" for name in self.text_columns] if len(self.text_columns) > 1 else ["your text"]
+        return ' + " " + '.join(json.dumps(part, ensure_ascii=False) for part in parts)
 
     def code(self, form: str, path: str, plain: bool = False) -> str:
         """Python code that loads a format, defines ``logits`` (or ``classify``, a pipeline) and classifies a text.
@@ -81,7 +90,7 @@ class Usage:
 
 path = {path}
 classify = pipeline("text-classification", model=path, truncation=True{more})
-print(classify(["your text"]))"""
+print(classify([{self.example}]))"""
         imports = [_IMPORTS[kind]]
         if encoded:
             imports.insert(0, "import runpy\n")
@@ -111,7 +120,7 @@ def logits(texts):
     {encode}
 
 
-print(labels[int(logits(["your text"]).argmax())])"""
+print(labels[int(logits([{self.example}]).argmax())])"""
 
 
 def client(code: str) -> Client:

@@ -159,6 +159,25 @@ def test_the_card_s_code_runs_as_it_stands(exported: Path, monkeypatch, capsys) 
             assert any(label in said for label in LABELS)
 
 
+def test_the_card_of_a_run_with_several_text_columns_says_how_they_are_joined(
+    base: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    lines = [f"{text.replace(' ', ',', 1)},{label}" for text, label in make_rows(240, LABELS)]
+    (tmp_path / "rows.csv").write_text("\n".join(["title,the body,label", *lines]))
+    run = fit(tmp_path, base, "run", "--data.text_column", "[title, the body]", "--trainer.max_epochs", "1")
+    assert main(["export", "--run", str(run.path)]) == 0
+    capsys.readouterr()
+    for place in ("adapter", "merged", "onnx"):
+        monkeypatch.chdir(run.path / "export" / place)
+        card = Path("README.md").read_text()
+        assert '- input: `title + " " + the body` (without columns that are blank), at most 24 tokens' in card
+        (block,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+        assert '(["your title" + " " + "your the body"])' in block
+        exec(compile(block, "README.md", "exec"), {})
+        said = capsys.readouterr().out
+        assert any(label in said for label in LABELS)
+
+
 def test_an_export_is_not_overwritten(exported: Path, capsys) -> None:
     before = (exported / "certificate.json").read_bytes()
     assert main(["export", "--run", str(exported.parent), "--output", str(exported)]) == 2
