@@ -107,7 +107,7 @@ def gather_rows(config: Any) -> Rows:
     elif config.input in (None, "-"):
         rows = piped_rows()
     else:
-        rows = file_rows(config.input, text_columns_of(config))
+        rows = file_rows(config.input, text_columns_of(config), config.data.encoding)
     # A text that is typed and empty is most likely a variable that was never set.
     if (config.bad_rows or ("error" if config.texts else "empty")) == "error":
         rows.refuse_faults()

@@ -17,7 +17,7 @@ EXAMPLE_TEXT = "A beautiful film, wonderfully acted."
 #: Settings of a run that ``predict`` uses; it refuses all others, which would be accepted and ignored.
 PREDICT_SETTINGS = (
     *("data.max_length", "data.truncation", "data.window_overlap", "data.padding", "data.eval_batch_size"),
-    *("data.text_column", "model.base_model", "model.method", "model.adapter", "model.quantization"),
+    *("data.text_column", "data.encoding", "model.base_model", "model.method", "model.adapter", "model.quantization"),
     *("model.attention", "model.speedups", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.strategy", "trainer.precision", "trainer.enable_progress_bar", "trainer.deterministic"),
     *("trainer.benchmark", "trainer.inference_mode"),

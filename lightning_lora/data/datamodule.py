@@ -17,6 +17,7 @@ from lightning_lora.data.batching import (
     TokenDataset,
     evaluated_together,
 )
+from lightning_lora.data.encoding import check_encoding
 from lightning_lora.data.prepare import Prepared, SourceOptions
 from lightning_lora.data.rows import SplitRows
 from lightning_lora.data.stored import default_cache_dir
@@ -61,6 +62,8 @@ class TextDataModule(LightningDataModule):
         train_rows: Train on a stratified subsample of so many rows (or fraction).
         test_rows: Test on a stratified subsample of so many rows (or fraction).
         augmentation: Words of training texts that are left out or swapped.
+        encoding: What text files are in that are not in UTF-8, such as windows-1252 or cp1250; by default they are read
+            where that is certain, and refused where it is not.
         bad_rows: What to do with rows without text or label: stop with an "error", or "drop" and count.
         stream: For data larger than memory: the training texts are read piece by piece, tokenized once into
             ``cache_dir`` and never held. They are Parquet files, local or on any fsspec filesystem (a file, a folder
@@ -91,6 +94,7 @@ class TextDataModule(LightningDataModule):
         train_rows: int | float | None = None,
         test_rows: int | float | None = None,
         augmentation: Augmentation = Augmentation(),  # noqa: B008  # never changed; the parser reads it
+        encoding: str | None = None,
         bad_rows: Literal["error", "drop"] = "error",
         stream: bool = False,
         split_seed: int = 0,
@@ -112,6 +116,8 @@ class TextDataModule(LightningDataModule):
         ):
             if value < 1:
                 raise UserError(f"data.{key}: a number of at least 1 is needed, got {value}")
+        if encoding is not None:
+            check_encoding(encoding)
         augmentation.check()
         if stream and augmentation.active:
             raise UserError("data.augmentation: needs the texts, and streamed rows hold none; leave one of the two out")
@@ -120,6 +126,7 @@ class TextDataModule(LightningDataModule):
             text_column=text_column,
             label_column=label_column,
             label_names=label_names,
+            encoding=encoding,
             bad_rows=bad_rows,
             test_size=test_size,
             val_size=val_size,

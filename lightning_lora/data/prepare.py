@@ -37,6 +37,7 @@ class SourceOptions:
     text_column: str | Sequence[str] | None = None
     label_column: str | None = None
     label_names: Sequence[Any] | Mapping[Any, Any] | None = None
+    encoding: str | None = None
     bad_rows: str = "error"
     test_size: int | float | None = None
     val_size: int | float | None = None
@@ -113,6 +114,7 @@ def prepare(options: SourceOptions) -> Prepared:
         source_of(options),
         list(dict.fromkeys([*text_columns, label_column, *keep_rows])),
         label_column,
+        options.encoding,
     )
     if keep_rows:
         tables = {split: [_matching(part, keep_rows) for part in parts] for split, parts in tables.items()}

@@ -122,7 +122,7 @@ def split_files(split: str, name: str) -> list[Path]:
 
 
 def read_source(
-    source: str | Mapping[str, str], columns: Sequence[str], label_column: str | None
+    source: str | Mapping[str, str], columns: Sequence[str], label_column: str | None, encoding: str | None = None
 ) -> dict[str, list[Table]]:
     """The tables of each split ("train", "val", "test") that the source has.
 
@@ -130,6 +130,7 @@ def read_source(
         source: A location (file, folder, package resource, Hub id), or a mapping from split to location.
         columns: The columns to read; all must exist.
         label_column: The one of them that holds labels (its declared class names are kept).
+        encoding: That of text files that are not UTF-8.
 
     Raises:
         UserError: The source cannot be found or read, or lacks a column.
@@ -137,10 +138,18 @@ def read_source(
     files = source_files(source)
     if files is None:
         return _read_hub(str(source), columns, label_column)
-    return {split: [read_file(p, columns, label_column) for p in paths] for split, paths in files.items()}
+    return {
+        split: [read_file(p, columns, label_column, encoding=encoding) for p in paths] for split, paths in files.items()
+    }
 
 
-def read_file(path: Path, columns: Sequence[str], label_column: str | None = None, whole: bool = False) -> Table:
+def read_file(
+    path: Path,
+    columns: Sequence[str],
+    label_column: str | None = None,
+    whole: bool = False,
+    encoding: str | None = None,
+) -> Table:
     """The chosen columns of one local file, its format taken from its ending.
 
     Args:
@@ -149,13 +158,14 @@ def read_file(path: Path, columns: Sequence[str], label_column: str | None = Non
         label_column: The one of them that holds labels.
         whole: Read every column, in its order after those (of Parquet and Arrow as Arrow arrays, so that types are
             kept); a field that a JSON record lacks is then null.
+        encoding: That of a text file that is not UTF-8.
     """
     reader = READERS.get(format_of(path))
     if reader is None:
         remedy = "; " + _REMEDIES[path.suffix.lower()] if path.suffix.lower() in _REMEDIES else ""
         raise UserError(f"{path}: unknown ending '{path.suffix}'; readable are {', '.join(READERS)}{remedy}")
     try:
-        table = reader(path, columns, label_column, whole)
+        table = reader(path, columns, label_column, whole, encoding)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not len(table):
@@ -226,18 +236,18 @@ def _require_columns(have: Sequence[str], wanted: Sequence[str], origin: object)
             raise MissingColumnError(f"{origin}: no column '{column}'; it has: {there:.200}{hint}")
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, encoding: str | None = None) -> str:
     """The content of a text file; if it is not UTF-8, a warning says so.
 
     Raises:
         UserError: Its encoding is not certain; the line is named.
     """
-    text, warnings = _text(path)
+    text, warnings = _text(path, encoding)
     print_warnings(warnings)
     return text
 
 
-def _text(path: Path) -> tuple[str, list[str]]:
+def _text(path: Path, stated: str | None) -> tuple[str, list[str]]:
     """The content of a text file, which may be compressed by gzip, and what should be known of how it was read."""
     data = path.read_bytes()
     if data.startswith(b"\x1f\x8b"):
@@ -245,15 +255,17 @@ def _text(path: Path) -> tuple[str, list[str]]:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}: damaged, or not whole ({first_line(error)})") from error
-    text, encoding = decode(data, path)
+    text, encoding = decode(data, path, stated)
     return text, [f"{path} is not UTF-8; read as {encoding}"] if encoding != "utf-8" else []
 
 
-def _read_delimited(path: Path, columns: Sequence[str], label_column: str | None, whole: bool) -> Table:
+def _read_delimited(
+    path: Path, columns: Sequence[str], label_column: str | None, whole: bool, encoding: str | None
+) -> Table:
     del label_column  # a text file declares no class names
     csv.field_size_limit(2**31 - 1)
     separator = "\t" if format_of(path).startswith(".tsv") else ","
-    text, warnings = _text(path)
+    text, warnings = _text(path, encoding)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     lines: list[int] = []
     start = 1
@@ -281,9 +293,11 @@ def _read_delimited(path: Path, columns: Sequence[str], label_column: str | None
     return Table(str(path), values, lines, "line", warnings=warnings)
 
 
-def _read_json(path: Path, columns: Sequence[str], label_column: str | None, whole: bool) -> Table:
+def _read_json(
+    path: Path, columns: Sequence[str], label_column: str | None, whole: bool, encoding: str | None
+) -> Table:
     del label_column
-    text, warnings = _text(path)
+    text, warnings = _text(path, encoding)
     unit, records = "line", []
     if text.lstrip().startswith("["):
         unit = "record"
@@ -316,7 +330,10 @@ def _read_json(path: Path, columns: Sequence[str], label_column: str | None, who
     return Table(str(path), values, [number for number, _ in records], unit, warnings=warnings)
 
 
-def _read_parquet(path: Path, columns: Sequence[str], label_column: str | None, whole: bool) -> Table:
+def _read_parquet(
+    path: Path, columns: Sequence[str], label_column: str | None, whole: bool, encoding: str | None
+) -> Table:
+    del encoding  # it is no text file
     with open_parquet(path, columns, path) as file:
         have = file.schema_arrow.names
         _require_columns(have, have if whole else (), path)
@@ -325,7 +342,10 @@ def _read_parquet(path: Path, columns: Sequence[str], label_column: str | None, 
     return _arrow_table(path, table, () if whole else columns, names)
 
 
-def _read_arrow(path: Path, columns: Sequence[str], label_column: str | None, whole: bool) -> Table:
+def _read_arrow(
+    path: Path, columns: Sequence[str], label_column: str | None, whole: bool, encoding: str | None
+) -> Table:
+    del encoding  # it is no text file
     import pyarrow as pa
 
     try:
@@ -425,8 +445,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-#: A file format is one entry: ending -> reader(path, columns, label_column, whole).
-READERS: dict[str, Callable[[Path, Sequence[str], str | None, bool], Table]] = {
+#: A file format is one entry: ending -> reader(path, columns, label_column, whole, encoding).
+READERS: dict[str, Callable[[Path, Sequence[str], str | None, bool, str | None], Table]] = {
     ".csv": _read_delimited,
     ".tsv": _read_delimited,
     ".jsonl": _read_json,

@@ -125,7 +125,10 @@ def streamed_splits(options: SourceOptions, tokenizer: Any, cache_dir: Path) -> 
     names, held = _files(options)
     text_columns, label_column = prepare.columns_of(options)
     columns = list(dict.fromkeys([*text_columns, label_column]))
-    tables = {split: [read_file(path, columns, label_column) for path in paths] for split, paths in held.items()}
+    tables = {
+        split: [read_file(path, columns, label_column, encoding=options.encoding) for path in paths]
+        for split, paths in held.items()
+    }
     tables, dropped = prepare.checked(tables, options)
     pieces = plan(names, columns, label_column)
     rules = tokenizer_rules(tokenizer).decode()

@@ -122,7 +122,7 @@ def piped_rows() -> Rows:
         raise UserError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def file_rows(source: str, text_columns: Sequence[str]) -> Rows:
+def file_rows(source: str, text_columns: Sequence[str], encoding: str | None = None) -> Rows:
     """The rows of a file, with all their columns.
 
     Raises:
@@ -132,11 +132,11 @@ def file_rows(source: str, text_columns: Sequence[str]) -> Rows:
     if not path.is_file():
         raise UserError(f"--input: no file '{source}'")
     if path.suffix.lower() in (".txt", ""):
-        return _lines(str(path), read_text(path))
+        return _lines(str(path), read_text(path, encoding))
     if format_of(path) not in READERS:
         raise UserError(f"--input: '{path.name}' must end in one of .txt, {', '.join(READERS)}")
     try:
-        table = read_file(path, text_columns, whole=True)
+        table = read_file(path, text_columns, whole=True, encoding=encoding)
     except MissingColumnError as error:
         raise UserError(f"{error.what}. Set --text_column") from None
     print_warnings(table.warnings)

@@ -229,14 +229,29 @@ def test_splits_in_folders_and_compressed_files(tmp_path: Path, names: list[str]
     assert read_source(str(tmp_path / "rows"), COLUMNS, "label").keys() == {"train", "test"}
 
 
+WESTERN = [
+    "The café wasn’t bad – it was “great”, with tea for 5 € and the naïve waiter… that’s ½ of it",
+    "L’œuvre « créée » est une réussite avec des acteurs – voilà… pour 5€",
+    "Die Größe ist nicht „schön“, und der Preis ist höher",
+    "¿Qué tal? El año pasado los niños estaban con una señora muy simpática, pero fría",
+    "Não é muito bom, mas a criança gostou com uma condição",
+    "Questo è molto più bello che non il caffè della città",
+    "Tämä on hyvä elokuva, mutta se ei ole pitkä",
+    "The price was £5, and at 20°C the résumé was that of Zürich; the m² don’t fit the “2 × 3 m” room®",
+    "Det er ikke så dårlig, og jeg kjøper det med glæde",
+]
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252", "latin-1"])
 @pytest.mark.parametrize("ending", [".csv", ".jsonl"])
-def test_an_encoding_that_is_certain_is_read_and_said(tmp_path: Path, encoding: str, ending: str) -> None:
-    text = "Grüße à côté: naïve, señor, Ærø" if encoding == "latin-1" else "L’œuvre « créée » coûte 5€ – voilà… ½"
-    row = json.dumps({"text": text, "label": "schön"}, ensure_ascii=False)
-    content = f'text,label\n"{text}",schön\n' if ending == ".csv" else f"{row}\n"
+@pytest.mark.parametrize("text", WESTERN)
+def test_an_encoding_that_is_certain_is_read_and_said(tmp_path: Path, encoding: str, ending: str, text: str) -> None:
+    text = text.encode("latin-1", "ignore").decode("latin-1") if encoding == "latin-1" else text
+    text = text.replace('"', "")
+    row = json.dumps({"text": text, "label": "pos"}, ensure_ascii=False)
+    content = f'text,label\n"{text}",pos\n' if ending == ".csv" else f"{row}\n"
     table = read_file(write(tmp_path / f"a{ending}", content.encode(encoding)), COLUMNS)
-    assert table.columns == {"text": [text], "label": ["schön"]}
+    assert table.columns == {"text": [text], "label": ["pos"]}
     (warning,) = table.warnings
     assert "is not UTF-8; read as" in warning and str(tmp_path) in warning
 
@@ -257,19 +272,68 @@ def test_an_encoding_that_is_certain_is_read_and_said(tmp_path: Path, encoding: 
         ("shift-jis", "この商品はとても良いです"),
         ("gb18030", "这个产品非常好，推荐给大家"),
         ("euc-kr", "이 제품은 매우 좋습니다"),
+        # Short ones, and those that are words of Windows-1252 too.
+        ("cp1250", "că"),
+        ("cp1250", "že več kot dobro"),
+        ("cp1250", "kuća je lepa i čista"),
+        ("cp1250", "the film that was in the kuća of Dončić"),
+        ("cp1250", "był to dobry film"),
+        ("cp1257", "mājas ir labas"),
+        ("cp1257", "gėlė"),
+        ("iso8859-3", "ĉiuj estas bonaj"),
+        ("macintosh", "It was the “great.” of that"),
+        ("macintosh", "los niños que una muy mañana"),
+        ("macintosh", "del país con una muy"),
+        ("macintosh", "the jalapeño that was it"),
+        ("cp850", "voilà"),
+        ("cp850", "the film was voilà, and that was it"),
+        ("cp850", "il della più, che non"),
+        ("cp850", "una muy está! con los"),
+        ("cp850", "die Ähre und der ähnliche, das ist es"),
+        ("cp1255", "הו"),
+        ("cp1255", "the word הו and that"),
+        ("cp1251", "да"),
+        ("cp874", "ดี"),
+        ("gb18030", "好"),
+        ("gb18030", "the film, 很好, and that was it"),
+        ("gb18030", "it was good，and that was the end。"),
+        ("euc-jp", "良い"),
+        ("big5", "很好"),
     ],
 )
-def test_an_encoding_that_is_not_certain_is_named_and_the_command_works(
+def test_an_encoding_that_is_not_certain_is_named_and_the_remedies_work(
     tmp_path: Path, encoding: str, text: str
 ) -> None:
     import re
     import shlex
     import subprocess
 
-    path = write(tmp_path / "a.csv", "".join(f'"{text} {i}",x\n' for i in ["text", *range(20)]).encode(encoding))
-    with pytest.raises(UserError, match="not certain") as raised:
-        read_file(path, COLUMNS)
-    match = re.search(r"(iconv -f ENCODING .*) > NEW, where ENCODING may be (.*)", str(raised.value))
-    assert match and encoding in match[2].split(" or ")
-    command = shlex.split(match[1].replace("ENCODING", encoding))
+    folder = tmp_path / "a person's"
+    folder.mkdir()
+    rows = ["text,label", *(f'"{text} {i}",x' for i in range(20))]
+    for count in (2, 21):
+        path = write(folder / "a.csv", "\n".join(rows[:count]).encode(encoding))
+        with pytest.raises(UserError, match="not certain") as raised:
+            read_file(path, COLUMNS)
+        match = re.search(r"not certain: (.*)\. Set data.encoding .*: (iconv .*) > NEW$", str(raised.value))
+        assert match and re.search(rf"' in .*\b{encoding}\b", match[1]), raised.value
+    assert text in read_file(path, COLUMNS, encoding=encoding).columns["text"][0]
+    command = shlex.split(match[2].replace("ENCODING", encoding))
     assert text in subprocess.run(command, capture_output=True, check=True).stdout.decode()
+
+
+def test_a_stated_encoding_is_of_files_that_are_not_utf8(tmp_path: Path) -> None:
+    for encoding in ("cp1250", "utf-8", "utf-16"):
+        table = read_file(
+            write(tmp_path / "a.csv", "text,label\nkuća,x\n".encode(encoding)), COLUMNS, encoding="cp1250"
+        )
+        assert table.columns["text"] == ["kuća"]
+    with pytest.raises(UserError, match=r"line 2: is not UTF-8, and data.encoding says SHIFT-JIS, but byte 0x"):
+        read_file(
+            write(tmp_path / "a.csv", "text,label\nkuća\xff\n".encode("cp1252", "replace")),
+            COLUMNS,
+            encoding="shift-jis",
+        )
+    for wrong in ("cp-1250", "utf-16", "utf-7", "base64", "\0"):
+        with pytest.raises(UserError, match=r"data\.encoding: '.*' is none that ASCII is a part of"):
+            read_file(tmp_path / "a.csv", COLUMNS, encoding=wrong)

@@ -191,6 +191,18 @@ def test_an_output_is_an_input_and_columns_of_the_same_name_are_kept(run: str, c
     assert len(last[0]) == 2 + 3 * len(NEW[1:])
 
 
+def test_a_file_in_another_encoding_is_refused_until_its_encoding_is_given(run: str, capsys) -> None:
+    for name, content in (("in.csv", "text\nkuća\n"), ("in.txt", "kuća\n")):
+        Path(name).write_text(content, encoding="cp1250")
+        assert predict(run, "--input", name, "--output", "out.csv") == 2
+        assert "'kuća' in cp1250" in (said := error(capsys)) and "Set data.encoding" in said
+        assert predict(run, "--input", name, "--output", "out.csv", "--data.encoding", "cp1250") == 0
+        assert next(csv.DictReader(io.StringIO(Path("out.csv").read_text())))["text"] == "kuća"
+        assert "read as cp1250" in capsys.readouterr().err
+        assert predict(run, "--input", name, "--data.encoding", "cp-1250") == 2
+        assert "data.encoding: 'cp-1250' is none" in error(capsys)
+
+
 LABELS = {
     "two": ["negative", "positive"],
     "four": ["World", "Sports", "Business", "Sci/Tech"],
