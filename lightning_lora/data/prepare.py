@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from lightning_lora.data.labels import Labels, encode_labels
-from lightning_lora.data.reading import SPLITS, Table, read_source
+from lightning_lora.data.reading import Table
 from lightning_lora.data.rows import Rows, SplitRows
+from lightning_lora.data.sources import SPLITS, read_source
 from lightning_lora.data.specs import DatasetSpec, find_spec
 from lightning_lora.data.splits import carve, contradictions, count_of, stratified_sample, text_keys
 from lightning_lora.data.words import canonical, few

@@ -1,4 +1,4 @@
-"""Rows as they stand in a source: local CSV, TSV, JSON Lines, Parquet and Arrow files, or a Hub data set.
+"""Rows as they stand in a local CSV, TSV, JSON Lines, Parquet or Arrow file.
 
 Files are read strictly and by their row: a fault is reported with file, line and column, where generic
 loaders guess a type, turn text such as ``NA`` into a missing value, or fail without a place.
@@ -8,9 +8,8 @@ import csv
 import gzip
 import io
 import json
-import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -19,16 +18,10 @@ from typing import Any
 
 from lightning_lora.data.encoding import decode
 from lightning_lora.errors import UserError, print_warnings
-from lightning_lora.locations import resolve
 
-SPLITS = ("train", "val", "test")
-_SPLIT_NAMES = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val"}
-_SPLIT_NAMES |= {"dev": "val", "test": "test"}
-#: What ``save_to_disk`` of ``datasets`` writes into the folder of a Dataset and of a DatasetDict.
-_SAVED, _SAVED_DICT = "state.json", "dataset_dict.json"
-_REMEDIES = dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV (UTF-8)")
-_REMEDIES |= dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z"), "unpack it")
-_SPLIT_FILE = re.compile(rf"({'|'.join(_SPLIT_NAMES)})([-_.].*)?", re.IGNORECASE)
+#: What to do with a file that is not read, by its ending.
+REMEDIES = dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV (UTF-8)")
+REMEDIES |= dict.fromkeys((".gz", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z"), "unpack it")
 
 
 @dataclass
@@ -76,73 +69,6 @@ class MissingColumnError(UserError):
         self.what = what
 
 
-def source_files(source: str | Mapping[str, str]) -> dict[str, list[Path]] | None:
-    """The local files of each split, or None for a Hub source.
-
-    Raises:
-        UserError: There are none, or none for training.
-    """
-    if not isinstance(source, str):
-        files = {split_named(name): split_files(name, place) for name, place in source.items()}
-    else:
-        location = resolve(source, "data.source")
-        if location.path is None:
-            return None
-        files = _split_files(location.path) if location.path.is_dir() else {"train": [location.path]}
-    if "train" not in files:
-        raise UserError(f"data.source: {source} has no train split (found: {', '.join(files)})")
-    return files
-
-
-def split_named(name: str) -> str:
-    """The split ("train", "val", "test") that a name means.
-
-    Raises:
-        UserError: It means none.
-    """
-    if name.lower() not in _SPLIT_NAMES:
-        raise UserError(f"data.source: '{name}' is no split; use train, val and test")
-    return _SPLIT_NAMES[name.lower()]
-
-
-def split_files(split: str, name: str) -> list[Path]:
-    """The local file that a split is given by, or the files of a folder that ``Dataset.save_to_disk`` wrote.
-
-    Raises:
-        UserError: It is none.
-    """
-    location = resolve(name, f"data.source.{split}")
-    if location.path is not None and (location.path / _SAVED).is_file():
-        return _saved_files(location.path)
-    if location.path is None or not location.path.is_file():
-        raise UserError(
-            f"data.source.{split}: '{name}' is no file; a split is one local file, or a folder by Dataset.save_to_disk"
-        )
-    return [location.path]
-
-
-def read_source(
-    source: str | Mapping[str, str], columns: Sequence[str], label_column: str | None, encoding: str | None = None
-) -> dict[str, list[Table]]:
-    """The tables of each split ("train", "val", "test") that the source has.
-
-    Args:
-        source: A location (file, folder, package resource, Hub id), or a mapping from split to location.
-        columns: The columns to read; all must exist.
-        label_column: The one of them that holds labels (its declared class names are kept).
-        encoding: That of text files that are not UTF-8.
-
-    Raises:
-        UserError: The source cannot be found or read, or lacks a column.
-    """
-    files = source_files(source)
-    if files is None:
-        return _read_hub(str(source), columns, label_column)
-    return {
-        split: [read_file(p, columns, label_column, encoding=encoding) for p in paths] for split, paths in files.items()
-    }
-
-
 def read_file(
     path: Path,
     columns: Sequence[str],
@@ -162,8 +88,7 @@ def read_file(
     """
     reader = READERS.get(format_of(path))
     if reader is None:
-        remedy = "; " + _REMEDIES[path.suffix.lower()] if path.suffix.lower() in _REMEDIES else ""
-        raise UserError(f"{path}: unknown ending '{path.suffix}'; readable are {', '.join(READERS)}{remedy}")
+        raise unknown_ending(path)
     try:
         table = reader(path, columns, label_column, whole, encoding)
     except OSError as error:
@@ -173,58 +98,24 @@ def read_file(
     return table
 
 
+def unknown_ending(path: Path) -> UserError:
+    """The error of a file that no reader is for."""
+    remedy = "; " + REMEDIES[path.suffix.lower()] if path.suffix.lower() in REMEDIES else ""
+    return UserError(f"{path}: unknown ending '{format_of(path)}'; readable are {', '.join(READERS)}{remedy}")
+
+
 def format_of(path: Path) -> str:
     """The ending that tells a file's format: that of "train.CSV.gz" is ".csv.gz"."""
     ending = path.suffix.lower()
     return Path(path.stem).suffix.lower() + ending if ending == ".gz" else ending
 
 
-def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split: named after it, in a folder that is, or as ``save_to_disk`` wrote them."""
-    if (folder / _SAVED).is_file():
-        return {"train": _saved_files(folder)}
-    names = sorted(folder.iterdir())
-    data_files = [] if (folder / _SAVED_DICT).is_file() else [p for p in names if format_of(p) in READERS]
-    found: dict[str, list[Path]] = {}
-    for path in data_files:
-        if match := _SPLIT_FILE.fullmatch(path.stem):
-            found.setdefault(_SPLIT_NAMES[match.group(1).lower()], []).append(path)
-    if not data_files:
-        folders = [p for p in names if p.is_dir() and not p.name.startswith(".")]
-        for path in folders:
-            if split := _SPLIT_NAMES.get(path.name.lower()):
-                saved = (path / _SAVED).is_file()
-                files = _saved_files(path) if saved else [p for p in sorted(path.iterdir()) if format_of(p) in READERS]
-                found |= {split: found.get(split, []) + files} if files else {}
-        deeper = [p for p in folders if any(format_of(f) in READERS for f in (*p.glob("*"), *p.glob("*/*")))]
-        if not found and len(deeper) == 1:
-            return _split_files(deeper[0])
-    if not found and len(data_files) == 1:
-        return {"train": data_files}
-    if not found:
-        held = ", ".join(p.name for p in names[:8]) or "nothing"
-        raise UserError(
-            f"data.source: folder {folder} has no file named after a split, such as train.csv or "
-            f"test.parquet (it holds {held}); rename them or give data.source.train and data.source.test"
-        )
-    for split, paths in found.items():
-        if len({format_of(p) for p in paths}) > 1:
-            raise UserError(
-                f"data.source: split '{split}' of {folder} stands in files of several formats "
-                f"({', '.join(p.name for p in paths)}); keep one"
-            )
-    return found
+def require_columns(have: Sequence[str], wanted: Sequence[str], origin: object) -> None:
+    """Refuses columns of which some wanted one is not there, or there twice.
 
-
-def _saved_files(folder: Path) -> list[Path]:
-    """The Arrow files of a folder that ``Dataset.save_to_disk`` wrote, in the order of their rows."""
-    try:
-        return [folder / each["filename"] for each in json.loads((folder / _SAVED).read_text())["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / _SAVED}: not as Dataset.save_to_disk writes it ({first_line(error)})") from error
-
-
-def _require_columns(have: Sequence[str], wanted: Sequence[str], origin: object) -> None:
+    Raises:
+        UserError: It is so.
+    """
     for column in wanted:
         if list(have).count(column) > 1:
             raise UserError(f"{origin}: column '{column}' is duplicated; rename one")
@@ -272,7 +163,7 @@ def _read_delimited(
     try:
         header = next(reader, [])
         columns = list(dict.fromkeys([*columns, *(header if whole else ())]))
-        _require_columns(header, columns, path)
+        require_columns(header, columns, path)
         values: dict[str, list[Any]] = {name: [] for name in columns}
         places = [(values[name], header.index(name)) for name in columns]
         start = reader.line_num + 1
@@ -321,10 +212,10 @@ def _read_json(
         if not isinstance(record, dict):
             raise UserError(f"{path}, {unit} {number}: a JSON object with fields is needed, got {record!r:.60}")
         if not whole:
-            _require_columns(list(record), columns, f"{path}, {unit} {number}")
+            require_columns(list(record), columns, f"{path}, {unit} {number}")
     if whole and records:
         there = list(dict.fromkeys(name for _, record in records for name in record))
-        _require_columns(there, columns, path)
+        require_columns(there, columns, path)
         columns = list(dict.fromkeys([*columns, *there]))
     values = {name: [record.get(name) for _, record in records] for name in columns}
     return Table(str(path), values, [number for number, _ in records], unit, warnings=warnings)
@@ -336,7 +227,7 @@ def _read_parquet(
     del encoding  # it is no text file
     with open_parquet(path, columns, path) as file:
         have = file.schema_arrow.names
-        _require_columns(have, have if whole else (), path)
+        require_columns(have, have if whole else (), path)
         table = file.read(columns=None if whole else list(columns))
         names = declared_names(file.schema_arrow, label_column)
     return _arrow_table(path, table, () if whole else columns, names)
@@ -354,7 +245,7 @@ def _read_arrow(
             source.seek(0)
             reader = pa.ipc.open_file(source) if feather else pa.ipc.open_stream(source)
             have = reader.schema.names
-            _require_columns(have, [*columns, *(have if whole else ())], path)
+            require_columns(have, [*columns, *(have if whole else ())], path)
             table = reader.read_all().select(have if whole else list(columns))
             return _arrow_table(path, table, () if whole else columns, declared_names(reader.schema, label_column))
     except pa.ArrowInvalid as error:
@@ -402,7 +293,7 @@ def open_parquet(source: Any, columns: Sequence[str], origin: object, **options:
 
     try:
         with pq.ParquetFile(source, **options) as file:
-            _require_columns(file.schema_arrow.names, columns, origin)
+            require_columns(file.schema_arrow.names, columns, origin)
             yield file
     except pa.ArrowInvalid as error:
         raise UserError(f"{origin}: not a readable Parquet file ({first_line(error)})") from None
@@ -413,31 +304,6 @@ def declared_names(schema: Any, label_column: str | None) -> list[str] | None:
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     feature = features.get(label_column) or {}
     return feature.get("names") if feature.get("_type") == "ClassLabel" else None
-
-
-def _read_hub(source: str, columns: Sequence[str], label_column: str | None) -> dict[str, list[Table]]:
-    import datasets
-
-    name, _, config = source.partition(":")
-    try:
-        loaded = datasets.load_dataset(name, config or None)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"data.source: cannot load '{source}' from the Hub ({first_line(error)}); check the name "
-            "and the network, or give a local file or folder (HF_HUB_OFFLINE=1 uses only what is cached)"
-        ) from error
-    found: dict[str, list[Table]] = {}
-    for split, rows in loaded.items():
-        if str(split) in _SPLIT_NAMES:
-            origin = f"{source} ({split})"
-            _require_columns(rows.column_names, columns, origin)
-            feature = rows.features.get(label_column) if label_column else None
-            names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-            values = {column: cells(rows.with_format("arrow")[:][column]) for column in columns}
-            found[_SPLIT_NAMES[str(split)]] = [Table(origin, values, range(1, len(rows) + 1), "row", names)]
-    if "train" not in found:
-        raise UserError(f"data.source: {source} has no train split (it has {', '.join(map(str, loaded))})")
-    return found
 
 
 def first_line(error: BaseException) -> str:

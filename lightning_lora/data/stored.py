@@ -13,8 +13,8 @@ import numpy as np
 
 from lightning_lora.data import prepare
 from lightning_lora.data.prepare import Prepared, SourceOptions
-from lightning_lora.data.reading import source_files
 from lightning_lora.data.rows import Rows, SplitRows
+from lightning_lora.data.sources import source_files
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_folder
 from lightning_lora.fingerprint import code_fingerprint
@@ -54,10 +54,11 @@ def stored_splits(options: SourceOptions, cache_dir: Path) -> Prepared:
 
 def store_key(options: SourceOptions) -> str | None:
     """A key of all that the splits depend on: options, the files' names and bytes, the code; None for the Hub."""
-    files = source_files(prepare.source_of(options))
-    if files is None:
+    found = source_files(prepare.source_of(options))
+    if found is None:
         return None
-    facts = dataclasses.asdict(options)
+    files, warnings = found
+    facts = dataclasses.asdict(options) | {"warnings": warnings}
     if isinstance(options.label_names, Mapping):  # whose order is that of the classes
         facts["label_names"] = {"mapping": [*options.label_names.items()]}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=dict).encode())

@@ -18,11 +18,12 @@ import numpy as np
 from lightning_lora.data import prepare
 from lightning_lora.data.labels import encode_labels
 from lightning_lora.data.prepare import Prepared, SourceOptions
-from lightning_lora.data.reading import Table, read_file, source_files, split_files, split_named
+from lightning_lora.data.reading import Table, read_file
 from lightning_lora.data.remote import matching
 from lightning_lora.data.rows import SplitRows
 from lightning_lora.data.sharding import Job, make_shards, plan
 from lightning_lora.data.shards import KEYS, ShardRows, ShardTokens
+from lightning_lora.data.sources import source_files, split_files, split_named
 from lightning_lora.data.specs import find_spec
 from lightning_lora.data.splits import position_type, text_keys
 from lightning_lora.data.stored import stored_splits
@@ -122,13 +123,14 @@ def streamed_splits(options: SourceOptions, tokenizer: Any, cache_dir: Path) -> 
     Raises:
         UserError: There are no such files, a row is bad, labels do not agree, or a size does not fit.
     """
-    names, held = _files(options)
+    names, held, warnings = _files(options)
     text_columns, label_column = prepare.columns_of(options)
     columns = list(dict.fromkeys([*text_columns, label_column]))
     tables = {
         split: [read_file(path, columns, label_column, encoding=options.encoding) for path in paths]
         for split, paths in held.items()
     }
+    next(iter(tables.values()))[0].warnings[:0] = warnings
     tables, dropped = prepare.checked(tables, options)
     pieces = plan(names, columns, label_column)
     rules = tokenizer_rules(tokenizer).decode()
@@ -162,10 +164,11 @@ def streamed_splits(options: SourceOptions, tokenizer: Any, cache_dir: Path) -> 
     return prepare.assemble(read, tables, labels, options, dropped)
 
 
-def _files(options: SourceOptions) -> tuple[list[str], dict[str, list[Path]]]:
-    """Names of the train files, and the files of the splits that are held."""
+def _files(options: SourceOptions) -> tuple[list[str], dict[str, list[Path]], list[str]]:
+    """Names of the train files, the files of the splits that are held, and warnings."""
     source = options.source
     held: dict[str, list[Path]] = {}
+    warnings: list[str] = []
     if isinstance(source, str):
         found = None if find_spec(source) else source_files(source)
         if found is None:
@@ -173,8 +176,8 @@ def _files(options: SourceOptions) -> tuple[list[str], dict[str, list[Path]]]:
                 f"data.stream: '{source}' is no folder of Parquet files; download it, or give the splits as "
                 "data.source={train: 's3://bucket/train-*.parquet', validation: FILE, test: FILE}"
             )
-        names = [str(path) for path in found.pop("train")]
-        held = found
+        held, warnings = found
+        names = [str(path) for path in held.pop("train")]
     else:
         names = []
         for name, place in source.items():
@@ -193,4 +196,4 @@ def _files(options: SourceOptions) -> tuple[list[str], dict[str, list[Path]]]:
             )
     if odd := next((name for name in names if not name.lower().endswith(".parquet")), None):
         raise UserError(f"data.stream: {odd} is no .parquet file, and only those are streamed; leave data.stream out")
-    return names, {split: held[split] for split in ("val", "test")}
+    return names, {split: held[split] for split in ("val", "test")}, warnings

@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_lora.data.reading import read_file, read_source
+from lightning_lora.data.reading import read_file
+from lightning_lora.data.sources import read_source
 from lightning_lora.errors import UserError
 
 COLUMNS = ["text", "label"]
@@ -65,6 +66,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
         ("a.jsonl", '{"text": "hi", "label": 1}\n[1]\n', ["line 2", "JSON object with fields"]),
         ("a.json", "[1", ["line 1", "not valid JSON"]),
         ("a.parquet", "no parquet", ["not a readable Parquet file"]),
+        ("a.parquet.gz", b"\x1f\x8b", ["unknown ending '.parquet.gz'", "unpack it"]),
         ("a.xlsx", "x", ["unknown ending '.xlsx'", "save the sheet as CSV"]),
     ],
 )
@@ -80,37 +82,6 @@ def test_a_fault_is_named_with_file_place_and_remedy(
         assert words in message
 
 
-def test_a_folder_has_a_file_a_split_under_any_usual_name(tmp_path: Path) -> None:
-    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation", "test"):
-        pq.write_table(pa.table({"text": [name], "label": [0]}), tmp_path / f"{name}.parquet")
-    tables = read_source(str(tmp_path), COLUMNS, "label")
-    assert {split: len(parts) for split, parts in tables.items()} == {"train": 2, "val": 1, "test": 1}
-
-
-def test_a_file_a_split(tmp_path: Path) -> None:
-    train = write(tmp_path / "a.csv", "text,label\nhi,x\n")
-    test = write(tmp_path / "b.jsonl", json.dumps({"text": "ho", "label": "x"}))
-    tables = read_source({"train": str(train), "test": str(test)}, COLUMNS, "label")
-    assert tables["test"][0].columns["text"] == ["ho"]
-
-
-@pytest.mark.parametrize(
-    ("names", "said"),
-    [
-        (["a.csv", "b.csv"], "no file named after a split"),
-        (["test.csv"], "no train split"),
-        ([], "no file named"),
-    ],
-)
-def test_a_folder_without_a_train_file_is_refused(tmp_path: Path, names: list[str], said: str) -> None:
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    for name in names:
-        write(folder / name, "text,label\nhi,x\n")
-    with pytest.raises(UserError, match=said):
-        read_source(str(folder), COLUMNS, "label")
-
-
 def test_class_names_that_a_parquet_file_declares_are_kept(tmp_path: Path) -> None:
     import datasets
 
@@ -118,12 +89,6 @@ def test_class_names_that_a_parquet_file_declares_are_kept(tmp_path: Path) -> No
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
     rows.to_parquet(tmp_path / "a.parquet")
     assert read_file(tmp_path / "a.parquet", COLUMNS, "label").label_names == ["no", "yes"]
-
-
-def test_a_hub_id_without_a_network_is_one_line() -> None:
-    with pytest.raises(UserError, match="cannot load 'nobody/nothing' from the Hub") as raised:
-        read_source("nobody/nothing", COLUMNS, "label")
-    assert "\n" not in str(raised.value)
 
 
 def save(frame, path: Path) -> Path:
@@ -185,48 +150,6 @@ def test_a_number_in_few_bytes_is_the_number_that_was_written(tmp_path: Path, ki
     pq.write_table(pa.table({"text": ["a", "b"], "label": cells}), tmp_path / "a.parquet")
     found = read_file(tmp_path / "a.parquet", COLUMNS, "label").columns["label"]
     assert found == pytest.approx([0.1, 2.0], rel=1e-3 if kind == "float16" else 1e-15)
-
-
-@pytest.mark.parametrize("kind", ["Dataset", "DatasetDict"])
-def test_what_save_to_disk_wrote_is_read_with_its_names_and_order(tmp_path: Path, kind: str) -> None:
-    import datasets
-
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
-    columns = {"text": [f"text {i}" for i in range(30)], "label": [i % 2 for i in range(30)]}
-    rows = datasets.Dataset.from_dict(columns, features=features)
-    if kind == "Dataset":
-        rows.save_to_disk(tmp_path / "saved", num_shards=3)
-        assert read_source({"train": str(tmp_path / "saved")}, COLUMNS, "label").keys() == {"train"}
-    else:
-        shards = {"train": 3, "validation": 1}
-        datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(tmp_path / "saved", num_shards=shards)
-    tables = read_source(str(tmp_path / "saved"), COLUMNS, "label")
-    loaded = datasets.load_from_disk(str(tmp_path / "saved"))
-    theirs = {"train": loaded} if kind == "Dataset" else {"train": loaded["train"], "val": loaded["validation"]}
-    assert tables.keys() == theirs.keys()
-    for split, parts in tables.items():
-        assert [text for part in parts for text in part.columns["text"]] == theirs[split]["text"]
-        assert {tuple(part.label_names or ()) for part in parts} == {("no", "yes")}
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["train/a.csv", "test/b.csv"],
-        ["plain_text/train-0.csv", "plain_text/test-0.csv"],
-        ["train.csv.gz", "test.csv.gz"],
-        ["data/train/a.csv.gz", "data/test/b.csv.gz"],
-    ],
-)
-def test_splits_in_folders_and_compressed_files(tmp_path: Path, names: list[str]) -> None:
-    import gzip
-
-    for name in names:
-        path = tmp_path / "rows" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = f"text,label\n{path.stem},x\n".encode()
-        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    assert read_source(str(tmp_path / "rows"), COLUMNS, "label").keys() == {"train", "test"}
 
 
 WESTERN = [
