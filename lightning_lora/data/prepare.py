@@ -291,7 +291,8 @@ def divide(read: dict[str, SplitRows], options: SourceOptions, label_names: Sequ
         if len(odd := contradictions(train.labels, keys)) and not warnings:
             where = f"{train.origins[odd[0]]}, {train.numbers[odd[0]]}"
             warnings.append(f"{len(odd)} rows have a text that stood before with another label (the first: {where})")
-        stay, taken = carve(train.labels, keys, default if size is None else size, options.split_seed, split)
+        spare = int(split == "test" and "val" not in splits)
+        stay, taken = carve(train.labels, keys, size, options.split_seed, split, default, spare, train.origins[0])
         removed[f"train_in_{split}"] = len(train) - len(stay) - len(taken)
         splits["train"], splits[split] = train.select(stay), train.select(taken)
         origin[split] = f"carved from train, {len(taken)} of {len(train)} rows (stratified, seed {options.split_seed})"

@@ -15,22 +15,31 @@ MANY_REPEATS = 0.05
 _NOT_ASCII_LETTER_OR_DIGIT = bytes(i for i in range(128) if not chr(i).isalnum())
 
 
-def count_of(size: int | float, total: int, key: str) -> int:
+def count_of(size: int | float, total: int, key: str, least: int = 2, most: int | None = None) -> int:
     """How many rows ``size`` means: a fraction of ``total`` under 1, else a number of rows.
 
     The command line hands over 10 as 10.0, so a whole number is a number of rows however it is written.
 
+    Args:
+        size: What was set.
+        total: The rows there are.
+        key: The setting, for messages.
+        least: The fewest that may be taken; from 2 on, 1 is refused as it could be all of them.
+        most: The most that may be taken, by default all.
+
     Raises:
-        UserError: A fraction outside 0 to 1, a count under 1, or more rows than there are.
+        UserError: A fraction outside 0 to 1, or a number that may not be taken.
     """
-    if size == 1:
-        raise UserError(f"{key}: 1 could be one row or all of them; leave it out for all, or give 2 or more")
+    most = total if most is None else most
+    allowed = f"a number from {least} to {most}" if least < most else str(most)
+    if size == 1 < min(least, total):
+        raise UserError(f"{key}: 1 could be one row or all of them; leave it out for all, or give {allowed}")
     fraction = not float(size).is_integer()
     rows = round(size * total) if fraction else int(size)
     if fraction and not 0 < size < 1:
         raise UserError(f"{key}: a fraction between 0 and 1 or a number of rows is needed, got {size}")
-    if not 1 <= rows <= total:
-        raise UserError(f"{key}: {size} asks for {rows} of {total} rows; give a number from 1 to {total}")
+    if not min(least, total) <= rows <= most:
+        raise UserError(f"{key}: {size} asks for {rows} of {total} rows; give {allowed}")
     return rows
 
 
@@ -64,7 +73,14 @@ def stratified_sample(
 
 
 def carve(
-    labels: np.ndarray, keys: Sequence[bytes], size: int | float, seed: int, stream: str
+    labels: np.ndarray,
+    keys: Sequence[bytes],
+    size: int | float | None,
+    seed: int,
+    stream: str,
+    default: float = 0.1,
+    spare: int = 0,
+    origin: str = "data.source",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sorted positions of the rows that stay, and of the stratified ones that are taken out.
 
@@ -75,25 +91,40 @@ def carve(
     Args:
         labels: Class numbers, shape (rows,).
         keys: ``text_keys`` of the rows.
-        size: As in ``count_of``.
+        size: As in ``count_of``; None takes ``default``, or what comes nearest to it.
         seed: As in ``stratified_sample``.
         stream: The split to carve, "val" or "test".
+        default: A fraction.
+        spare: Texts that stay beside one of each class, for another split to carve.
+        origin: Where the rows are from, for messages.
 
     Raises:
         UserError: There are not so many rows, or too few would be left.
     """
     every, (texts, firsts) = np.arange(len(labels)), _texts(keys)
-    if len(labels) - len(firsts) <= MANY_REPEATS * len(labels):
-        taken = _taken(labels, every, size, seed, stream)
-        stay = every[~np.isin(texts, texts[taken])]
-        if len(np.unique(labels[stay])) == len(np.unique(labels)):
-            return stay, taken
     # A text that stands with several labels is no measure of any of them.
-    candidates = np.sort(firsts[~np.isin(texts[firsts], texts[contradictions(labels, keys)])])
-    if not len(candidates):
-        raise UserError(f"data.{stream}_size: every text stands with several labels; correct the labels")
-    taken = _taken(labels, candidates, size, seed, stream)
-    return every[~np.isin(texts, texts[taken])], taken
+    single = np.sort(firsts[~np.isin(texts[firsts], texts[contradictions(labels, keys)])])
+    most = len(single) - len(np.unique(labels[single])) - spare
+    if most < 1:
+        raise UserError(
+            f"{origin}: of {len(single)} different texts with one label none can be held out for {stream} and leave "
+            "each class one to train on; add rows"
+        )
+
+    def taken(candidates: np.ndarray) -> np.ndarray:
+        if size is None:
+            number = min(max(1, round(default * len(candidates))), most)
+        else:
+            number = count_of(size, len(candidates), f"data.{stream}_size", 1, most)
+        return candidates[stratified_sample(labels[candidates], number, seed, stream, leave=1)]
+
+    if len(labels) - len(firsts) <= MANY_REPEATS * len(labels):
+        chosen = taken(every)
+        stay = every[~np.isin(texts, texts[chosen])]
+        if len(np.unique(labels[stay])) == len(np.unique(labels)):
+            return stay, chosen
+    chosen = taken(single)
+    return every[~np.isin(texts, texts[chosen])], chosen
 
 
 def contradictions(labels: np.ndarray, keys: Sequence[bytes]) -> np.ndarray:
@@ -108,20 +139,6 @@ def _texts(keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     numbers = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
     _, firsts, texts = np.unique(numbers, axis=0, return_index=True, return_inverse=True)
     return texts.reshape(-1), firsts
-
-
-def _taken(labels: np.ndarray, candidates: np.ndarray, size: int | float, seed: int, stream: str) -> np.ndarray:
-    setting = f"data.{stream}_size"
-    number = count_of(size, len(candidates), setting)
-    counts = np.unique(labels[candidates], return_counts=True)[1]
-    if number > (most := len(candidates) - len(counts)):
-        raise UserError(
-            f"{setting}: {number} of {len(candidates)} different rows leave none to train on for some of {len(counts)} "
-            f"classes; give a number from 1 to {most}"
-            if most
-            else f"{setting}: each class has one row; add rows"
-        )
-    return candidates[stratified_sample(labels[candidates], number, seed, stream, leave=1)]
 
 
 def text_keys(texts: Sequence[str]) -> list[bytes]:

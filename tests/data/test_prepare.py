@@ -153,7 +153,7 @@ def test_classes_of_one_row_are_trained_and_what_cannot_be_measured_is_said(tmp_
         val, test = (next(w for w in prepared.warnings if w.startswith(split)) for split in ("val", "test"))
         assert "rare0 (1 row)" in val and "rare5 (1 row)" in test
         assert prepared.describe()["warnings"] == prepared.warnings
-    with pytest.raises(UserError, match=r"data\.test_size: each class has one row; add rows"):
+    with pytest.raises(UserError, match=r"b\.csv: of 6 different texts with one label none can be held out for test"):
         prepare(SourceOptions(str(write_csv(tmp_path / "b.csv", rare))))
 
 
@@ -162,6 +162,30 @@ def test_a_source_of_repeats_is_shared_out_by_text(tmp_path: Path) -> None:
     prepared = prepare(SourceOptions(str(path)))
     assert {split: len(rows) for split, rows in prepared.splits.items()} == {"train": 43 * 20, "val": 5, "test": 12}
     assert prepared.repeats_removed == {"train_in_test": 12 * 19, "train_in_val": 5 * 19}
+
+
+@pytest.mark.parametrize("rows", [make_rows(6), make_rows(4) * 25, make_rows(4), [*make_rows(6), ("alone", "rare")]])
+def test_few_texts_are_divided_by_the_default_sizes_and_what_an_error_allows_works(tmp_path: Path, rows: list) -> None:
+    import re
+
+    source = str(write_csv(tmp_path / "a.csv", rows))
+    prepared = prepare(SourceOptions(source))
+    assert all(len(prepared.splits[split]) for split in ("train", "val", "test"))
+    assert {label for _, label in rows} == {prepared.label_names[i] for i in prepared.splits["train"].labels}
+    for setting in ("test_size", "val_size"):
+        with pytest.raises(UserError, match=rf"^data\.{setting}: 500 asks") as raised:
+            prepare(SourceOptions(source, **{setting: 500}))
+        allowed = [int(number) for number in re.findall(r"\d+", str(raised.value).partition("give ")[2])]
+        assert allowed
+        for number in allowed:
+            splits = prepare(SourceOptions(source, **{setting: number})).splits
+            assert len(splits[setting.removesuffix("_size")]) == number
+
+
+def test_too_few_texts_are_blamed_on_no_setting(tmp_path: Path) -> None:
+    for rows in (make_rows(2) * 50, make_rows(2), [("same", "a"), ("same", "b")] * 9):
+        with pytest.raises(UserError, match=r"a\.csv: of [02] different texts .* add rows$"):
+            prepare(SourceOptions(str(write_csv(tmp_path / "a.csv", rows))))
 
 
 def test_texts_with_two_labels_are_pointed_out(tmp_path: Path) -> None:
