@@ -50,7 +50,8 @@ def run(words: list[str]) -> int:
     model = build_model(config, list(weights_labels(checkpoint)))
     load_checkpoint(model, checkpoint)
     model.cpu().eval()
-    formats = choose_formats(config.formats, model)
+    wanted = [config.formats] if isinstance(config.formats, str) else config.formats
+    formats = choose_formats(wanted, model)
     print(f"export of {checkpoint} to {output}: {', '.join(formats)}")
     rows, unread = readable_test_rows(cli, model.label_names)
     parity = Parity.of(model, config, rows)

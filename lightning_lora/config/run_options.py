@@ -109,7 +109,7 @@ def _export_options(parser: LightningArgumentParser) -> None:
         "--output", type=str | None, default=None, help="A new folder; by default RUN/export, RUN/export-2, ..."
     )
     formats = "Of adapter, merged, onnx, onnx-int8; by default all that the method has."
-    parser.add_argument("--formats", type=list[str] | None, default=None, help=formats)
+    parser.add_argument("--formats", type=list[str] | str | None, default=None, help=formats)
     parser.add_argument("--rows", type=int, default=1000, help="Test rows that the forms are compared on.")
     license_ = "License for the card; by default that of the base model's card."
     parser.add_argument("--license", type=str | None, default=None, help=license_)

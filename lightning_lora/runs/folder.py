@@ -219,7 +219,8 @@ def kept_evaluation(record: Mapping[str, Any], split: str) -> str | None:
     step = (record.get("best") or {}).get("step")
     for name, evaluation in (record.get("evaluations") or {}).items():
         now = step is None or evaluation.get("step", step) == step
-        if now and re.fullmatch(rf"{split}(-\d+)?", name) and Path(evaluation["checkpoint"]).name == "best.ckpt":
+        best = Path(evaluation.get("checkpoint", "best.ckpt")).name == "best.ckpt"
+        if now and best and re.fullmatch(rf"{split}(-\d+)?", name):
             return str(name)
     return None
 
