@@ -61,6 +61,28 @@ def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] =
     return path
 
 
+def fit_tiny(place: Path, base: Path, rows: int = 120, epochs: int = 2, precision: str = "32-true") -> Path:
+    """A run ``place/run`` by ``fit``, of made-up rows, on the CPU; its folder."""
+    import yaml
+
+    from lightning_lora.cli import main
+
+    write_csv(place / "rows.csv", make_rows(rows))
+    config = {
+        "model": {"base_model": str(base), "learning_rate": 5e-3},
+        "data": {"source": str(place / "rows.csv"), "max_length": 32, "cache_dir": str(place / "cache")},
+        "trainer": {
+            "max_epochs": epochs,
+            "accelerator": "cpu",
+            "precision": precision,
+            "enable_progress_bar": False,
+        },
+    }
+    (place / "tiny.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(place / "tiny.yaml"), "--name", "run", "--logs_dir", str(place)]) == 0
+    return place / "run"
+
+
 def save_tokenizer(folder: Path, model_max_length: int = 64) -> None:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -9,12 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from lightning_lora.cli import main
 from lightning_lora.commands import predict as command
 from lightning_lora.inference.output import print_table
-from tests.conftest import make_rows, write_csv
+from tests.conftest import fit_tiny, write_csv
 
 NEW = ["text", "prediction", "probability", "p(neg)", "p(pos)"]
 
@@ -23,15 +22,7 @@ NEW = ["text", "prediction", "probability", "p(neg)", "p(pos)"]
 def run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run folder; nothing in it is changed."""
     place = tmp_path_factory.mktemp("predict")
-    write_csv(place / "rows.csv", make_rows(120))
-    config = {
-        "model": {"base_model": str(tiny_base), "learning_rate": 5e-3},
-        "data": {"source": str(place / "rows.csv"), "max_length": 32, "cache_dir": str(place / "cache")},
-        "trainer": {"max_epochs": 2, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
-    }
-    (place / "tiny.yaml").write_text(yaml.safe_dump(config))
-    assert main(["fit", "--config", str(place / "tiny.yaml"), "--name", "run", "--logs_dir", str(place)]) == 0
-    return str(place / "run")
+    return str(fit_tiny(place, tiny_base))
 
 
 def predict(run: str, *words: str) -> int:

@@ -14,14 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
 from lightning_lora.cli import main
 from lightning_lora.data.reading import cells
 from lightning_lora.inference import executors as predict_files
 from lightning_lora.inference import file_predictor as predictor
 from lightning_lora.inference import many_files
-from tests.conftest import make_rows, write_csv
+from tests.conftest import fit_tiny, make_rows
 from tests.faults.processes import Run, kill_in_rows
 
 FILES = 5
@@ -33,14 +32,7 @@ ROWS = 50  # a file: more than three chunks of 16
 def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, ``run``, and Parquet files, ``in``; nothing in it is changed."""
     place = tmp_path_factory.mktemp("many")
-    write_csv(place / "rows.csv", make_rows(120))
-    config = {
-        "model": {"base_model": str(tiny_base), "learning_rate": 5e-3},
-        "data": {"source": str(place / "rows.csv"), "max_length": 32, "cache_dir": str(place / "cache")},
-        "trainer": {"max_epochs": 2, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
-    }
-    (place / "tiny.yaml").write_text(yaml.safe_dump(config))
-    assert main(["fit", "--config", str(place / "tiny.yaml"), "--name", "run", "--logs_dir", str(place)]) == 0
+    fit_tiny(place, tiny_base)
     write_inputs(place / "in")
     (place / "in" / "_SUCCESS").touch()
     return place

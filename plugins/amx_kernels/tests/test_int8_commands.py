@@ -7,13 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from sklearn.metrics import accuracy_score
 
 from lightning_lora.cli import main
 from lightning_lora.commands import evaluate
 from lightning_lora_amx import kernels
-from tests.conftest import make_rows, write_csv
+from tests.conftest import fit_tiny, make_rows
 
 pytestmark = pytest.mark.skipif(kernels.LIBRARY is None, reason=kernels.MISSING)
 
@@ -23,16 +22,9 @@ def run(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run in bfloat16."""
     place = tmp_path_factory.mktemp("int8")
     base = make_base("bert", hidden_size=64, num_attention_heads=2, intermediate_size=96)
-    write_csv(place / "rows.csv", make_rows(160))
-    config = {
-        "model": {"base_model": str(base), "learning_rate": 5e-3},
-        "data": {"source": str(place / "rows.csv"), "max_length": 32, "cache_dir": str(place / "cache")},
-        "trainer": {"max_epochs": 3, "accelerator": "cpu", "precision": "bf16-mixed", "enable_progress_bar": False},
-    }
-    (place / "tiny.yaml").write_text(yaml.safe_dump(config))
-    assert main(["fit", "--config", str(place / "tiny.yaml"), "--name", "run", "--logs_dir", str(place)]) == 0
-    assert main(["test", "--run", str(place / "run"), "--int8", "true"]) == 0
-    return place / "run"
+    run = fit_tiny(place, base, rows=160, epochs=3, precision="bf16-mixed")
+    assert main(["test", "--run", str(run), "--int8", "true"]) == 0
+    return run
 
 
 def test_accuracy_and_speed_stand_beside_those_without(run: Path) -> None:
