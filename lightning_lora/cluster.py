@@ -1,8 +1,8 @@
 """Cells of an ablation as tasks of a Ray cluster: Ray says which node, and tries again where a node is lost.
 
 What a task does is what ``ablate`` does on one machine (the same folder, claims, resuming, records), so that all
-nodes must see the ablation's folder and the data at the same paths. A cell whose node was lost goes on on another one
-from its last state.
+nodes must see the ablation's folder and the data at the same paths. A cell whose node was lost is resumed on another
+one from its last state.
 """
 
 import math
@@ -72,7 +72,7 @@ def run_on_ray(
 
     Args:
         names: Of the cells.
-        train: What a task does on its node: trains the cell of this name, and gives what is to be said of it. It is
+        train: What a task does on its node: trains the cell of this name, and gives its line of progress. It is
             sent there, and raises ``BusyError`` while another process holds the cell.
         address: The cluster's; None for one on this machine that ends with this process.
         needs: CPUs and GPUs of a cell, as ``num_cpus`` and ``num_gpus``.

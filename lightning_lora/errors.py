@@ -21,6 +21,11 @@ class BusyError(UserError):
     status = 75
 
 
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of what an exception says, cut to ``limit`` characters, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+
+
 def print_warnings(warnings: Sequence[str]) -> None:
     """Prints each on a line of standard error that begins with "warning:"."""
     for warning in warnings:

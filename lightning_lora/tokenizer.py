@@ -7,7 +7,7 @@ loads an exported folder does both: the token is chosen here and nowhere else.
 import math
 from typing import Any
 
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 
 
 def load_tokenizer(target: str, key: str) -> Any:
@@ -28,9 +28,8 @@ def load_tokenizer(target: str, key: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     except Exception as error:  # a damaged file raises kinds of several libraries
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{key}: cannot load a tokenizer from '{target}' ({first:.200}); check the name and the network, "
+            f"{key}: cannot load a tokenizer from '{target}' ({first_line(error)}); check the name and the network, "
             "or give a local folder"
         ) from error
     if not tokenizer.is_fast:

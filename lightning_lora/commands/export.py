@@ -11,7 +11,7 @@ from typing import Any
 from lightning_lora.config.lightning_cli import ConfiguredRun
 from lightning_lora.data.prepare import SplitRows
 from lightning_lora.data.specs import find_spec
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 from lightning_lora.export.card import CardFacts, card, certificate_table
 from lightning_lora.export.formats import FORMATS, rename_base
 from lightning_lora.export.parity_check import Parity, source_test_rows
@@ -108,8 +108,8 @@ def readable_test_rows(cli: ConfiguredRun, label_names: list[str]) -> tuple[Spli
     except Exception as error:  # a source can be gone, moved, changed, or unreachable in many ways
         if any(word.startswith("--data.") for word in cli.words):
             raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return None, f"the run's test rows were not used ({first:.300}); the texts are made up of the vocabulary"
+        why = first_line(error, 300)
+        return None, f"the run's test rows were not used ({why}); the texts are made up of the vocabulary"
 
 
 def choose_formats(wanted: list[str] | None, model: TextClassifier) -> list[str]:
@@ -266,9 +266,8 @@ def push(folder: Path, name: str, private: bool) -> None:
         url = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message="Upload by lightning_lora")
     except Exception as error:  # the client raises kinds of several libraries
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--push_to_hub: '{name}' was not uploaded ({first:.200}); {folder} is complete and can be uploaded "
+            f"--push_to_hub: '{name}' was not uploaded ({first_line(error)}); {folder} is complete and can be uploaded "
             f"with: hf upload {name} {folder}"
         ) from error
     print(f"uploaded: {url}")

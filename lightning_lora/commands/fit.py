@@ -37,7 +37,7 @@ from lightning_lora.units import duration
 
 
 def run(words: list[str]) -> int:
-    """Trains one run, or resumes one; once its first step has begun, a record is left whatever happens."""
+    """Trains one run, or resumes one; once its first step has started, a record is left whatever happens."""
     cli = ConfiguredRun("fit", words)
     if cli.config.resume is None and cli.config.name and requeued():
         place = Path(cli.config.logs_dir) / cli.config.name
@@ -66,7 +66,7 @@ def run(words: list[str]) -> int:
 
 
 def has_begun(cli: ConfiguredRun) -> bool:
-    """Whether a first step has begun."""
+    """Whether a first step has started."""
     model = getattr(cli, "model", None)
     return model is not None and model.began
 
@@ -84,13 +84,13 @@ def resume(cli: ConfiguredRun, words: list[str]) -> int:
             return 0
         for place in (folder.path, folder.checkpoints, folder.path / "predictions"):
             remove_partial(place, any_host=True)  # the run is held by this process alone
-        begun = new_record(["python", "main.py", "fit", *words], cli.config.seed_everything)
+        fresh = new_record(["python", "main.py", "fit", *words], cli.config.seed_everything)
         if not record:  # killed before it was written
-            record = begun | {"name": folder.path.name, "base_model": cli.config.model.base_model}
+            record = fresh | {"name": folder.path.name, "base_model": cli.config.model.base_model}
             record |= {"method": cli.config.model.method, "config": settings}
         for key in ("versions", "code"):
-            if record[key] != begun[key]:
-                print(f"warning: {key} were {record[key]}, now {begun[key]}: the rest may differ", file=sys.stderr)
+            if record[key] != fresh[key]:
+                print(f"warning: {key} were {record[key]}, now {fresh[key]}: the rest may differ", file=sys.stderr)
         point = find_state(folder, record)
         state = read_checkpoint(point) if point is not None else {"global_step": 0, "epoch": 0}
         if changed:
@@ -101,7 +101,7 @@ def resume(cli: ConfiguredRun, words: list[str]) -> int:
         where = f"{cli.steps_done} steps" if point else "the start: no state was saved"
         print(f"run: {folder.path}, continued from {where}")
         before = copy.deepcopy(record)
-        resumed = {"at": begun["started"], "steps": cli.steps_done} | ({"changed": changed} if changed else {})
+        resumed = {"at": fresh["started"], "steps": cli.steps_done} | ({"changed": changed} if changed else {})
         record.setdefault("resumed", []).append(resumed)
         try:
             train(cli, folder, record, point)
@@ -253,7 +253,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def refuse_changed_data(before: dict[str, Any] | None, now: dict[str, Any], folder: RunFolder) -> None:
-    """Refuses to go on with other rows than the run was begun with.
+    """Refuses to go on with other rows than the run was started with.
 
     Raises:
         UserError: The rows of a split have changed.

@@ -12,7 +12,7 @@ _EXPECTED = (
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     r".*`is_gradient_checkpointing` is deprecated.*",
     r".*Experiment logs directory .* exists and is not empty.*",  # the run folder, made a moment before
-    r".*Checkpoint directory .* exists and is not empty.*",  # the same, where a run goes on
+    r".*Checkpoint directory .* exists and is not empty.*",  # the same, where a run resumes
     r".*does not have many workers.*",  # batches are cut from arrays in memory: see data/datamodule.py
     r".*LightningCLI's args parameter is intended.*",
     r".*You are using a custom batch sampler.*",  # it gives every row once: see data/batching.py

@@ -100,7 +100,7 @@ class ConfiguredRun(LightningCLI):
         self.collector = PredictionCollector()
         self.costs = CostMeter()
         self.stop_request = StopRequest()
-        #: Steps that were done before, where a run goes on; or those that the weights to evaluate were trained for.
+        #: Steps that were done before, where a run resumes; or those that the weights to evaluate were trained for.
         self.steps_done = 0
         #: The runs that loggers began, by their class, where training is resumed.
         self.logger_ids: dict[str, str] = {}
@@ -208,7 +208,7 @@ class ConfiguredRun(LightningCLI):
         if self.command == "fit":
             settings = trainer.as_dict()
             refuse_callbacks(settings)
-            if self.config.resume is None:  # one that has begun keeps what it began with
+            if self.config.resume is None:  # a resumed run keeps what it started with
                 refuse_options(settings)
             if self.config.model.method == "lora_plus" and "LearningRateFinder" in str(settings["callbacks"]):
                 raise UserError(

@@ -99,7 +99,7 @@ def check_extension(method: str, trainer: Mapping[str, Any], state: Mapping[str,
 
 
 def warn_of_schedule(model: TextClassifier) -> None:
-    """Says where a run that is resumed by other limits comes to something else than one begun with them."""
+    """Says where a run that is resumed by other limits comes to something else than one started with them."""
     before, now = model.planned_before, model.planned_steps
     if before is None or now in (None, before) or same_schedule(model.schedule, model.warmup_ratio, before, now):
         return

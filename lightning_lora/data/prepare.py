@@ -133,7 +133,7 @@ def assemble(
     dropped: int,
     citation: str = "",
 ) -> Prepared:
-    """The rows read, divided, with all that is to be said of them."""
+    """The rows read, divided, with the warnings about them."""
     divided = divide(read, options, labels.names)
     told = [warning for parts in tables.values() for table in parts for warning in table.warnings]
     divided["warnings"] = [*told, *labels.warnings, *divided["warnings"]]

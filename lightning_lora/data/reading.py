@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.data.encoding import decode
-from lightning_lora.errors import UserError, print_warnings
+from lightning_lora.errors import UserError, first_line, print_warnings
 
 #: What to do with a file that is not read, by its ending.
 REMEDIES = dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV (UTF-8)")
@@ -304,11 +304,6 @@ def declared_names(schema: Any, label_column: str | None) -> list[str] | None:
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     feature = features.get(label_column) or {}
     return feature.get("names") if feature.get("_type") == "ClassLabel" else None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 #: A file format is one entry: ending -> reader(path, columns, label_column, whole, encoding).

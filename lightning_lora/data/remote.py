@@ -4,8 +4,7 @@ import glob
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.data.reading import first_line
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 from lightning_lora.locations import PACKAGE_PREFIX, resolve
 
 

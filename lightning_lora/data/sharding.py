@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.data import labels, prepare, rows
-from lightning_lora.data.reading import Table, cells, declared_names, first_line, open_parquet
+from lightning_lora.data.reading import Table, cells, declared_names, open_parquet
 from lightning_lora.data.remote import file_system, is_url
 from lightning_lora.data.shards import Shard, ShardWriter
 from lightning_lora.data.splits import text_keys
 from lightning_lora.data.tokens import tokenizing_progress
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import atomic_folder, locked_folder
 from lightning_lora.fingerprint import code_fingerprint
 

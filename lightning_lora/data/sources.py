@@ -10,13 +10,12 @@ from lightning_lora.data.reading import (
     REMEDIES,
     Table,
     cells,
-    first_line,
     format_of,
     read_file,
     require_columns,
     unknown_ending,
 )
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 from lightning_lora.locations import resolve
 
 SPLITS = ("train", "val", "test")

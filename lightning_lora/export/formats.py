@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 from lightning_lora.export.usage import ENCODED
 from lightning_lora.quiet import quiet_export, quiet_loading
 from lightning_lora.runs.checkpoints import CHECKPOINT_FORMAT, CheckpointIdentity
@@ -202,10 +202,9 @@ def load_adapter(module: Any, folder: Path) -> None:
         state = load_file(folder / "adapter_model.safetensors")
         result: Any = set_peft_model_state_dict(module.model, state)
     except Exception as error:  # safetensors and torch raise kinds of their own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{folder}: the adapter does not fit ({first:.150}); model settings such as adapter.rank must be those "
-            "it was trained with"
+            f"{folder}: the adapter does not fit ({first_line(error, 150)}); model settings such as adapter.rank "
+            "must be those it was trained with"
         ) from error
     trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
     missing = sorted(set(result.missing_keys) & trained)

@@ -106,9 +106,9 @@ def measure(client: Callable[[list[str]], NDArray], given: ParityTexts) -> Measu
     seconds = time.perf_counter() - started
     singles, times = [], []
     for position in given.singles:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         singles.append(client([given.texts[position]]))
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     return Measured(
         np.concatenate(logits),
         np.concatenate(singles),

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import locked_folder
 from lightning_lora.inference.output import output_columns
 
@@ -157,8 +157,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{path}: not a readable Parquet file ({first})") from None
+        raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
 
 
 def output_schema(shard: Shard, source: pa.Schema, new: pa.Schema, stamp: Mapping[str, Any]) -> pa.Schema:

@@ -14,8 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightning_lora.data.reading import first_line
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import atomic_path
 
 OUTPUTS = (".csv", ".jsonl", ".parquet")

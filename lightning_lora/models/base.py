@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 from lightning_lora.locations import Location, resolve
 from lightning_lora.models.architectures import ARCHITECTURES, Architecture
 from lightning_lora.models.base_folder import check_folder
@@ -110,7 +110,7 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int, quantizati
         model, info, head = load(stored)
     except Exception as error:  # a damaged file raises kinds of several libraries
         raise UserError(
-            f"model.base_model: cannot load '{base_model}' for sequence classification ({_first_line(error)})"
+            f"model.base_model: cannot load '{base_model}' for sequence classification ({first_line(error)})"
         ) from error
     fresh = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
     kept = [name for name in not_quantized if _has_module(model, name)]
@@ -186,9 +186,7 @@ def _load_config(location: Location, label_names: Sequence[str]) -> tuple[Any, l
                 "an architecture that transformers has"
             ) from error
         what = "in that folder" if location.path else "check the name and the network, or give a local folder"
-        raise UserError(
-            f"model.base_model: no usable model '{location.name}' ({_first_line(error)}); {what}"
-        ) from error
+        raise UserError(f"model.base_model: no usable model '{location.name}' ({first_line(error)}); {what}") from error
 
 
 def _has_padding_row(config: Any) -> bool:
@@ -270,10 +268,6 @@ def _weight_files(location: Location) -> list[Path]:
                 return [path.parent / shard for shard in shards]
             return [path]
     raise UserError(f"model.base_model: '{location.name}' holds none of {', '.join(_WEIGHT_FILES)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def enable_gradient_checkpointing(model: Any) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_lora.devices import has_bf16
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 
 
 @dataclass
@@ -127,10 +127,9 @@ def _require_backend(options: Quantization, base_model: str) -> None:
         else:
             bnb.int8_vectorwise_quant(probe.to(torch.float16))
     except Exception as error:  # a missing library raises kinds of its own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"model.quantization: bitsandbytes cannot quantize '{base_model}' to {options.bits} bits on this "
-            f"machine's {device} ({first:.120}); leave model.quantization out"
+            f"machine's {device} ({first_line(error, 120)}); leave model.quantization out"
         ) from error
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import atomic_path
 
 CHECKPOINT_FORMAT = 1
@@ -141,8 +141,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such checkpoint") from None
     except Exception as error:  # torch raises many kinds for a damaged file
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: not a readable checkpoint ({first:.150})") from error
+        raise UserError(f"{path}: not a readable checkpoint ({first_line(error, 150)})") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of a trained model")
     return checkpoint
@@ -185,7 +184,7 @@ class ResumePoints:
         self.next.unlink(missing_ok=True)
 
     def find(self) -> tuple[Path | None, str | None]:
-        """The newest state that is whole (None where there never was one), and what is to be said of a damaged one.
+        """The newest state that is whole (None where there never was one), and a warning about a damaged one.
 
         Raises:
             UserError: There are some, and all are damaged.

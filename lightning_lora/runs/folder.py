@@ -214,7 +214,7 @@ class RunFolder:
 def kept_evaluation(record: Mapping[str, Any], split: str) -> str | None:
     """The first evaluation of a split ("val", "test") by the weights that are the best checkpoint now, or None.
 
-    A run that was trained for longer may have kept other weights since; what was said of those before does not count.
+    A run that was trained for longer may have kept other weights since; evaluations of the earlier ones do not count.
     """
     step = (record.get("best") or {}).get("step")
     for name, evaluation in (record.get("evaluations") or {}).items():

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: TensorBoard and ``metrics.csv``, each step once, also when training goes on later."""
+"""Where a run's numbers go: TensorBoard and ``metrics.csv``, each step once, also when training is resumed."""
 
 import csv
 import io
@@ -41,7 +41,7 @@ def make_loggers(folder: Path, training: bool, steps: int) -> list[Logger]:
 
 
 def run_ids(loggers: Iterable[Logger]) -> dict[str, str]:
-    """The ids of the runs that loggers of ``RUN_ARGUMENTS`` have begun, by class."""
+    """The ids of the runs that loggers of ``RUN_ARGUMENTS`` have started, by class."""
     return {type(each).__name__: str(each.version) for each in loggers if type(each).__name__ in RUN_ARGUMENTS}
 
 

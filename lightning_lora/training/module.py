@@ -132,7 +132,7 @@ class TextClassifier(LightningModule):
         self.configure_metrics()
         self._counted: dict[str, Any] = {}
         self.step_guard = StepGuard()
-        #: Whether training itself has begun, and with it its first step; a search for a learning rate comes before.
+        #: Whether training itself has started, and with it its first step; a search for a learning rate comes before.
         self.trains = self.began = False
         #: The peak of the schedule, which a search may replace.
         self.scheduled_rate = self.learning_rate
@@ -232,7 +232,7 @@ class TextClassifier(LightningModule):
         return {"loss": loss, "logits": logits}
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Starts dropout's random stream of this batch: a run that goes on draws what it would have drawn."""
+        """Starts dropout's random stream of this batch: a resumed run draws what it would have drawn."""
         self.began = self.trains
         rank = f"/{self.trainer.global_rank}" if self.trainer.global_rank else ""
         seed = stream_seed(self.seed, f"dropout/{self.trainer.fit_loop.total_batch_idx}{rank}")
