@@ -28,16 +28,28 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_base(size: str, folder: Path) -> Path:
-    """A base model with random weights."""
+#: The config of other architectures.
+SMALL: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+MORE: dict[str, dict[str, Any]] = {
+    "distilbert": {"dim": 128, "n_layers": 2, "n_heads": 2, "hidden_dim": 256},
+    "electra": {"embedding_size": 64},
+    "roberta": {"pad_token_id": 1, "max_position_embeddings": 514},
+    "xlm-roberta": {"pad_token_id": 1, "max_position_embeddings": 514},
+    "camembert": {"pad_token_id": 1, "max_position_embeddings": 514},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "pooler_hidden_size": 128},
+}
+
+
+def make_base(size: str, folder: Path, **more: Any) -> Path:
+    """A base model with random weights: of a size, or a small one of a model type, with changes to its config."""
     from transformers import AutoConfig, AutoModel
 
-    kind, changes = SIZES[size]
-    AutoModel.from_config(AutoConfig.for_model(kind, **changes)).save_pretrained(folder)
+    kind, changes = SIZES.get(size, (size, SMALL | MORE.get(size, {})))
+    AutoModel.from_config(AutoConfig.for_model(kind, **changes | more)).save_pretrained(folder)
     return folder
 
 
-def make_rows(rows: int, max_length: int, length: int | None = None, seed: int = 0) -> Any:
+def make_rows(rows: int, max_length: int, length: int | None = None, seed: int = 0, top: int = 20000) -> Any:
     """Random tokens as the project's data set, with the lengths of AG News, or all of one length."""
     from lightning_lora.data.batching import TokenDataset
     from lightning_lora.data.tokens import InputFormat, Tokens
@@ -47,7 +59,7 @@ def make_rows(rows: int, max_length: int, length: int | None = None, seed: int =
     if length is not None:
         lengths[:] = length - 2
     offsets = np.concatenate(([0], np.cumsum(lengths)))
-    ids = draw.integers(1000, 20000, offsets[-1], dtype=np.int32)
+    ids = draw.integers(1000, top, offsets[-1], dtype=np.int32)
     frame = InputFormat(prefix=(0,), suffix=(2,), pad_id=1, max_length=max_length)
     return TokenDataset(Tokens(ids, offsets), frame, draw.integers(0, 4, rows), pad_to_max=False)
 

@@ -321,7 +321,7 @@ def tell_interrupted(folder: RunFolder, record: dict[str, Any], error: Interrupt
 
 def speed_choices(model: TextClassifier, trainer: Trainer) -> dict[str, Any]:
     """What was chosen for speed, in words, and the threads."""
-    choices = model.speed_choices(str(trainer.precision))
+    choices = model.speed_choices(trainer)
     chosen = {"choices": choices, "precision": str(trainer.precision), "threads": torch.get_num_threads()}
     return chosen | {"processes": trainer.world_size, "nodes": trainer.num_nodes}
 

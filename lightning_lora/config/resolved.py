@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_lora.data.batching import evaluated_together
+from lightning_lora.data.order import evaluated_together
 from lightning_lora.data.prepare import SourceOptions, columns_of
 from lightning_lora.models.methods import METHODS, Method
 from lightning_lora.training.precision import auto_precision, full_name

@@ -76,6 +76,11 @@ class AugmentedDataset(TokenDataset):
         self.options = options
         self.seed = seed
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that there can be: a changed text may have more than it had."""
+        return self.frame.max_length
+
     def ids(self, rows: Sequence[int], epoch: int) -> list[np.ndarray]:
         """Token ids of the rows' texts as this epoch has them."""
         texts = []

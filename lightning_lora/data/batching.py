@@ -3,36 +3,22 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_lora.data.splits import position_type
+from lightning_lora.data.order import (
+    BatchBy,
+    equal_cuts,
+    evaluation_batches,
+    packed_evaluation_batches,
+    padded_widths,
+    training_batches,
+)
+from lightning_lora.data.packing import Packing
 from lightning_lora.data.tokens import InputFormat, TokenRows
-from lightning_lora.seeding import stream_seed
-
-#: A batch is padded to a multiple of so many tokens, up to eight times as many; see ``padded_widths``.
-WIDTH_STEP = 8
-#: So many batches are sorted by length together: enough for little padding, few enough for a random order.
-POOL_BATCHES = 50
-#: Evaluation takes up to so many times as many short rows together as of the longest (measured: docs/LOG.md).
-EVALUATION_FACTOR = 2
-#: So many rows' lengths are looked at together.
-_ROWS_AT_ONCE = 2**20
-#: What the batches of an epoch have in equal number.
-BatchBy = Literal["texts", "tokens"]
-
-
-def padded_widths(lengths: Any) -> Any:
-    """What texts of so many tokens are padded to: multiples of an eighth of the next power of two, and of WIDTH_STEP.
-
-    Few different widths: each costs time once, and memory that is kept, as oneDNN generates code for its products.
-    """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    steps = np.maximum(2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64) // 8, WIDTH_STEP)
-    return -(-lengths // steps) * steps
 
 
 class StepPart(list[int]):
@@ -54,6 +40,19 @@ class StepPart(list[int]):
         self.epoch = epoch
 
 
+class TextBatch(dict[str, Any]):
+    """A batch; what is asked of it by name is in the docstring of ``TokenDataset``."""
+
+    #: What is read on the CPU.
+    STAYS = ("rows", "shape")
+
+    def to(self, device: Any, **kwargs: Any) -> "TextBatch":
+        """Move what the model reads; a packed batch holds the labels once more, and its ``labels`` stay."""
+        stay = (*self.STAYS, "labels") if "packed" in self else self.STAYS
+        moves = {n: v for n, v in self.items() if isinstance(v, torch.Tensor) and n not in stay}
+        return TextBatch(self | {name: value.to(device, non_blocking=True) for name, value in moves.items()})
+
+
 class TokenDataset(Dataset):
     """Rows of one split as the model sees them; a batch is asked for whole, by its positions.
 
@@ -61,7 +60,8 @@ class TokenDataset(Dataset):
     when unknown), ``rows`` (int64, (B,), position in the split), ``num_tokens`` (int, without padding),
     ``share`` and ``part_share`` (float, see ``StepPart``). Where long texts are split, ``input_ids`` and
     ``attention_mask`` hold W windows instead of B texts, and ``documents`` (int64, (W,)) says to which of the B rows
-    each belongs.
+    each belongs. Where ``packing`` is set, ``packed`` (int64, flat) and its ``shape`` (a ``PackedShape``), and whether
+    that is ``static``, stand in place of ``input_ids``, ``attention_mask`` and ``documents``.
     """
 
     def __init__(self, tokens: TokenRows, frame: InputFormat, labels: np.ndarray | None, pad_to_max: bool) -> None:
@@ -70,6 +70,25 @@ class TokenDataset(Dataset):
         self.labels = labels
         self.pad_to_max = pad_to_max
         self.lengths = frame.input_lengths(tokens)
+        #: How batches are packed; None for padded ones.
+        self.packing: Packing | None = None
+
+    def pack_like(self, batches: Sequence[Sequence[int]], most: int) -> None:
+        """Pack batches from now on, in shapes chosen for batches like the given ones.
+
+        Args:
+            batches: Positions of the rows of each.
+            most: Sizes at most.
+        """
+        frame = self.frame
+        windows = -(-self.lengths // frame.max_length) if frame.keep == "windows" else None
+        several = [np.asarray(batch) for batch in batches]
+        self.packing = Packing.of(self.lengths, several, windows, self.longest, frame.pad_id, most)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text or window."""
+        return min(int(self.lengths.max()), self.frame.max_length)
 
     @property
     def widths(self) -> np.ndarray:
@@ -89,148 +108,38 @@ class TokenDataset(Dataset):
         del epoch
         return [self.tokens[row] for row in rows]
 
-    def __getitems__(self, rows: Sequence[int]) -> dict[str, Any]:
-        """The batch of the given rows, padded to about its longest input, or to ``max_length`` if asked for."""
-        frame = self.frame
+    def __getitems__(self, rows: Sequence[int]) -> TextBatch:
+        """The batch of the given rows: packed, or padded to about its longest input, or to ``max_length`` if asked."""
         part = rows if isinstance(rows, StepPart) else StepPart(rows)
-        documents = [frame.inputs(ids) for ids in self.ids(part, part.epoch)]
+        documents = [self.frame.inputs(ids) for ids in self.ids(part, part.epoch)]
         inputs = [ids for windows in documents for ids in windows]
-        lengths = np.array([len(ids) for ids in inputs])
-        width = frame.max_length if self.pad_to_max else int(self._capped(lengths.max()))
-        input_ids = np.full((len(inputs), width), frame.pad_id, dtype=np.int64)
-        for i, ids in enumerate(inputs):
-            input_ids[i, : len(ids)] = ids
-        batch: dict[str, Any] = {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy((np.arange(width) < lengths[:, None]).astype(np.int64)),
-            "rows": torch.as_tensor(np.asarray(rows, dtype=np.int64)),
-            "num_tokens": int(lengths.sum()),
-            "share": part.share,
-            "part_share": part.part_share,
-        }
-        if frame.keep == "windows":
-            counts = torch.tensor([len(windows) for windows in documents])
-            batch["documents"] = torch.repeat_interleave(torch.arange(len(documents)), counts)
-        if self.labels is not None:
-            batch["labels"] = torch.from_numpy(self.labels[rows].astype(np.int64, copy=False))
+        owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in documents])
+        labels = None if self.labels is None else self.labels[rows].astype(np.int64, copy=False)
+        batch = TextBatch(
+            rows=torch.as_tensor(np.asarray(rows, dtype=np.int64)),
+            num_tokens=sum(map(len, inputs)),
+            share=part.share,
+            part_share=part.part_share,
+        )
+        if self.packing is not None:
+            flat, shape = self.packing.pack(inputs, owners, labels, len(documents), part.share)
+            batch |= {"packed": flat, "shape": shape, "static": self.packing.is_static(shape)}
+        else:
+            batch |= self._padded(inputs)
+            if self.frame.keep == "windows":
+                batch["documents"] = torch.from_numpy(owners)
+        if labels is not None:
+            batch["labels"] = torch.from_numpy(labels)
         return batch
 
-
-class OrderedBatches(Sequence[np.ndarray]):
-    """Batches that are cut from one array as they are asked for; a list of them takes twenty times its memory.
-
-    Args:
-        order: Positions of rows.
-        cuts: Where each batch begins, and the last one ends.
-        places: Which batch comes when; where there are more they follow.
-    """
-
-    def __init__(self, order: np.ndarray, cuts: np.ndarray, places: np.ndarray) -> None:
-        self.order = order
-        self.cuts = cuts
-        self.places = places
-
-    def __len__(self) -> int:
-        return len(self.cuts) - 1
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        place = int(self.places[index]) if index < len(self.places) else index
-        return self.order[self.cuts[place] : self.cuts[place + 1]]
-
-
-def training_batches(
-    lengths: np.ndarray, batch_size: int, seed: int, epoch: int, by: BatchBy = "texts"
-) -> Sequence[np.ndarray]:
-    """Every position once, in random batches of similar length; a fixed function of its arguments.
-
-    Positions are shuffled, cut into pools of ``POOL_BATCHES`` batches, sorted by length within each pool,
-    cut into batches, and the batches shuffled.
-
-    Args:
-        lengths: Tokens of each row.
-        batch_size: Rows a batch; with "tokens", on average over the batches.
-        seed: Of the order.
-        epoch: Of which the order is.
-        by: What batches have in equal number: "texts" (one that is not full comes last) or "tokens" (as nearly as
-            whole texts allow). Their number is the same.
-    """
-    rng = np.random.Generator(np.random.PCG64(stream_seed(seed, f"order/{epoch}")))
-    order = rng.permutation(np.arange(len(lengths), dtype=position_type(len(lengths))))
-    pool = batch_size * POOL_BATCHES
-    for i, start in enumerate(range(0, len(order), pool)):
-        part = order[start : start + pool]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        # Batches by tokens run on into the next pool: there and back, so that neighbours are alike.
-        order[start : start + pool] = part[::-1] if by == "tokens" and i % 2 else part
-    count = math.ceil(len(order) / batch_size)
-    if by == "tokens":
-        return OrderedBatches(order, equal_cuts(lengths, order, count, batch_size // 8), rng.permutation(count))
-    cuts = np.minimum(np.arange(count + 1) * batch_size, len(order))
-    return OrderedBatches(order, cuts, rng.permutation(len(order) // batch_size))
-
-
-def equal_cuts(lengths: np.ndarray, order: np.ndarray, count: int, unit: int = 1) -> np.ndarray:
-    """Where to cut rows, sorted by length, into so many parts with nearly as many tokens each, none without a row.
-
-    A text counts with the tokens that it is padded to.
-
-    Args:
-        lengths: Tokens of each row.
-        order: Positions of at least ``count`` rows.
-        count: Parts.
-        unit: Parts have a multiple of so many rows, but for the last and where there are too few: what several
-            processes share out evenly.
-    """
-    at_once = max(_ROWS_AT_ONCE, 4 * math.ceil(len(order) / count))
-    parts = np.array_split(order, math.ceil(len(order) / at_once))
-    tokens = np.cumsum([padded_widths(lengths[part]).sum() for part in parts])
-    counts = np.diff(np.rint(count * tokens / tokens[-1]).astype(np.int64), prepend=0)
-    cuts, before = [np.zeros(1, np.int64)], 0
-    for part, number in zip(parts, counts, strict=True):
-        cuts.append(before + _cuts(padded_widths(lengths[part]), int(number), max(unit, 1))[1:])
-        before += len(part)
-    return np.concatenate(cuts)
-
-
-def _cuts(widths: np.ndarray, count: int, unit: int) -> np.ndarray:
-    costs, steps = widths, np.arange(count + 1)
-    for _ in range(3):
-        ends = np.cumsum(costs)
-        wanted = ends[-1] * steps[1:-1] / count
-        row = np.searchsorted(ends, wanted)
-        # The cut is before or after the row in which it falls, whichever is nearer.
-        inner = row + (wanted - (ends[row] - costs[row]) > ends[row] - wanted)
-        rounded = np.concatenate(([0], (inner + unit // 2) // unit * unit, [len(widths)]))
-        # One row a part at least, and as many left as there are parts to come.
-        cuts = np.minimum(np.maximum.accumulate(rounded - steps), len(widths) - count) + steps
-        # Once more, with what each row is padded to there.
-        costs = np.repeat(np.maximum.reduceat(widths, cuts[:-1]), np.diff(cuts))
-    return cuts
-
-
-def evaluated_together(wanted: int | None) -> int:
-    """How many texts are evaluated together: as wanted, or where that is left open what is fast on this machine."""
-    return (256 if torch.cuda.is_available() else 32) if wanted is None else wanted
-
-
-def evaluation_batches(widths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Every position once, longest first: the least padding, and the largest batch shows itself at once.
-
-    Args:
-        widths: Tokens that each row is padded to, as by ``TokenDataset.widths``.
-        batch_size: Rows of the first batch. Those of shorter rows have more, up to ``EVALUATION_FACTOR`` times as many,
-            for at most as many tokens.
-    """
-    order = np.argsort(-widths, kind="stable")
-    widths = widths[order]
-    batches, start = [], 0
-    while start < len(order):
-        count = min(batch_size * int(widths[0]) // max(int(widths[start]), 1), batch_size * EVALUATION_FACTOR)
-        batches.append(order[start : start + count])
-        start += count
-    return batches
+    def _padded(self, inputs: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        lengths = np.array([len(ids) for ids in inputs])
+        width = self.frame.max_length if self.pad_to_max else int(self._capped(lengths.max()))
+        input_ids = np.full((len(inputs), width), self.frame.pad_id, dtype=np.int64)
+        for i, ids in enumerate(inputs):
+            input_ids[i, : len(ids)] = ids
+        mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+        return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
 
 
 class ResumableLoader(DataLoader):
@@ -282,6 +191,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         rank: Of this process.
         processes: Their number.
         by: What batches have in equal number.
+        packed: Whether evaluation batches are packed.
     """
 
     def __init__(
@@ -293,6 +203,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         processes: int = 1,
         by: BatchBy = "texts",
+        packed: bool = False,
     ) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
@@ -307,7 +218,8 @@ class LengthBatchSampler(Sampler[list[int]]):
         self._go_on_at: tuple[int, int] | None = None
         # Lightning tells the epoch to ``loader.batch_sampler.sampler``, as torch's own batch samplers have one.
         self.sampler = self
-        self._evaluated = evaluation_batches(lengths, batch_size) if seed is None else []
+        batches = packed_evaluation_batches if packed else evaluation_batches
+        self._evaluated = batches(lengths, batch_size) if seed is None else []
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer, so that each epoch has its own order."""
@@ -350,10 +262,13 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     def largest(self) -> list[int]:
         """The batch of this epoch with the most tokens, padding included, among the first ten thousand."""
-        batches = itertools.islice(self._batches(), 10_000)
-        return max(batches, key=lambda batch: len(batch) * int(padded_widths(self.lengths[batch]).max()))
+        return max(self.sample(), key=lambda batch: len(batch) * int(padded_widths(self.lengths[batch]).max()))
 
-    def _batches(self) -> Iterator[list[int]]:
+    def sample(self) -> list[StepPart]:
+        """The first ten thousand batches of this epoch at most."""
+        return list(itertools.islice(self._batches(), 10_000))
+
+    def _batches(self) -> Iterator[StepPart]:
         if self.seed is None:
             for batch in self._evaluated:
                 yield self._mine(batch, 1.0)

@@ -6,18 +6,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_lora.data.augment import Augmentation, AugmentedDataset
-from lightning_lora.data.batching import (
-    BatchBy,
-    LengthBatchSampler,
-    ResumableLoader,
-    TokenDataset,
-    evaluated_together,
-)
+from lightning_lora.data.batching import LengthBatchSampler, ResumableLoader, TokenDataset
 from lightning_lora.data.encoding import check_encoding
+from lightning_lora.data.order import BatchBy, evaluated_together
+from lightning_lora.data.packing import BATCHES_A_SIZE, MOST_EVALUATION_SIZES, MOST_SIZES
 from lightning_lora.data.prepare import Prepared, SourceOptions
 from lightning_lora.data.rows import SplitRows
 from lightning_lora.data.stored import default_cache_dir
@@ -146,6 +143,8 @@ class TextDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        #: Whether batches are packed; set by the model, which knows whether it can take them.
+        self.packed = False
         self._prepared: Prepared | None = None
         self._datasets: dict[str, TokenDataset] = {}
         self._token_report: dict[str, Any] = {}
@@ -240,14 +239,20 @@ class TextDataModule(LightningDataModule):
         if len(dataset) < processes:
             raise UserError(f"trainer.devices: {processes} devices for {len(dataset)} {split} rows; use fewer")
         by = self.batch_by if seed is not None else "texts"
-        lengths = dataset.lengths if seed is not None else dataset.widths
-        sampler = LengthBatchSampler(lengths, together, seed, accumulate, rank, processes, by)
-        return make_loader(dataset, sampler)
+        lengths = dataset.lengths if seed is not None or self.packed else dataset.widths
+        sampler = LengthBatchSampler(lengths, together, seed, accumulate, rank, processes, by, self.packed)
+        return make_loader(dataset, sampler, self.packed)
 
 
-def make_loader(dataset: TokenDataset, sampler: LengthBatchSampler) -> DataLoader:
+def make_loader(dataset: TokenDataset, sampler: LengthBatchSampler, packed: bool = False) -> DataLoader:
     """A loader in this process: making a batch from flat arrays costs less than a worker's hand-over."""
-    return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=_as_it_is)
+    if packed:
+        most = MOST_EVALUATION_SIZES
+        if sampler.seed is not None:
+            most = min(MOST_SIZES, max(1, len(sampler) // BATCHES_A_SIZE))
+        dataset.pack_like(sampler.sample(), most)
+    pin = torch.cuda.is_available()  # what is pinned is copied to the GPU without waiting for it
+    return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=_as_it_is, pin_memory=pin)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,8 +1,7 @@
 """The metrics, all of torchmetrics. A new metric is one entry in ``METRICS``."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
+from lightning_lora import processes
 from lightning_lora.evaluation.documents import wide
 
 CALIBRATION_BINS = 15
@@ -37,8 +37,10 @@ BINARY = ("f1", "precision", "recall")
 PER_CLASS = "_per_class"
 
 
-#: Those that keep every row until the epoch's end: too much for training rows.
+#: Those that take more than the predicted classes, or keep every row until the epoch's end: not of training rows.
 OF_EVALUATION = ("calibration_error",)
+#: Training rows whose classes are counted together at the end of an epoch.
+_AT_ONCE = 2**20
 
 
 def make_metrics(num_classes: int, training: bool = False) -> MetricCollection:
@@ -46,79 +48,119 @@ def make_metrics(num_classes: int, training: bool = False) -> MetricCollection:
 
     Args:
         num_classes: C.
-        training: Leave out what would grow with the training rows.
+        training: Leave out ``OF_EVALUATION``; the others take predicted classes (B,) too.
     """
     names = [name for name in METRICS if not (training and name in OF_EVALUATION)]
     metrics = {name: METRICS[name](num_classes) for name in names}
     return MetricCollection(metrics, compute_groups=True)  # type: ignore[arg-type]
 
 
-class StageCounter(nn.Module):
-    """All metrics and the mean loss of one stage.
+class EvaluationCounter(nn.Module):
+    """All metrics and the mean loss of validation or test rows.
+
+    Batches are kept and counted together at the end: the metrics are a dozen small operations, which cost a GPU more
+    than the batch.
 
     Args:
         num_classes: C.
-        training: Whether of training rows.
     """
 
-    def __init__(self, num_classes: int, training: bool) -> None:
+    def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.metrics = make_metrics(num_classes, training)
+        self.metrics = make_metrics(num_classes)
         self.loss = MeanMetric()
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def count(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
-        """Counts a batch: logits (B, C), labels (B,) and their mean loss."""
-        # Probabilities, as the calibration error would take logits that happen to lie between 0 and 1 for such; in
-        # double precision, so that the largest is the largest logit.
-        self.metrics.update(logits.detach().softmax(dim=-1, dtype=wide(logits)), labels)
-        self.loss.update(loss.detach(), len(labels))
+        """Count a batch: logits (B, C), labels (B,) and their mean loss."""
+        self._batches.append((logits.detach(), labels, loss.detach()))
 
     def take_values(self, label_names: Sequence[str]) -> dict[str, float]:
-        """The loss and the values of ``metric_values``; the next batch begins anew."""
+        """Return the loss and the values of ``metric_values``, and reset."""
+        if self._batches:
+            logits, labels, losses = zip(*self._batches, strict=True)
+            together = torch.cat(logits)
+            # Probabilities, as the calibration error would take logits that happen to lie between 0 and 1 for such; in
+            # double precision, so that the largest is the largest logit.
+            self.metrics.update(together.softmax(dim=-1, dtype=wide(together)), torch.cat(labels))
+            self.loss.update(torch.stack(losses), torch.tensor([len(each) for each in labels]).to(together.device))
         values = {"loss": self.loss.compute().item(), **metric_values(self.metrics.compute(), label_names)}
         self.reset()
         return values
 
     def reset(self) -> None:
-        """Forgets what was counted."""
+        """Forget what was counted."""
+        self._batches = []
         self.metrics.reset()
         self.loss.reset()
 
-    def counted(self) -> dict[str, Any]:
-        """What was counted, of all processes together, as tensors and lists of them."""
-        counted: dict[str, Any] = {}
-        for name, metric in self._named():
-            if metric._update_count:
-                with metric.sync_context(should_unsync=metric.distributed_available_fn()):
-                    state = metric.metric_state  # in which processes have made one tensor of their lists
-                    lists = {key for key, default in metric._defaults.items() if isinstance(default, list)}
-                    state = {k: [v] if k in lists and isinstance(v, Tensor) else v for k, v in state.items()}
-                    counted[name] = {"updates": metric._update_count, "state": _copied(state)}
-        return counted
 
-    def go_on(self, counted: Mapping[str, Any]) -> None:
-        """Goes on, where nothing was counted, from what ``counted`` gave."""
-        for name, metric in self._named():
-            if name in counted:
-                metric._update_count = counted[name]["updates"]
-                for key, value in _copied(counted[name]["state"]).items():
-                    moved = [v.to(metric.device) for v in value] if isinstance(value, list) else value.to(metric.device)
-                    setattr(metric, key, moved)
+class TrainCounter(nn.Module):
+    """The confusion matrix and the loss of the training rows of an epoch, counted in a few operations.
 
-    def _named(self) -> Iterator[tuple[str, Metric]]:
-        yield from self.metrics.items(keep_base=True, copy_state=True)
-        yield "loss", self.loss
+    Its tensors keep their addresses, so that a captured CUDA graph can count into them.
 
+    Args:
+        num_classes: C.
+    """
 
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists of many small tensors become one tensor: a checkpoint keeps each as a file of its own."""
-    copied: dict[str, Any] = {}
-    for key, value in state.items():
-        if isinstance(value, list):
-            copied[key] = [torch.cat(value)] if value else []
-        else:
-            copied[key] = value.clone()
-    return copied
+    confusion: Tensor
+    loss_sum: Tensor
+    rows: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.register_buffer("confusion", torch.zeros(num_classes**2, dtype=torch.int64), persistent=False)
+        self.register_buffer("loss_sum", torch.zeros(()), persistent=False)
+        self.register_buffer("rows", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def count(self, logits: Tensor, labels: Tensor, loss: Tensor, rows: Tensor | None = None) -> None:
+        """Count a batch.
+
+        Args:
+            logits: (B, C).
+            labels: (B,).
+            loss: Their mean loss.
+            rows: How many of them, the first ones, are there, (); by default all.
+        """
+        cells = labels * self.num_classes + logits.detach().argmax(dim=-1)
+        there = torch.ones_like(cells)
+        if rows is not None:
+            there = (torch.arange(len(cells), device=cells.device) < rows).long()
+        self.confusion.index_add_(0, cells, there)
+        number = there.sum()
+        self.loss_sum += loss.detach().float() * number
+        self.rows += number
+
+    def take_values(self, label_names: Sequence[str]) -> dict[str, float]:
+        """Return the loss and the values of ``metric_values``, of all processes together, and reset."""
+        counted = self.counted()
+        metrics = make_metrics(self.num_classes, training=True)
+        cells = counted["confusion"].cumsum(0)
+        for start in range(0, int(cells[-1]), _AT_ONCE):
+            rows = torch.arange(start, min(start + _AT_ONCE, int(cells[-1])))
+            found = torch.searchsorted(cells, rows, right=True)
+            metrics.update(found % self.num_classes, found // self.num_classes)
+        loss = (counted["loss_sum"] / counted["rows"]).item()
+        self.reset()
+        return {"loss": loss, **metric_values(metrics.compute(), label_names)}
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        for tensor in self.buffers():
+            tensor.zero_()
+
+    def counted(self) -> dict[str, Tensor]:
+        """Return what was counted, of all processes together, on the CPU."""
+        own = {name: tensor.cpu() for name, tensor in self.named_buffers()}
+        several = processes.gathered(own)
+        return {name: torch.stack([each[name] for each in several]).sum(0) for name in own}
+
+    def restore(self, counted: Mapping[str, Tensor]) -> None:
+        """Set what was counted to what ``counted`` gave."""
+        for name, tensor in self.named_buffers():
+            tensor.copy_(counted[name])
 
 
 def metric_values(computed: dict[str, Tensor], label_names: Sequence[str]) -> dict[str, float]:
@@ -143,7 +185,7 @@ def metric_values(computed: dict[str, Tensor], label_names: Sequence[str]) -> di
 
 def metric_names(label_names: Sequence[str]) -> list[str]:
     """The names of what is logged of a validation pass: the loss and every metric."""
-    counter = StageCounter(len(label_names), training=False)
+    counter = EvaluationCounter(len(label_names))
     counter.count(torch.zeros(1, len(label_names)), torch.zeros(1, dtype=torch.long), torch.zeros(()))
     return list(counter.take_values(label_names))
 

@@ -77,7 +77,7 @@ def in_row_order(batches: Sequence[dict[str, torch.Tensor]], label_names: Sequen
     """The predictions of all batches, sorted by each batch's ``rows``."""
     rows = torch.cat([batch["rows"] for batch in batches]).numpy()
     order = np.argsort(rows, kind="stable")
-    logits = torch.cat([batch["logits"] for batch in batches]).float().numpy()[order]
+    logits = torch.cat([batch["logits"] for batch in batches]).float().cpu().numpy()[order]
     known = "labels" in batches[0]
     labels = torch.cat([batch["labels"] for batch in batches]).numpy()[order] if known else None
     return Predictions(logits, labels, label_names, rows[order])
@@ -101,11 +101,11 @@ class PredictionCollector(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """Takes the batch's logits to the CPU."""
+        """Keeps the batch's logits, where they are: taking them to the CPU waits for a GPU."""
         if not batch["share"]:
             return
         values = {"logits": outputs["logits"], "rows": batch["rows"], "labels": batch["labels"]}
-        self._batches.append({name: value.detach().cpu() for name, value in values.items()})
+        self._batches.append({name: value.detach() for name, value in values.items()})
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]  # *args takes dataloader_idx
@@ -119,7 +119,8 @@ class PredictionCollector(Callback):
         self._finish("test", pl_module)
 
     def _finish(self, split: str, module: Any) -> None:
-        batches = [batch for own in processes.gathered(self._batches) for batch in own]
+        own = [{name: value.cpu() for name, value in batch.items()} for batch in self._batches]
+        batches = [batch for each in processes.gathered(own) for batch in each]
         if batches:
             self.last[split] = in_row_order(batches, module.label_names)
             if self.keep is not None and processes.is_leader():

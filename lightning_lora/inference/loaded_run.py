@@ -11,8 +11,9 @@ import yaml
 from lightning import Trainer
 
 from lightning_lora.config.console import quiet_libraries
-from lightning_lora.data.batching import LengthBatchSampler, TokenDataset, evaluated_together
+from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
 from lightning_lora.data.datamodule import make_loader
+from lightning_lora.data.order import evaluated_together
 from lightning_lora.data.prepare import is_blank
 from lightning_lora.data.tokens import InputFormat, base_tokenizer, tokenize
 from lightning_lora.devices import keep_freed_memory
@@ -76,7 +77,9 @@ class LoadedRun:
         if not len(dataset):
             return Predictions(np.zeros((0, len(names))), None, names, np.zeros(0, dtype=np.int64))
         together = evaluated_together(self.eval_batch_size)
-        loader = make_loader(dataset, LengthBatchSampler(dataset.widths, together, None))
+        packed = self.padding != "max_length" and self.model.packs(self.trainer)
+        lengths = dataset.lengths if packed else dataset.widths
+        loader = make_loader(dataset, LengthBatchSampler(lengths, together, None, packed=packed), packed)
         with torch.inference_mode():
             batches: Any = self.trainer.predict(self.model, loader)
         return in_row_order(batches, names)

@@ -21,6 +21,8 @@ class Architecture:
         attention_end: The module of a numbered layer behind which states are no longer mixed between tokens, and
             whose inputs are states of all tokens; None where there is none, or where the head reads more than the
             first token.
+        states: Where there is no ``attention_end``, the module that gives the last states of all tokens.
+        packs: Whether its attention is one that transformers lets others replace, as packed batches need.
     """
 
     head: tuple[str, ...]
@@ -30,6 +32,8 @@ class Architecture:
     key: str = "key"
     feed_forward_out: str = "output.dense"
     attention_end: str | None = None
+    states: str | None = None
+    packs: bool = True
 
 
 _BERT = Architecture(head=("classifier",), pooler=("bert.pooler",), attention_end="attention.output")
@@ -56,6 +60,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention=("query_proj", "key_proj", "value_proj", "attention.output.dense"),
         key="key_proj",
         attention_end="attention.output",
+        packs=False,
     ),
     "modernbert": Architecture(
         head=("classifier",),
@@ -64,11 +69,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention=("Wqkv", "attn.Wo"),
         key="Wqkv",
         feed_forward_out="mlp.Wo",
+        states="model.final_norm",
     ),
     "albert": Architecture(
         head=("classifier",),
         pooler=("albert.pooler",),
         attention=("query", "key", "value", "attention.dense"),
         feed_forward_out="ffn_output",
+        states="albert.encoder",
     ),
 }

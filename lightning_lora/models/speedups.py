@@ -4,8 +4,9 @@ What each gains, and what did not help, is in docs/LOG.md, with its figures.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.models.attention import EXACT
 from lightning_lora.models.base import Base
 from lightning_lora.models.kernel_plugins import kernel_plugins
+from lightning_lora.models.packed import FirstTokens
 
 
 @dataclass
@@ -27,20 +29,37 @@ class Speedups:
         first_token_only: Compute the last layer, from its attention on, for the first token alone, where the head
             reads no other (bert, roberta, electra, distilbert, deberta).
         merged_evaluation: Evaluate with the product of B and A added to the weights of each LoRA layer.
+        cast_once: On a GPU, cast the states that several layers read to the precision of their products once.
+        fused_lora: On a GPU, add what LoRA adds within the product with B.
         kernels: Use the kernels of installed plugins (``models/kernel_plugins.py``).
+        packing: Lay the texts of a batch end to end, without padding: true, false, or "auto" (on a GPU, where the
+            architecture can).
+        cuda_graphs: Capture a training step once for each size of a packed batch and replay it, which saves the
+            launching of its kernels: true, false, or "auto" (on a GPU, where the method can).
     """
 
     frozen_weights: Literal["auto", "float32"] = "auto"
     first_token_only: bool = True
     merged_evaluation: bool = True
+    cast_once: bool = True
+    fused_lora: bool = True
     kernels: bool = True
+    packing: Literal["auto"] | bool = "auto"
+    cuda_graphs: Literal["auto"] | bool = "auto"
 
 
-def install(base: Base, speedups: Speedups) -> list[str]:
+def install(base: Base, speedups: Speedups, tokens: FirstTokens | None = None) -> list[str]:
     """Install the replacements in a model that a method was applied to; return in words what was done."""
-    done = []
-    if speedups.first_token_only and cut_last_layer(base):
+    done, tokens = [], tokens or FirstTokens()
+    if speedups.first_token_only and cut_last_layer(base, tokens):
         done.append("last layer for the first token only")
+    else:
+        take_first_tokens(base, tokens)
+    if speedups.cast_once:
+        cast_once(base)
+    if speedups.fused_lora:
+        for layer in _mergeable(base.model):
+            layer.forward = partial(_lora_forward, layer, layer.forward)  # type: ignore[method-assign]
     if speedups.merged_evaluation and (count := sum(1 for _ in _mergeable(base.model))):
         done.append(f"{count} LoRA layers merged in evaluation")
     for plugin in kernel_plugins() if speedups.kernels else ():
@@ -70,22 +89,74 @@ def choose_attention(asked: str, loaded: str, known: bool, training: bool, speed
     return chosen
 
 
-def cut_last_layer(base: Base) -> bool:
+def cut_last_layer(base: Base, tokens: FirstTokens) -> bool:
     """Continue with the first token alone behind the last layer's attention; return whether the architecture can."""
     if base.architecture is None or base.architecture.attention_end is None:
         return False
-    pattern = rf"({base.model.base_model_prefix}\..*\.(\d+))\.{re.escape(base.architecture.attention_end)}"
-    found = [match for name, _ in base.model.named_modules() if (match := re.fullmatch(pattern, name))]
-    last = max(found, key=lambda match: int(match[2]))
-    base.model.get_submodule(last[0]).register_forward_pre_hook(_first_token)
-    for module in base.model.get_submodule(last[1]).modules():
-        module.first_token_only = True  # read by ``attention.exact_attention``
+    layer, end = last_attention_end(base, base.architecture.attention_end)
+    end.register_forward_pre_hook(tokens.before)
+    for module in layer.modules():
+        vars(module)["first_token_only"] = True  # read by ``attention.exact_attention``
     return True
 
 
-def _first_token(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    # A copy: as a view, the next linear layer would go through a batched product with a copy of its weights a text.
-    return tuple(a[:, :1].contiguous() if isinstance(a, Tensor) and a.ndim == 3 else a for a in args)
+def cast_once(base: Base) -> None:
+    """Cast what several layers read to the number format of their products once, on a GPU, and not in each of them.
+
+    Of an attention these are its queries, keys and values, and of a LoRA layer its weight and its A.
+    """
+    projections = base.architecture.query_value if base.architecture is not None else ()
+    for module in base.model.modules():
+        children = dict(module.named_children())
+        if isinstance(module, lora.Linear) or (len(projections) > 1 and set(projections) <= set(children)):
+            module.register_forward_pre_hook(_cast, with_kwargs=True)
+
+
+def _cast(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    if not torch.is_autocast_enabled("cuda"):
+        return None
+
+    def cast(value: Any) -> Any:
+        states = isinstance(value, Tensor) and value.is_cuda and value.ndim == 3 and value.dtype == torch.float32
+        return value.to(torch.get_autocast_dtype("cuda")) if states else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+
+
+def _lora_forward(layer: lora.Linear, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward pass of a LoRA layer: base(x) + B A dropout(x) scaling, added within the product with B.
+
+    PEFT scales and adds tensors of the layer's output's size: three passes over memory, and as many in the backward
+    pass.
+    """
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not x.is_cuda or layer.disable_adapters or layer.merged or len(names) != 1 or args or kwargs:
+        return plain(x, *args, **kwargs)
+    name = names[0]
+    out = layer.base_layer(x)
+    low = layer.lora_A[name](layer.lora_dropout[name](x)) * layer.scaling[name]
+    added = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), cast(nn.Linear, layer.lora_B[name]).weight.mT)
+    return added.view(out.shape)
+
+
+def last_attention_end(base: Base, path: str) -> tuple[nn.Module, nn.Module]:
+    """The last numbered layer of the encoder, and its module of that path."""
+    pattern = rf"({base.model.base_model_prefix}\..*\.(\d+))\.{re.escape(path)}"
+    found = [match for name, _ in base.model.named_modules() if (match := re.fullmatch(pattern, name))]
+    last = max(found, key=lambda match: int(match[2]))
+    return base.model.get_submodule(last[1]), base.model.get_submodule(last[0])
+
+
+def take_first_tokens(base: Base, tokens: FirstTokens) -> None:
+    """Let packed batches go on with the first token of each text where the last layer is not cut for all batches."""
+    architecture = base.architecture
+    if architecture is None or not architecture.packs:
+        return
+    if architecture.states is not None:
+        base.model.get_submodule(architecture.states).register_forward_hook(tokens.after)
+    elif architecture.attention_end is not None:
+        end = last_attention_end(base, architecture.attention_end)[1]
+        end.register_forward_pre_hook(lambda module, args: tokens.before(module, args) if tokens.packed else None)
 
 
 def begin_evaluation(
@@ -109,7 +180,8 @@ def begin_evaluation(
         for layer in list(_mergeable(model)) if speedups.merged_evaluation or engine else ():
             name, weight = layer.active_adapters[0], cast(nn.Linear, layer.base_layer).weight
             layer.frozen_weight = weight.data
-            weight.data = (weight.float() + layer.get_delta_weight(name).float()).to(dtype or weight.dtype)
+            merged = (weight.float() + layer.get_delta_weight(name).float()).to(dtype or weight.dtype)
+            weight.data = _kept(layer, merged) if weight.is_cuda else merged
             layer.merged_adapters.append(name)
     for plugin in kernel_plugins() if speedups.kernels else ():
         plugin.begin_evaluation(model, engine)
@@ -124,6 +196,15 @@ def end_evaluation(model: nn.Module) -> None:
             cast(nn.Linear, layer.base_layer).weight.data = cast(Tensor, layer.frozen_weight)
             layer.merged_adapters.clear()
             del layer.frozen_weight
+
+
+def _kept(layer: lora.Linear, merged: Tensor) -> Tensor:
+    """Copy a merged weight to where the one before it was: captured CUDA graphs know its address."""
+    kept = cast("Tensor | None", getattr(layer, "merged_weight", None))
+    if kept is None or (kept.device, kept.dtype) != (merged.device, merged.dtype):
+        layer.merged_weight = merged
+        return merged
+    return kept.copy_(merged)
 
 
 def _mergeable(model: nn.Module) -> Iterator[lora.Linear]:

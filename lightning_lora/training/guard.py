@@ -1,5 +1,6 @@
 """What is looked at before an optimizer step: one that would spoil the weights is not done."""
 
+import math
 from typing import Any
 
 import torch
@@ -74,6 +75,76 @@ class StepGuard:
         raise NotFiniteError(what, said, step, [row for _, part in parts for row in part])
 
 
+class DeferredGuard:
+    """Keeps the weights from a step that is not finite without waiting for the device after each step.
+
+    The step that is not finite, and all after it, are left out on the device; ``settle`` says so later.
+
+    Args:
+        device: Of the weights.
+    """
+
+    #: Steps after which ``due`` says that it is time to look.
+    EVERY = 64
+
+    def __init__(self, device: torch.device) -> None:
+        #: Loss of the step that is being computed.
+        self.loss = torch.zeros((), device=device)
+        #: Whether a step was not finite: 0 or 1, as optimizers of torch take it.
+        self.found_inf = torch.zeros((), device=device)
+        self._finite_steps = torch.zeros((), device=device)
+        self._bad_loss = torch.zeros((), device=device)
+        self._rows: list[Tensor] = []
+        self._taken: list[tuple[int, list[Tensor]]] = []
+
+    def reset(self) -> None:
+        """Forget the loss of the step that is being computed."""
+        self.loss.zero_()
+
+    def add(self, rows: Tensor) -> None:
+        """Take in the rows of a part of a step: their positions in the training split."""
+        self._rows.append(rows)
+
+    def took(self, step: int) -> None:
+        """Take in that a step, counted from 1, has all its parts."""
+        self._taken.append((step, self._rows))
+        self._rows = []
+
+    def look(self, norm: Tensor) -> None:
+        """Look, on the device, whether the step is finite.
+
+        Args:
+            norm: Of its gradient, ().
+        """
+        bad = ~(self.loss.isfinite() & norm.isfinite())
+        first = bad & (self.found_inf == 0)
+        self._bad_loss.copy_(torch.where(first, self.loss, self._bad_loss))
+        self.found_inf.copy_(torch.maximum(self.found_inf, bad.float()))
+        self._finite_steps += 1 - self.found_inf
+        self.loss.zero_()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to look."""
+        return len(self._taken) >= self.EVERY
+
+    def settle(self) -> None:
+        """Wait for the steps so far.
+
+        Raises:
+            NotFiniteError: One of them was not finite; it and those after it were not done.
+        """
+        if not self._taken:
+            return
+        taken, self._taken = self._taken, []
+        found, finite, loss = torch.stack([self.found_inf, self._finite_steps, self._bad_loss]).tolist()
+        self._finite_steps.zero_()
+        if found:
+            step, rows = taken[int(finite)]
+            what = "gradient" if math.isfinite(loss) else "loss"
+            raise NotFiniteError(what, f"{loss:g}", step, torch.cat(rows).tolist())
+
+
 def stepped(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """The parameters that an optimizer changes."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -111,5 +182,6 @@ def compute_largest_batch(module: Any) -> None:
     for rows in (largest[:1], largest):
         batch = trainer.strategy.batch_to_device(data.__getitems__(rows))
         with trainer.precision_plugin.forward_context():
-            loss = F.cross_entropy(module.document_logits(batch), batch["labels"])
+            logits = module.document_logits(batch)
+            loss = F.cross_entropy(logits, batch["labels"].to(logits.device))
         torch.autograd.grad(loss, trained, allow_unused=True)

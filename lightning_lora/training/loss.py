@@ -11,10 +11,10 @@ from lightning_lora.errors import UserError
 ClassWeights = Literal["balanced"] | list[float]
 
 
-def training_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
-    """Cross-entropy with label smoothing and class weights.
+def row_losses(logits: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    """Cross-entropy of each row, (B,), with label smoothing and class weights.
 
-    The mean over rows, also with class weights, so that it does not depend on how a step is cut up.
+    Its mean is over rows, also with class weights, so that it does not depend on how a step is cut up.
 
     Args:
         logits: (B, C).
@@ -22,7 +22,7 @@ def training_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, smooth
         weights: Of the classes, (C,).
         smoothing: From 0 up to 1.
     """
-    return F.cross_entropy(logits, labels, weights, label_smoothing=smoothing, reduction="none").mean()
+    return F.cross_entropy(logits, labels, weights, label_smoothing=smoothing, reduction="none")
 
 
 def make_class_weights(asked: ClassWeights, class_counts: list[int]) -> Tensor:

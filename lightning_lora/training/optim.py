@@ -1,18 +1,74 @@
 """AdamW with warm-up."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
-from torch import nn
-from torch.optim import AdamW
+from torch import Tensor, nn
 
 from lightning_lora.errors import UserError
 
 Schedule = Literal["linear", "cosine", "constant"]
 _TRANSFORMERS_NAMES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, whose step may be captured as a CUDA graph; learning rates may still change between steps."""
+
+    captured_step: Callable[[], None] | None = None
+    _rates: Tensor
+    _captured_rates: list[float]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step, after the closure has computed the gradients."""
+        loss = None
+        if closure is not None:  # the first one captures the step
+            with torch.enable_grad():
+                loss = closure()
+        if self.captured_step is None:
+            super().step()
+            return loss
+        rates = [float(group["lr"]) for group in self.param_groups]
+        for i, rate in enumerate(rates):  # each is filled in by a kernel: copying them would wait for the device
+            if rate != self._captured_rates[i]:
+                self._rates[i].fill_(rate)
+        self._captured_rates = rates
+        self.captured_step()
+        return loss
+
+    def apply(self) -> None:
+        """Step plainly on the gradients that are there."""
+        super().step()
+
+    def capture(self, step: Callable[[], None], found_inf: Tensor, capture: Callable[..., Callable[[], None]]) -> None:
+        """Capture a step.
+
+        Args:
+            step: What to do in one; calls ``apply``.
+            found_inf: Steps change nothing where it is 1, ().
+            capture: Captures a function without running it, and returns what runs it.
+        """
+        self.found_inf = found_inf  # read by torch's fused step
+        found_inf.fill_(1)
+        self.apply()  # makes the moments, and changes nothing
+        found_inf.zero_()
+        floats: list[float] = [group["lr"] for group in self.param_groups]
+        self._rates, self._captured_rates = torch.tensor(floats, device=found_inf.device), floats
+        for group, rate in zip(self.param_groups, self._rates, strict=True):
+            group |= {"lr": rate, "capturable": True}
+        try:
+            self.captured_step = capture(step)
+        finally:
+            for group, value in zip(self.param_groups, floats, strict=True):
+                group |= {"lr": value, "capturable": False}
+
+    def release(self) -> None:
+        """Step plainly from here on."""
+        self.captured_step = None
+        self.found_inf = None  # type: ignore[assignment]
 
 
 def make_optimizer(

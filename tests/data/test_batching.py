@@ -3,12 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_lora.data import batching
-from lightning_lora.data.batching import (
+from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
+from lightning_lora.data.order import (
     EVALUATION_FACTOR,
     POOL_BATCHES,
-    LengthBatchSampler,
-    TokenDataset,
     equal_cuts,
     evaluation_batches,
     padded_widths,
@@ -177,7 +175,7 @@ def test_cuts_are_as_even_as_whole_rows_allow() -> None:
 def test_many_rows_are_cut_in_pieces_as_well(monkeypatch) -> None:
     lengths = np.random.default_rng(1).integers(5, 200, size=20_011)
     at_once = training_batches(lengths, 8, 0, 0, "tokens")
-    monkeypatch.setattr(batching, "_ROWS_AT_ONCE", 5000)
+    monkeypatch.setattr("lightning_lora.data.order._ROWS_AT_ONCE", 5000)
     pieces = training_batches(lengths, 8, 0, 0, "tokens")
     assert len(pieces) == len(at_once)
     np.testing.assert_array_equal(np.sort(np.concatenate(list(pieces))), np.arange(len(lengths)))

@@ -24,7 +24,7 @@ from lightning_lora.models.speedups import (
 )
 from lightning_lora.training.module import AUTOCAST, TextClassifier
 
-PLAIN = Speedups("float32", False, False, False)
+PLAIN = Speedups("float32", False, False, False, False, False)
 #: bfloat16 has 8 bits: one rounding is off by up to 2^-9, and outputs are sums of roundings.
 BF16 = {"rtol": 4e-2, "atol": 4e-2}
 FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}

@@ -1,0 +1,631 @@
+"""Packed batches and CUDA graphs on one GPU: are they right, and how fast are they beside transformers' Trainer?
+
+    python benchmarks/gpu.py --out logs/gpu.json
+
+Nothing is downloaded: random weights of the right shapes, random tokens with the lengths of AG News. Each part runs by
+itself (``--only training profile``); a part that fails is reported and the others go on. Without a GPU, and with
+``--tiny``, the sizes are tiny and steps are not captured: that only shows that the script runs.
+"""
+
+import argparse
+import contextlib
+import csv
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, Trainer
+
+from benchmarks.throughput import encoder_flops, make_base, make_rows, matrix_rate
+from lightning_lora.config.console import quiet_libraries
+from lightning_lora.data.batching import LengthBatchSampler
+from lightning_lora.data.datamodule import make_loader
+from lightning_lora.data.order import evaluated_together
+from lightning_lora.errors import first_line
+from lightning_lora.inference.loaded_run import LoadedRun
+from lightning_lora.models import packed
+from lightning_lora.models.methods import METHODS, AdapterOptions
+from lightning_lora.models.quantization import Quantization
+from lightning_lora.models.speedups import Speedups
+from lightning_lora.training.module import TextClassifier
+from lightning_lora.training.precision import auto_precision
+
+QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "devices": 1}
+NAMES = ["World", "Sports", "Business", "Sci/Tech"]
+EPOCH = 120_000
+PLAIN = Speedups(packing=False, cuda_graphs=False)
+PACKED = Speedups(packing=True, cuda_graphs=False)
+GRAPHS = Speedups(packing=True)
+#: Recipes of the Trainer: whether with all that it offers for speed.
+TUNED = {"Trainer, tuned": True, "Trainer, common": False}
+CUDA = torch.cuda.is_available()
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+class Watch(Callback):
+    """Losses of the steps, and when a fifth of them, and the last, had been done."""
+
+    def __init__(self, losses: bool = False) -> None:
+        self.keeps, self.losses, self.times = losses, list[torch.Tensor](), list[float]()
+        self.started = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        self.skip = max(1, int(trainer.num_training_batches) // 5)
+        synchronize()
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the loss; look at the clock."""
+        if self.keeps:
+            self.losses.append(outputs["loss"].detach().clone())
+        if batch_idx + 1 in (self.skip, trainer.num_training_batches):
+            synchronize()
+            self.times.append(time.perf_counter())
+
+
+def fit(
+    base: Path,
+    data: Any,
+    batch_size: int,
+    speedups: Speedups,
+    watch: Watch,
+    precision: str | None = None,
+    epochs: int = 1,
+    resume: Path | None = None,
+    save: Path | None = None,
+    kind: Any = TextClassifier,
+    **model: Any,
+) -> TextClassifier:
+    """Train; return the model."""
+    torch.manual_seed(0)
+    module = kind(str(base), NAMES, speedups=speedups, **{"schedule": "constant", "warmup_ratio": 0} | model)
+    progress = {"enable_progress_bar": False, "gradient_clip_val": 1.0, "max_epochs": epochs, **QUIET}
+    trainer = Trainer(precision=precision or auto_precision("auto"), callbacks=[watch], **progress)  # type: ignore[arg-type]
+    data.packing = None
+    sampler = LengthBatchSampler(data.lengths, batch_size, 1)
+    trainer.fit(module, make_loader(data, sampler, module.packs(trainer)), ckpt_path=resume)
+    if save:
+        trainer.save_checkpoint(save)
+    return module
+
+
+def weights(module: TextClassifier) -> torch.Tensor:
+    """All trained weights in one tensor."""
+    return torch.cat([p.detach().cpu().flatten() for p in module.parameters() if p.requires_grad])
+
+
+def correctness(bench: "Bench") -> dict[str, Any]:
+    """Packed against padded, captured against plain, repeats and resumes."""
+    found: dict[str, Any] = {}
+    base = bench.base("minilm", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    data, size = bench.rows(640 if not bench.tiny else 96), 16
+
+    def losses(speedups: Speedups, precision: str, **model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        watch = Watch(losses=True)
+        module = fit(base, data, size, speedups, watch, precision, **model)
+        if speedups is GRAPHS and CUDA and module.plain_steps:
+            raise RuntimeError(module.plain_steps)
+        return torch.stack(watch.losses).cpu(), weights(module)
+
+    for precision in ("32-true", "bf16-mixed"):
+        padded, packed, graphs, again = (losses(s, precision) for s in (PLAIN, PACKED, GRAPHS, GRAPHS))
+        found[f"{precision}: loss, packed - padded"] = float((packed[0] - padded[0]).abs().max())
+        found[f"{precision}: first loss, packed - padded"] = float((packed[0] - padded[0])[0].abs())
+        found[f"{precision}: loss, captured - packed"] = float((graphs[0] - packed[0]).abs().max())
+        found[f"{precision}: weights, captured - packed"] = float((graphs[1] - packed[1]).abs().max())
+        found[f"{precision}: repeat is bit for bit the same"] = bool(torch.equal(graphs[1], again[1]))
+    dropped = bench.base("minilm")
+    long = bench.rows(320 if not bench.tiny else 32, max_length=400, length=399)
+    place = Path(bench.folder) / "resume.ckpt"
+    straight = fit(dropped, long, 8, GRAPHS, Watch(), epochs=2)
+    found["texts of 399 tokens, dropout: repeat is bit for bit the same"] = bool(
+        torch.equal(weights(straight), weights(fit(dropped, long, 8, GRAPHS, Watch(), epochs=2)))
+    )
+    fit(dropped, long, 8, GRAPHS, Watch(), save=place)
+    resumed = fit(dropped, long, 8, GRAPHS, Watch(), epochs=2, resume=place)
+    found["texts of 399 tokens, dropout: resume is bit for bit the same"] = bool(
+        torch.equal(weights(straight), weights(resumed))
+    )
+    return found
+
+
+def methods(bench: "Bench") -> dict[str, Any]:
+    """Each method of the table, and quantized bases: captured, or why not."""
+    found: dict[str, Any] = {}
+    base, data = bench.base("minilm"), bench.rows(192)
+    runs = [(name, {"method": name}) for name, method in METHODS.items() if method.trains]
+    runs += [("lora, dropout 0.1", {"adapter": AdapterOptions(dropout=0.1)})]
+    runs += [("lora, frozen dropout", {"frozen_dropout": True})]
+    runs += [("lora, gradient checkpointing", {"gradient_checkpointing": True})]
+    runs += [(f"lora-{name}", {"quantization": Quantization(bits=bits)}) for name, bits in (("nf4", 4), ("int8", 8))]
+    for name, settings in runs:
+        try:
+            watch = Watch(losses=True)
+            plain = Speedups() if "checkpointing" in name else GRAPHS
+            module = fit(base, data, 16, plain, watch, **settings)
+            ends = bool(torch.stack(watch.losses).isfinite().all())
+            packed = module.packed_batches.distrust
+            said = f"plain: {module.plain_steps}" if module.plain_steps else "captured"
+            found[name] = said + (f"; padded: {packed}" if packed else "") + ("" if ends else "; NOT FINITE")
+        except Exception as error:
+            found[name] = f"failed: {first_line(error)}"
+    return found
+
+
+def architectures(bench: "Bench") -> dict[str, Any]:
+    """Each architecture of the table: captured, or why not."""
+    from lightning_lora.models.architectures import ARCHITECTURES
+
+    found: dict[str, Any] = {}
+    data = bench.rows(96)
+    for name in ARCHITECTURES:
+        try:
+            module = fit(bench.base(name), data, 16, GRAPHS if name != "deberta-v2" else Speedups(), Watch())
+            packed = module.packed_batches.distrust or module.cannot_pack
+            found[name] = (f"plain: {module.plain_steps}" if module.plain_steps else "captured") + (
+                f"; padded: {packed}" if packed else ""
+            )
+        except Exception as error:
+            found[name] = f"failed: {first_line(error)}"
+    return found
+
+
+class Asks(TextClassifier):
+    """A training loss that asks the device for a number, which a capture cannot."""
+
+    def configure_losses(self) -> None:
+        """Set it."""
+        self.criterion = lambda logits, labels: (
+            self.weighted_cross_entropy(logits, labels) * (logits.sum().item() > -1e9)
+        )
+
+
+def fallback(bench: "Bench") -> dict[str, Any]:
+    """A step that cannot be captured is done plainly, and learns the same."""
+    base, data = bench.base("minilm"), bench.rows(96)
+    found = [fit(base, data, 16, speedups, Watch(), kind=Asks) for speedups in (GRAPHS, PACKED, GRAPHS)]
+    return {
+        "plain because": found[0].plain_steps,
+        "learns what a plain run learns": bool(torch.equal(weights(found[0]), weights(found[1]))),
+        "again": bool(torch.equal(weights(found[0]), weights(found[2]))),
+        "captured after it": fit(base, data, 16, GRAPHS, Watch()).plain_steps is None,
+    }
+
+
+def long_texts(bench: "Bench") -> dict[str, Any]:
+    """What the fixed order of the attention's backward pass costs: 256 tokens a text, 32 texts a step."""
+    found, plain = {}, packed.flash_attention
+    for name, order in (("fixed order", True), ("any order", False), ("fixed order, again", True)):
+        packed.flash_attention = functools.partial(plain, fixed_order=order)  # type: ignore[assignment]
+        data, watch = bench.rows(32 * (80 if not bench.tiny else 4), max_length=256, length=256), Watch()
+        fit(bench.base("roberta-base"), data, 32, Speedups(), watch)
+        found[f"{name}, ms a step"] = (watch.times[-1] - watch.times[0]) / (len(data) // 32 - watch.skip) * 1e3
+    packed.flash_attention = plain
+    return found
+
+
+def own_training(bench: "Bench", batch_size: int, rows: int, speedups: Speedups) -> dict[str, Any]:
+    """Seconds an epoch of 120,000 rows would take, from four fifths of the steps of this run."""
+    data, watch = bench.rows(rows), Watch()
+    adapter = AdapterOptions(rank=8, target_modules="query_value")
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    module = fit(bench.base("roberta-base"), data, batch_size, speedups, watch, adapter=adapter)
+    steps = rows // batch_size
+    each = (watch.times[-1] - watch.times[0]) / (steps - watch.skip)
+    start = watch.times[0] - watch.started - watch.skip * each
+    row = {"step_ms": each * 1e3, "epoch_s": each / batch_size * EPOCH, "setup_s": start}
+    row["share_of_matrix_rate"] = float(data.lengths.sum()) / steps * encoder_flops(module.model) / each / bench.rate
+    if CUDA:
+        row["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return row | {"plain_because": module.plain_steps}
+
+
+class PredictClock(Callback):
+    """Seconds of a prediction pass, without moving the model to the device and back."""
+
+    seconds = 0.0
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        synchronize()
+        self._started = time.perf_counter()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Stop it."""
+        synchronize()
+        self.seconds = time.perf_counter() - self._started
+
+
+class PeerClock:
+    """When the Trainer had done a fifth of its steps, and the last."""
+
+    @staticmethod
+    def make(steps: int) -> Any:
+        """The callback."""
+        from transformers import TrainerCallback
+
+        class Clock(TrainerCallback):
+            def __init__(self) -> None:
+                self.skip, self.times = max(1, steps // 5), list[float]()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.global_step in (self.skip, steps):
+                    synchronize()
+                    self.times.append(time.perf_counter())
+
+        return Clock()
+
+
+def peer_model(bench: "Bench", tuned: bool, size: str = "roberta-base") -> Any:
+    """What a script of transformers and PEFT trains."""
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    model: Any = AutoModelForSequenceClassification.from_pretrained(bench.base(size), num_labels=4)
+    if tuned:
+        model.to(torch.bfloat16)
+        model.classifier.float()
+    dropout = 0.0 if tuned else 0.1
+    lora = LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, lora_dropout=dropout, target_modules=["query", "value"]
+    )
+    return get_peft_model(model, lora)
+
+
+def peer(bench: "Bench", model: Any, rows: int, batch_size: int, tuned: bool) -> tuple[Any, Any, int]:
+    """The Trainer, its rows and the number of its steps."""
+    from datasets import Dataset
+    from transformers import Trainer as HFTrainer
+    from transformers import TrainingArguments
+
+    data = bench.rows(rows)
+    ids = [data.frame.inputs(data.tokens[i])[0] for i in range(rows)]
+    table = Dataset.from_dict({"input_ids": ids, "labels": data.labels, "length": data.lengths})
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in batch)
+        width = -(-longest // 8) * 8 if tuned else 128
+        tokens, mask = torch.full((len(batch), width), 1), torch.zeros((len(batch), width), dtype=torch.long)
+        for i, row in enumerate(batch):
+            tokens[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+            mask[i, : len(row["input_ids"])] = 1
+        return {"input_ids": tokens, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in batch])}
+
+    arguments = TrainingArguments(
+        output_dir=str(Path(bench.folder) / "peer"),
+        num_train_epochs=1,
+        learning_rate=5e-4,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=256 if tuned else 16,
+        bf16=tuned and CUDA,
+        bf16_full_eval=tuned and CUDA,
+        train_sampling_strategy="group_by_length" if tuned else "random",
+        length_column_name="length",
+        logging_steps=50,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=6 if tuned and CUDA else 0,
+        dataloader_drop_last=True,
+        optim="adamw_torch_fused",
+        use_cpu=not CUDA,
+    )
+    steps = rows // batch_size
+    trainer = HFTrainer(model=model, args=arguments, train_dataset=table, data_collator=collate)
+    return trainer, table, steps
+
+
+def peer_training(bench: "Bench", batch_size: int, rows: int, tuned: bool) -> dict[str, Any]:
+    """As ``own_training``."""
+    trainer, _, steps = peer(bench, peer_model(bench, tuned), rows, batch_size, tuned)
+    clock = PeerClock.make(steps)
+    trainer.add_callback(clock)
+    trainer.train()
+    each = (clock.times[-1] - clock.times[0]) / (steps - clock.skip)
+    return {"step_ms": each * 1e3, "epoch_s": each / batch_size * EPOCH}
+
+
+def training(bench: "Bench") -> dict[str, Any]:
+    """An epoch of AG News' 120,000 rows, roberta-base, LoRA r 8 on query and value; peers in turn."""
+    sizes = {256: 200, 32: 500, 16: 700} if not bench.tiny else {8: 6}
+    found: dict[str, Any] = {}
+    for batch_size, steps in sizes.items():
+        rows = batch_size * steps
+        found[f"{batch_size}: this project"] = own_training(bench, batch_size, rows, Speedups())
+        for tuned in (True,) if batch_size > 16 else (False,):
+            name = "tuned" if tuned else "common"
+            found[f"{batch_size}: Trainer, {name}"] = peer_training(bench, batch_size, rows // 5, tuned)
+        if bench.again:
+            packed._found_wanting.append("measured")
+            found[f"{batch_size}: this project, FlashAttention"] = own_training(bench, batch_size, rows, Speedups())
+            packed._found_wanting.clear()
+            found[f"{batch_size}: this project, padded and plain"] = own_training(bench, batch_size, rows // 5, PLAIN)
+            found[f"{batch_size}: this project, again"] = own_training(bench, batch_size, rows, Speedups())
+    return found
+
+
+def evaluation(bench: "Bench") -> dict[str, Any]:
+    """Texts a second of a trained model, beside the Trainer's own evaluation loop."""
+    rows = 12_000 if not bench.tiny else 40
+    found: dict[str, Any] = {}
+    for size in ("roberta-base", "minilm"):
+        data = bench.rows(rows)
+        adapter = AdapterOptions(rank=8, target_modules="query_value")
+        model = TextClassifier(str(bench.base(size)), NAMES, adapter=adapter)
+        clock = PredictClock()
+        precision: Any = auto_precision("auto")
+        trainer = Trainer(precision=precision, enable_progress_bar=False, callbacks=[clock], **QUIET)
+        run = LoadedRun(model, None, data.frame, "longest", evaluated_together(None), trainer)
+        rates: dict[str, list[float]] = {"this project": [], "Trainer, tuned": [], "Trainer, common": []}
+        peers = {name: peer(bench, peer_model(bench, tuned, size), rows, 256, tuned) for name, tuned in TUNED.items()}
+        for _ in range(3):
+            run.predict_dataset(data)
+            rates["this project"].append(rows / clock.seconds)
+            for name, (their, table, _steps) in peers.items():
+                part = table if TUNED[name] else table.select(range(rows // 12))
+                loader = their.get_test_dataloader(part.sort("length", reverse=True) if TUNED[name] else part)
+                started = time.perf_counter()
+                their.evaluation_loop(loader, description="Prediction")
+                rates[name].append(len(part) / (time.perf_counter() - started))
+        found[f"{size}, texts/s"] = rates
+        best = {name: max(several) for name, several in rates.items()}
+        found[f"{size}, best over the best of the Trainer, tuned"] = best["this project"] / best["Trainer, tuned"]
+        found[f"{size}, best over the best of the Trainer, common"] = best["this project"] / best["Trainer, common"]
+        found[f"{size}, plain because"] = model.packed_batches.plain_evaluation or model.packed_batches.distrust
+    return found
+
+
+def command(bench: "Bench", workers: int = 1) -> dict[str, Any]:
+    """``main.py fit`` of MiniLM on 5,398 texts, 16 a step."""
+    place = Path(bench.folder)
+    rows, base = (5398 if not bench.tiny else 64), bench.word_base("minilm")
+    few = str(500 if not bench.tiny else 8)
+    texts = place / "texts.csv"
+    draw = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(2000)]
+    lengths = bench.rows(rows).lengths
+    with texts.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for length in [*lengths, *lengths[: 2 * int(few)]]:  # as many to train on, and some to validate and to test
+            label = int(draw.integers(4))
+            text = draw.choice(words[label * 400 :], int(length) - 2)
+            writer.writerow([" ".join(text), NAMES[label]])
+    settings = {
+        "model.base_model": base,
+        "data.source": texts,
+        "data.max_length": 128,
+        "data.train_rows": rows,
+        "data.val_size": few,
+        "data.test_size": few,
+        "data.test_rows": few,
+        "data.batch_size": 16,
+        "data.cache_dir": place / "cache",
+        "logs_dir": place / "logs",
+    }
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    main = Path(__file__).parents[1] / "main.py"
+    started, several = time.perf_counter(), []
+    for worker in range(workers):
+        name = f"run{workers}-{worker}-{time.monotonic_ns()}"
+        line = [sys.executable, str(main), "fit", *(f"--{key}={value}" for key, value in settings.items())]
+        line += [f"--seed_everything={worker}", f"--name={name}"]
+        several.append((name, subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
+    said = [process.communicate()[0].decode() for _, process in several]
+    wall = time.perf_counter() - started
+    costs = []
+    for (name, process), text in zip(several, said, strict=True):
+        if process.returncode:
+            raise RuntimeError(text[-800:])
+        costs.append(json.loads((place / "logs" / name / "run.json").read_text()))
+    return {
+        "train_s": [cost["costs"]["train_s"] for cost in costs],
+        "startup_s": [cost["costs"]["startup_s"] for cost in costs],
+        "wall_s": wall,
+        "steps": costs[0]["steps"],
+        "runs_an_hour": 3600 / wall * workers,
+        "speed": costs[0]["speed"]["choices"],
+        "said": [line for line in said[0].splitlines() if "warning" in line],
+    }
+
+
+def workers(bench: "Bench") -> dict[str, Any]:
+    """Runs at once on one GPU, as the cells of an ablation with ``--workers``."""
+    command(bench)  # fills the cache of tokens
+    found = {f"{count} at once": command(bench, count) for count in ((1, 2, 4) if not bench.tiny else (1, 2))}
+    one = found["1 at once"]["runs_an_hour"]
+    return found | {"runs an hour, over one": {n: v["runs_an_hour"] / one for n, v in found.items()}}
+
+
+class Window(Callback):
+    """Profiles ten steps, and keeps where in them the CPU waits for the GPU.
+
+    Args:
+        first: The step that it starts with.
+    """
+
+    def __init__(self, first: int) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if CUDA else [])
+        self.first, self.profile, self.took, self.waits = first, profile(activities=kinds), 0.0, dict[str, int]()
+        self._warnings = warnings.catch_warnings(record=True)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Start and stop."""
+        if args[4] == self.first:
+            synchronize()
+            self.said = self._warnings.__enter__()
+            warnings.simplefilter("always")
+            if CUDA:
+                torch.cuda.set_sync_debug_mode(1)
+            self.profile.start()
+            self.took = time.perf_counter()
+        elif args[4] == self.first + 10:
+            if CUDA:
+                torch.cuda.set_sync_debug_mode(0)
+            synchronize()
+            self.took = time.perf_counter() - self.took
+            self.profile.stop()
+            self._warnings.__exit__(None, None, None)
+            for each in self.said or []:
+                where = f"{'/'.join(Path(each.filename).parts[-2:])}:{each.lineno} {str(each.message)[:60]}"
+                self.waits[where] = self.waits.get(where, 0) + 1
+
+
+def profile(bench: "Bench") -> dict[str, Any]:
+    """Share of the time that the GPU is busy, launches a step, and what takes the time."""
+    found: dict[str, Any] = {}
+    adapter = AdapterOptions(rank=8, target_modules="query_value")
+    cases = [(16, Speedups()), (256, Speedups())]
+    cases += [(256, Speedups(cuda_graphs=False))] if bench.again else []
+    for batch_size, speedups in cases if not bench.tiny else [(8, Speedups())]:
+        window = Window(30)
+        data = bench.rows(batch_size * 45)
+        module = TextClassifier(str(bench.base("roberta-base")), NAMES, adapter=adapter, speedups=speedups)
+        trainer = Trainer(
+            precision=auto_precision("auto"),  # type: ignore[arg-type]
+            callbacks=[window],
+            max_epochs=1,
+            gradient_clip_val=1.0,
+            enable_progress_bar=False,
+            **QUIET,
+        )
+        trainer.fit(module, make_loader(data, LengthBatchSampler(data.lengths, batch_size, 1), module.packs(trainer)))
+        events = window.profile.key_averages()
+        kernels = [e for e in window.profile.events() if str(e.device_type).endswith("CUDA") and "step#" not in e.name]
+        launches = sum(e.count for e in events if "Launch" in e.key or e.key.startswith("cudaMemcpyAsync"))
+        busy = sum(e.time_range.elapsed_us() for e in kernels) / 1e6
+        top = sorted(events, key=lambda e: -e.self_cpu_time_total)[:12]
+        gpu: dict[str, float] = {}
+        for event in kernels:
+            gpu[event.name[:90]] = gpu.get(event.name[:90], 0.0) + event.time_range.elapsed_us() / 10
+        ops = {e.key[:60]: round(e.self_device_time_total / 10) for e in events if e.self_device_time_total}
+        name = f"{batch_size} a step" + ("" if speedups.cuda_graphs else ", not captured")
+        found[name] = {
+            "ms a step, profiled": window.took * 100,
+            "GPU busy share": busy / window.took,
+            "kernels a step": len(kernels) / 10,
+            "launches a step": launches / 10,
+            "waits in ten steps": window.waits,
+            "most time on the CPU, us a step": {e.key[:50]: round(e.self_cpu_time_total / 10) for e in top},
+            "most time on the GPU, us a step": dict(sorted(gpu.items(), key=lambda item: -item[1])[:25]),
+        }
+        if not speedups.cuda_graphs:
+            found[name]["operators on the GPU, us a step"] = dict(sorted(ops.items(), key=lambda item: -item[1])[:40])
+    return found
+
+
+PARTS: dict[str, Callable[["Bench"], dict[str, Any]]] = {
+    "training": training,
+    "correctness": correctness,
+    "evaluation": evaluation,
+    "command": command,
+    "methods": methods,
+    "architectures": architectures,
+    "fallback": fallback,
+    "long_texts": long_texts,
+    "profile": profile,
+    "workers": workers,
+}
+
+
+class Bench:
+    """What the parts share: sizes, models and rows."""
+
+    def __init__(self, folder: str, tiny: bool, again: bool) -> None:
+        self.folder, self.tiny, self.again = folder, tiny, again
+        self.device = torch.device("cuda" if CUDA else "cpu")
+        self.rate = matrix_rate(self.device, torch.bfloat16 if CUDA else torch.float32)
+        self._bases: dict[str, Path] = {}
+
+    def base(self, size: str, **changes: Any) -> Path:
+        """A base model of random weights."""
+        key = "-".join([size, *(f"{k}{v}" for k, v in changes.items())]).replace(".", "")
+        if key not in self._bases:
+            place = Path(self.folder) / key
+            self._bases[key] = make_base(
+                "tiny" if self.tiny and size in ("minilm", "roberta-base") else size, place, **changes
+            )
+        return self._bases[key]
+
+    def word_base(self, size: str) -> Path:
+        """A base model with a tokenizer that knows the words w0 to w1999."""
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+
+        folder = self.base(size)
+        vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(2000))])}
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))  # type: ignore[call-arg]
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+        ends = [("[CLS]", 2), ("[SEP]", 3)]
+        backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)  # type: ignore[assignment]
+        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=512, **special).save_pretrained(folder)
+        return folder
+
+    def rows(self, count: int, max_length: int = 128, length: int | None = None) -> Any:
+        """Random rows with AG News' lengths."""
+        return make_rows(count, max_length, length, top=20000 if not self.tiny else 1900)
+
+
+def main() -> None:
+    """Run the parts; print and store what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes; always without a GPU")
+    parser.add_argument("--again", action="store_true", help="each of this project's trainings twice, and padded")
+    options = parser.parse_args()
+    quiet_libraries()
+    import transformers
+
+    report: dict[str, Any] = {
+        "machine": torch.cuda.get_device_name() if CUDA else "CPU",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "seconds": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(folder, options.tiny or not CUDA, options.again)
+        report["matrix_product_tflops"] = bench.rate / 1e12
+        print(json.dumps(report), flush=True)
+        for name in options.only:
+            started = time.perf_counter()
+            try:
+                report[name] = PARTS[name](bench)
+            except Exception as error:
+                import traceback
+
+                traceback.print_exc()
+                report[name] = {"failed": first_line(error)}
+            report["seconds"][name] = round(time.perf_counter() - started, 1)
+            print(f"{name}: {json.dumps(report[name], indent=1)}", flush=True)
+            if options.out:
+                with contextlib.suppress(OSError):
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report["seconds"]))
+    if any("failed" in report[name] for name in options.only):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

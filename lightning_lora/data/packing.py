@@ -1,0 +1,266 @@
+"""Packed batches: texts laid end to end in one row, without padding between them.
+
+A batch is one flat int64 tensor, so that it reaches a GPU in one copy, and has one of few static shapes, so that one
+captured CUDA graph serves all batches of that shape. Krell et al. 2021 (arXiv:2107.02027) pack for the same reason.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Static sizes chosen for a data set; more of them waste fewer tokens and take longer to capture (docs/LOG.md).
+MOST_SIZES = 12
+#: The same in evaluation, whose batches have about as many tokens.
+MOST_EVALUATION_SIZES = 2
+#: A size more is worth its capture only for so many batches an epoch.
+BATCHES_A_SIZE = 32
+#: Sizes are multiples of so many tokens: what matrix units work on at a time.
+SIZE_STEP = 64
+
+
+@dataclass(frozen=True)
+class PackedShape:
+    """The static shape of a packed batch.
+
+    Args:
+        tokens: T, tokens of the row, those that belong to no text included.
+        inputs: W, texts or windows of texts that it has room for.
+        texts: B, texts that it has room for.
+        longest: Tokens of the longest text (or window) that there can be.
+        pad_id: The token of what belongs to no text.
+        windows: Whether several inputs may belong to one text.
+    """
+
+    tokens: int
+    inputs: int
+    texts: int
+    longest: int
+    pad_id: int
+    windows: bool
+
+    @property
+    def offsets(self) -> int:
+        """Length of ``PackedViews.offsets``: what is left of the row is cut into texts of ``longest`` tokens too."""
+        return self.inputs + 1 + -(-self.tokens // self.longest)
+
+    @property
+    def parts(self) -> list[int]:
+        """Lengths of the parts of the flat tensor: tokens, positions, offsets, documents, labels, count and scale."""
+        return [self.tokens, self.tokens, self.offsets, self.inputs, self.texts, 1, 1]
+
+
+@dataclass(frozen=True)
+class PackedViews:
+    """Views of the parts of a packed batch's flat tensor.
+
+    Args:
+        input_ids: (1, T).
+        position_ids: Counted from 0 in each text, (1, T).
+        offsets: Where each text or window begins and the last one ends, from W + 2 on: texts that are not there have no
+            token, and behind them comes what is left of the row, cut into texts of no more than ``longest`` tokens.
+        documents: The text that each window belongs to, (W,); B for one that is not there.
+        labels: (B,).
+        count: Texts that are there, ().
+        scale: What the mean loss of the texts is multiplied by, float64, ().
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    offsets: Tensor
+    documents: Tensor
+    labels: Tensor
+    count: Tensor
+    scale: Tensor
+
+
+def unpack(flat: Tensor, shape: PackedShape) -> PackedViews:
+    """View the parts of a flat tensor that ``Packing.pack`` made."""
+    ids, positions, offsets, documents, labels, count, scale = flat.split(shape.parts)
+    return PackedViews(ids[None], positions[None], offsets, documents, labels, count[0], scale.view(torch.float64)[0])
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The static shapes of the batches of one data set.
+
+    Args:
+        sizes: Numbers of tokens, ascending.
+        inputs: Texts or windows that a batch has room for.
+        texts: Texts that a batch has room for.
+        longest: Tokens of the longest text (or window) that there can be.
+        pad_id: The token of what belongs to no text.
+        windows: Whether several inputs may belong to one text.
+        longest_of: Tokens of the longest text of batches of each size.
+    """
+
+    sizes: tuple[int, ...]
+    inputs: int
+    texts: int
+    longest: int
+    pad_id: int
+    windows: bool
+    longest_of: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        lengths: np.ndarray,
+        batches: Sequence[np.ndarray],
+        windows: np.ndarray | None,
+        longest: int,
+        pad_id: int,
+        most: int = MOST_SIZES,
+    ) -> "Packing":
+        """Choose shapes for batches like the given ones.
+
+        Args:
+            lengths: Tokens of each row, in all its windows.
+            batches: Positions of the rows of each batch; other batches may be as large.
+            windows: Windows of each row; None where each has one.
+            longest: Tokens of a text or window at most.
+            pad_id: The padding token.
+            most: Sizes at most.
+        """
+        totals = np.array([int(lengths[batch].sum()) for batch in batches])
+        texts = max(len(batch) for batch in batches)
+        inputs = texts if windows is None else max(int(windows[batch].sum()) for batch in batches)
+        sizes = choose_sizes(totals, most)
+        longest_of = np.zeros(len(sizes), np.int64)
+        np.maximum.at(longest_of, np.searchsorted(sizes, totals), [lengths[batch].max() for batch in batches])
+        cut = tuple(min(_power_of_two(int(each)), longest) for each in longest_of)
+        return cls(sizes, inputs, texts, longest, pad_id, windows is not None, cut)
+
+    def shape(self, tokens: int, inputs: int, texts: int, longest: int) -> PackedShape:
+        """The smallest static shape for so many tokens; one of its own for a batch that fits into none.
+
+        Args:
+            tokens: Of the batch.
+            inputs: Its texts or windows.
+            texts: Its texts.
+            longest: Tokens of the longest text or window.
+        """
+        known = int(np.searchsorted(self.sizes, tokens))
+        fits = texts <= self.texts and inputs <= self.inputs and known < len(self.sizes)
+        if fits and longest <= self.longest_of[known]:
+            return self._static(known)
+        size = -(-tokens // SIZE_STEP) * SIZE_STEP
+        room = max(inputs, self.inputs), max(texts, self.texts)
+        return PackedShape(size, *room, max(longest, self.longest), self.pad_id, self.windows)
+
+    def _static(self, index: int) -> PackedShape:
+        size, longest = self.sizes[index], self.longest_of[index]
+        return PackedShape(size, self.inputs, self.texts, longest, self.pad_id, self.windows)
+
+    def static_shapes(self) -> list[PackedShape]:
+        """The shapes that batches share, largest first: a smaller one finds its memory in that of a larger one."""
+        return [self._static(index) for index in reversed(range(len(self.sizes)))]
+
+    def is_static(self, shape: PackedShape) -> bool:
+        """Whether other batches have this shape too."""
+        return shape.tokens in self.sizes and shape == self._static(self.sizes.index(shape.tokens))
+
+    def pack(
+        self,
+        inputs: Sequence[np.ndarray],
+        documents: np.ndarray,
+        labels: np.ndarray | None,
+        count: int,
+        scale: float = 1.0,
+    ) -> tuple[Tensor, PackedShape]:
+        """Lay texts end to end.
+
+        Args:
+            inputs: Token ids of each text or window.
+            documents: The text, from 0, that each belongs to.
+            labels: Class numbers of the texts, if they are known.
+            count: Texts.
+            scale: What the mean loss is multiplied by.
+
+        Returns:
+            The flat tensor, int64 (``shape.numbers``,), and its shape.
+        """
+        lengths = np.fromiter((len(ids) for ids in inputs), np.int64, len(inputs))
+        ends = np.cumsum(lengths)
+        total = int(ends[-1])
+        shape = self.shape(total, len(inputs), count, int(lengths.max()))
+        flat = empty(shape)
+        row, positions, offsets, owners, classes, number, factor = np.split(flat, np.cumsum(shape.parts)[:-1])
+        np.concatenate(inputs, out=row[:total], casting="unsafe")
+        positions[:total] = np.arange(total) - np.repeat(ends - lengths, lengths)
+        offsets[shape.inputs :] = np.minimum(offsets[shape.inputs :] + total, shape.tokens)
+        offsets[1 : len(inputs) + 1] = ends
+        offsets[len(inputs) + 1 : shape.inputs] = total
+        owners[: len(inputs)] = documents
+        if labels is not None:
+            classes[:count] = labels
+        number[0], factor[:] = count, np.array([scale]).view(np.int64)
+        return torch.from_numpy(flat), shape
+
+
+def _power_of_two(number: int) -> int:
+    """The next power of two, from 32 on: lengths of which kernels of their own are compiled."""
+    return max(32, 1 << (number - 1).bit_length())
+
+
+def empty(shape: PackedShape) -> np.ndarray:
+    """Make the flat tensor of a batch without texts, int64; as it is divided by, its count is 1."""
+    flat = np.zeros(sum(shape.parts), np.int64)
+    row, _, offsets, owners, _, number, _ = np.split(flat, np.cumsum(shape.parts)[:-1])
+    row[:] = shape.pad_id
+    offsets[shape.inputs :] = np.minimum(np.arange(len(offsets) - shape.inputs) * shape.longest, shape.tokens)
+    owners[:] = shape.texts  # of windows that are not there
+    number[0] = 1
+    return flat
+
+
+def padded(views: PackedViews, shape: PackedShape, inputs: int) -> tuple[Tensor, Tensor]:
+    """Turn a packed batch into a padded one.
+
+    Args:
+        views: The packed batch.
+        shape: Its shape.
+        inputs: W, texts or windows that are there.
+
+    Returns:
+        Token ids and their mask, (W, longest).
+    """
+    lengths = views.offsets[: inputs + 1].diff()
+    at = torch.arange(shape.longest, device=lengths.device)
+    mask = at < lengths[:, None]
+    tokens = (views.offsets[:inputs, None] + at).clamp(max=shape.tokens - 1)
+    return views.input_ids[0][tokens].masked_fill(~mask, shape.pad_id), mask.long()
+
+
+def choose_sizes(totals: np.ndarray, most: int) -> tuple[int, ...]:
+    """Choose at most so many sizes, ascending multiples of ``SIZE_STEP``, that leave the fewest tokens unused.
+
+    Args:
+        totals: Tokens of each batch; each takes the smallest size that holds it.
+        most: Sizes at most.
+    """
+    steps, counts = np.unique(-(-totals // SIZE_STEP), return_counts=True)
+    if len(steps) > 512:  # the search below is quadratic
+        width = SIZE_STEP * math.ceil((int(steps[-1]) - int(steps[0]) + 1) / 512)
+        return choose_sizes(np.ceil(totals / width).astype(np.int64) * width, most)
+    before = np.concatenate(([0], np.cumsum(counts)))
+    # cost[j]: tokens (in steps) of all batches up to j, with so many sizes, the last of which is steps[j].
+    cost = steps * before[1:]
+    chosen = []
+    for _ in range(min(most, len(steps)) - 1):
+        # Up to i by one size fewer, and from i + 1 to j by steps[j].
+        options = cost[:, None] + steps[None, :] * (before[1:][None, :] - before[1:][:, None])
+        options[np.tril_indices(len(steps))] = np.iinfo(np.int64).max
+        best = options.argmin(axis=0)
+        better = options[best, np.arange(len(steps))] < cost
+        chosen.append(np.where(better, best, -1))
+        cost = np.where(better, options[best, np.arange(len(steps))], cost)
+    at, sizes = len(steps) - 1, [int(steps[-1])]
+    for best in reversed(chosen):
+        if best[at] >= 0:
+            at = int(best[at])
+            sizes.append(int(steps[at]))
+    return tuple(size * SIZE_STEP for size in reversed(sizes))

@@ -1,0 +1,150 @@
+"""Attention within texts of at most 128 tokens, by Triton: a whole text in one block, forward and backward.
+
+FlashAttention works in blocks of 128 queries and keys, so a text of 40 tokens costs what one of 128 does, and sums a
+query's gradient over blocks in a buffer of its own. Here a block is as long as the longest text of the batch, and there
+is nothing to sum: results do not depend on an order.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: Dimensions of a head that are known to work.
+HEAD_DIMENSIONS = (16, 32, 64, 128)
+
+
+@triton.jit
+def _probabilities(q, k, i, length, scale, BLOCK: tl.constexpr, WINDOW: tl.constexpr):  # type: ignore[no-untyped-def]
+    scores = tl.dot(q, tl.trans(k)) * scale
+    seen = (i < length)[None, :]
+    if WINDOW >= 0:
+        apart = i[:, None] - i[None, :]
+        seen = seen & (apart <= WINDOW) & (apart >= -WINDOW)
+    scores = tl.where(seen, scores, -1.0e30)
+    weights = tl.where(seen, tl.exp(scores - tl.max(scores, 1)[:, None]), 0.0)
+    return weights / tl.maximum(tl.sum(weights, 1), 1.0e-30)[:, None]
+
+
+@triton.jit
+def _forward(  # type: ignore[no-untyped-def]
+    Q,
+    K,
+    V,
+    OUT,
+    OFFSETS,
+    scale,
+    qt,
+    qh,
+    kt,
+    kh,
+    vt,
+    vh,
+    ot,
+    oh,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    text, head = tl.program_id(0), tl.program_id(1)
+    start = tl.load(OFFSETS + text).to(tl.int64)
+    length = tl.load(OFFSETS + text + 1).to(tl.int64) - start
+    if length > 0:
+        i, d = tl.arange(0, BLOCK), tl.arange(0, D)
+        there = (i < length)[:, None]
+        rows = (start + i)[:, None]
+        q = tl.load(Q + rows * qt + head * qh + d[None, :], mask=there, other=0.0)
+        k = tl.load(K + rows * kt + head * kh + d[None, :], mask=there, other=0.0)
+        v = tl.load(V + rows * vt + head * vh + d[None, :], mask=there, other=0.0)
+        p = _probabilities(q, k, i, length, scale, BLOCK, WINDOW)
+        out = tl.dot(p.to(v.dtype), v)
+        tl.store(OUT + rows * ot + head * oh + d[None, :], out.to(OUT.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _backward(  # type: ignore[no-untyped-def]
+    Q, K, V, G, DQ, DK, DV, OFFSETS, scale, qt, qh, kt, kh, vt, vh, gt, gh, ot, oh,
+    BLOCK: tl.constexpr, D: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    text, head = tl.program_id(0), tl.program_id(1)
+    start = tl.load(OFFSETS + text).to(tl.int64)
+    length = tl.load(OFFSETS + text + 1).to(tl.int64) - start
+    if length > 0:
+        i, d = tl.arange(0, BLOCK), tl.arange(0, D)
+        there = (i < length)[:, None]
+        rows = (start + i)[:, None]
+        q = tl.load(Q + rows * qt + head * qh + d[None, :], mask=there, other=0.0)
+        k = tl.load(K + rows * kt + head * kh + d[None, :], mask=there, other=0.0)
+        v = tl.load(V + rows * vt + head * vh + d[None, :], mask=there, other=0.0)
+        g = tl.load(G + rows * gt + head * gh + d[None, :], mask=there, other=0.0)
+        p = _probabilities(q, k, i, length, scale, BLOCK, WINDOW)
+        places = rows * ot + head * oh + d[None, :]
+        dv = tl.dot(tl.trans(p.to(g.dtype)), g)
+        tl.store(DV + places, dv.to(DV.dtype.element_ty), mask=there)
+        of_p = tl.dot(g, tl.trans(v))
+        of_scores = (p * (of_p - tl.sum(p * of_p, 1)[:, None]) * scale).to(q.dtype)
+        dq = tl.dot(of_scores, k)
+        tl.store(DQ + places, dq.to(DQ.dtype.element_ty), mask=there)
+        dk = tl.dot(tl.trans(of_scores), q)
+        tl.store(DK + places, dk.to(DK.dtype.element_ty), mask=there)
+
+
+class ShortAttention(torch.autograd.Function):
+    """softmax(Q K' scaling) V within each text."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, scaling: float, window: int | None
+    ) -> Tensor:
+        """Compute (T, H, D) of q, k, v (T, H, D), float16 or bfloat16, with contiguous heads.
+
+        Args:
+            ctx: What ``backward`` needs.
+            q: Queries.
+            k: Keys.
+            v: Values.
+            offsets: Where each text begins and the last one ends, int32 (N + 1,): all of T.
+            longest: Tokens of a text at most, up to 128.
+            scaling: Of the scores.
+            window: A token attends to those at this distance at most; None for all of its text.
+        """
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        block, out = (
+            max(16, triton.next_power_of_2(longest)),
+            torch.empty_like(q, memory_format=torch.contiguous_format),
+        )
+        ctx.save_for_backward(q, k, v, offsets)
+        ctx.settings = block, scaling, -1 if window is None else window
+        grid = (len(offsets) - 1, q.shape[1])
+        strides = [s for x in (q, k, v, out) for s in x.stride()[:2]]
+        _forward[grid](
+            q, k, v, out, offsets, scaling, *strides, block, q.shape[2], ctx.settings[2], num_warps=_warps(block)
+        )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients of q, k and v."""
+        q, k, v, offsets = ctx.saved_tensors
+        block, scaling, window = ctx.settings
+        grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
+        found = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
+        strides = [s for x in (q, k, v, grad, found[0]) for s in x.stride()[:2]]
+        grid = (len(offsets) - 1, q.shape[1])
+        _backward[grid](
+            q, k, v, grad, *found, offsets, scaling, *strides, block, q.shape[2], window, num_warps=_warps(block)
+        )
+        return *found, None, None, None, None
+
+
+def takes(query: Tensor) -> bool:
+    """Whether the kernels are known to work for heads of such dimensions."""
+    return query.shape[-1] in HEAD_DIMENSIONS
+
+
+def _warps(block: int) -> int:
+    return 8 if block > 64 else 4

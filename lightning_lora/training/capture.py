@@ -1,0 +1,32 @@
+"""Capturing a CUDA graph."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def capture(function: Callable[[], None], pool: Any, device: torch.device) -> Callable[[], None]:
+    """Capture what a function launches, without running it; return what runs it.
+
+    Args:
+        function: Works on tensors that keep their addresses.
+        pool: Memory that graphs share, as by ``torch.cuda.graph_pool_handle``; None for memory of its own.
+        device: Of the tensors.
+
+    Raises:
+        RuntimeError: Something in the function cannot be captured.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            function()
+    except Exception as error:
+        # torch leaves the generator of random numbers in the state of a capture (2.11, 2.13: "Offset increment outside
+        # graph capture"), in which nothing draws from it any more; its copy is not in it.
+        generator = torch.cuda.default_generators[device.index or 0]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise error.__context__ or error from None
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return graph.replay

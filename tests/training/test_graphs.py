@@ -1,0 +1,176 @@
+"""Captured steps: what they do is tested with a capture that runs the function again, on any machine."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+
+from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.models.speedups import Speedups
+from lightning_lora.training import module as module_file
+from lightning_lora.training.graphs import GraphedSteps, why_plain
+from lightning_lora.training.guard import NotFiniteError
+from lightning_lora.training.module import TextClassifier
+from tests.conftest import make_rows, write_csv
+
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "accelerator": "cpu",
+    "enable_checkpointing": False,
+}
+
+
+def run_again(steps: GraphedSteps, function: Callable[[], None]) -> Callable[[], None]:
+    """Stand in for a capture: record by running once, which leaves no trace, and replay by running again."""
+    state = [*steps.gradients, *steps.module.parameters(), *steps.module.buffers()]
+    state += [v for entry in steps.optimizer.state.values() for v in entry.values()]
+    state += [v for v in vars(steps.guard).values() if isinstance(v, torch.Tensor)]
+    before = [tensor.detach().clone() for tensor in state]
+    generator = torch.get_rng_state()
+    function()
+    with torch.no_grad():
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+    torch.set_rng_state(generator)
+    return function
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let steps be captured on a CPU."""
+    monkeypatch.setattr(GraphedSteps, "capture", run_again)
+    monkeypatch.setattr(module_file, "why_plain", lambda module, optimizers: None)
+    yield
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    return write_csv(tmp_path / "rows.csv", make_rows(150))
+
+
+def fit(
+    base: Path,
+    rows: Path,
+    graphs: bool,
+    trainer: dict[str, Any] | None = None,
+    kind: Any = TextClassifier,
+    **model: Any,
+) -> TextClassifier:
+    data = TextDataModule(str(rows), str(base), max_length=24, cache_dir=str(rows.parent / "cache"), batch_size=8)
+    speedups = Speedups(packing=True, cuda_graphs="auto" if graphs else False, kernels=False)
+    module = kind(str(base), ["neg", "pos"], learning_rate=1e-2, speedups=speedups, **model)
+    Trainer(**{"max_epochs": 2, "gradient_clip_val": 0.5, **QUIET} | (trainer or {})).fit(module, data)
+    return module
+
+
+def trained(module: TextClassifier) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+class Weighted(TextClassifier):
+    """A loss of its own, of which only whole batches are known."""
+
+    def configure_losses(self) -> None:
+        self.criterion = lambda logits, labels: torch.nn.functional.multi_margin_loss(logits, labels) * 3
+
+
+@pytest.mark.parametrize(
+    ("trainer", "model"),
+    [
+        ({}, {}),
+        ({"accumulate_grad_batches": 3}, {}),
+        ({"gradient_clip_algorithm": "value"}, {"method": "lora_plus"}),
+        ({"gradient_clip_val": None}, {"class_weights": [1.0, 3.0], "label_smoothing": 0.1}),
+        ({"precision": "bf16-mixed"}, {"method": "full"}),
+        ({}, {"kind": Weighted}),
+    ],
+)
+def test_captured_steps_learn_what_plain_ones_learn(
+    captured: None, tiny_base: Path, reviews: Path, trainer: dict[str, Any], model: dict[str, Any]
+) -> None:
+    plain = fit(tiny_base, reviews, False, trainer, **model)
+    found = fit(tiny_base, reviews, True, trainer, **model)
+    assert found.plain_steps is None and plain.plain_steps is not None
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-5} if trainer.get("precision") != "bf16-mixed" else {"rtol": 0.05, "atol": 0.02}
+    )
+    for name, value in trained(plain).items():
+        torch.testing.assert_close(trained(found)[name], value, msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+    for name in ("train/loss", "train/accuracy", "val/loss"):
+        assert float(found.trainer.callback_metrics[name]) == pytest.approx(
+            float(plain.trainer.callback_metrics[name]), rel=0.05 if "precision" in trainer else 1e-4
+        )
+    assert found.trainer.global_step == plain.trainer.global_step
+
+
+def test_a_step_that_is_not_finite_stops_the_run_with_the_weights_before_it(
+    captured: None, tiny_base: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as with plain steps, which look after each step; captured ones look some steps later."""
+
+    class Spoilt(TextClassifier):
+        """The loss of one row is not a number."""
+
+        def packed_loss(self, logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+            at = self.trainer.fit_loop.total_batch_idx
+            return super().packed_loss(logits, labels, count) * (torch.nan if at == 6 else 1)
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            if self.trainer.fit_loop.total_batch_idx == 6:
+                self.before = {name: value.clone() for name, value in trained(self).items()}
+                self.rows = torch.cat(self.graphs.guard._rows).tolist()  # type: ignore[union-attr]
+            super().on_before_optimizer_step(optimizer)
+
+    with pytest.raises(NotFiniteError, match="the loss of step 7 is not finite") as error:
+        fit(tiny_base, reviews, True, kind=lambda *a, **k: modules.append(Spoilt(*a, **k)) or modules[-1]) if (
+            modules := list[Any]()
+        ) is not None else None
+    module = modules[0]
+    assert sorted(error.value.rows) == sorted(module.rows) and error.value.step == 7
+    for name, value in module.before.items():
+        assert torch.equal(trained(module)[name], value), name
+
+
+@pytest.mark.parametrize("fault", ["fails", "differs"])
+def test_steps_that_cannot_be_captured_are_done_plainly(
+    captured: None, tiny_base: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, fault: str
+) -> None:
+    plain = fit(tiny_base, reviews, False)
+
+    def capture(steps: GraphedSteps, function: Callable[[], None]) -> Callable[[], None]:
+        if fault == "fails":
+            raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+        again = run_again(steps, function)
+
+        def wrong() -> None:
+            again()
+            steps.gradients[0] += 1
+
+        return wrong
+
+    monkeypatch.setattr(GraphedSteps, "capture", capture)
+    found = fit(tiny_base, reviews, True)
+    said = capsys.readouterr().err
+    assert said.count("warning: training steps are not captured as CUDA graphs") == 1 and found.plain_steps in said
+    assert {"fails": "not permitted", "differs": "differs from a plain one by"}[fault] in str(found.plain_steps)
+    for name, value in trained(plain).items():
+        assert torch.equal(trained(found)[name], value), name
+    assert float(found.trainer.callback_metrics["train/accuracy"]) == float(
+        plain.trainer.callback_metrics["train/accuracy"]
+    )
+
+
+def test_on_a_cpu_steps_are_plain_and_asking_for_graphs_says_so(tiny_base: Path, reviews: Path) -> None:
+    from lightning_lora.errors import UserError
+
+    assert fit(tiny_base, reviews, True).plain_steps == "the device is cpu"
+    data = TextDataModule(str(reviews), str(tiny_base), max_length=24, cache_dir=str(reviews.parent / "cache"))
+    module = TextClassifier(str(tiny_base), ["neg", "pos"], speedups=Speedups(cuda_graphs=True))
+    with pytest.raises(UserError, match="cuda_graphs: batches are padded"):
+        Trainer(max_epochs=1, **QUIET).fit(module, data)
+    assert why_plain(module, []) is not None
