@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help quickstart test test-slow faults audit lint benchmark benchmark-smoke scaling tensorboard outside clean
+.PHONY: help quickstart test test-gpu test-slow faults audit lint benchmark benchmark-smoke scaling tensorboard outside clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -21,8 +21,11 @@ quickstart: $(INSTALLED)  ## install, fine-tune on film reviews, test before and
 	$(BIN)/python main.py test --run logs/$(RUN)
 	@echo "with:          source $(BIN)/activate"
 
-test: $(INSTALLED)  ## the whole test suite, offline
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test: $(INSTALLED)  ## the whole test suite, offline, on the CPU
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --dist loadfile
+
+test-gpu: $(INSTALLED)  ## what needs a GPU, and training on it (python -m pytest -m gpu, where torch is there already)
+	$(BIN)/python -m pytest -m gpu
 
 test-slow: $(INSTALLED)  ## the embedded default at full size
 	$(BIN)/python -m pytest -m slow

@@ -99,7 +99,7 @@ def fit(
     trainer = Trainer(precision=precision or auto_precision("auto"), callbacks=[watch], **progress)  # type: ignore[arg-type]
     data.packing = None
     sampler = LengthBatchSampler(data.lengths, batch_size, 1)
-    trainer.fit(module, make_loader(data, sampler, module.packs(trainer)), ckpt_path=resume)
+    trainer.fit(module, make_loader(data, sampler, module.packed_batches.wanted(trainer)), ckpt_path=resume)
     if save:
         trainer.save_checkpoint(save)
     return module
@@ -177,7 +177,7 @@ def architectures(bench: "Bench") -> dict[str, Any]:
     for name in ARCHITECTURES:
         try:
             module = fit(bench.base(name), data, 16, GRAPHS if name != "deberta-v2" else Speedups(), Watch())
-            packed = module.packed_batches.distrust or module.cannot_pack
+            packed = module.packed_batches.distrust or module.packed_batches.cannot
             found[name] = (f"plain: {module.plain_steps}" if module.plain_steps else "captured") + (
                 f"; padded: {packed}" if packed else ""
             )
@@ -508,7 +508,10 @@ def profile(bench: "Bench") -> dict[str, Any]:
             enable_progress_bar=False,
             **QUIET,
         )
-        trainer.fit(module, make_loader(data, LengthBatchSampler(data.lengths, batch_size, 1), module.packs(trainer)))
+        trainer.fit(
+            module,
+            make_loader(data, LengthBatchSampler(data.lengths, batch_size, 1), module.packed_batches.wanted(trainer)),
+        )
         events = window.profile.key_averages()
         kernels = [e for e in window.profile.events() if str(e.device_type).endswith("CUDA") and "step#" not in e.name]
         launches = sum(e.count for e in events if "Launch" in e.key or e.key.startswith("cudaMemcpyAsync"))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of a hub client
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same on a machine with a GPU
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: a thread for each worker
     os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -186,6 +186,7 @@ def train(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any], point: 
         started = time.perf_counter()
         if find_method(config.model.method).trains:
             fit(cli, folder, point)
+            record["speed"] |= model.how_steps_ran()
         else:  # what the fresh head says is kept as it is, so that it is tested like any other
             cli.trainer.validate(model, datamodule=cli.datamodule, verbose=False)
             cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)

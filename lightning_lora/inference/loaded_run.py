@@ -77,7 +77,7 @@ class LoadedRun:
         if not len(dataset):
             return Predictions(np.zeros((0, len(names))), None, names, np.zeros(0, dtype=np.int64))
         together = evaluated_together(self.eval_batch_size)
-        packed = self.padding != "max_length" and self.model.packs(self.trainer)
+        packed = self.padding != "max_length" and self.model.packed_batches.wanted(self.trainer)
         lengths = dataset.lengths if packed else dataset.widths
         loader = make_loader(dataset, LengthBatchSampler(lengths, together, None, packed=packed), packed)
         with torch.inference_mode():

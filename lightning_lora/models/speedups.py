@@ -132,11 +132,15 @@ def _lora_forward(layer: lora.Linear, plain: Callable[..., Tensor], x: Tensor, *
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if not x.is_cuda or layer.disable_adapters or layer.merged or len(names) != 1 or args or kwargs:
         return plain(x, *args, **kwargs)
-    name = names[0]
+    return lora_in_product(layer, names[0], x)
+
+
+def lora_in_product(layer: lora.Linear, name: str, x: Tensor) -> Tensor:
+    """Compute base(x) + scaling B A dropout(x) of an adapter, (..., out) of (..., in)."""
     out = layer.base_layer(x)
     low = layer.lora_A[name](layer.lora_dropout[name](x)) * layer.scaling[name]
-    added = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), cast(nn.Linear, layer.lora_B[name]).weight.mT)
-    return added.view(out.shape)
+    weight = cast(nn.Linear, layer.lora_B[name]).weight
+    return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), weight.mT).view(out.shape)
 
 
 def last_attention_end(base: Base, path: str) -> tuple[nn.Module, nn.Module]:

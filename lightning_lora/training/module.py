@@ -1,27 +1,22 @@
 """The LightningModule: a base model, a method, one shared step."""
 
-import contextlib
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from lightning_lora import processes
 from lightning_lora.data.datamodule import TextDataModule
-from lightning_lora.errors import UserError, check_range
+from lightning_lora.errors import check_range
 from lightning_lora.evaluation.documents import pooled
 from lightning_lora.evaluation.metrics import EvaluationCounter, TrainCounter
 from lightning_lora.models.base import Base, enable_gradient_checkpointing, load_base
 from lightning_lora.models.kernel_plugins import check_engine
 from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
-from lightning_lora.models.packed import FirstTokens, first_position, why_not_packed
 from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.models.speedups import (
     Speedups,
@@ -32,12 +27,9 @@ from lightning_lora.models.speedups import (
     lower_frozen,
 )
 from lightning_lora.runs.checkpoints import CheckpointIdentity
-from lightning_lora.seeding import stream_seed
-from lightning_lora.training.graphs import CannotCaptureError, GraphedSteps, why_plain
-from lightning_lora.training.guard import NotFiniteError, StepGuard, check_whole_steps, compute_largest_batch, stepped
+from lightning_lora.training.guard import check_whole_steps, compute_largest_batch
 from lightning_lora.training.loss import ClassWeights, make_class_weights, row_losses
 from lightning_lora.training.optim import (
-    AdamW,
     Schedule,
     count_steps,
     make_optimizer,
@@ -46,15 +38,14 @@ from lightning_lora.training.optim import (
     take_found_rate,
 )
 from lightning_lora.training.packed_batches import PackedBatches
+from lightning_lora.training.steps import StepRunner
 
 STAGES = ("train", "val", "test")
-#: On a GPU the loss of every so many batches is logged.
-SHOW_EVERY = 10
 #: In what a precision of Lightning's multiplies while weights are of another format.
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
-class TextClassifier(LightningModule):
+class TextClassifier(StepRunner):
     """A Hugging Face encoder fine-tuned to classify texts.
 
     Args:
@@ -132,16 +123,7 @@ class TextClassifier(LightningModule):
         self.speedups = speedups
         #: Whether layers are evaluated in int8, where they can be.
         self.int8 = False
-        #: Where the texts of a packed batch begin, while the model reads it.
-        self.first_tokens = FirstTokens()
         self.packed_batches = PackedBatches(self)
-        #: Why batches cannot be packed for this model.
-        self.cannot_pack: str | None = "configure_models is overridden"
-        #: The captured steps of this training, or why steps are not captured.
-        self.graphs: GraphedSteps | None = None
-        self.plain_steps: str | None = None
-        #: The loss in the progress bar on a GPU.
-        self._shown: Tensor | None = None
         # A checkpoint holds what is trained; the frozen rest comes from the base model.
         self.strict_loading = False
         self.register_buffer("loss_weights", None, persistent=False)
@@ -149,9 +131,6 @@ class TextClassifier(LightningModule):
         self.configure_losses()
         self.configure_metrics()
         self._counted: dict[str, Any] = {}
-        self.step_guard = StepGuard()
-        #: Whether training itself has started, and with it its first step; a search for a learning rate comes before.
-        self.trains = self.began = False
         #: The peak of the schedule, which a search may replace.
         self.scheduled_rate = self.learning_rate
         #: Optimizer steps that the schedule is laid out over: in the state that training continues from, and now.
@@ -169,8 +148,8 @@ class TextClassifier(LightningModule):
         """Apply the method to the base model: sets ``self.model``, which gives ``logits`` (B, C)."""
         base, method = self.load_base_model(), self.hparams["method"]
         self.tuned = tuned = tune(base, method, self.adapter, self.seed, self.hparams["frozen_dropout"])
-        self.speed_notes = install(base, self.speedups, self.first_tokens)
-        self.cannot_pack, self.first_position = why_not_packed(base), first_position(base.model)
+        self.speed_notes = install(base, self.speedups, self.packed_batches.first_tokens)
+        self.packed_batches.start(base)
         self.known_architecture = base.architecture is not None
         self.head_origin = base.head
         self.model: Any = tuned.model
@@ -223,30 +202,10 @@ class TextClassifier(LightningModule):
 
     def speed_choices(self, trainer: Any) -> list[str]:
         """What is done for speed in a run of this trainer, in words."""
-        attention = "texts packed" if self.packs(trainer) else f"{self.attention_for(training=True)} attention"
+        packed = self.packed_batches.wanted(trainer)
+        attention = "texts packed" if packed else f"{self.attention_for(training=True)} attention"
         lowered = ["frozen weights in bfloat16"] if self.lowers_frozen(str(trainer.precision)) else []
         return [attention, *lowered, *self.speed_notes]
-
-    def packs(self, trainer: Any) -> bool:
-        """Whether batches are packed in a run of this trainer.
-
-        Raises:
-            UserError: That was asked for and cannot be.
-        """
-        asked, data = self.speedups.packing, getattr(trainer, "datamodule", None)
-        reason = self.cannot_pack
-        if any(getattr(type(self), name) is not getattr(TextClassifier, name) for name in ("forward", "shared_step")):
-            reason = "forward or shared_step is overridden, and reads padded batches"
-        elif self.hparams["gradient_checkpointing"]:
-            reason = "gradient checkpointing reads a batch once more in the backward pass"
-        elif self.attention != "auto":
-            reason = f"model.attention asks for {self.attention}"
-        elif getattr(data, "padding", None) == "max_length":
-            reason = "data.padding asks for max_length"
-        if asked is True and reason is not None:
-            raise UserError(f"model.speedups.packing: {reason}; leave one of the two out")
-        on_gpu = trainer.strategy.root_device.type == "cuda"
-        return reason is None and (on_gpu if asked == "auto" else bool(asked))
 
     def lowers_frozen(self, precision: str) -> bool:
         """Whether frozen weights are kept in bfloat16."""
@@ -302,114 +261,15 @@ class TextClassifier(LightningModule):
         there = torch.arange(len(labels), device=labels.device) < count
         return (self._row_losses(logits, labels) * there).sum() / count
 
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Starts dropout's random stream of this batch: a resumed run draws what it would have drawn."""
-        self.began = self.trains
-        self.seed_step()
-
-    def seed_step(self) -> None:
-        """Starts dropout's random stream of the current batch."""
-        rank = f"/{self.trainer.global_rank}" if self.trainer.global_rank else ""
-        seed = stream_seed(self.seed, f"dropout/{self.trainer.fit_loop.total_batch_idx}{rank}")
-        torch.default_generator.manual_seed(seed)
-        if self.device.type == "cuda":  # torch.manual_seed asks every kind of device, which takes 3 ms
-            torch.cuda.default_generators[self.device.index].manual_seed(seed)
-        elif self.device.type != "cpu":
-            torch.manual_seed(seed)
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss to step on; where steps are captured, the gradients are computed here too."""
-        loss = self._captured_loss(batch) if self.graphs is not None else None
+        loss = self.captured_loss(batch)
         if loss is None:
             loss = self.shared_step(batch, "train")["loss"]
             self.step_guard.add(loss, batch["rows"])
-        self._show(loss, batch, batch_idx)
+        self.show_loss(loss, batch, batch_idx)
         # The trainer gives each part of an accumulated step the same weight; its rows say what it should have.
         return (loss if self.tuned.steps is None else loss + self.tuned.steps.penalty()) * batch["share"]
-
-    def _show(self, loss: Tensor, batch: dict[str, Any], batch_idx: int) -> None:
-        """Logs the loss; on a GPU of every ``SHOW_EVERY`` batches, and to the progress bar as it was then."""
-        on_gpu = self.device.type == "cuda"
-        if on_gpu and batch_idx % SHOW_EVERY:
-            return
-        # Lightning's own sync_dist has all processes wait for each other before each number.
-        shown = processes.mean(loss.detach() * batch["part_share"])
-        common: dict[str, Any] = {"batch_size": len(batch["rows"])}
-        # What is in the progress bar Lightning (2.6.6) takes to the CPU in each step, and waits for the GPU.
-        self.log("train/loss_step", shown, prog_bar=not on_gpu, **common)
-        if on_gpu:
-            if self._shown is None:
-                self._shown = shown.to("cpu").pin_memory()
-            self.log("loss", self._shown, prog_bar=True, logger=False, **common)
-            self._shown.copy_(shown, non_blocking=True)
-
-    def _captured_loss(self, batch: dict[str, Any]) -> Tensor | None:
-        """The loss of a captured pass; None where it turned out that there can be none."""
-        try:
-            loss, _ = self.graphs.take(batch)  # type: ignore[union-attr]
-        except CannotCaptureError as error:
-            self.plain_steps = str(error)
-            print(f"warning: training steps are not captured as CUDA graphs: {error}", file=sys.stderr, flush=True)
-            self.graphs.close()  # type: ignore[union-attr]
-            self.graphs = None
-            return None
-        self.graphs.guard.add(batch["rows"])  # type: ignore[union-attr]
-        return loss
-
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Computes the gradients, where ``training_step`` has not."""
-        if self.graphs is None:
-            super().backward(loss, *args, **kwargs)
-
-    def on_validation_model_zero_grad(self) -> None:
-        """Frees gradients for a validation pass, where captured steps do not know their addresses."""
-        if self.graphs is None:
-            super().on_validation_model_zero_grad()
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        """Sets gradients to none, where a captured step does not set them to zero."""
-        if self.graphs is None:
-            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stops before a step that would spoil the weights.
-
-        Raises:
-            NotFiniteError: The loss or the gradient of the step is not finite.
-        """
-        if self.graphs is not None:
-            self.graphs.guard.took(self.trainer.global_step + 1)
-            if self.graphs.guard.due:
-                self.graphs.guard.settle()
-            return
-        # A search for a learning rate goes up to rates at which the weights are lost; they are restored after it.
-        with contextlib.nullcontext() if self.trains else contextlib.suppress(NotFiniteError):
-            # A scaler of the loss meets infinite gradients, and leaves them out.
-            self.step_guard.check(optimizer, self.trainer.global_step + 1, gradients=not self.scales_loss)
-
-    @property
-    def scales_loss(self) -> bool:
-        """Whether Lightning multiplies the loss, so that small gradients are not lost in float16."""
-        return str(self.trainer.precision) == "16-mixed"
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """Clips as Lightning does, which refuses it to a fused optimizer even where no loss is scaled (2.6.6)."""
-        if self.graphs is not None:  # a captured step does
-            return
-        if self.scales_loss or not gradient_clip_val or gradient_clip_val < 0:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(stepped(optimizer), gradient_clip_val)
-        else:
-            nn.utils.clip_grads_with_norm_(stepped(optimizer), gradient_clip_val, self.step_guard.gradient_norm)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Steps, and lets the method do what it does after a step."""
-        super().optimizer_step(*args, **kwargs)
-        if self.tuned.steps is not None:
-            self.tuned.steps.after_step(self.trainer.global_step + 1)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Loss and logits."""
@@ -426,7 +286,7 @@ class TextClassifier(LightningModule):
 
     def on_validation_start(self) -> None:
         """Merges adapters while their weights stay as they are."""
-        self._settle()
+        self.settle()
         dtype = AUTOCAST.get(str(self.trainer.precision))
         begin_evaluation(self.model, dtype, self.speedups, "int8" if self.int8 else None)
         self.packed_batches.start_evaluation()
@@ -444,7 +304,7 @@ class TextClassifier(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's training loss and metrics."""
-        self._settle()
+        self.settle()
         self._log_epoch("train")
 
     def on_validation_epoch_end(self) -> None:
@@ -466,16 +326,11 @@ class TextClassifier(LightningModule):
     def _evaluation_counter(self, stage: str) -> EvaluationCounter:
         return cast(EvaluationCounter, self.stage_counters[f"{stage}_counter"])
 
-    def _settle(self) -> None:
-        """Waits for captured steps, one of which may not have been finite."""
-        if self.graphs is not None:
-            self.graphs.guard.settle()
-
     def setup(self, stage: str) -> None:
         """Puts the frozen weights into their number format, and takes the class weights of the training loss."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TextDataModule):
-            data.packed = self.packs(self.trainer)
+            data.packed = self.packed_batches.wanted(self.trainer)
         if self.lowers_frozen(str(self.trainer.precision)):
             lower_frozen(self.model, torch.bfloat16)
         if stage == "fit" and self.class_weights is not None:
@@ -499,31 +354,7 @@ class TextClassifier(LightningModule):
         if self._counted and self.trainer.is_global_zero:  # it holds what all processes had counted
             self.train_counter.restore(self._counted)
         self._counted = {}
-        self._start_graphs()
-
-    def _start_graphs(self) -> None:
-        """Gets ready to capture steps, where that is possible.
-
-        Raises:
-            UserError: It was asked for and is not possible.
-        """
-        asked, optimizers = self.speedups.cuda_graphs, self.trainer.optimizers
-        self.plain_steps = why_plain(self, optimizers) if asked else "model.speedups.cuda_graphs is off"
-        if asked is True and self.plain_steps is not None:
-            raise UserError(f"model.speedups.cuda_graphs: {self.plain_steps}; leave it out")
-        self.graphs = None
-        if self.plain_steps is None and self.trains:
-            self.graphs = GraphedSteps(self, cast(AdamW, optimizers[0]))
-
-    def on_train_end(self) -> None:
-        """Waits for captured steps."""
-        self._settle()
-
-    def teardown(self, stage: str) -> None:
-        """Gives back what captured steps hold."""
-        if self.graphs is not None:
-            self.graphs.close()
-            self.graphs = None
+        self.start_graphs()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and its schedule, which moves on each optimizer step."""
@@ -543,7 +374,7 @@ class TextClassifier(LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         self.identity.write_to(checkpoint)
         if "optimizer_states" in checkpoint:  # a state to go on from, and not weights alone
-            self._settle()
+            self.settle()
             checkpoint["counted"] = self.train_counter.counted()
             checkpoint["planned_steps"] = self.planned_steps
             if self.tuned.steps is not None:

@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 from lightning_lora.data.packing import PackedShape, PackedViews, padded, unpack
 from lightning_lora.devices import compute_dtype
-from lightning_lora.errors import first_line
+from lightning_lora.errors import UserError, first_line
 from lightning_lora.evaluation.documents import pooled
-from lightning_lora.models.packed import PACKED, leave_short_attention
+from lightning_lora.models.base import Base
+from lightning_lora.models.packed import PACKED, FirstTokens, first_position, leave_short_attention, why_not_packed
 from lightning_lora.training.capture import capture
 
 #: Largest relative difference, of logits and gradients in their norm, between packed and padded batches: what two
 #: orders of summing can differ by.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-#: An evaluation pass of one shape is captured when it comes for this time; capturing takes as long as a pass.
-CAPTURE_AT = 2
+#: An evaluation pass of one shape is captured when it comes for this time, also in later passes over the rows: a large
+#: batch hides its launches behind its kernels, and capturing takes several times as long as a pass.
+CAPTURE_AT = 16
 
 
 class PackedBatches:
@@ -31,6 +33,11 @@ class PackedBatches:
 
     def __init__(self, module: Any) -> None:
         self.module = module
+        #: Why batches cannot be packed for the model; None where they can.
+        self.cannot: str | None = "configure_models is overridden"
+        #: Where the texts of a packed batch begin, while the model reads it.
+        self.first_tokens = FirstTokens()
+        self.first_position = 0
         #: Why packed batches are padded again before the model reads them; None while they are not.
         self.distrust: str | None = None
         #: Why evaluation passes are not captured; None while they are.
@@ -39,6 +46,32 @@ class PackedBatches:
         self._captured: dict[PackedShape, tuple[Tensor, Tensor, Callable[[], None]]] = {}
         self._met: Counter[PackedShape] = Counter()
         self._addresses: list[int] = []
+
+    def start(self, base: Base) -> None:
+        """Take in the model, to which hooks of ``first_tokens`` were added."""
+        self.cannot, self.first_position = why_not_packed(base), first_position(base.model)
+
+    def wanted(self, trainer: Any) -> bool:
+        """Whether batches are packed in a run of this trainer.
+
+        Raises:
+            UserError: That was asked for and cannot be.
+        """
+        module, data = self.module, getattr(trainer, "datamodule", None)
+        asked, reason, kind = module.speedups.packing, self.cannot, type(module)
+        own = ("forward", "document_logits", "shared_step")
+        if any(not getattr(kind, name).__module__.startswith(__package__ or "") for name in own):
+            reason = f"{' or '.join(own)} is overridden, and reads padded batches"
+        elif module.hparams["gradient_checkpointing"]:
+            reason = "gradient checkpointing reads a batch once more in the backward pass"
+        elif module.attention != "auto":
+            reason = f"model.attention asks for {module.attention}"
+        elif getattr(data, "padding", None) == "max_length":
+            reason = "data.padding asks for max_length"
+        if asked is True and reason is not None:
+            raise UserError(f"model.speedups.packing: {reason}; leave one of the two out")
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        return reason is None and (on_gpu if asked == "auto" else bool(asked))
 
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """Compute the logits, float32 (B, C), of the texts of a packed batch on the device of the model."""
@@ -57,10 +90,10 @@ class PackedBatches:
         module.use_attention(PACKED)
         offsets = views.offsets.int()
         starts = views.offsets[: shape.inputs].clamp(max=shape.tokens - 1)
-        with module.first_tokens.at(starts):
+        with self.first_tokens.at(starts):
             logits = module.model(
                 input_ids=views.input_ids,
-                position_ids=views.position_ids + module.first_position,
+                position_ids=views.position_ids + self.first_position,
                 attention_mask=None,
                 cu_seq_lens_q=offsets,
                 cu_seq_lens_k=offsets,
@@ -114,7 +147,8 @@ class PackedBatches:
         addresses = [tensor.data_ptr() for tensor in (*self.module.parameters(), *self.module.buffers())]
         if addresses != self._addresses:
             self._captured.clear()
-        self._addresses, self._met = addresses, Counter()
+            self._met.clear()
+        self._addresses = addresses
 
     def _captures(self, flat: Tensor) -> bool:
         wanted = self.module.speedups.cuda_graphs is not False and self.plain_evaluation is None

@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.metrics import classification_report, precision_recall_fscore_support
 
-from lightning_lora.evaluation.metrics import label_tags, make_metrics, metric_values
+from lightning_lora.evaluation.metrics import TrainCounter, label_tags, make_metrics, metric_values
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 7])
@@ -64,3 +64,21 @@ def test_averages_differ_on_unbalanced_classes() -> None:
 
 def test_label_names_become_different_parts_of_a_name() -> None:
     assert label_tags(["Sci/Tech", "Sci Tech", "!!", "World"]) == ["Sci_Tech", "Sci_Tech_1", "class_2", "World"]
+
+
+def test_the_metrics_of_training_rows_are_those_of_scikit_learn_also_of_partly_filled_batches() -> None:
+    from sklearn.metrics import accuracy_score, f1_score, precision_score
+
+    torch.manual_seed(0)
+    counter, logits, labels = TrainCounter(3), torch.randn(25, 3), torch.randint(0, 3, (25,))
+    counter.count(logits[:10], labels[:10], torch.tensor(2.0))
+    counter.count(logits[10:], labels[10:], torch.tensor(1.0), torch.tensor(5))  # only five of them are there
+    state = counter.counted()
+    found = counter.take_values(["a", "b", "c"])
+    there, predicted = labels[:15], logits[:15].argmax(-1)
+    assert found["accuracy"] == pytest.approx(accuracy_score(there, predicted))
+    assert found["f1_macro"] == pytest.approx(f1_score(there, predicted, average="macro"))
+    assert found["precision/b"] == pytest.approx(precision_score(there, predicted, average=None)[1])
+    assert found["loss"] == pytest.approx((10 * 2.0 + 5 * 1.0) / 15)
+    counter.restore(state)
+    assert counter.take_values(["a", "b", "c"]) == found and not counter.counted()["rows"]

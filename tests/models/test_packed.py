@@ -18,9 +18,9 @@ from lightning_lora.training.module import TextClassifier
 PACKS = [name for name, architecture in ARCHITECTURES.items() if architecture.packs]
 
 
-def rows(keep: str = "head", count: int = 9, longest: int = 40) -> TokenDataset:
+def rows(keep: str = "head", count: int = 9, longest: int = 40, top: int = 60) -> TokenDataset:
     draw = np.random.default_rng(1)
-    lengths = draw.integers(1, 60, count)
+    lengths = draw.integers(1, top, count)
     ids = draw.integers(5, 30, lengths.sum()).astype(np.int32)
     frame = InputFormat((2,), (3,), 0, longest, keep, 4 if keep == "windows" else 0)  # type: ignore[arg-type]
     tokens = Tokens(ids, np.concatenate(([0], np.cumsum(lengths))))
@@ -46,7 +46,7 @@ def test_packed_texts_give_the_logits_and_gradients_of_padded_ones(
     base = make_base(model_type, **changes)
     speedups = Speedups(first_token_only=first_token_only, kernels=False)
     model = TextClassifier(str(base), ["a", "b", "c"], "full", speedups=speedups)
-    assert model.cannot_pack is None
+    assert model.packed_batches.cannot is None
     model.eval()
     found = []
     for batch in both(rows(keep)):
@@ -84,9 +84,9 @@ def test_packed_hidden_states_are_those_that_transformers_gives_each_text_alone(
 def test_architectures_outside_the_table_and_of_other_attention_say_why_they_are_padded(
     make_base: Callable[..., Path],
 ) -> None:
-    assert "code of its own" in str(TextClassifier(str(make_base("deberta-v2")), ["a", "b"]).cannot_pack)
+    assert "code of its own" in str(TextClassifier(str(make_base("deberta-v2")), ["a", "b"]).packed_batches.cannot)
     mean = make_base("modernbert", classifier_pooling="mean")
-    assert "mean of all tokens" in str(TextClassifier(str(mean), ["a", "b"]).cannot_pack)
+    assert "mean of all tokens" in str(TextClassifier(str(mean), ["a", "b"]).packed_batches.cannot)
 
 
 def test_tokens_that_belong_to_no_text_get_no_gradient_and_no_nan() -> None:

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from lightning_lora.models.speedups import (
     begin_evaluation,
     end_evaluation,
     install,
+    lora_in_product,
     lower_frozen,
 )
 from lightning_lora.training.module import AUTOCAST, TextClassifier
@@ -271,3 +274,20 @@ def test_training_goes_on_as_it_was_after_a_validation(tiny_base, reviews) -> No
         assert torch.equal(value, ends[0][name]) and torch.equal(value, ends[1][name]), name
     assert used == {("train", model.attention_for(True)), ("validate", model.attention_for(False))}
     assert torch.cuda.is_available() or used == {("train", "eager"), ("validate", "sdpa")}
+
+
+@pytest.mark.parametrize("changes", [{}, {"alpha": 5}, {"dropout": 0.5}])
+def test_what_lora_adds_in_a_product_is_what_peft_adds(tiny_base: Path, changes: dict[str, float]) -> None:
+    base = load_base(str(tiny_base), ["neg", "pos"], 1)
+    tuned = tune(base, "lora", AdapterOptions(**changes), 1, False)  # type: ignore[arg-type]
+    layer = next(m for m in tuned.model.modules() if isinstance(m, lora.Linear))
+    nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(3, 5, layer.in_features, requires_grad=True)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    found = []
+    for forward in (layer.forward, partial(lora_in_product, layer, "default")):
+        torch.manual_seed(0)
+        out = forward(x)
+        found.append([out, *torch.autograd.grad(out.pow(2).sum(), [x, *trained])])
+    for got, value in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,174 @@
+"""How an optimizer step is run: its random numbers, its guard, captured as CUDA graphs or plainly."""
+
+import contextlib
+import sys
+from typing import Any, cast
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from lightning_lora import processes
+from lightning_lora.errors import UserError
+from lightning_lora.models.methods import Tuned
+from lightning_lora.models.speedups import Speedups
+from lightning_lora.seeding import stream_seed
+from lightning_lora.training.graphs import CannotCaptureError, GraphedSteps, why_plain
+from lightning_lora.training.guard import NotFiniteError, StepGuard, stepped
+from lightning_lora.training.optim import AdamW
+
+#: On a GPU the loss of every so many batches is logged.
+SHOW_EVERY = 10
+
+
+class StepRunner(LightningModule):
+    """The part of ``TextClassifier`` that runs optimizer steps; what a step computes stands there."""
+
+    tuned: Tuned
+    speedups: Speedups
+    seed: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step_guard = StepGuard()
+        #: Whether training itself has started, and with it its first step; a search for a learning rate comes before.
+        self.trains = self.began = False
+        #: The captured steps of this training, or why steps are not captured.
+        self.graphs: GraphedSteps | None = None
+        self.plain_steps: str | None = None
+        #: The loss in the progress bar on a GPU.
+        self._shown: Tensor | None = None
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Starts dropout's random stream of this batch: a resumed run draws what it would have drawn."""
+        self.began = self.trains
+        self.seed_step()
+
+    def seed_step(self) -> None:
+        """Starts dropout's random stream of the current batch."""
+        rank = f"/{self.trainer.global_rank}" if self.trainer.global_rank else ""
+        seed = stream_seed(self.seed, f"dropout/{self.trainer.fit_loop.total_batch_idx}{rank}")
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":  # torch.manual_seed asks every kind of device, which takes 3 ms
+            torch.cuda.default_generators[self.device.index].manual_seed(seed)
+        elif self.device.type != "cpu":
+            torch.manual_seed(seed)
+
+    def show_loss(self, loss: Tensor, batch: dict[str, Any], batch_idx: int) -> None:
+        """Logs the loss; on a GPU of every ``SHOW_EVERY`` batches, and to the progress bar as it was then."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and batch_idx % SHOW_EVERY:
+            return
+        # Lightning's own sync_dist has all processes wait for each other before each number.
+        shown = processes.mean(loss.detach() * batch["part_share"])
+        common: dict[str, Any] = {"batch_size": len(batch["rows"])}
+        # What is in the progress bar Lightning (2.6.6) takes to the CPU in each step, and waits for the GPU.
+        self.log("train/loss_step", shown, prog_bar=not on_gpu, **common)
+        if on_gpu:
+            if self._shown is None:
+                self._shown = shown.to("cpu").pin_memory()
+            self.log("loss", self._shown, prog_bar=True, logger=False, **common)
+            self._shown.copy_(shown, non_blocking=True)
+
+    def captured_loss(self, batch: dict[str, Any]) -> Tensor | None:
+        """Computes the loss and the gradients by a captured pass; None where steps are not captured."""
+        if self.graphs is None:
+            return None
+        try:
+            loss, _ = self.graphs.take(batch)
+        except CannotCaptureError as error:
+            self.plain_steps = str(error)
+            print(f"warning: training steps are not captured as CUDA graphs: {error}", file=sys.stderr, flush=True)
+            self.graphs.close()
+            self.graphs = None
+            return None
+        self.graphs.guard.add(batch["rows"])
+        return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Computes the gradients, where ``training_step`` has not."""
+        if self.graphs is None:
+            super().backward(loss, *args, **kwargs)
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Frees gradients for a validation pass, where captured steps do not know their addresses."""
+        if self.graphs is None:
+            super().on_validation_model_zero_grad()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Sets gradients to none, where a captured step does not set them to zero."""
+        if self.graphs is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Stops before a step that would spoil the weights.
+
+        Raises:
+            NotFiniteError: The loss or the gradient of the step is not finite.
+        """
+        if self.graphs is not None:
+            self.graphs.guard.took(self.trainer.global_step + 1)
+            if self.graphs.guard.due:
+                self.graphs.guard.settle()
+            return
+        # A search for a learning rate goes up to rates at which the weights are lost; they are restored after it.
+        with contextlib.nullcontext() if self.trains else contextlib.suppress(NotFiniteError):
+            # A scaler of the loss meets infinite gradients, and leaves them out.
+            self.step_guard.check(optimizer, self.trainer.global_step + 1, gradients=not self.scales_loss)
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether Lightning multiplies the loss, so that small gradients are not lost in float16."""
+        return str(self.trainer.precision) == "16-mixed"
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clips as Lightning does, which refuses it to a fused optimizer even where no loss is scaled (2.6.6)."""
+        if self.graphs is not None:  # a captured step does
+            return
+        if self.scales_loss or not gradient_clip_val or gradient_clip_val < 0:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(stepped(optimizer), gradient_clip_val)
+        else:
+            nn.utils.clip_grads_with_norm_(stepped(optimizer), gradient_clip_val, self.step_guard.gradient_norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps, and lets the method do what it does after a step."""
+        super().optimizer_step(*args, **kwargs)
+        if self.tuned.steps is not None:
+            self.tuned.steps.after_step(self.trainer.global_step + 1)
+
+    def settle(self) -> None:
+        """Waits for captured steps, one of which may not have been finite."""
+        if self.graphs is not None:
+            self.graphs.guard.settle()
+
+    def start_graphs(self) -> None:
+        """Gets ready to capture steps, where that is possible.
+
+        Raises:
+            UserError: It was asked for and is not possible.
+        """
+        asked, optimizers = self.speedups.cuda_graphs, self.trainer.optimizers
+        self.plain_steps = why_plain(self, optimizers) if asked else "model.speedups.cuda_graphs is off"
+        if asked is True and self.plain_steps is not None:
+            raise UserError(f"model.speedups.cuda_graphs: {self.plain_steps}; leave it out")
+        self.graphs = None
+        if self.plain_steps is None and self.trains:
+            self.graphs = GraphedSteps(self, cast(AdamW, optimizers[0]))
+
+    def how_steps_ran(self) -> dict[str, str]:
+        """Whether steps were captured, or why not, for the run record."""
+        return {"steps": "captured as CUDA graphs" if self.plain_steps is None else f"plain: {self.plain_steps}"}
+
+    def on_train_end(self) -> None:
+        """Waits for captured steps."""
+        self.settle()
+
+    def teardown(self, stage: str) -> None:
+        """Gives back what captured steps hold."""
+        if self.graphs is not None:
+            self.graphs.close()
+            self.graphs = None
