@@ -30,3 +30,8 @@ def capture(function: Callable[[], None], pool: Any, device: torch.device) -> Ca
         raise error.__context__ or error from None
     torch.cuda.current_stream(device).wait_stream(stream)
     return graph.replay
+
+
+def ours(thing: Any, *packages: str) -> bool:
+    """Whether a class or function is of this package, or of the given ones: then what it does in a capture is known."""
+    return bool(thing.__module__.startswith(("lightning_lora.", *packages)))

@@ -14,12 +14,21 @@ from torch import Tensor, nn
 
 from lightning_lora.data.packing import PackedShape, empty, unpack
 from lightning_lora.errors import first_line
-from lightning_lora.training.capture import capture
+from lightning_lora.training.capture import capture, ours
 from lightning_lora.training.guard import DeferredGuard
 from lightning_lora.training.optim import AdamW
 
 #: Callbacks that replace parameters, whose addresses a graph knows, or change which of them are trained.
 CHANGE_PARAMETERS = (BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging)
+#: Methods of the module whose work a captured step does.
+STEP_HOOKS = (
+    "training_step",
+    "backward",
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "on_before_optimizer_step",
+    "configure_gradient_clipping",
+)
 #: Largest relative difference, of the loss and of the gradient's norm, between a captured step and a plain one.
 GRAPH_TOLERANCE = 1e-3
 
@@ -145,7 +154,7 @@ class GraphedSteps:
         try:
             self._compare(batch, parts, forget)
             self._capture_optimizer()
-        except (RuntimeError, torch.OutOfMemoryError) as error:
+        except Exception as error:  # of kernels, of the capture, of what a loss does in it
             raise CannotCaptureError(first_line(error, 160)) from error
         finally:
             forget()
@@ -220,4 +229,16 @@ def why_plain(module: Any, optimizers: list[Any]) -> str | None:
         return "the optimizer is not the project's AdamW"
     if changing := [type(c).__name__ for c in trainer.callbacks if isinstance(c, CHANGE_PARAMETERS)]:
         return f"{changing[0]} replaces or freezes parameters"
+    return what_python_does(module)
+
+
+def what_python_does(module: Any) -> str | None:
+    """Say what code outside this package does in a step that a capture would leave out or freeze, if there is any."""
+    if hooks := [name for name in STEP_HOOKS if not ours(getattr(type(module), name))]:
+        return f"{hooks[0]} is overridden"
+    own = [type(c).__name__ for c in module.trainer.callbacks if not ours(type(c), "lightning.")]
+    own = [f"a callback of your own ({name})" for name in own]
+    own += ["a loss of your own"] if module.own_criterion else []
+    if own and module.speedups.cuda_graphs is not True:
+        return f"{own[0]} may change what a capture freezes; model.speedups.cuda_graphs: true captures all the same"
     return None

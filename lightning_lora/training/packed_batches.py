@@ -14,14 +14,13 @@ from lightning_lora.errors import UserError, first_line
 from lightning_lora.evaluation.documents import pooled
 from lightning_lora.models.base import Base
 from lightning_lora.models.packed import PACKED, FirstTokens, first_position, leave_short_attention, why_not_packed
-from lightning_lora.training.capture import capture
+from lightning_lora.training.capture import capture, ours
 
 #: Largest relative difference, of logits and gradients in their norm, between packed and padded batches: what two
 #: orders of summing can differ by.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-#: An evaluation pass of one shape is captured when it comes for this time, also in later passes over the rows: a large
-#: batch hides its launches behind its kernels, and capturing takes several times as long as a pass.
-CAPTURE_AT = 16
+#: The forward pass of an evaluation batch is captured when its shape comes for this time.
+CAPTURE_AT = 2
 
 
 class PackedBatches:
@@ -60,7 +59,7 @@ class PackedBatches:
         module, data = self.module, getattr(trainer, "datamodule", None)
         asked, reason, kind = module.speedups.packing, self.cannot, type(module)
         own = ("forward", "document_logits", "shared_step")
-        if any(not getattr(kind, name).__module__.startswith(__package__ or "") for name in own):
+        if any(not ours(getattr(kind, name)) for name in own):
             reason = f"{' or '.join(own)} is overridden, and reads padded batches"
         elif module.hparams["gradient_checkpointing"]:
             reason = "gradient checkpointing reads a batch once more in the backward pass"
@@ -112,7 +111,7 @@ class PackedBatches:
 
     def checked(self, batch: dict[str, Any]) -> str | None:
         """Compare packed with padded on a first batch; return why packed batches are not trusted, if they are not."""
-        if not self._checked:
+        if not self._checked and len(batch["rows"]) > 1:  # one text says nothing of others
             self._checked = True
             self.distrust = self._difference(batch)
             if self.distrust is not None and leave_short_attention(self.distrust):
@@ -137,7 +136,10 @@ class PackedBatches:
             dtype = compute_dtype(next(p for p in model.parameters() if p.is_floating_point()))
             difference = max(_apart(found[0][:1], found[1][:1]), _apart(found[0][1:], found[1][1:]))
             return None if difference <= TOLERANCE[dtype] else f"packed and padded batches differ by {difference:.1e}"
-        except (RuntimeError, TypeError, ValueError) as error:
+        except torch.OutOfMemoryError:  # of two passes where there is one; what is too large will say so by itself
+            torch.cuda.empty_cache()
+            return None
+        except Exception as error:  # of kernels, and of models that take no offsets
             return first_line(error, 160)
         finally:
             nn.Module.train(model, mode)
@@ -162,7 +164,7 @@ class PackedBatches:
             try:
                 if shape not in self._captured:
                     self._captured[shape] = self._capture(flat.clone(), shape)
-            except (RuntimeError, torch.OutOfMemoryError) as error:
+            except Exception as error:
                 self.plain_evaluation = first_line(error, 160)
                 print(f"warning: evaluation is not captured: {self.plain_evaluation}", file=sys.stderr, flush=True)
                 return None

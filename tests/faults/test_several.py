@@ -93,6 +93,14 @@ def test_several_processes_come_to_what_one_comes_to(place: Path, tmp_path: Path
 
 
 @pytest.mark.faults
+def test_several_processes_share_packed_batches(place: Path, tmp_path: Path) -> None:
+    more = ("--model.speedups.packing", "true", "--trainer.devices", "3")
+    runs = begin(words(place, "three", tmp_path, *more), tmp_path / "out", 3)
+    assert ended(runs) == [0] * 3, runs[0].text()
+    alike(tmp_path / "three", place / "one")
+
+
+@pytest.mark.faults
 def test_several_processes_share_batches_by_tokens(place: Path, tmp_path: Path) -> None:
     """Steps of unlike numbers of texts, in two parts each, some of fewer texts than processes."""
     more = ("--data.batch_by", "tokens", "--data.max_length", "48")

@@ -1,17 +1,21 @@
 """Captured steps: what they do is tested with a capture that runs the function again, on any machine."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
+from pyarrow import csv
 
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.models.speedups import Speedups
 from lightning_lora.training import steps as steps_file
-from lightning_lora.training.graphs import GraphedSteps, why_plain
+from lightning_lora.training.graphs import GraphedSteps, what_python_does, why_plain
 from lightning_lora.training.guard import NotFiniteError
 from lightning_lora.training.module import TextClassifier
 from tests.conftest import make_rows, write_csv
@@ -56,13 +60,16 @@ def reviews(tmp_path: Path) -> Path:
 def fit(
     base: Path,
     rows: Path,
-    graphs: bool,
+    graphs: Any,
     trainer: dict[str, Any] | None = None,
     kind: Any = TextClassifier,
+    packing: bool = True,
+    data: dict[str, Any] | None = None,
     **model: Any,
 ) -> TextClassifier:
-    data = TextDataModule(str(rows), str(base), max_length=24, cache_dir=str(rows.parent / "cache"), batch_size=8)
-    speedups = Speedups(packing=True, cuda_graphs="auto" if graphs else False, kernels=False)
+    common = {"max_length": 24, "cache_dir": str(rows.parent / "cache"), "batch_size": 8}
+    data = TextDataModule(**{"source": str(rows), "base_model": str(base)} | common | (data or {}))  # type: ignore[assignment]
+    speedups = Speedups(packing=packing, cuda_graphs=graphs, kernels=False)
     module = kind(str(base), ["neg", "pos"], speedups=speedups, **{"learning_rate": 1e-2} | model)
     Trainer(**{"max_epochs": 2, "gradient_clip_val": 0.5, **QUIET} | (trainer or {})).fit(module, data)
     return module
@@ -70,6 +77,33 @@ def fit(
 
 def trained(module: TextClassifier) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("data", "trainer", "model"),
+    [
+        ({}, {}, {}),
+        ({"truncation": "windows", "max_length": 12}, {"accumulate_grad_batches": 2}, {"class_weights": "balanced"}),
+        ({"batch_by": "tokens"}, {"accumulate_grad_batches": 2}, {"label_smoothing": 0.1}),
+        ({"stream": True}, {}, {"method": "rslora"}),
+    ],
+)
+def test_packed_batches_learn_what_padded_ones_learn(
+    make_base: Callable[..., Path], reviews: Path, data: dict[str, Any], trainer: dict[str, Any], model: dict[str, Any]
+) -> None:
+    base = make_base(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    if data.get("stream"):
+        table = csv.read_csv(reviews)
+        files = {name: str(reviews.with_name(f"{name}.parquet")) for name in ("train", "validation", "test")}
+        for i, file in enumerate(files.values()):
+            pq.write_table(table.slice(40 * i, 40), file)
+        data = {**data, "source": files}
+    padded, packed = (fit(base, reviews, False, trainer, packing=p, data=data, **model) for p in (False, True))
+    assert packed.packed_batches.distrust is None
+    for name, value in trained(padded).items():
+        torch.testing.assert_close(trained(packed)[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    for name, value in padded.trainer.callback_metrics.items():
+        assert float(packed.trainer.callback_metrics[name]) == pytest.approx(float(value), abs=1e-4), name
 
 
 class Weighted(TextClassifier):
@@ -165,9 +199,39 @@ def test_steps_that_cannot_be_captured_are_done_plainly(
 def test_on_a_cpu_steps_are_plain_and_asking_for_graphs_says_so(tiny_base: Path, reviews: Path) -> None:
     from lightning_lora.errors import UserError
 
-    assert fit(tiny_base, reviews, True).plain_steps == "the device is cpu"
+    assert fit(tiny_base, reviews, "auto").plain_steps == "the device is cpu"
     data = TextDataModule(str(reviews), str(tiny_base), max_length=24, cache_dir=str(reviews.parent / "cache"))
     module = TextClassifier(str(tiny_base), ["neg", "pos"], speedups=Speedups(cuda_graphs=True))
     with pytest.raises(UserError, match="cuda_graphs: batches are padded"):
         Trainer(max_epochs=1, **QUIET).fit(module, data)
     assert why_plain(module, []) is not None
+
+
+class Watch(Callback):
+    """A callback of one's own."""
+
+
+class ByHand(TextClassifier):
+    """Scales the loss by hand."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch, batch_idx) * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "callbacks", "said"),
+    [
+        (TextClassifier, [], None),
+        (TextClassifier, [Timer(duration="00:01:00:00")], None),
+        (TextClassifier, [Watch()], r"a callback of your own \(Watch\) may change"),
+        (Weighted, [], "a loss of your own may change"),
+        (ByHand, [], "training_step is overridden"),
+    ],
+)
+def test_what_a_capture_would_leave_out_or_freeze_keeps_steps_plain(
+    tiny_base: Path, reviews: Path, kind: Any, callbacks: list[Any], said: str | None
+) -> None:
+    """Captured, the step of ``ByHand`` would silently train on the loss as it was."""
+    module = fit(tiny_base, reviews, "auto", {"callbacks": callbacks, "max_epochs": 1}, kind)
+    found = what_python_does(module)
+    assert found is None if said is None else re.match(said, str(found))
