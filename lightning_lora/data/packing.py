@@ -202,8 +202,8 @@ class Packing:
 
 
 def _power_of_two(number: int) -> int:
-    """The next power of two, from 32 on: lengths of which kernels of their own are compiled."""
-    return max(32, 1 << (number - 1).bit_length())
+    """The next power of two, from 64 on: for each, kernels are compiled when they are first used on a machine."""
+    return max(64, 1 << (number - 1).bit_length())
 
 
 def empty(shape: PackedShape) -> np.ndarray:

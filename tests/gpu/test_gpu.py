@@ -156,4 +156,4 @@ def test_the_whole_path_on_a_gpu(tiny_base: Path, reviews: Path, tmp_path: Path)
     texts = [text for text, _ in make_rows(40, seed=5)]
     on_gpu, on_cpu = (load_run(tmp_path / "whole", accelerator=a).predict(texts) for a in ("gpu", "cpu"))
     assert (on_gpu.classes == on_cpu.classes).mean() > 0.95
-    assert main(["export", "--run", str(tmp_path / "whole"), "--out", str(tmp_path / "out")]) == 0
+    assert main(["export", "--run", str(tmp_path / "whole"), "--output", str(tmp_path / "out")]) == 0
