@@ -15,7 +15,7 @@
     seeds: [1, 2, 3]
     metric: accuracy
     margin: 0.01                         # smaller differences count as none
-    search: {space: {...}, trials: 12}   # instead of chosen axes: ``ablation/search.py``
+    search: {space: {...}, trials: 12}   # instead of chosen axes: ``search_space.py``
     small: {seeds: [1, 2], settings: {data.train_rows: 200}, axes: {rank: ["2", "8"]}, trials: 3}
 
 Instead of axes, or beside chosen ones, ``arms: {NAME: settings}`` names the arms and what each changes.
@@ -162,19 +162,12 @@ def with_found(plan: Plan, found: Mapping[Arm, Found]) -> Plan:
     """The plan whose cells are those of each arm's best trial, with every seed."""
     if plan.search is None:
         return plan
-    search = plan.search
-    found = {arm: one for arm, one in found.items() if arm in plan.arms and fits(search.for_arm(arm), one)}
     cells = []
     for seed in plan.seeds:
         for arm in plan.arms:
             one = found.get(arm, Found())
-            cells.append(trial_cell(plan, arm, one.best, one.settings, seed))
+            cells.append(trial_cell(plan, arm, None if one.best is None else one.best.number, one.settings, seed))
     return replace(plan, cells=cells, found=found)
-
-
-def fits(space: Mapping[str, Any], found: Found) -> bool:
-    """Whether what was found is about these settings: the config may have been changed since."""
-    return all(set(trial.settings) == set(space) for trial in found.trials)
 
 
 def arm_label(arm: Sequence[tuple[str, str]]) -> str:

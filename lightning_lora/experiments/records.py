@@ -13,7 +13,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.experiments.given_runs import GivenRun
 from lightning_lora.experiments.plan import Cell, Plan, make_plan, with_found
 from lightning_lora.experiments.results import CellResult, one_class, read_answers
-from lightning_lora.experiments.search_space import read_found
+from lightning_lora.experiments.searcher import read_found
 from lightning_lora.runs.folder import RunFolder, kept_evaluation, kept_predictions
 
 #: Many configs are read; libyaml takes a tenth of the time.
@@ -56,7 +56,7 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], Plan]:
         if not isinstance(config, dict) or not isinstance(command, str):
             raise TypeError("its config is a tree and its command are words")
         plan = make_plan(config, Path(asked["path"]), asked["small"])
-        return asked, with_found(plan, read_found(folder))
+        return asked, with_found(plan, read_found(plan, folder))
     except FileNotFoundError:
         raise UserError(f"report: {folder} is no ablation's folder (no ablation.json in it)") from None
     except (OSError, ValueError, KeyError, TypeError) as error:

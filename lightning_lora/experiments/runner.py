@@ -28,7 +28,7 @@ from lightning_lora.experiments.confounders import Change, changes, second_diffe
 from lightning_lora.experiments.plan import Plan, arm_label, with_found
 from lightning_lora.experiments.records import gather_cells, same_value
 from lightning_lora.experiments.results import compare_arms
-from lightning_lora.experiments.search_space import read_found
+from lightning_lora.experiments.searcher import read_found
 from lightning_lora.experiments.worker import Worker
 from lightning_lora.files import POLL_S, locked_folder, write_text
 from lightning_lora.locations import check_model
@@ -63,7 +63,7 @@ def run_experiment(
         raise UserError(f"--name: {folder} is the folder of a run; choose another name")
     warned = lint(plan, settings)
     worker = Worker(plan, folder, settings, options.retry_failed)
-    show_plan(with_found(plan, read_found(folder)), folder, warned, worker.stale_cells())
+    show_plan(with_found(plan, read_found(plan, folder)), folder, warned, worker.stale_cells())
     if options.plan:
         return 0
     done = {cell.cell.name for cell in gather_cells(plan, folder) if cell.status == "finished"}
@@ -245,7 +245,7 @@ def show_plan(plan: Plan, folder: Path, warned: Mapping[str, Sequence[Change]], 
     if plan.search is not None:
         variants = ""
         how = f"{plan.search.sampler}, seed {plan.search.seed}, chosen by validation {plan.metric}"
-        tried = sum(trial.state != "running" for found in plan.found.values() for trial in found.trials)
+        tried = sum(trial.state.is_finished() for found in plan.found.values() for trial in found.trials)
         print(
             f"search: {plan.tried} trials of each arm ({how}), over {', '.join(plan.search.space)}; "
             f"{tried} of {plan.tried * len(plan.arms)} are done"

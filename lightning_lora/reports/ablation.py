@@ -224,10 +224,10 @@ def trial_table(report: Report) -> list[list[str]]:
     rows = [["arm", "trial", *plan.search.space, f"validation {plan.metric}", "state"]]
     for arm, found in plan.found.items():
         for trial in found.trials:
-            values = [trial.settings.get(key, "-") for key in plan.search.space]
+            values = [trial.params[key] for key in plan.search.space]
             shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
-            state = "best" if trial.number == found.best else trial.state
-            state += f": {trial.reason}" if trial.reason else ""
+            state = "best" if trial is found.best else trial.state.name.lower()
+            state += f": {trial.user_attrs['reason']}" if "reason" in trial.user_attrs else ""
             rows.append([arm_label(arm), str(trial.number + 1), *shown, "-", state])
             if trial.value is not None:
                 rows[-1][-2] = _number(trial.value)

@@ -108,14 +108,14 @@ def trials(report: Any) -> str:
     figure, panels = _figure(1, len(plan.search.space), 3.2)
     for panel, key in zip(panels, plan.search.space, strict=True):
         spaces = [plan.search.for_arm(arm)[key] for arm in found]
-        words = list(dict.fromkeys(str(value) for space in spaces if isinstance(space, list) for value in space))
+        words = list(dict.fromkeys(str(value) for space in spaces for value in getattr(space, "choices", ())))
         for i, (arm, one) in enumerate(found.items()):
             color, label = COLORS[i % len(COLORS)], ", ".join(value for _, value in arm)
-            shown = [trial for trial in one.trials if trial.value is not None and trial.state == "complete"]
-            x = [words.index(str(t.settings[key])) if words else t.settings[key] for t in shown]
+            shown = [trial for trial in one.trials if trial.state.name == "COMPLETE"]
+            x = [words.index(str(t.params[key])) if words else t.params[key] for t in shown]
             panel.plot(x, [t.value for t in shown], MARKERS[i % len(MARKERS)], color=color, alpha=0.7, label=label)
             for at, trial in zip(x, shown, strict=True):
-                if trial.number == one.best:
+                if trial is one.best:
                     panel.plot([at], [trial.value], "x", color="black", markersize=9, zorder=3)
         if words:
             panel.set_xticks(range(len(words)), words)

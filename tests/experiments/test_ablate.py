@@ -25,6 +25,7 @@ from lightning_lora.experiments.runner import lint, resolve_cells
 from lightning_lora.experiments.worker import Worker
 from lightning_lora.training.module import TextClassifier
 from tests.conftest import make_rows, write_csv
+from tests.experiments.test_search import TIMES, main_table
 from tests.faults.processes import Run
 
 
@@ -346,12 +347,7 @@ def kills(place: Path, done: Path, logs: Path, count: int, seconds: float) -> No
                 pq.read_table(f / "cells" / cell.name / "predictions" / f"{file}.parquet") for f in (done, here)
             )
             assert one.equals(two), (cell.name, file)
-
-    def shown(folder: Path) -> list[list[str]]:
-        rows = [line.split(",") for line in (folder / "report.csv").read_text().splitlines()]
-        return [row[:-2] for row in rows]  # without the costs, which are times
-
-    assert shown(here) == shown(done)
+    assert main_table(here, TIMES) == main_table(done, TIMES)
 
 
 @pytest.mark.faults
