@@ -10,7 +10,7 @@ from lightning_lora.export.weights import weights_labels
 from lightning_lora.files import check_writable
 from lightning_lora.inference.file_predictor import load_for
 from lightning_lora.inference.input_rows import (
-    Rows,
+    InputRows,
     file_rows,
     piped_rows,
     text_columns_of,
@@ -44,7 +44,7 @@ def run(words: list[str]) -> int:
             raise UserError("--output: for many input files a folder is needed, to hold an output for each")
         if config.format != "table":
             raise UserError("--format: the outputs of many input files are Parquet files; leave it out")
-        from lightning_lora.inference.executors import run_files
+        from lightning_lora.inference.predict_files import run_files
 
         return run_files(cli)
     check_options(config, output)
@@ -94,7 +94,7 @@ def check_options(config: Any, output: Path | None) -> None:
         raise UserError("--text_column: only an --input file has columns; leave it out")
 
 
-def gather_rows(config: Any) -> Rows:
+def gather_rows(config: Any) -> InputRows:
     """The rows of the command line, of standard input or of a file.
 
     Raises:

@@ -8,13 +8,12 @@ report. Several processes may work on one: a cell is held by a lock that dies wi
 import itertools
 import json
 import os
-import signal
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,21 @@ import yaml
 from lightning_lora.children import run_child
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.lightning_cli import ConfiguredRun, flat
-from lightning_lora.errors import BusyError, UserError
+from lightning_lora.errors import UserError
 from lightning_lora.experiments.confounders import Change, changes, second_differences
 from lightning_lora.experiments.plan import Plan, arm_label, with_found
 from lightning_lora.experiments.records import gather_cells, same_value
 from lightning_lora.experiments.results import compare_arms
 from lightning_lora.experiments.searcher import read_found
 from lightning_lora.experiments.worker import Worker
-from lightning_lora.files import POLL_S, locked_folder, write_text
+from lightning_lora.files import locked_folder, write_text
+from lightning_lora.interrupts import StopRequest
 from lightning_lora.locations import check_model
 from lightning_lora.models.methods import AdapterOptions, check_options, find_method
 from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.runs.folder import now
 from lightning_lora.units import duration
+from lightning_lora.workers import EXECUTORS, Workers
 
 LEDGER = "test_looks.jsonl"
 
@@ -62,7 +63,10 @@ def run_experiment(
     if (folder / "config.yaml").exists():
         raise UserError(f"--name: {folder} is the folder of a run; choose another name")
     warned = lint(plan, settings)
-    worker = Worker(plan, folder, settings, options.retry_failed)
+    needs = (options.cell_cpus, options.cell_gpus)
+    one_gpu_each = all(each["trainer"]["devices"] == 1 for each in settings.values())
+    workers = Workers(options.workers, options.executor, options.address, *needs, one_gpu_each)
+    worker = Worker(plan, folder, partial(resolve_cells, base=base, overrides=overrides), options.retry_failed)
     show_plan(with_found(plan, read_found(plan, folder)), folder, warned, worker.stale_cells())
     if options.plan:
         return 0
@@ -71,20 +75,16 @@ def run_experiment(
     differences = {arm: [asdict(change) for change in found] for arm, found in warned.items()}
     document = json.dumps({"format": 1, **asked, "differences": differences}, indent=2, ensure_ascii=False) + "\n"
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        if plan.search is not None:
-            write_text(folder / "ablation.json", document)
-            plan = worker.search(lambda cell: resolve_cells(replace(plan, cells=[cell]), base, overrides)[cell.name])
+    with StopRequest().listening():
         worker.set_stale_aside()  # before anything says what the cells are about
         write_text(folder / "ablation.json", document)
-        if options.executor == "ray":
-            worker.run_on(options.address, {"num_cpus": options.cell_cpus, "num_gpus": options.cell_gpus})
-        else:
+        if workers.alone:
             worker.run()
+        else:
+            for failure in workers.run(worker.run, len(plan.cells), worker.progress()):
+                print(f"warning: {failure}", file=sys.stderr)
+        plan = with_found(plan, read_found(plan, folder))
         tested = options.no_test or look_at_test(plan, folder)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return int(not tested or any(cell.status != "finished" for cell in gather_cells(plan, folder)))
 
 
@@ -269,13 +269,8 @@ def look_at_test(plan: Plan, folder: Path) -> bool:
 
     What is tested was chosen before, by validation rows only. Gives whether all of it went well.
     """
-    (folder / ".claims").mkdir(exist_ok=True)
-    while True:
-        try:
-            with locked_folder(folder / ".claims", "another process tests"):
-                return _look_at_test(plan, folder)
-        except BusyError:
-            time.sleep(POLL_S)
+    with locked_folder(folder, None):
+        return _look_at_test(plan, folder)
 
 
 def _look_at_test(plan: Plan, folder: Path) -> bool:
@@ -306,7 +301,9 @@ def add_options(parser: OptionParser) -> None:
     parser.add_argument("--plan", action="store_true", help="Show the plan and stop.")
     parser.add_argument("--no_test", action="store_true", help="Leave the test rows closed.")
     parser.add_argument("--retry_failed", action="store_true", help="Try cells again that failed.")
-    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="Where cells are trained.")
+    workers = "Processes that share the cells; by default 1, with Ray as many as the cluster has room for."
+    parser.add_argument("--workers", type=int, help=workers)
+    parser.add_argument("--executor", choices=EXECUTORS, default="local", help="Where the workers run.")
     parser.add_argument("--address", help="Of a Ray cluster; by default one is started on this machine.")
-    parser.add_argument("--cell_cpus", type=float, default=1, help="CPUs that a cell takes of its Ray node.")
-    parser.add_argument("--cell_gpus", type=float, default=0, help="GPUs that a cell takes of its Ray node.")
+    parser.add_argument("--cell_cpus", type=float, default=1, help="CPUs that a worker takes of its Ray node.")
+    parser.add_argument("--cell_gpus", type=float, default=0, help="GPUs that a worker takes of its Ray node.")

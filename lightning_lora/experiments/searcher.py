@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.claims import claimed
 from lightning_lora.errors import BusyError
 from lightning_lora.experiments.plan import Arm, Cell, Plan, arm_label, trial_cell
 from lightning_lora.experiments.search_space import Found, at_edge
@@ -36,7 +37,6 @@ class Searcher:
         folder: The ablation's folder.
         train: Trains a cell of these settings, or resumes it, while this process holds it; with the environment that
             the trial's process is to have.
-        claim: The folder whose lock holds a cell.
         determines: What the result of a trial depends on beside its settings (code, versions, settings of all).
     """
 
@@ -45,7 +45,6 @@ class Searcher:
         plan: Plan,
         folder: Path,
         train: Callable[[Cell, Mapping[str, str]], None],
-        claim: Callable[[Cell], Path],
         determines: Callable[[Arm], Any],
     ) -> None:
         assert plan.search is not None
@@ -53,12 +52,9 @@ class Searcher:
         self.search = plan.search
         self.folder = folder
         self.train = train
-        self.claim = claim
         self.determines = determines
         self.optuna = import_optuna()
         self.storage = open_journal(folder / JOURNAL)
-        self.turn = folder / ".claims"
-        self.turn.mkdir(exist_ok=True)
         #: How often each trial's process has ended without a result.
         self.ended: Counter[str] = Counter()
 
@@ -92,7 +88,7 @@ class Searcher:
             "ran", "busy" where other processes run the rest, or "done".
         """
         with ExitStack() as held:
-            with locked_folder(self.turn, None):
+            with locked_folder(self.folder, None):
                 trial, state = self._take(study, arm, held)
             if trial is None:
                 return state
@@ -132,8 +128,7 @@ class Searcher:
         return trial, ""
 
     def _holding(self, arm: Arm, trial: Any) -> Any:
-        cell = trial_cell(self.plan, arm, trial.number, trial.params)
-        return locked_folder(self.claim(cell), "another process runs this trial")
+        return claimed(self.folder, trial_cell(self.plan, arm, trial.number, trial.params).name)
 
     def _propose(self, study: Any, arm: Arm, trials: list[Any]) -> None:
         """Add a new trial to the study.

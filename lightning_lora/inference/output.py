@@ -26,7 +26,7 @@ _TEXT_WIDTH = 16
 
 
 def new_columns(names: Sequence[str]) -> pa.Schema:
-    """The columns that an output has beside those of its input, as ``Rows.predicted`` names them.
+    """The columns that an output has beside those of its input, as ``InputRows.predicted`` names them.
 
     Args:
         names: Names of the classes.

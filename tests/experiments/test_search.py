@@ -236,13 +236,8 @@ def search(folder: Path, loss, stop_after: int | None = None, **how: object) -> 
         record = {"format": 1, "status": "finished", "evaluations": {"val": {"after": {"loss": curve[-1]}}}}
         (place / "run.json").write_text(json.dumps(record))
 
-    def claim(cell: Cell) -> Path:
-        place = folder / ".claims" / cell.name
-        place.mkdir(parents=True, exist_ok=True)
-        return place
-
     folder.mkdir(exist_ok=True)
-    return Searcher(two, folder, train, claim, lambda arm: "the same code").run()
+    return Searcher(two, folder, train, lambda arm: "the same code").run()
 
 
 SPACE = {"space": {"model.learning_rate": {"low": 1e-5, "high": 1e-1, "log": True}}, "trials": 24}
