@@ -15,7 +15,7 @@ from typing import Any
 from lightning_lora.files import POLL_S
 
 #: Seconds that an interrupted process has to save its state before it is interrupted again.
-PATIENCE_S = 30
+SAVING_PATIENCE_S = 30
 
 
 def run_child(commands: list[list[str]], output: Path, environment: Mapping[str, str] | None = None) -> int:
@@ -67,7 +67,7 @@ def join_children(processes: Sequence[Any], watch: Callable[[], None] = lambda: 
         while alive := [process for process in processes if process.exitcode is None]:
             for process in alive if pass_on else []:
                 os.kill(process.pid, number)
-            end = time.monotonic() + PATIENCE_S
+            end = time.monotonic() + SAVING_PATIENCE_S
             for process in alive:
                 process.join(max(0.0, end - time.monotonic()))
             pass_on = True

@@ -44,6 +44,6 @@ def open_journal(path: Path) -> Any:
 
 
 def open_trial(study: Any, number: int) -> Any:
-    """Open a trial of a study that has begun, to report values and set attributes."""
+    """Open a trial of a study that is running, to report values and set attributes."""
     (found,) = [trial for trial in study.get_trials(deepcopy=False) if trial.number == number]
     return import_optuna().trial.Trial(study, found._trial_id)  # Optuna has no public way

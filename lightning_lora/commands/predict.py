@@ -19,8 +19,8 @@ from lightning_lora.inference.input_rows import (
 )
 from lightning_lora.inference.many_files import is_many
 from lightning_lora.inference.output import (
-    FORMATS,
     OUTPUTS,
+    PRINTED_FORMATS,
     as_csv,
     as_jsonl,
     checked_columns,
@@ -86,8 +86,8 @@ def check_options(config: Any, output: Path | None) -> None:
             raise UserError(f"--{option}: only for many input files: --input FOLDER, or --input 'FOLDER/*.parquet'")
     if output and output.suffix.lower() not in OUTPUTS:
         raise UserError(f"--output: '{output.name}' must end in one of {', '.join(OUTPUTS)}")
-    if config.format not in FORMATS:
-        raise UserError(f"--format: '{config.format}' is not one of {', '.join(FORMATS)}")
+    if config.format not in PRINTED_FORMATS:
+        raise UserError(f"--format: '{config.format}' is not one of {', '.join(PRINTED_FORMATS)}")
     if output and config.format != "table":
         raise UserError("--format: the format of --output is that of its ending; leave --format out")
     if config.text_column and (config.texts or config.input in (None, "-")):

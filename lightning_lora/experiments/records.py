@@ -11,7 +11,8 @@ import yaml
 
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.given_runs import GivenRun
-from lightning_lora.experiments.plan import Cell, Plan, make_plan, with_found
+from lightning_lora.experiments.plan import Cell, Plan, with_found
+from lightning_lora.experiments.plan_config import make_plan
 from lightning_lora.experiments.results import CellResult, one_class, read_answers
 from lightning_lora.experiments.searcher import read_found
 from lightning_lora.runs.folder import RunFolder, kept_evaluation, kept_predictions

@@ -65,7 +65,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Found:
-    """What the search of one arm has come to.
+    """What the search of one arm has found.
 
     Args:
         trials: All of Optuna's trials; their parameters are settings, as flat keys.
@@ -83,53 +83,59 @@ class Found:
         return self.best.params if self.best is not None else {}
 
 
-def make_search(described: Any, axes: Sequence[str], fail: Any) -> Search:
+def make_search(described: Any, axes: Sequence[str]) -> Search:
     """Make the search that a config describes.
 
     Args:
-        described: What stands under ``search``.
+        described: The config's ``search``.
         axes: Names of the ablation's axes.
-        fail: Makes the error of a message.
+
+    Raises:
+        UserError: Something is missing, unknown or does not fit together, or Optuna is not installed.
     """
     if not isinstance(described, dict) or not isinstance(described.get("space"), dict) or not described["space"]:
-        raise fail("search: a space is needed, such as space: {model.learning_rate: {low: 1.0e-4, high: 1.0e-2}}")
+        raise UserError("search: a space is needed, such as space: {model.learning_rate: {low: 1.0e-4, high: 1.0e-2}}")
     if unknown := sorted(set(map(str, described)) - set(_KEYS)):
-        raise fail(f"search: unknown key '{unknown[0]}'; there are {', '.join(_KEYS)}")
+        raise UserError(f"search: unknown key '{unknown[0]}'; there are {', '.join(_KEYS)}")
     sampler, pruner = described.get("sampler", "tpe"), described.get("pruner", "none")
     for key, value, choices in (("sampler", sampler, SAMPLERS), ("pruner", pruner, PRUNERS)):
         if value not in choices:
-            raise fail(f"search.{key}: '{value}' is none of {', '.join(choices)}")
+            raise UserError(f"search.{key}: '{value}' is none of {', '.join(choices)}")
     trials, seed = described.get("trials", 10), described.get("seed", 0)
     if type(trials) is not int or trials < 1 or type(seed) is not int or seed < 0:
-        raise fail("search: trials and seed are whole numbers, trials at least 1")
+        raise UserError("search: trials and seed are whole numbers, trials at least 1")
     space: dict[str, Any] = {}
     for key, values in described["space"].items():
         if isinstance(values, dict) and len(values) == 1 and (axis := str(next(iter(values)))) in axes:
             inner = values[next(iter(values))]
             if not isinstance(inner, dict):
-                raise fail(f"search.space.{key}.{axis}: a range for each value of the axis is needed")
-            space[str(key)] = (axis, {str(name): _distribution(key, value, fail) for name, value in inner.items()})
+                raise UserError(f"search.space.{key}.{axis}: a range for each value of the axis is needed")
+            space[str(key)] = (axis, {str(name): _distribution(key, value) for name, value in inner.items()})
         else:
-            space[str(key)] = _distribution(key, values, fail)
+            space[str(key)] = _distribution(key, values)
     return Search(space, trials, sampler, pruner, seed)
 
 
-def _distribution(key: str, described: Any, fail: Any) -> Any:
+def _distribution(key: str, described: Any) -> Any:
     distributions = import_optuna().distributions
     if isinstance(described, list) and described:
         return distributions.CategoricalDistribution(described)
     if not isinstance(described, dict) or not {"low", "high"} <= set(described) <= {"low", "high", "log", "step"}:
-        raise fail(f"search.space.{key}: a list of choices, or a range {{low: ..., high: ..., log: true}}, is needed")
+        raise UserError(
+            f"search.space.{key}: a list of choices, or a range {{low: ..., high: ..., log: true}}, is needed"
+        )
     numbers = {name: value for name, value in described.items() if name != "log" and value is not None}
     log = described.get("log") or False
     if not all(type(value) in (int, float) for value in numbers.values()) or not isinstance(log, bool):
-        raise fail(f"search.space.{key}: low, high and step are numbers, and log is true or false, got {described}")
+        raise UserError(
+            f"search.space.{key}: low, high and step are numbers, and log is true or false, got {described}"
+        )
     whole = all(isinstance(value, int) for value in numbers.values())
     kind = distributions.IntDistribution if whole else distributions.FloatDistribution
     try:
         return kind(**numbers, log=log)
     except ValueError as error:
-        raise fail(f"search.space.{key}: {error}") from error
+        raise UserError(f"search.space.{key}: {error}") from error
 
 
 def at_edge(distribution: Any, value: Any) -> bool:

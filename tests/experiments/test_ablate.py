@@ -21,7 +21,7 @@ from lightning_lora.cli import main
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.experiments.confounders import second_differences
-from lightning_lora.experiments.plan import make_plan
+from lightning_lora.experiments.plan_config import make_plan
 from lightning_lora.experiments.records import count_looks, gather_cells
 from lightning_lora.experiments.runner import lint, resolve_cells
 from lightning_lora.experiments.worker import Worker

@@ -16,7 +16,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from lightning_lora.cli import main
 from lightning_lora.errors import UserError
-from lightning_lora.experiments.plan import Cell, make_plan, with_found
+from lightning_lora.experiments.plan import Cell, with_found
+from lightning_lora.experiments.plan_config import make_plan
 from lightning_lora.experiments.search_space import at_edge
 from lightning_lora.experiments.searcher import Searcher, read_found
 from lightning_lora.studies import PRUNERS, TRIAL_VARIABLE, open_journal

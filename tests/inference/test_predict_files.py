@@ -215,7 +215,7 @@ def test_sigterm_leaves_nothing_half_written(place: Path) -> None:
 
 
 def work_and_die(job: Any) -> None:
-    """A worker; the first dies in its second piece of rows, the others start when it has begun to write."""
+    """A worker; the first dies in its second piece of rows, the others start when it is writing."""
     try:
         Path("first").touch(exist_ok=False)
         kill_in_rows(2)
