@@ -183,8 +183,6 @@ def left_out_for(place: Path) -> str | None:
         return None if status == "finished" else f"it has not finished ({status})"
     if (place / "ablation.json").is_file():
         return f"an ablation has a report of its own: report {place}"
-    if (place / "comparison.json").is_file():
-        return f"the arms of a comparison are reported by: report {place}"
     return "" if (place / "report.md").is_file() else "it is no run"
 
 

@@ -161,9 +161,8 @@ def differences(runs: Sequence[GivenRun], plan: Plan) -> dict[str, list[dict[str
     for label, run in first.items():
         if run is base:
             continue
-        follows = (_follows(base), _follows(run))
-        keys = [*differing(runs), *follows[0], *follows[1]]
-        found[label] = [asdict(change) for change in changes(base.settings, run.settings, keys, follows)]
+        one, other = ({**each.settings, **_follows(each)} for each in (base, run))
+        found[label] = [asdict(change) for change in changes(one, other, [*one, *other])]
     return found
 
 

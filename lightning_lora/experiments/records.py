@@ -96,12 +96,16 @@ def _different(cell: Cell, config: Path) -> str:
     """The first setting of the plan that a cell was not trained with; empty where there is none."""
     settings = yaml.load(config.read_text(encoding="utf-8"), Loader=_YAML)
     for key, wanted in {**cell.change, "seed_everything": cell.seed}.items():
-        value: Any = settings
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if not same_value(value, wanted):
+        if not same_value(value := value_at(settings, key), wanted):
             return f"{key} {value} instead of {wanted}"
     return ""
+
+
+def value_at(settings: Any, key: str) -> Any:
+    """Return the setting of a flat key in a tree of settings, None where there is none."""
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings
 
 
 def same_value(one: Any, other: Any) -> bool:

@@ -25,7 +25,7 @@ from lightning_lora.config.lightning_cli import ConfiguredRun, flat
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.confounders import Change, changes, second_differences
 from lightning_lora.experiments.plan import Plan, arm_label, with_found
-from lightning_lora.experiments.records import gather_cells, same_value
+from lightning_lora.experiments.records import gather_cells, same_value, value_at
 from lightning_lora.experiments.results import compare_arms
 from lightning_lora.experiments.searcher import read_found
 from lightning_lora.experiments.worker import Worker
@@ -104,10 +104,7 @@ def resolve_cells(plan: Plan, base: Sequence[Mapping[str, Any]], overrides: Sequ
             except UserError as error:
                 raise UserError(f"{arm_label((*cell.arm, *cell.variant))}: {error}") from error
         for name, value in cell.change.items():
-            here: Any = known[key]
-            for part in name.split("."):
-                here = here.get(part) if isinstance(here, dict) else None
-            if not same_value(here, value):
+            if not same_value(here := value_at(known[key], name), value):
                 raise UserError(f"{name}: an option gives {here} to every cell, but {cell.name} is about {value}")
         found[cell.name] = {**known[key], "seed_everything": cell.seed}
     firsts = {arm: found[next(cell for cell in plan.cells if cell.arm == arm).name] for arm in plan.arms}
@@ -180,9 +177,10 @@ def lint(plan: Plan, settings: Mapping[str, dict[str, Any]]) -> dict[str, list[C
             other = settings[cell.name]
             follows = what_follows(base, named), what_follows(other, named)
             both = follows[0].keys() & follows[1].keys()
-            one_side, other_side = ({name: side[name] for name in both} for side in follows)
             one, two = (_shared(*sides, named) for sides in ((base, other), (other, base)))
-            found[arm_label(arm)] = changes(one, two, named, (one_side, other_side))
+            one |= {name: follows[0][name] for name in both}
+            two |= {name: follows[1][name] for name in both}
+            found[arm_label(arm)] = changes(one, two, named)
     return found
 
 

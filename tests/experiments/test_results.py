@@ -170,7 +170,7 @@ def test_one_class_is_told() -> None:
 def test_a_second_difference_is_found() -> None:
     base = {"model.adapter.rank": 8, "model.adapter.alpha": 16, "seed_everything": 1, "data.max_length": 128}
     arm = {**base, "model.adapter.rank": 2, "seed_everything": 2, "data.max_length": 64}
-    found = changes(base, arm, ["model.adapter.rank"], ({"alpha / rank": 2.0}, {"alpha / rank": 8.0}))
+    found = changes({**base, "alpha / rank": 2.0}, {**arm, "alpha / rank": 8.0}, ["model.adapter.rank"])
     assert [str(change) for change in found] == [
         "model.adapter.rank: 8 -> 2", "data.max_length: 128 -> 64", "alpha / rank: 2 -> 8"
     ]  # fmt: skip

@@ -195,6 +195,20 @@ def test_killed_workers_leave_the_search_as_it_would_have_been(place: Path, done
     assert tried(here) == tried(done)
 
 
+@pytest.mark.faults
+def test_workers_share_the_trials_also_after_sigterm(place: Path, done: Path, tmp_path: Path) -> None:
+    words = ["ablate", "--config", str(place / "search.yaml"), "--logs_dir", str(tmp_path), "--workers", "2"]
+    here = tmp_path / "ablation-search"
+    run = Run(words, tmp_path / "stopped.txt")
+    run.wait_for(lambda: len(list((here / "cells").glob("*/config.yaml"))) > 1, 300)
+    run.signal(signal.SIGTERM)
+    assert run.wait(60) == 143, run.text()
+    again = Run(words, tmp_path / "again.txt")
+    assert again.wait(300) == 0, again.text()
+    assert tried(here) == tried(done)
+    assert main_table(here, TIMES) == main_table(done, TIMES)
+
+
 def test_a_pruned_trial_ends_early_and_says_so(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_journal(tmp_path / "optuna.log")
     optuna.create_study(storage=storage, study_name="s", direction="maximize").ask()
