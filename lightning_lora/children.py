@@ -1,53 +1,88 @@
-"""Runs commands of this program in processes of their own that begin at once: what they import is there already."""
+"""Child processes that start at once, as they are forked from one that has imported this program."""
 
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-#: Seconds that an interrupted command has to save its state before it is interrupted again.
-PATIENCE_S = 30
+from lightning_lora.files import POLL_S
+
+#: Seconds that an interrupted process has to save its state before it is interrupted again.
+SAVING_PATIENCE_S = 30
 
 
 def run_child(commands: list[list[str]], output: Path, environment: Mapping[str, str] | None = None) -> int:
-    """Runs commands one after another in one process until one fails; gives its exit status, or 0.
+    """Run commands of this program one after another in one process until one fails; return its exit status, or 0.
 
     Args:
         commands: The words of each.
-        output: What they say is added to this file.
-        environment: Added to its environment.
+        output: What they print is added to this file.
+        environment: Added to the process's environment.
 
     Raises:
         KeyboardInterrupt: It was interrupted; the process has ended by itself and left its record.
     """
-    process = child_context().Process(target=_main, args=(commands, str(output), dict(environment or {})))
-    process.start()
-    try:
-        process.join()
-    except BaseException as error:
-        # Ctrl-C reaches the process by itself; anything else that ends this one has to be passed on.
-        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
-        if number == signal.SIGTERM and process.pid is not None:
-            os.kill(process.pid, number)
-        while True:
-            process.join(PATIENCE_S)
-            if process.exitcode is not None:
-                raise
-            if process.pid is not None:
-                os.kill(process.pid, number)
-    status = process.exitcode or 0
+    (status,) = join_children([start_child(partial(_run_commands, commands), output, environment)])
     if status in (128 + signal.SIGINT, -signal.SIGINT):
         raise KeyboardInterrupt
     return status
 
 
+def start_child(work: Callable[[], int | None], output: Path, environment: Mapping[str, str] | None = None) -> Any:
+    """Start a process that calls a function and ends with the status of ``cli.exit_status``.
+
+    Args:
+        work: The function; it can be pickled.
+        output: What it prints is added to this file.
+        environment: Added to the process's environment.
+    """
+    process = child_context().Process(target=_main, args=(work, str(output), dict(environment or {})))
+    process.start()
+    return process
+
+
+def join_children(processes: Sequence[Any], watch: Callable[[], None] = lambda: None) -> list[int]:
+    """Wait for processes and return their exit statuses; an exception is raised again once all have ended.
+
+    Args:
+        processes: As ``start_child`` returns them.
+        watch: Called again and again in the meantime.
+    """
+    try:
+        while alive := [process.sentinel for process in processes if process.exitcode is None]:
+            connection.wait(alive, POLL_S)
+            watch()
+    except BaseException as error:
+        # Ctrl-C reaches the processes by itself; anything else that ends this one has to be passed on.
+        interrupt = isinstance(error, KeyboardInterrupt) or getattr(error, "number", None) == signal.SIGINT
+        number = signal.SIGINT if interrupt else signal.SIGTERM
+        pass_on = not interrupt
+        while alive := [process for process in processes if process.exitcode is None]:
+            for process in alive if pass_on else []:
+                os.kill(process.pid, number)
+            end = time.monotonic() + SAVING_PATIENCE_S
+            for process in alive:
+                process.join(max(0.0, end - time.monotonic()))
+            pass_on = True
+        raise
+    return [process.exitcode for process in processes]
+
+
+def last_error(output: str, status: int) -> str:
+    """Return the error that a process has printed last, or its status where it has printed none."""
+    errors = [line[7:] for line in output.splitlines() if line.startswith("error: ")]
+    return errors[-1] if errors else f"ended with status {status}"
+
+
 def child_context() -> Any:
-    """How processes of this program begin: forked from one that has imported it, or anew where there is a GPU."""
+    """Return how processes start: forked from one that has imported this program, or spawned where there is a GPU."""
     import torch
 
     # A process that is forked cannot use a GPU which its parent has touched, and importing libraries may touch it.
@@ -58,16 +93,16 @@ def child_context() -> Any:
     return context
 
 
-def end_with_the_parent() -> None:
-    """A killed parent passes no signal on: this process then asks itself to save and stop."""
+def _end_with_parent() -> None:
+    """Have this process save and stop when its parent is killed, which passes no signal on."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _main(commands: list[list[str]], output: str, environment: dict[str, str]) -> None:
-    from lightning_lora.cli import main
+def _main(work: Callable[[], int | None], output: str, environment: dict[str, str]) -> None:
+    from lightning_lora.cli import exit_status
 
     os.environ.update(environment)
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -75,13 +110,18 @@ def _main(commands: list[list[str]], output: str, environment: dict[str, str]) -
     os.dup2(handle, 2)
     sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
-    threading.Thread(target=end_with_the_parent, daemon=True).start()
-    status = 0
-    for words in commands:
-        print("$ python main.py", *words, flush=True)
-        status = main(words)
-        if status:
-            break
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    status = exit_status(work)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status)
+
+
+def _run_commands(commands: list[list[str]]) -> int:
+    from lightning_lora.cli import main
+
+    for words in commands:
+        print("$ python main.py", *words, flush=True)
+        if status := main(words):
+            return status
+    return 0

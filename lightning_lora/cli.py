@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning_lora import __version__
@@ -48,7 +49,7 @@ USAGE = "usage: python main.py COMMAND [OPTIONS]"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and gives the exit status: 0, 1 for a fault, 2 for a wrong input, 130 for Ctrl-C."""
+    """Run one command and return the exit status: 0, 1 for a fault, 2 for a wrong input, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     # Large pages for large tensors (4% of a step on a CPU); torch reads it before its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -60,13 +61,27 @@ def main(argv: list[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"lightning_lora {__version__}")
         return 0
+    return exit_status(lambda: _run_command(words), show_traceback)
+
+
+def _run_command(words: list[str]) -> int | None:
+    if words[0] not in COMMANDS:
+        meant = difflib.get_close_matches(words[0], COMMANDS, 1)
+        hint = f"did you mean {meant[0]}? There" if meant else "there"
+        raise UserError(f"no command '{words[0]}'; {hint} are {', '.join(COMMANDS)}")
+    module, _, function = COMMANDS[words[0]].target.partition(":")
+    return getattr(importlib.import_module(module), function)(words[1:])
+
+
+def exit_status(work: Callable[[], int | None], show_traceback: bool = False) -> int:
+    """Call a function and return the exit status that its end means; an error becomes one line on standard error.
+
+    Args:
+        work: The function; what it returns is the status, None means 0.
+        show_traceback: Print where an error comes from, too.
+    """
     try:
-        if words[0] not in COMMANDS:
-            meant = difflib.get_close_matches(words[0], COMMANDS, 1)
-            hint = f"did you mean {meant[0]}? There" if meant else "there"
-            raise UserError(f"no command '{words[0]}'; {hint} are {', '.join(COMMANDS)}")
-        module, _, function = COMMANDS[words[0]].target.partition(":")
-        return getattr(importlib.import_module(module), function)(words[1:]) or 0
+        return work() or 0
     except UserError as error:
         if show_traceback:
             traceback.print_exc()

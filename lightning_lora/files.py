@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import socket
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +15,8 @@ import psutil
 
 from lightning_lora.errors import BusyError, UserError
 
-#: Seconds between two looks at what another process holds.
-POLL_S = 2.0
+#: Seconds between two attempts at what another process holds.
+POLL_S = 0.5
 #: What the system says when a place cannot take a file; anything else is a fault of the program.
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 _PARTIAL = re.compile(r"\.partial-(?P<host>[\w\-]+)-(?P<pid>\d+)-")
@@ -36,25 +36,23 @@ def atomic_path(path: Path, needed: int | None = None) -> Iterator[Path]:
     Raises:
         UserError: There is no room for it, or no right to write there.
     """
-    staging: Path | None = None
+    staging = _staging_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_partial_prefix(path), suffix=path.suffix)
-        os.close(handle)
-        staging = Path(name)
+        staging.touch(exist_ok=False)
         yield staging
         with staging.open("rb+") as file:
             os.fsync(file.fileno())
-        staging.chmod(0o666 & ~_umask())  # mkstemp makes files for their owner only
+        staging.chmod(0o666 & ~_umask())  # some libraries make files for their owner only
         staging.replace(path)
         _flush(path.parent)
     except OSError as error:
         if error.errno not in _REFUSED:
             raise
-        written = staging.stat().st_size if staging is not None and staging.exists() else 0
+        written = staging.stat().st_size if staging.exists() else 0
         raise UserError(_cannot_write(path, error, needed, written)) from error
     finally:
-        if staging is not None:
+        with contextlib.suppress(OSError):
             staging.unlink(missing_ok=True)
 
 
@@ -72,16 +70,15 @@ def atomic_folder(path: Path, keep_existing: bool = True) -> Iterator[Path]:
         FileExistsError: Another process was first, and that is not well.
         UserError: There is no room for it, or no right to write there.
     """
-    staging: Path | None = None
+    staging = _staging_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_partial(path.parent)
         if not keep_existing and path.exists():
             raise FileExistsError(str(path))  # an empty folder would be replaced
-        staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=_partial_prefix(path)))
+        staging.mkdir()
         yield staging
-        # mkdtemp makes a folder for its owner only, and some libraries do so with files.
-        for part in (staging, *staging.rglob("*")):
+        for part in staging.rglob("*"):  # some libraries make files for their owner only
             part.chmod((0o777 if part.is_dir() else 0o666) & ~_umask())
             if part.is_file():
                 _flush(part)
@@ -95,11 +92,10 @@ def atomic_folder(path: Path, keep_existing: bool = True) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in _REFUSED:
             raise
-        written = sum(p.stat().st_size for p in staging.rglob("*") if p.is_file()) if staging is not None else 0
+        written = sum(p.stat().st_size for p in staging.rglob("*") if p.is_file()) if staging.exists() else 0
         raise UserError(_cannot_write(path, error, None, written)) from error
     finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def remove_partial(folder: Path, any_host: bool = False) -> None:
@@ -192,8 +188,9 @@ def _cannot_write(path: Path, error: OSError, needed: int | None, written: int) 
     return f"{path} cannot be written: {error.strerror or error} ({wanted}{room}); earlier files are as they were"
 
 
-def _partial_prefix(path: Path) -> str:
-    return f".partial-{_host()}-{os.getpid()}-{path.name[:60]}-"
+def _staging_path(path: Path) -> Path:
+    """Where a file or folder is written: known before it is made, so that a signal at that moment leaves nothing."""
+    return path.with_name(f".partial-{_host()}-{os.getpid()}-{path.name[:60]}-{uuid.uuid4().hex[:8]}{path.suffix}")
 
 
 def _host() -> str:

@@ -13,7 +13,8 @@ from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.lightning_cli import DEFAULT_CONFIG, DEFAULT_SEED
 from lightning_lora.config.yaml_files import read_config
 from lightning_lora.errors import UserError
-from lightning_lora.experiments.plan import ARM, make_plan
+from lightning_lora.experiments.plan import ARM
+from lightning_lora.experiments.plan_config import make_plan
 from lightning_lora.experiments.runner import add_options, run_experiment
 from lightning_lora.models.methods import METHODS, AdapterOptions
 from lightning_lora.models.quantization import Quantization

@@ -10,7 +10,7 @@ from lightning_lora.export.weights import weights_labels
 from lightning_lora.files import check_writable
 from lightning_lora.inference.file_predictor import load_for
 from lightning_lora.inference.input_rows import (
-    Rows,
+    InputRows,
     file_rows,
     piped_rows,
     text_columns_of,
@@ -19,8 +19,8 @@ from lightning_lora.inference.input_rows import (
 )
 from lightning_lora.inference.many_files import is_many
 from lightning_lora.inference.output import (
-    FORMATS,
     OUTPUTS,
+    PRINTED_FORMATS,
     as_csv,
     as_jsonl,
     checked_columns,
@@ -44,7 +44,7 @@ def run(words: list[str]) -> int:
             raise UserError("--output: for many input files a folder is needed, to hold an output for each")
         if config.format != "table":
             raise UserError("--format: the outputs of many input files are Parquet files; leave it out")
-        from lightning_lora.inference.executors import run_files
+        from lightning_lora.inference.predict_files import run_files
 
         return run_files(cli)
     check_options(config, output)
@@ -86,15 +86,15 @@ def check_options(config: Any, output: Path | None) -> None:
             raise UserError(f"--{option}: only for many input files: --input FOLDER, or --input 'FOLDER/*.parquet'")
     if output and output.suffix.lower() not in OUTPUTS:
         raise UserError(f"--output: '{output.name}' must end in one of {', '.join(OUTPUTS)}")
-    if config.format not in FORMATS:
-        raise UserError(f"--format: '{config.format}' is not one of {', '.join(FORMATS)}")
+    if config.format not in PRINTED_FORMATS:
+        raise UserError(f"--format: '{config.format}' is not one of {', '.join(PRINTED_FORMATS)}")
     if output and config.format != "table":
         raise UserError("--format: the format of --output is that of its ending; leave --format out")
     if config.text_column and (config.texts or config.input in (None, "-")):
         raise UserError("--text_column: only an --input file has columns; leave it out")
 
 
-def gather_rows(config: Any) -> Rows:
+def gather_rows(config: Any) -> InputRows:
     """The rows of the command line, of standard input or of a file.
 
     Raises:

@@ -14,7 +14,7 @@ from lightning_lora.experiments.records import count_looks, gather_cells, read_c
 from lightning_lora.experiments.results import compare_arms
 from lightning_lora.files import atomic_path, write_text
 from lightning_lora.reports import ablation as reports
-from lightning_lora.reports import ablation_pages, ablation_pictures
+from lightning_lora.reports import ablation_pages, ablation_pictures, ablation_tables
 from lightning_lora.reports.tables import markdown
 from lightning_lora.runs.folder import RunFolder, plain
 
@@ -129,13 +129,13 @@ def write_runs_report(given: Mapping[Path, GivenRun], baseline: Path, output: Pa
 def write_report(report: reports.Report, folder: Path) -> None:
     """Prints the answer and the table, then draws the pictures, then writes the report in every form."""
     print(f"\n{report.plan.question}\n{reports.answer(report)}\n")
-    print(f"{markdown(reports.metric_table(report))}\n\n{markdown(reports.table(report))}\n")
+    print(f"{markdown(ablation_tables.metric_table(report))}\n\n{markdown(ablation_tables.arm_table(report))}\n")
     written = {
         "html": ablation_pages.as_html(report),
         "md": ablation_pages.as_markdown(report),
         "csv": ablation_pages.as_csv(report),
         "tex": ablation_pages.as_latex(report),
-        "json": json.dumps(plain(reports.as_document(report)), indent=2, ensure_ascii=False) + "\n",
+        "json": json.dumps(plain(ablation_tables.as_document(report)), indent=2, ensure_ascii=False) + "\n",
     }
     for ending, content in written.items():
         write_text(folder / f"report.{ending}", content)
@@ -183,8 +183,6 @@ def left_out_for(place: Path) -> str | None:
         return None if status == "finished" else f"it has not finished ({status})"
     if (place / "ablation.json").is_file():
         return f"an ablation has a report of its own: report {place}"
-    if (place / "comparison.json").is_file():
-        return f"the arms of a comparison are reported by: report {place}"
     return "" if (place / "report.md").is_file() else "it is no run"
 
 

@@ -53,7 +53,9 @@ class RowSums:
         """The metric where row ``j`` stands ``counts[i, j]`` times in sample ``i``; shape (samples,)."""
         sums = counts @ self.sums
         rest, per_class = sums[:, : 2 + _BINS], sums[:, 2 + _BINS :].reshape(len(sums), 3, self.classes)
-        return METRICS[name](rest, *per_class.transpose(1, 0, 2)) / (counts.sum(axis=1) if name in _PER_ROW else 1)
+        return INTERVAL_METRICS[name](rest, *per_class.transpose(1, 0, 2)) / (
+            counts.sum(axis=1) if name in _PER_ROW else 1
+        )
 
     def value(self, name: str) -> float:
         """The metric on all rows."""
@@ -105,7 +107,7 @@ def intervals(logits: NDArray, labels: NDArray) -> dict[str, list[float]]:
     rows = RowSums(logits, labels)
     if len(rows) < 2:
         return {}
-    return {name: list(interval(rows, name)) for name in METRICS}
+    return {name: list(interval(rows, name)) for name in INTERVAL_METRICS}
 
 
 def _bootstrap(statistic: Callable[[NDArray], NDArray], rows: int) -> tuple[float, float]:
@@ -141,7 +143,7 @@ def _ratio(part: NDArray, whole: NDArray) -> NDArray:
 
 
 #: Metric by name, from sums over rows: (samples, 2 + bins), and of each class truth, prediction and hits.
-METRICS: dict[str, Callable[[NDArray, NDArray, NDArray, NDArray], NDArray]] = {
+INTERVAL_METRICS: dict[str, Callable[[NDArray, NDArray, NDArray, NDArray], NDArray]] = {
     "accuracy": lambda sums, t, p, h: sums[:, 0],
     "f1_macro": lambda sums, t, p, h: _macro(_ratio(2 * h, t + p), t, p),
     "precision_macro": lambda sums, t, p, h: _macro(_ratio(h, p), t, p),

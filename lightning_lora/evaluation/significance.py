@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, nctdtrinc, ndtri, stdtr, stdtridf, stdtrit
 
-LEVEL = 0.95
+from lightning_lora.evaluation.intervals import LEVEL
+
 POWER = 0.8
 #: More seeds than this are not advised.
 MOST_SEEDS = 1000
@@ -77,14 +78,14 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What may be said: "better", "worse", "equivalent", "inconclusive", "one seed", or "same answers".
+        """What may be said: "better", "worse", "equivalent", "inconclusive", "one seed", or "same predictions".
 
         Where no row of any seed differs there is no variance to judge by, and nothing is claimed of other rows.
         """
         if self.estimate.seeds < 2:
             return "one seed"
         if self.estimate.se == 0 and self.estimate.mean == 0:
-            return "same answers"
+            return "same predictions"
         if self.p_corrected < 1 - LEVEL:
             return "better" if self.estimate.mean > 0 else "worse"
         return "equivalent" if self.p_equivalent_corrected < 1 - LEVEL else "inconclusive"

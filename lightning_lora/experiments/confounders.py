@@ -28,36 +28,22 @@ class Change:
         return f"{self.key}: {_shown(self.baseline)} -> {_shown(self.arm)}"
 
 
-def changes(
-    baseline: Mapping[str, Any],
-    arm: Mapping[str, Any],
-    named: Sequence[str],
-    follows: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}),
-) -> list[Change]:
-    """What differs.
+def changes(baseline: Mapping[str, Any], arm: Mapping[str, Any], named: Sequence[str]) -> list[Change]:
+    """Return what differs.
 
     Args:
-        baseline: The baseline's resolved settings, flat.
+        baseline: The baseline's resolved settings, flat, with what follows from them (the ratio of two of them, a
+            default that depends on the method), by name.
         arm: The arm's.
         named: Keys that the axes name.
-        follows: What follows from the settings of each without standing there (the ratio of two of them, a
-            default that depends on the method), by name.
     """
     keys = [key for key in {**baseline, **arm} if key not in _OF_SEEDS]
-    found = [
-        Change(key, baseline.get(key), arm.get(key), key in named) for key in keys if baseline.get(key) != arm.get(key)
-    ]
-    one, other = follows
-    found += [
-        Change(name, one.get(name), other.get(name), name in named)
-        for name in {**one, **other}
-        if one.get(name) != other.get(name)
-    ]
-    return found
+    pairs = {key: (baseline.get(key), arm.get(key)) for key in keys}
+    return [Change(key, one, other, key in named) for key, (one, other) in pairs.items() if one != other]
 
 
 def second_differences(found: Sequence[Change]) -> list[Change]:
-    """What differs although no axis names it: a reader would take its effect for that of the axis."""
+    """Return what differs although no axis names it: a reader would take its effect for that of the axis."""
     return [change for change in found if not change.named]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.confounders import changes
 from lightning_lora.experiments.plan import ARM, Axis, Cell, Plan
+from lightning_lora.experiments.plan_config import flatten
 from lightning_lora.experiments.results import Answers, Arm, CellResult, one_class
 
 #: Settings that change nothing of what comes out.
@@ -44,7 +45,8 @@ class GivenRun:
     @property
     def settings(self) -> dict[str, Any]:
         """Flat settings that what comes out depends on, without the seed."""
-        return {key: value for key, value in _flat(self.record["config"]).items() if key not in _OUTSIDE}
+        flat = flatten(self.record["config"])
+        return {key: value for key, value in flat.items() if key not in _OUTSIDE and value not in (None, {})}
 
     @property
     def seed(self) -> int:
@@ -159,9 +161,8 @@ def differences(runs: Sequence[GivenRun], plan: Plan) -> dict[str, list[dict[str
     for label, run in first.items():
         if run is base:
             continue
-        follows = (_follows(base), _follows(run))
-        keys = [*differing(runs), *follows[0], *follows[1]]
-        found[label] = [asdict(change) for change in changes(base.settings, run.settings, keys, follows)]
+        one, other = ({**each.settings, **_follows(each)} for each in (base, run))
+        found[label] = [asdict(change) for change in changes(one, other, [*one, *other])]
     return found
 
 
@@ -198,13 +199,3 @@ def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "default" if value is None else str(value).rstrip("/").split("/")[-1]
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            found[prefix + key] = value
-    return found

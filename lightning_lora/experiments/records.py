@@ -11,9 +11,10 @@ import yaml
 
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.given_runs import GivenRun
-from lightning_lora.experiments.plan import Cell, Plan, make_plan, with_found
+from lightning_lora.experiments.plan import Cell, Plan, with_found
+from lightning_lora.experiments.plan_config import make_plan
 from lightning_lora.experiments.results import CellResult, one_class, read_answers
-from lightning_lora.experiments.search_space import read_found
+from lightning_lora.experiments.searcher import read_found
 from lightning_lora.runs.folder import RunFolder, kept_evaluation, kept_predictions
 
 #: Many configs are read; libyaml takes a tenth of the time.
@@ -56,7 +57,7 @@ def read_plan(folder: Path) -> tuple[dict[str, Any], Plan]:
         if not isinstance(config, dict) or not isinstance(command, str):
             raise TypeError("its config is a tree and its command are words")
         plan = make_plan(config, Path(asked["path"]), asked["small"])
-        return asked, with_found(plan, read_found(folder))
+        return asked, with_found(plan, read_found(plan, folder))
     except FileNotFoundError:
         raise UserError(f"report: {folder} is no ablation's folder (no ablation.json in it)") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -95,12 +96,16 @@ def _different(cell: Cell, config: Path) -> str:
     """The first setting of the plan that a cell was not trained with; empty where there is none."""
     settings = yaml.load(config.read_text(encoding="utf-8"), Loader=_YAML)
     for key, wanted in {**cell.change, "seed_everything": cell.seed}.items():
-        value: Any = settings
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if not same_value(value, wanted):
+        if not same_value(value := value_at(settings, key), wanted):
             return f"{key} {value} instead of {wanted}"
     return ""
+
+
+def value_at(settings: Any, key: str) -> Any:
+    """Return the setting of a flat key in a tree of settings, None where there is none."""
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings
 
 
 def same_value(one: Any, other: Any) -> bool:

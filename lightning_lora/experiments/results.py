@@ -57,7 +57,7 @@ class CellResult:
         reason: Why it is not finished, or what is odd about it; empty where all is well.
         record: Its run record.
         val: Its answers on validation rows, where it has finished.
-        test: Its answers on test rows, where they were looked at.
+        test: Its answers on test rows, where they were evaluated.
         label_names: Names of the classes.
     """
 
@@ -85,7 +85,7 @@ class ArmResult:
         edges: Chosen axes whose best value is the first or last of its numbers.
         cells: Of the chosen variant, one a seed.
         val: The metric on validation rows; None where no seed has finished.
-        test: The metric on test rows; None where they were not looked at.
+        test: The metric on test rows; None where they were not evaluated.
         split: What all arms are compared on: "test" where the baseline and every arm that is complete were tested,
             else "val".
         against: Against the baseline, on the rows of the split.

@@ -8,13 +8,12 @@ report. Several processes may work on one: a cell is held by a lock that dies wi
 import itertools
 import json
 import os
-import signal
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,21 @@ import yaml
 from lightning_lora.children import run_child
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.lightning_cli import ConfiguredRun, flat
-from lightning_lora.errors import BusyError, UserError
+from lightning_lora.errors import UserError
 from lightning_lora.experiments.confounders import Change, changes, second_differences
 from lightning_lora.experiments.plan import Plan, arm_label, with_found
-from lightning_lora.experiments.records import gather_cells, same_value
+from lightning_lora.experiments.records import gather_cells, same_value, value_at
 from lightning_lora.experiments.results import compare_arms
-from lightning_lora.experiments.search_space import read_found
+from lightning_lora.experiments.searcher import read_found
 from lightning_lora.experiments.worker import Worker
-from lightning_lora.files import POLL_S, locked_folder, write_text
+from lightning_lora.files import locked_folder, write_text
+from lightning_lora.interrupts import StopRequest
 from lightning_lora.locations import check_model
 from lightning_lora.models.methods import AdapterOptions, check_options, find_method
 from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.runs.folder import now
 from lightning_lora.units import duration
+from lightning_lora.workers import EXECUTORS, Workers
 
 LEDGER = "test_looks.jsonl"
 
@@ -62,8 +63,11 @@ def run_experiment(
     if (folder / "config.yaml").exists():
         raise UserError(f"--name: {folder} is the folder of a run; choose another name")
     warned = lint(plan, settings)
-    worker = Worker(plan, folder, settings, options.retry_failed)
-    show_plan(with_found(plan, read_found(folder)), folder, warned, worker.stale_cells())
+    needs = (options.cell_cpus, options.cell_gpus)
+    one_gpu_each = all(each["trainer"]["devices"] == 1 for each in settings.values())
+    workers = Workers(options.workers, options.executor, options.address, *needs, one_gpu_each)
+    worker = Worker(plan, folder, partial(resolve_cells, base=base, overrides=overrides), options.retry_failed)
+    show_plan(with_found(plan, read_found(plan, folder)), folder, warned, worker.stale_cells())
     if options.plan:
         return 0
     done = {cell.cell.name for cell in gather_cells(plan, folder) if cell.status == "finished"}
@@ -71,20 +75,16 @@ def run_experiment(
     differences = {arm: [asdict(change) for change in found] for arm, found in warned.items()}
     document = json.dumps({"format": 1, **asked, "differences": differences}, indent=2, ensure_ascii=False) + "\n"
     (folder / "cells").mkdir(parents=True, exist_ok=True)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        if plan.search is not None:
-            write_text(folder / "ablation.json", document)
-            plan = worker.search(lambda cell: resolve_cells(replace(plan, cells=[cell]), base, overrides)[cell.name])
+    with StopRequest().listening():
         worker.set_stale_aside()  # before anything says what the cells are about
         write_text(folder / "ablation.json", document)
-        if options.executor == "ray":
-            worker.run_on(options.address, {"num_cpus": options.cell_cpus, "num_gpus": options.cell_gpus})
-        else:
+        if workers.alone:
             worker.run()
+        else:
+            for failure in workers.run(worker.run, len(plan.cells), worker.progress()):
+                print(f"warning: {failure}", file=sys.stderr)
+        plan = with_found(plan, read_found(plan, folder))
         tested = options.no_test or look_at_test(plan, folder)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return int(not tested or any(cell.status != "finished" for cell in gather_cells(plan, folder)))
 
 
@@ -104,10 +104,7 @@ def resolve_cells(plan: Plan, base: Sequence[Mapping[str, Any]], overrides: Sequ
             except UserError as error:
                 raise UserError(f"{arm_label((*cell.arm, *cell.variant))}: {error}") from error
         for name, value in cell.change.items():
-            here: Any = known[key]
-            for part in name.split("."):
-                here = here.get(part) if isinstance(here, dict) else None
-            if not same_value(here, value):
+            if not same_value(here := value_at(known[key], name), value):
                 raise UserError(f"{name}: an option gives {here} to every cell, but {cell.name} is about {value}")
         found[cell.name] = {**known[key], "seed_everything": cell.seed}
     firsts = {arm: found[next(cell for cell in plan.cells if cell.arm == arm).name] for arm in plan.arms}
@@ -180,9 +177,10 @@ def lint(plan: Plan, settings: Mapping[str, dict[str, Any]]) -> dict[str, list[C
             other = settings[cell.name]
             follows = what_follows(base, named), what_follows(other, named)
             both = follows[0].keys() & follows[1].keys()
-            one_side, other_side = ({name: side[name] for name in both} for side in follows)
             one, two = (_shared(*sides, named) for sides in ((base, other), (other, base)))
-            found[arm_label(arm)] = changes(one, two, named, (one_side, other_side))
+            one |= {name: follows[0][name] for name in both}
+            two |= {name: follows[1][name] for name in both}
+            found[arm_label(arm)] = changes(one, two, named)
     return found
 
 
@@ -245,7 +243,7 @@ def show_plan(plan: Plan, folder: Path, warned: Mapping[str, Sequence[Change]], 
     if plan.search is not None:
         variants = ""
         how = f"{plan.search.sampler}, seed {plan.search.seed}, chosen by validation {plan.metric}"
-        tried = sum(trial.state != "running" for found in plan.found.values() for trial in found.trials)
+        tried = sum(trial.state.is_finished() for found in plan.found.values() for trial in found.trials)
         print(
             f"search: {plan.tried} trials of each arm ({how}), over {', '.join(plan.search.space)}; "
             f"{tried} of {plan.tried * len(plan.arms)} are done"
@@ -269,13 +267,8 @@ def look_at_test(plan: Plan, folder: Path) -> bool:
 
     What is tested was chosen before, by validation rows only. Gives whether all of it went well.
     """
-    (folder / ".claims").mkdir(exist_ok=True)
-    while True:
-        try:
-            with locked_folder(folder / ".claims", "another process tests"):
-                return _look_at_test(plan, folder)
-        except BusyError:
-            time.sleep(POLL_S)
+    with locked_folder(folder, None):
+        return _look_at_test(plan, folder)
 
 
 def _look_at_test(plan: Plan, folder: Path) -> bool:
@@ -306,7 +299,9 @@ def add_options(parser: OptionParser) -> None:
     parser.add_argument("--plan", action="store_true", help="Show the plan and stop.")
     parser.add_argument("--no_test", action="store_true", help="Leave the test rows closed.")
     parser.add_argument("--retry_failed", action="store_true", help="Try cells again that failed.")
-    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="Where cells are trained.")
+    workers = "Processes that share the cells; by default 1, with Ray as many as the cluster has room for."
+    parser.add_argument("--workers", type=int, help=workers)
+    parser.add_argument("--executor", choices=EXECUTORS, default="local", help="Where the workers run.")
     parser.add_argument("--address", help="Of a Ray cluster; by default one is started on this machine.")
-    parser.add_argument("--cell_cpus", type=float, default=1, help="CPUs that a cell takes of its Ray node.")
-    parser.add_argument("--cell_gpus", type=float, default=0, help="GPUs that a cell takes of its Ray node.")
+    parser.add_argument("--cell_cpus", type=float, default=1, help="CPUs that a worker takes of its Ray node.")
+    parser.add_argument("--cell_gpus", type=float, default=0, help="GPUs that a worker takes of its Ray node.")

@@ -1,28 +1,28 @@
-"""The cells of an ablation: which are to be trained, who trains them, and when one is of something else.
+"""The cells of an ablation: which are to be trained, who trains them, and when one is stale.
 
 A cell is a run folder under ``cells/``, trained by ``fit`` and validated as a process of its own. Whoever trains it
 holds its claim, a lock that dies with its holder.
 """
 
 import contextlib
-import io
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lightning_lora.children import run_child
-from lightning_lora.cluster import run_on_ray
+from lightning_lora.children import last_error, run_child
+from lightning_lora.claims import claimed, share_tasks
 from lightning_lora.config.lightning_cli import flat
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import BusyError, UserError
-from lightning_lora.experiments.plan import Cell, Plan, with_found
+from lightning_lora.experiments.plan import Arm, Cell, Plan, with_found
 from lightning_lora.experiments.searcher import Searcher
-from lightning_lora.files import POLL_S, locked_folder, write_text
+from lightning_lora.files import locked_folder, write_text
 from lightning_lora.runs.folder import RunFolder, commit, kept_metrics, now, versions
 from lightning_lora.units import duration
 
@@ -33,57 +33,52 @@ class Worker:
     Args:
         plan: The plan.
         folder: The ablation's folder.
-        settings: All settings of each cell.
-        retry_failed: Whether cells that failed are tried again.
+        resolve: Gives all settings of each cell of a plan, by the cell's name.
+        retry_failed: Whether cells that failed before now are trained again.
     """
 
-    def __init__(self, plan: Plan, folder: Path, settings: Mapping[str, dict[str, Any]], retry_failed: bool) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, resolve: Callable[[Plan], dict[str, dict[str, Any]]], retry_failed: bool
+    ) -> None:
         self.plan = plan
+        self.folder = folder
         self.cells = folder / "cells"
-        self.stale = folder / "stale"
-        self.claims = folder / ".claims"
-        self.settings = settings
-        self.retry_failed = retry_failed
+        self.resolve = resolve
+        self.settings = resolve(plan)
+        #: A cell that failed earlier is trained again: once, whichever of several workers does it.
+        self.retry_before = time.time() if retry_failed else 0.0
         self.code = commit()["fingerprint"]
         self.versions = versions()
         self._data: dict[str, dict[str, str]] = {}
 
     def stale_cells(self) -> dict[str, str]:
-        """Cells that are of something else, by name, and why."""
+        """Return the names of stale cells, and why each is stale."""
         found = {cell.name: self._why_stale(self.cells / cell.name, cell) for cell in self.plan.cells}
         return {name: why for name, why in found.items() if why is not None}
 
     def set_stale_aside(self) -> None:
-        """Sets aside the cells of something else, but for those that another process holds."""
-        stale = self.stale_cells()
-        for cell in self.plan.cells:
-            if cell.name in stale:
-                with contextlib.suppress(BusyError), locked_folder(self.claim(cell), "held"):
-                    self._set_aside(self.cells / cell.name, stale[cell.name])
+        """Set stale cells aside, but for those that another process holds."""
+        for name, why in self.stale_cells().items():
+            with contextlib.suppress(BusyError), claimed(self.folder, name):
+                self._set_aside(self.cells / name, why)
 
     def run(self) -> None:
-        """Goes through the cells until none is left, waiting for those that another process holds."""
-        open_cells = [cell for cell in self.plan.cells if cell.searched]
-        self._tokenize([cell for cell in open_cells if self._state(cell) == "missing"])
+        """Search, where the plan asks for it, and train the cells, each unless another process does."""
+        if self.plan.search is not None:
+            self._search()
+        cells = [cell for cell in self.plan.cells if cell.searched]
+        self._tokenize([cell for cell in cells if self._state(cell) == "missing"])
         took: list[float] = []
-        while open_cells:
-            busy = []
-            for cell in open_cells:
-                started = time.perf_counter()
-                try:
-                    with locked_folder(self.claim(cell), "another process trains this cell"):
-                        did = self.train(cell)
-                except BusyError:
-                    busy.append(cell)
-                    continue
-                if did:
-                    took.append(time.perf_counter() - started)
-                    left = sum(self._state(c) not in ("done", "failed") for c in self.plan.cells if c.searched)
-                    mean = sum(took) / len(took)
-                    print(f"  {duration(took[-1])}; {left} cells left, about {duration(mean * left)}", flush=True)
-            open_cells = busy
-            if busy:
-                time.sleep(POLL_S)
+
+        def train(cell: Cell) -> None:
+            started = time.perf_counter()
+            if self.train(cell):
+                took.append(time.perf_counter() - started)
+                left = sum(self._state(c) not in ("done", "failed") for c in cells)
+                mean = sum(took) / len(took)
+                print(f"  {duration(took[-1])}; {left} cells left, about {duration(mean * left)}", flush=True)
+
+        share_tasks(cells, self.folder, lambda cell: cell.name, train)
 
     def _tokenize(self, cells: Sequence[Cell]) -> None:
         """Read, split and tokenize once, so that no cell's time or memory contains it; errors are left to the cell."""
@@ -94,69 +89,45 @@ class Worker:
                 module.setup("fit")
                 module.setup("test")
 
-    def search(self, settings_of: Callable[[Cell], dict[str, Any]]) -> Plan:
-        """Searches what the plan asks to be searched; gives the plan of what was found, which is this worker's now.
-
-        Args:
-            settings_of: All settings of a cell.
-        """
+    def _search(self) -> None:
+        """Search what the plan asks for; from here on the plan is that of what was found."""
+        plan, settings = self.plan, self.settings
 
         def train(cell: Cell, environment: Mapping[str, str]) -> None:
-            self.settings = {**self.settings, cell.name: settings_of(cell)}
+            self.settings = {**settings, **self.resolve(replace(plan, cells=[cell]))}
             if self.train(cell, environment):
                 print()
 
-        def determines(arm: tuple[tuple[str, str], ...]) -> Any:
-            settings = self.settings[next(cell.name for cell in self.plan.cells if cell.arm == arm)]
-            return [settings, self._fingerprints(settings), self.code, self.versions]
+        def determines(arm: Arm) -> Any:
+            own = settings[next(cell.name for cell in plan.cells if cell.arm == arm)]
+            return [own, self._fingerprints(own), self.code, self.versions]
 
-        found = Searcher(self.plan, self.cells.parent, train, self.claim, determines).run()
-        self.plan = with_found(self.plan, found)
-        self.settings = {cell.name: settings_of(cell) for cell in self.plan.cells}
-        return self.plan
+        self.plan = with_found(plan, Searcher(plan, self.folder, train, determines).run())
+        self.settings = self.resolve(self.plan)
+        self.set_stale_aside()
 
-    def run_on(self, address: str | None, needs: Mapping[str, float]) -> None:
-        """The same on a Ray cluster, whose nodes see the ablation's folder and the data where this process does."""
-        cells = {cell.name: cell for cell in self.plan.cells}
-        left = [name for name, cell in cells.items() if cell.searched and self._to_do(cell)]
-        folder, settings, retry, plan = self.cells.parent.resolve(), self.settings, self.retry_failed, self.plan
+    def progress(self) -> Callable[[], None]:
+        """Return a function that prints a line for each cell or trial that other processes have finished since."""
+        shown = {name for name, _ in self._ended()}
 
-        def train(name: str) -> str:
-            worker = Worker(plan, folder, settings, retry)
-            cell = next(cell for cell in plan.cells if cell.name == name)
-            with locked_folder(worker.claim(cell), "another process trains this cell"):
-                said = io.StringIO()
-                with contextlib.redirect_stdout(said):
-                    worker.train(cell)
-            return said.getvalue().strip()
+        def show() -> None:
+            for name, record in self._ended():
+                if name not in shown:
+                    shown.add(name)
+                    print(f"{name}{self._said(record)}", flush=True)
 
-        started, count = time.perf_counter(), 0
-
-        def done(name: str, said: str) -> None:
-            nonlocal count
-            count += 1
-            rest = len(left) - count
-            about = duration((time.perf_counter() - started) / count * rest)
-            print(f"{said or name}; {rest} cells left, about {about}", flush=True)
-
-        if left:
-            run_on_ray(left, train, address, needs, done)
-
-    def _to_do(self, cell: Cell) -> bool:
-        state = self._state(cell)
-        stale = self._why_stale(self.cells / cell.name, cell) is not None
-        return stale or not (state == "done" or (state == "failed" and not self.retry_failed))
+        return show
 
     def train(self, cell: Cell, environment: Mapping[str, str] | None = None) -> bool:
-        """Trains a cell, goes on with it, or leaves it where it is done; whether there was anything to do."""
+        """Train a cell, which this process holds, or resume it; return whether there was anything to do."""
         place = self.cells / cell.name
         if (why := self._why_stale(place, cell)) is not None:
             self._set_aside(place, why)
         state = self._state(cell)
-        if state == "done" or (state == "failed" and not self.retry_failed):
-            return False
-        if state == "failed":
+        if state == "failed" and (place / "run.json").stat().st_mtime < self.retry_before:
             self._set_aside(place, "failed, tried again")
+        elif state in ("done", "failed"):
+            return False
         print(f"{cell.name}", flush=True)
         output = self.cells / f"{cell.name}.txt"
         config = self.cells / f".{cell.name}.yaml"
@@ -172,32 +143,33 @@ class Worker:
             config.unlink(missing_ok=True)
         if status == BusyError.status:
             raise BusyError("another process trains this cell")
-        self._say(place, status, output)
+        if not (place / "run.json").is_file():  # it did not get as far as a folder: leave one that says why
+            place.mkdir(exist_ok=True)
+            error = last_error(output.read_text(encoding="utf-8"), status)
+            record = {"format": 1, "status": "failed", "error": error, "name": place.name}
+            RunFolder(place).write({**record, "code": commit(), "versions": versions()})
+        print(self._said(RunFolder(place).read()), end="")
         return True
 
-    def _say(self, place: Path, status: int, output: Path) -> None:
-        record = RunFolder(place).read() if (place / "run.json").is_file() else {}
+    def _said(self, record: Mapping[str, Any]) -> str:
+        """What a cell's record says of its end, in a line."""
         value = kept_metrics(record, "val").get(self.plan.metric)
-        if status == 0 and value is not None:
-            print(f"  validation {self.plan.metric} {value:.4f}", end="")
-            return
-        if not record:  # it did not get as far as a folder: leave one that says why
-            said = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("error: ")]
-            place.mkdir(exist_ok=True)
-            failed = {"format": 1, "status": "failed", "error": said[-1][7:] if said else f"ended with status {status}"}
-            RunFolder(place).write({**failed, "name": place.name, "code": commit(), "versions": versions()})
-            record = failed
-        print(f"  {record.get('status')}: {record.get('error', f'status {status}')}", end="")
+        if record.get("status") == "finished" and value is not None:
+            return f"  validation {self.plan.metric} {value:.4f}"
+        return f"  {record.get('status')}: {record.get('error', 'its process was ended')}"
 
-    def claim(self, cell: Cell) -> Path:
-        """The folder whose lock holds a cell."""
-        claim = self.claims / cell.name
-        claim.mkdir(parents=True, exist_ok=True)
-        return claim
+    def _ended(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Name and record of each cell, also of a search's trials, that is done or has failed."""
+        for path in sorted(self.cells.glob("*/run.json")):
+            if self._status(path.parent) in ("done", "failed"):
+                yield path.parent.name, RunFolder(path.parent).read()
 
     def _state(self, cell: Cell) -> str:
-        """The status of the cell's run, or "missing"; "done" where it has been validated too."""
-        place = self.cells / cell.name
+        return self._status(self.cells / cell.name)
+
+    @staticmethod
+    def _status(place: Path) -> str:
+        """The status of a cell's run, or "missing"; "done" where it has been validated too."""
         if not (place / "run.json").is_file():
             return "missing"
         status = str(RunFolder(place).read().get("status"))
@@ -205,7 +177,7 @@ class Worker:
         return "done" if status == "finished" and validated else status
 
     def _why_stale(self, place: Path, cell: Cell) -> str | None:
-        """What has changed since a cell was begun; None where nothing has, or there is no such cell."""
+        """What has changed since a cell was started; None where nothing has, or there is no such cell."""
         if not place.exists():
             return None
         if not (place / "run.json").is_file():
@@ -249,9 +221,10 @@ class Worker:
         return TextDataModule(**{**data, "augmentation": Augmentation(**data["augmentation"])})
 
     def _set_aside(self, place: Path, why: str) -> None:
-        self.stale.mkdir(exist_ok=True)
+        stale = self.folder / "stale"
+        stale.mkdir(exist_ok=True)
         number = 1
-        while (target := self.stale / f"{place.name}.{number}").exists():
+        while (target := stale / f"{place.name}.{number}").exists():
             number += 1
         with locked_folder(place, f"{place} is being trained by another process"):
             place.rename(target)

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_lora.export.usage import Usage
 
 #: Metrics of the card: name in the record, the Hub's type, what people read.
-METRICS = (
+CARD_METRICS = (
     ("accuracy", "accuracy", "accuracy"),
     ("f1_macro", "f1", "F1 (macro)"),
     ("precision_macro", "precision", "precision (macro)"),
@@ -93,7 +93,7 @@ def metadata(facts: CardFacts, place: str) -> str:
             metric_name=said,
             metric_value=round(facts.metrics[key], 6),
         )
-        for key, kind, said in METRICS
+        for key, kind, said in CARD_METRICS
         if key in facts.metrics
     ]
     peft = place == "adapter" or (not place and "adapter" in facts.formats)
@@ -103,7 +103,7 @@ def metadata(facts: CardFacts, place: str) -> str:
         library_name=library,
         pipeline_tag="text-classification",
         datasets=[dataset_id] if dataset_id else None,
-        metrics=[kind for key, kind, _ in METRICS if key in facts.metrics],
+        metrics=[kind for key, kind, _ in CARD_METRICS if key in facts.metrics],
         license=facts.license,
         model_name=facts.name,
         eval_results=results or None,
@@ -121,7 +121,7 @@ def _body(facts: CardFacts, place: str) -> str:
         "both": "the first quarter and the last three quarters of the room are read (by `encode.py`)",
         "windows": "all is read in windows whose probabilities are averaged (by `encode.py`)",
     }[facts.truncation]
-    rows = "\n".join(f"| {said} | {facts.metrics[key]:.4f} |" for key, _, said in METRICS if key in facts.metrics)
+    rows = "\n".join(f"| {said} | {facts.metrics[key]:.4f} |" for key, _, said in CARD_METRICS if key in facts.metrics)
     tested = f"| metric, {facts.test_rows:,} test rows | value |\n| --- | --- |\n{rows}" if rows else "Not tested."
     columns = ' + " " + '.join(facts.usage.text_columns)
     joined = f"`{columns}` (without columns that are blank), " if len(facts.usage.text_columns) > 1 else ""

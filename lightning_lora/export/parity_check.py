@@ -17,7 +17,7 @@ from lightning_lora.data.prepare import SplitRows
 from lightning_lora.data.splits import text_keys
 from lightning_lora.data.tokens import InputFormat, base_tokenizer, tokenize
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.intervals import METRICS, RowSums
+from lightning_lora.evaluation.intervals import INTERVAL_METRICS, RowSums
 from lightning_lora.export.parity import BROKEN, TOLERANCE, ParityTexts, compare, measure
 from lightning_lora.export.usage import Usage, client
 from lightning_lora.runs.folder import RunFolder
@@ -154,7 +154,7 @@ class Parity:
         if not real.any():
             return {}, 0
         sums = RowSums(self.reference[real], self.given.labels[real])
-        return {name: sums.value(name) for name in METRICS}, int(real.sum())
+        return {name: sums.value(name) for name in INTERVAL_METRICS}, int(real.sum())
 
     def missing(self) -> str:
         """The formats that could not be made, each with the reason."""

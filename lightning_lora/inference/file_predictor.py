@@ -18,10 +18,10 @@ from lightning_lora.data.batching import TokenDataset
 from lightning_lora.data.reading import Table
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_path
-from lightning_lora.inference.input_rows import Rows
+from lightning_lora.inference.input_rows import InputRows
 from lightning_lora.inference.loaded_run import LoadedRun, assemble
 from lightning_lora.inference.many_files import (
-    Shard,
+    FileTask,
     holds_texts,
     input_stamp,
     open_flat,
@@ -36,8 +36,8 @@ from lightning_lora.runs.folder import RunFolder
 CHUNK_ROWS = 8192
 #: The same in bytes, for long texts and wide tables.
 CHUNK_BYTES = 1 << 26
-#: Takes a number of rows that are done, and whether this process did them.
-Advance = Callable[[int, bool], None]
+#: Takes a number of rows that are done.
+Advance = Callable[[int], None]
 
 
 class RefusedError(UserError):
@@ -45,18 +45,18 @@ class RefusedError(UserError):
 
 
 @dataclass(frozen=True)
-class Job:
+class PredictJob:
     """What is to be done, for any process that does a part of it.
 
     Args:
         words: Those of the command.
-        shards: All files.
+        tasks: All files.
         settings: What all outputs are made with.
         text_columns: Columns of the text.
     """
 
     words: list[str]
-    shards: list[Shard]
+    tasks: list[FileTask]
     settings: dict[str, Any]
     text_columns: list[str]
 
@@ -92,7 +92,7 @@ def load_for(cli: ConfiguredRun, checkpoint: Path, labels: Sequence[str]) -> Loa
     return found
 
 
-class Predictor:
+class FilePredictor:
     """The model, loaded once, and how a file goes through it.
 
     Args:
@@ -103,18 +103,18 @@ class Predictor:
         UserError: The weights cannot be loaded, or are no more those that the job was planned with.
     """
 
-    def __init__(self, cli: ConfiguredRun, job: Job) -> None:
+    def __init__(self, cli: ConfiguredRun, job: PredictJob) -> None:
         self.config = cli.config
         self.job = job
         checkpoint = RunFolder.open(Path(self.config.run)).checkpoint(self.config.checkpoint)
         self.config.trainer.enable_progress_bar = False  # there is one for all files
         self.run = load_for(cli, checkpoint, job.settings["labels"])
         if fingerprint(checkpoint) != job.settings["weights"]:
-            raise UserError(f"{checkpoint} has changed since the command began (is it still trained?); start it again")
+            raise UserError(f"{checkpoint} has changed since the command started (is it still trained?)")
         self.counter = _RowCounter()
         self.run.trainer.callbacks.append(self.counter)  # type: ignore[attr-defined]  # a list, which Lightning hides
 
-    def write(self, shard: Shard, advance: Advance) -> None:
+    def write(self, task: FileTask, advance: Advance) -> None:
         """Predicts one file; its output is there whole or not at all.
 
         Raises:
@@ -122,28 +122,28 @@ class Predictor:
             UserError: The output cannot be written.
         """
         self.counter.advance = advance
-        with refused_reading(shard.source):
-            opened = open_flat(shard.source)
-        with atomic_path(shard.output) as staging, opened as file:
-            if input_stamp(shard.source, file.metadata.num_rows) != shard.stamp:
-                raise RefusedError(f"{shard.source} has changed since the command began; start it again")
+        with refused_reading(task.source):
+            opened = open_flat(task.source)
+        with atomic_path(task.output) as staging, opened as file:
+            if input_stamp(task.source, file.metadata.num_rows) != task.stamp:
+                raise RefusedError(f"{task.source} has changed since the command started; start it again")
             new = new_columns(self.job.settings["labels"])
-            stamp = {"input": shard.stamp, "settings": self.job.settings}
-            schema = output_schema(shard, file.schema_arrow, new, stamp)
+            stamp = {"input": task.stamp, "settings": self.job.settings}
+            schema = output_schema(task, file.schema_arrow, new, stamp)
             with pq.ParquetWriter(staging, schema) as writer:
-                for piece, dataset, rows in _one_ahead(self._prepared(file, shard)):
-                    writer.write_table(self._predicted(piece, dataset, rows, schema, shard.columns))
-                    advance(len(rows.faults), True)
+                for piece, dataset, rows in _one_ahead(self._prepared(file, task)):
+                    writer.write_table(self._predicted(piece, dataset, rows, schema, task.columns))
+                    advance(len(rows.faults))
 
-    def _prepared(self, file: pq.ParquetFile, shard: Shard) -> Iterator[tuple[pa.Table, TokenDataset, Rows]]:
+    def _prepared(self, file: pq.ParquetFile, task: FileTask) -> Iterator[tuple[pa.Table, TokenDataset, InputRows]]:
         first = 1
         pieces = read_pieces(file, CHUNK_ROWS, CHUNK_BYTES)
         while True:
-            with refused_reading(shard.source):
+            with refused_reading(task.source):
                 piece = next(pieces, None)
             if piece is None:
                 return
-            rows = rows_of_piece(shard.source, piece, self.job.text_columns, first)
+            rows = rows_of_piece(task.source, piece, self.job.text_columns, first)
             for name in self.job.text_columns:
                 if rows.faults and not holds_texts(kind := piece.schema.field(name).type):
                     raise RefusedError(f"{rows.faults[min(rows.faults)]}; the column holds {kind}. Set --text_column")
@@ -154,7 +154,7 @@ class Predictor:
         self,
         piece: pa.Table,
         dataset: TokenDataset,
-        rows: Rows,
+        rows: InputRows,
         schema: pa.Schema,
         columns: Mapping[str, str | None],
     ) -> pa.Table:
@@ -163,23 +163,23 @@ class Predictor:
         return pa.table(arrays, schema=schema)
 
 
-def rows_of_piece(path: Path, piece: pa.Table, text_columns: Sequence[str], first: int) -> Rows:
+def rows_of_piece(path: Path, piece: pa.Table, text_columns: Sequence[str], first: int) -> InputRows:
     """Some rows of a file, the first of which has this number in it."""
     columns: dict[str, Any] = {name: piece.column(name) for name in text_columns}
-    return Rows.of(Table(str(path), columns, range(first, first + piece.num_rows), "row"), text_columns)
+    return InputRows.of(Table(str(path), columns, range(first, first + piece.num_rows), "row"), text_columns)
 
 
-def refuse_faults(job: Job) -> None:
+def refuse_faults(job: PredictJob) -> None:
     """Refuses input files with a row that has no text, before any is predicted.
 
     Raises:
         UserError: There is such a row; the first is named.
     """
-    for shard in job.shards:
+    for task in job.tasks:
         first = 1
-        with reading(shard.source), open_flat(shard.source) as file:
+        with reading(task.source), open_flat(task.source) as file:
             for batch in file.iter_batches(CHUNK_ROWS, columns=job.text_columns):
-                rows_of_piece(shard.source, pa.Table.from_batches([batch]), job.text_columns, first).refuse_faults()
+                rows_of_piece(task.source, pa.Table.from_batches([batch]), job.text_columns, first).refuse_faults()
                 first += batch.num_rows
 
 
@@ -209,4 +209,4 @@ class _RowCounter(Callback):
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
         """Counts the batch."""
-        self.advance(len(outputs["rows"]), True)
+        self.advance(len(outputs["rows"]))

@@ -18,7 +18,7 @@ _SHOWN_PLACES = 3
 
 
 @dataclass(frozen=True)
-class Rows:
+class InputRows:
     """Rows to predict.
 
     Args:
@@ -36,7 +36,7 @@ class Rows:
     text_columns: Sequence[str]
 
     @classmethod
-    def of(cls, table: Table, text_columns: Sequence[str]) -> "Rows":
+    def of(cls, table: Table, text_columns: Sequence[str]) -> "InputRows":
         """The rows of a table; a cell that is neither a text nor blank is a fault, as are only blank ones."""
         columns = [table.columns[name] for name in text_columns]
         columns = [cells(column) if isinstance(column, pa.ChunkedArray) else column for column in columns]
@@ -103,12 +103,12 @@ def text_columns_of(config: Any) -> list[str]:
     return [columns] if isinstance(columns, str) else list(columns)
 
 
-def typed_rows(texts: Sequence[str]) -> Rows:
+def typed_rows(texts: Sequence[str]) -> InputRows:
     """The texts of the command line."""
-    return Rows.of(Table("command line", {"text": list(texts)}, range(1, len(texts) + 1), "text"), ["text"])
+    return InputRows.of(Table("command line", {"text": list(texts)}, range(1, len(texts) + 1), "text"), ["text"])
 
 
-def piped_rows() -> Rows:
+def piped_rows() -> InputRows:
     """The lines of standard input.
 
     Raises:
@@ -122,7 +122,7 @@ def piped_rows() -> Rows:
         raise UserError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def file_rows(source: str, text_columns: Sequence[str], encoding: str | None = None) -> Rows:
+def file_rows(source: str, text_columns: Sequence[str], encoding: str | None = None) -> InputRows:
     """The rows of a file, with all their columns.
 
     Raises:
@@ -140,17 +140,17 @@ def file_rows(source: str, text_columns: Sequence[str], encoding: str | None = N
     except MissingColumnError as error:
         raise UserError(f"{error.what}. Set --text_column") from None
     print_warnings(table.warnings)
-    rows = Rows.of(table, text_columns)
+    rows = InputRows.of(table, text_columns)
     wrong = next((i for i, text in enumerate(rows.texts) if text), None)
     if wrong is not None and len(rows.faults) == len(rows.texts):
         raise UserError(f"{rows.faults[wrong]}; no row has a text. Set --text_column")
     return rows
 
 
-def _lines(origin: str, content: str) -> Rows:
+def _lines(origin: str, content: str) -> InputRows:
     # Only \n ends a line: splitlines() would also cut at a form feed or U+2028 inside a text.
     lines = content.removesuffix("\n").split("\n") if content else []
     if not lines:
         raise UserError(f"{origin}: no texts")
     cells = [line.removesuffix("\r") for line in lines]
-    return Rows.of(Table(origin, {"text": cells}, range(1, len(lines) + 1), "line"), ["text"])
+    return InputRows.of(Table(origin, {"text": cells}, range(1, len(lines) + 1), "line"), ["text"])

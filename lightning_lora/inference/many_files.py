@@ -1,16 +1,15 @@
 """Many Parquet files, and an output file for each of them: there whole or not at all, made once.
 
-A shard is one input file and its output. An output says in its own metadata what it was made from, so the files
+A task is one input file and its output. An output says in its own metadata what it was made from, so the files
 themselves are the only record of what is done: no list beside them can be lost or be wrong.
 """
 
-import contextlib
 import glob
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_lora.errors import UserError, first_line
-from lightning_lora.files import locked_folder
 from lightning_lora.inference.output import output_columns
 
 #: Where an output's metadata says what it was made from.
 METADATA_KEY = b"lightning_lora.predict"
-#: Holds a folder to lock for each shard under way. A name with a dot: readers of the folder leave it out.
-CLAIMS = ".claims"
 _READ_BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
-class Shard:
+class FileTask:
     """One input file and what becomes of it.
 
     Args:
         source: The input file.
         output: The output file.
         rows: Rows of both.
-        stamp: What tells this input file from another: its size, rows and the hash of its footer, which holds the
+        stamp: What identifies this input file: its size, rows and the hash of its footer, which holds the
             place, size and bounds of every column.
         columns: Columns of the output, as ``output_columns`` gives them.
     """
@@ -86,8 +82,8 @@ def is_many(given: str | None) -> bool:
     return place.is_dir() or (glob.has_magic(given) and not place.is_file())
 
 
-def plan_shards(files: Sequence[Path], output: Path, text_columns: Sequence[str], new: Sequence[str]) -> list[Shard]:
-    """The shards of the files; each file is looked at, none is read.
+def plan_files(files: Sequence[Path], output: Path, text_columns: Sequence[str], new: Sequence[str]) -> list[FileTask]:
+    """Return the task of each file; only their metadata is read.
 
     Args:
         files: The input files.
@@ -109,10 +105,10 @@ def plan_shards(files: Sequence[Path], output: Path, text_columns: Sequence[str]
     if twice:
         both = [str(path) for path in files if path.name == twice[0]]
         raise UserError(f"--input: {both[0]} and {both[1]} would have the same output, {twice[0]}; give one folder")
-    return [_plan_shard(path, output / path.name, text_columns, new) for path in files]
+    return [_plan_file(path, output / path.name, text_columns, new) for path in files]
 
 
-def _plan_shard(path: Path, output: Path, text_columns: Sequence[str], new: Sequence[str]) -> Shard:
+def _plan_file(path: Path, output: Path, text_columns: Sequence[str], new: Sequence[str]) -> FileTask:
     with reading(path):
         with pq.ParquetFile(path) as file:
             names, rows = file.schema_arrow.names, file.metadata.num_rows
@@ -120,7 +116,7 @@ def _plan_shard(path: Path, output: Path, text_columns: Sequence[str], new: Sequ
     for column in text_columns:
         if column not in names:
             raise UserError(f"{path}: no column '{column}'; it has: {', '.join(names):.200}. Set --text_column")
-    return Shard(path, output, rows, stamp, output_columns(names, text_columns, new, path))
+    return FileTask(path, output, rows, stamp, output_columns(names, text_columns, new, path))
 
 
 def holds_texts(kind: pa.DataType) -> bool:
@@ -130,19 +126,19 @@ def holds_texts(kind: pa.DataType) -> bool:
     return any(check(kind) for check in checks)
 
 
-def rows_without_prediction(shard: Shard) -> tuple[int, list[str]]:
+def rows_without_prediction(task: FileTask) -> tuple[int, list[str]]:
     """How many rows of an output have no prediction, and the places of the first in its input."""
-    with pq.ParquetFile(shard.output) as file:
+    with pq.ParquetFile(task.output) as file:
         column = file.schema_arrow.names.index("prediction")  # before any column of several leaves
         groups = [file.metadata.row_group(i).column(column).statistics for i in range(file.num_row_groups)]
         if not any(group is None or group.null_count for group in groups):
             return 0, []
         null = file.read(columns=["prediction"]).column(0).is_null().to_numpy().nonzero()[0]
-    return len(null), [f"{shard.source}, row {i + 1}" for i in null[:3]]
+    return len(null), [f"{task.source}, row {i + 1}" for i in null[:3]]
 
 
 def input_stamp(path: Path, rows: int) -> dict[str, Any]:
-    """The stamp of an input file: see ``Shard``."""
+    """The stamp of an input file: see ``FileTask``."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(size - 8)
@@ -160,9 +156,9 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
 
 
-def output_schema(shard: Shard, source: pa.Schema, new: pa.Schema, stamp: Mapping[str, Any]) -> pa.Schema:
+def output_schema(task: FileTask, source: pa.Schema, new: pa.Schema, stamp: Mapping[str, Any]) -> pa.Schema:
     """The columns of an output, new and those of its input, and its stamp."""
-    fields = [source.field(n).with_name(name) if n else new.field(name) for name, n in shard.columns.items()]
+    fields = [source.field(n).with_name(name) if n else new.field(name) for name, n in task.columns.items()]
     return pa.schema(fields, {METADATA_KEY: json.dumps(stamp, sort_keys=True).encode()})
 
 
@@ -183,37 +179,37 @@ def open_flat(path: Path) -> pq.ParquetFile:
     return pq.ParquetFile(path, buffer_size=_READ_BUFFER, pre_buffer=False)
 
 
-def is_done(shard: Shard, settings: Mapping[str, Any]) -> bool:
-    """Whether the shard's output is there, made from this input with these settings.
+def is_done(task: FileTask, settings: Mapping[str, Any]) -> bool:
+    """Return whether the task's output is there, made from this input with these settings.
 
     Raises:
         UserError: There is another one.
     """
-    if not shard.output.exists():
+    if not task.output.exists():
         return False
     try:
-        with pq.ParquetFile(shard.output) as file:
+        with pq.ParquetFile(task.output) as file:
             metadata, rows = file.schema_arrow.metadata or {}, file.metadata.num_rows
             names = file.schema_arrow.names
         stamp = json.loads(metadata[METADATA_KEY])
         source, made_with = stamp["input"], stamp["settings"]
     except (pa.ArrowException, OSError, KeyError, ValueError):
-        raise UserError(f"--output: {shard.output} is there and was not made by predict; give another folder") from None
-    if source != shard.stamp or rows != shard.rows:
+        raise UserError(f"--output: {task.output} is there and was not made by predict; give another folder") from None
+    if source != task.stamp or rows != task.rows:
         raise UserError(
-            f"--output: {shard.output} was made from another {shard.source.name} than {shard.source}; remove it to "
+            f"--output: {task.output} was made from another {task.source.name} than {task.source}; remove it to "
             "make it again, or give another folder"
         )
     for key in sorted({*settings, *made_with}):
         was, now = made_with.get(key), settings.get(key)
         if was != now:
             raise UserError(
-                f"--output: {shard.output} was made with {key} {_short(was)}, not {_short(now)}; give another folder, "
+                f"--output: {task.output} was made with {key} {_short(was)}, not {_short(now)}; give another folder, "
                 "or remove what is in this one"
             )
-    if names != [*shard.columns]:  # by a version that named them otherwise
+    if names != [*task.columns]:  # by a version that named them otherwise
         raise UserError(
-            f"--output: {shard.output} has the columns {', '.join(names):.100}, not {', '.join(shard.columns):.100}; "
+            f"--output: {task.output} has the columns {', '.join(names):.100}, not {', '.join(task.columns):.100}; "
             "give another folder, or remove what is in this one"
         )
     return True
@@ -221,29 +217,3 @@ def is_done(shard: Shard, settings: Mapping[str, Any]) -> bool:
 
 def _short(value: Any) -> str:
     return f"'{value!s:.60}'"
-
-
-@contextmanager
-def claimed(shard: Shard, wait: bool = False) -> Iterator[None]:
-    """Holds a shard for this process; the claim of a process that was killed is free again.
-
-    On filesystems without locks nothing is held. Two processes may then make the same output: the same rows, and
-    one takes the place of the other whole.
-
-    Raises:
-        BusyError: Another process holds it, and its end is not to be waited for.
-    """
-    claim = shard.output.parent / CLAIMS / shard.output.name
-    with ExitStack() as stack:
-        while True:
-            try:
-                claim.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked_folder(claim, None if wait else "held"))
-                break
-            except (FileNotFoundError, FileExistsError):  # who held it has finished just now, and removed it
-                continue
-        yield
-        # While it is held, and only now that the output is there: who gets hold of it later looks for that first.
-        with contextlib.suppress(OSError):
-            claim.rmdir()
-            claim.parent.rmdir()

@@ -18,7 +18,7 @@ from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import atomic_path
 
 OUTPUTS = (".csv", ".jsonl", ".parquet")
-FORMATS = ("table", "csv", "jsonl")
+PRINTED_FORMATS = ("table", "csv", "jsonl")
 #: Classes whose probabilities the printed table shows, at most.
 SHOWN_CLASSES = 4
 #: Columns of the terminal that the text needs; where the table would leave fewer, each row is a paragraph.
@@ -26,7 +26,7 @@ _TEXT_WIDTH = 16
 
 
 def new_columns(names: Sequence[str]) -> pa.Schema:
-    """The columns that an output has beside those of its input, as ``Rows.predicted`` names them.
+    """The columns that an output has beside those of its input, as ``InputRows.predicted`` names them.
 
     Args:
         names: Names of the classes.

@@ -7,17 +7,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, Template
 
 from lightning_lora.reports import ablation_pictures as pictures
-from lightning_lora.reports.ablation import (
-    Report,
-    answer,
+from lightning_lora.reports.ablation import Report, answer, notes
+from lightning_lora.reports.ablation_tables import (
+    arm_table,
     cell_table,
     difference_table,
     fixed_and_broken,
     fixed_and_broken_by_length,
     metric_table,
-    notes,
     seed_table,
-    table,
     trial_table,
 )
 from lightning_lora.reports.tables import markdown
@@ -26,7 +24,7 @@ from lightning_lora.reports.tables import markdown
 def as_markdown(report: Report) -> str:
     """The report as Markdown."""
     parts = [f"# {report.name}", report.plan.question, answer(report), markdown(metric_table(report))]
-    parts.append(markdown(table(report)))
+    parts.append(markdown(arm_table(report)))
     parts.append("\n".join(f"- {note}" for note in notes(report)))
     for title, rows in _more_tables(report):
         parts.append(f"## {title}\n\n{markdown(rows)}")
@@ -36,7 +34,7 @@ def as_markdown(report: Report) -> str:
 def as_csv(report: Report) -> str:
     """The main table with metrics and costs as CSV."""
     out, metrics = io.StringIO(), metric_table(report)
-    joined = [[*row, *more[1:]] for row, more in zip(table(report), metrics, strict=True)]
+    joined = [[*row, *more[1:]] for row, more in zip(arm_table(report), metrics, strict=True)]
     csv.writer(out, lineterminator="\n").writerows([[cell.replace("**", "") for cell in row] for row in joined])
     return out.getvalue()
 
@@ -46,7 +44,7 @@ def as_latex(report: Report) -> str:
     # Braces of LaTeX are not those of the template.
     marks = {"variable_start_string": "<<", "variable_end_string": ">>"}
     marks |= {"block_start_string": "<%", "block_end_string": "%>"}
-    return _template("report.tex.j2", **marks).render(rows=[row[:9] for row in table(report)])
+    return _template("report.tex.j2", **marks).render(rows=[row[:9] for row in arm_table(report)])
 
 
 def as_html(report: Report) -> str:
@@ -55,7 +53,7 @@ def as_html(report: Report) -> str:
         report=report,
         answer=answer(report),
         metrics=metric_table(report),
-        arms=table(report),
+        arms=arm_table(report),
         notes=notes(report),
         pictures=pictures.all_pictures(report),
         more_tables=_more_tables(report),

@@ -1,4 +1,4 @@
-"""The pictures of an ablation's report, as SVG that stands in the page. Imports no torch."""
+"""The pictures of an ablation's report, as SVG within the page. Imports no torch."""
 
 import io
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-#: Okabe and Ito's colours, which can be told apart without colour vision; shapes tell apart in print.
+#: Okabe and Ito's colours, distinguishable without colour vision; shapes are in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = "os^Dv<>Pp*X"
 MOST_MATRICES = 12
@@ -35,8 +35,7 @@ def pareto(report: Any) -> str:
 
 def pareto_figure(report: Any) -> Any:
     """The figure of ``pareto``; None where there is nothing to draw."""
-    arms = [(arm, arm.test if report.split == "test" else arm.val) for arm in report.arms]
-    arms = [(arm, found) for arm, found in arms if found is not None]
+    arms = [(arm, arm.own) for arm in report.arms if arm.own is not None]
     if not arms:
         return None
     from matplotlib.ticker import EngFormatter
@@ -80,14 +79,12 @@ def sensitivity(report: Any) -> str:
         names = list(axis.values)
         for i, name in enumerate(names):
             arm = next((a for a in report.arms if dict(a.arm) == {**base, axis.name: name}), None)
-            found = arm and ((arm.test if report.split == "test" else None) or arm.val)
-            if arm is None or found is None:
+            if arm is None or (found := arm.own) is None:
                 continue
             drawn = True
             bars = [[found.mean - found.low], [found.high - found.mean]]
             panel.errorbar([i], [found.mean], bars, fmt="o", color=COLORS[0], capsize=3, zorder=2)
-            split = "test" if report.split == "test" else "val"
-            seeds = [getattr(c, split) for c in arm.cells if getattr(c, split) is not None]
+            seeds = [answers for cell in arm.cells if (answers := report.answers(cell)) is not None]
             values = [answers.values(report.plan.metric).mean() for answers in seeds]
             panel.plot([i + 0.12] * len(values), values, ".", color="#999999", zorder=1)
         panel.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 8 else 0)
@@ -108,14 +105,14 @@ def trials(report: Any) -> str:
     figure, panels = _figure(1, len(plan.search.space), 3.2)
     for panel, key in zip(panels, plan.search.space, strict=True):
         spaces = [plan.search.for_arm(arm)[key] for arm in found]
-        words = list(dict.fromkeys(str(value) for space in spaces if isinstance(space, list) for value in space))
+        words = list(dict.fromkeys(str(value) for space in spaces for value in getattr(space, "choices", ())))
         for i, (arm, one) in enumerate(found.items()):
             color, label = COLORS[i % len(COLORS)], ", ".join(value for _, value in arm)
-            shown = [trial for trial in one.trials if trial.value is not None and trial.state == "complete"]
-            x = [words.index(str(t.settings[key])) if words else t.settings[key] for t in shown]
+            shown = [trial for trial in one.trials if trial.state.name == "COMPLETE"]
+            x = [words.index(str(t.params[key])) if words else t.params[key] for t in shown]
             panel.plot(x, [t.value for t in shown], MARKERS[i % len(MARKERS)], color=color, alpha=0.7, label=label)
             for at, trial in zip(x, shown, strict=True):
-                if trial.number == one.best:
+                if trial is one.best:
                     panel.plot([at], [trial.value], "x", color="black", markersize=9, zorder=3)
         if words:
             panel.set_xticks(range(len(words)), words)
@@ -129,6 +126,8 @@ def trials(report: Any) -> str:
 
 def learning_curves(report: Any) -> str:
     """Training loss over steps, the mean over seeds with the range between them."""
+    from scipy.ndimage import uniform_filter1d
+
     figure, (panel,) = _figure(1, 1, 3.4)
     drawn = False
     for i, arm in enumerate(report.arms):
@@ -140,7 +139,7 @@ def learning_curves(report: Any) -> str:
         if len(steps) < 2:
             continue
         values = np.array([[curve[step] for step in steps] for curve in curves])
-        smooth = np.stack([_smooth(row) for row in values])
+        smooth = uniform_filter1d(values, 5, mode="nearest")
         color = COLORS[i % len(COLORS)]
         panel.plot(steps, smooth.mean(axis=0), color=color, label=arm.label)
         panel.fill_between(steps, smooth.min(axis=0), smooth.max(axis=0), color=color, alpha=0.15, linewidth=0)
@@ -155,9 +154,8 @@ def learning_curves(report: Any) -> str:
 
 def confusion(report: Any) -> str:
     """A confusion matrix for each arm, summed over its seeds: shares within the true class."""
-    split = "test" if report.split == "test" else "val"
     names: Sequence[str] = next((cell.label_names for cell in report.cells if cell.label_names), [])
-    arms = [arm for arm in report.arms if any(getattr(c, split) is not None for c in arm.cells)][:MOST_MATRICES]
+    arms = [arm for arm in report.arms if any(report.answers(cell) is not None for cell in arm.cells)][:MOST_MATRICES]
     if not arms or not 2 <= len(names) <= MOST_CLASSES:
         return ""
     columns = min(4, len(arms))
@@ -165,7 +163,7 @@ def confusion(report: Any) -> str:
     for panel, arm in zip(panels, arms, strict=False):
         counts = np.zeros((len(names), len(names)))
         for cell in arm.cells:
-            if (answers := getattr(cell, split)) is not None:
+            if (answers := report.answers(cell)) is not None:
                 np.add.at(counts, (answers.labels, answers.logits.argmax(axis=1)), 1)
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         panel.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -190,11 +188,6 @@ def _front(points: Sequence[tuple[float, float]], higher_is_better: bool) -> lis
         if not front or (y > front[-1][1] if higher_is_better else y < front[-1][1]):
             front.append((x, y))
     return front
-
-
-def _smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
-    padded = np.pad(values, (width // 2, width // 2), mode="edge")
-    return np.convolve(padded, np.ones(width) / width, mode="valid")
 
 
 def _figure(rows: int, columns: int, height: float) -> tuple[Any, list[Any]]:

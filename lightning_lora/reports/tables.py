@@ -26,7 +26,7 @@ class Column:
     digits: int = 0
 
 
-COLUMNS: tuple[Column, ...] = (
+RESULT_COLUMNS: tuple[Column, ...] = (
     Column("accuracy", "accuracy", True, digits=4),
     Column("f1_macro", "F1 (macro)", True, digits=4),
     Column("precision_macro", "precision (macro)", True, digits=4),
@@ -40,15 +40,15 @@ COLUMNS: tuple[Column, ...] = (
     Column("peak_gpu_memory_mb", "peak GPU memory MiB"),
     Column("checkpoint_bytes", "checkpoint MB", scale=1e6, digits=2),
 )
-METRICS = tuple(column for column in COLUMNS if column.is_metric)
+METRIC_COLUMNS = tuple(column for column in RESULT_COLUMNS if column.is_metric)
 
 
 def metric_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
     """The table's rows, heading first: before (where measured), after fine-tuning with its interval, and in int8."""
-    rows = [["", *(column.heading for column in METRICS)]]
+    rows = [["", *(column.heading for column in METRIC_COLUMNS)]]
     for key, title in (("before", "before"), ("after", "after"), ("after_interval", "95% interval"), ("int8", "int8")):
         if values := evaluation.get(key):
-            rows.append([title, *(_cell(values.get(column.key)) for column in METRICS)])
+            rows.append([title, *(_cell(values.get(column.key)) for column in METRIC_COLUMNS)])
     return rows
 
 

@@ -1,32 +1,17 @@
-"""A run that is a trial of a search: says its validation metrics, and ends early where the search has it end."""
+"""A run that is a trial of a search: reports its validation metrics, and stops early where the pruner says so.
+
+Optuna's own callback for Lightning reports once an epoch and ends a pruned trial by an exception; here a trial reports
+after each validation pass, and a pruned one ends as a whole run, with its checkpoints and its record.
+"""
 
 import json
 import os
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
 from lightning_lora import processes
-
-VARIABLE = "LIGHTNING_LORA_TRIAL"
-
-
-def _pruner(name: str) -> Callable[[], Any]:
-    def make() -> Any:
-        import optuna
-
-        return getattr(optuna.pruners, name)()
-
-    return make
-
-
-#: What makes the pruner of each name.
-PRUNERS = {
-    "none": _pruner("NopPruner"),
-    "median": _pruner("MedianPruner"),
-    "halving": _pruner("SuccessiveHalvingPruner"),
-}
+from lightning_lora.studies import PRUNERS, TRIAL_VARIABLE, import_optuna, open_journal, open_trial
 
 
 class ReportTrial(Callback):
@@ -41,19 +26,14 @@ class ReportTrial(Callback):
     """
 
     def __init__(self, journal: str, study: str, number: int, metric: str, pruner: str) -> None:
-        import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        optuna = import_optuna()
         self.metric = metric
-        storage = JournalStorage(JournalFileBackend(journal))
-        loaded = optuna.load_study(study_name=study, storage=storage, pruner=PRUNERS[pruner]())
-        found = next(trial for trial in loaded.get_trials(deepcopy=False) if trial.number == number)
-        self.trial = optuna.trial.Trial(loaded, found._trial_id)
+        chosen = getattr(optuna.pruners, PRUNERS[pruner])()
+        loaded = optuna.load_study(study_name=study, storage=open_journal(Path(journal)), pruner=chosen)
+        self.trial = open_trial(loaded, number)
 
-    def _report(self, value: float, step: int) -> bool:
-        """Reports, and gives whether to end."""
+    def report(self, value: float, step: int) -> bool:
+        """Report a value and return whether the trial is pruned."""
         self.trial.report(value, step)
         if self.trial.should_prune():
             self.trial.set_user_attr("pruned", True)
@@ -61,17 +41,17 @@ class ReportTrial(Callback):
         return False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reports, and asks whether to go on."""
+        """Report the metric; stop training where the trial is pruned."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         value = float(trainer.callback_metrics[f"val/{self.metric}"])
-        end = trainer.is_global_zero and self._report(value, trainer.global_step)
-        if any(processes.agreed(end)):  # several processes: one asks, all do
+        pruned = trainer.is_global_zero and self.report(value, trainer.global_step)
+        if any(processes.agreed(pruned)):  # several processes: one asks, all stop
             trainer.should_stop = True
 
 
 def trial_callbacks() -> list[Callback]:
-    """The callback of the trial that this process is; none where it is no trial."""
-    if not os.environ.get(VARIABLE):
+    """Return the callback of the trial that this process is; none where it is no trial."""
+    if not os.environ.get(TRIAL_VARIABLE):
         return []
-    return [ReportTrial(**json.loads(os.environ[VARIABLE]))]
+    return [ReportTrial(**json.loads(os.environ[TRIAL_VARIABLE]))]

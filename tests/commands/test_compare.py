@@ -108,7 +108,7 @@ def test_differences_are_paired_with_the_baseline(compared: Path) -> None:
             base["label"], base["prediction"]
         )
         assert arms[name]["difference"]["estimate"]["mean"] == pytest.approx(difference, abs=1e-6)
-        assert arms[name]["difference"]["verdict"] in ("one seed", "same answers")
+        assert arms[name]["difference"]["verdict"] in ("one seed", "same predictions")
 
 
 def test_an_arm_without_training_keeps_the_fresh_head(compared: Path) -> None:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_lora.evaluation.intervals import METRICS, RowSums, difference_interval, interval, intervals
+from lightning_lora.evaluation.intervals import INTERVAL_METRICS, RowSums, difference_interval, interval, intervals
 from lightning_lora.evaluation.metrics import make_metrics, metric_values
 
 
@@ -20,7 +20,7 @@ def test_the_values_are_those_of_torchmetrics(seed: int) -> None:
     expected = metric_values(metrics.compute(), ["a", "b", "c"])
     expected["loss"] = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item()
     rows = RowSums(logits, labels)
-    for name in METRICS:
+    for name in INTERVAL_METRICS:
         assert rows.value(name) == pytest.approx(expected[name], abs=1e-5), name
 
 
@@ -38,7 +38,7 @@ def test_a_resample_is_the_metric_of_the_rows_drawn() -> None:
     logits, labels = sample(1)
     drawn = np.random.default_rng(0).integers(len(labels), size=len(labels))
     counts = np.bincount(drawn, minlength=len(labels))[None].astype(float)
-    for name in METRICS:
+    for name in INTERVAL_METRICS:
         assert RowSums(logits, labels).metric(name, counts)[0] == pytest.approx(
             RowSums(logits[drawn], labels[drawn]).value(name)
         ), name
@@ -99,7 +99,7 @@ def test_a_paired_difference_is_told_apart_where_two_intervals_overlap() -> None
 def test_every_metric_has_an_interval_around_its_value() -> None:
     logits, labels = sample(4)
     found = intervals(logits, labels)
-    assert found.keys() == METRICS.keys()
+    assert found.keys() == INTERVAL_METRICS.keys()
     for name, (low, high) in found.items():
         value = RowSums(logits, labels).value(name)
         assert low < high and (low <= value <= high or name == "calibration_error"), name

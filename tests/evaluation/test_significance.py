@@ -119,7 +119,7 @@ def test_one_seed_is_never_a_verdict_and_the_same_answers_are_no_difference() ->
     one = difference(arm, base, margin=0.01)
     assert one.p < 1e-6 and one.verdict == "one seed"
     same = difference(arm.repeat(2, axis=0), arm.repeat(2, axis=0), margin=0.01)
-    assert (same.p, same.estimate.mean, same.verdict) == (1.0, 0.0, "same answers")
+    assert (same.p, same.estimate.mean, same.verdict) == (1.0, 0.0, "same predictions")
 
 
 def test_a_loss_is_better_when_it_is_lower() -> None:

@@ -1,11 +1,13 @@
 """Small ablations of a tiny model, run for real."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,13 @@ from lightning_lora.cli import main
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.experiments.confounders import second_differences
-from lightning_lora.experiments.plan import make_plan
+from lightning_lora.experiments.plan_config import make_plan
 from lightning_lora.experiments.records import count_looks, gather_cells
 from lightning_lora.experiments.runner import lint, resolve_cells
 from lightning_lora.experiments.worker import Worker
 from lightning_lora.training.module import TextClassifier
 from tests.conftest import make_rows, write_csv
+from tests.experiments.test_search import TIMES, main_table
 from tests.faults.processes import Run
 
 
@@ -150,7 +153,7 @@ def test_a_cell_of_something_else_is_set_aside_and_not_mixed_in(done, place, tmp
     words = ["ablate", "--config", str(place / "rank.yaml"), "--logs_dir", str(tmp_path), "--plan"]
     assert main(words) == 0
     assert "3 are finished" in (said := capsys.readouterr().out) and "; 1 are of other code, settings or data" in said
-    Worker(plan, tmp_path / "ablation-rank", settings, False).set_stale_aside()
+    Worker(plan, tmp_path / "ablation-rank", lambda plan: settings, False).set_stale_aside()
     aside = tmp_path / "ablation-rank" / "stale" / "rank-2__seed-1.1"
     reason = {"code": "the code has changed", "versions": "version of torch", "data": "the data has changed"}
     assert reason.get(changed, "other settings: model.learning_rate") in (aside / "why.txt").read_text()
@@ -346,12 +349,40 @@ def kills(place: Path, done: Path, logs: Path, count: int, seconds: float) -> No
                 pq.read_table(f / "cells" / cell.name / "predictions" / f"{file}.parquet") for f in (done, here)
             )
             assert one.equals(two), (cell.name, file)
+    assert main_table(here, TIMES) == main_table(done, TIMES)
 
-    def shown(folder: Path) -> list[list[str]]:
-        rows = [line.split(",") for line in (folder / "report.csv").read_text().splitlines()]
-        return [row[:-2] for row in rows]  # without the costs, which are times
 
-    assert shown(here) == shown(done)
+def test_workers_share_the_cells(place: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["ablate", "--config", str(place / "rank.yaml"), "--logs_dir", str(tmp_path), "--workers", "2"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    here = tmp_path / "ablation-rank"
+    for cell in (p.name for p in (done / "cells").iterdir() if p.is_dir()):
+        assert said.count(f"{cell}  validation accuracy") == 1
+        record = json.loads((here / "cells" / cell / "run.json").read_text())
+        assert record["status"] == "finished" and set(record["evaluations"]) == {"val", "test"}
+        assert (here / "cells" / f"{cell}.txt").read_text().count("main.py fit") == 1
+    assert not (here / ".claims").exists()
+
+
+@pytest.mark.parametrize("failed_before", [True, False])
+def test_a_failed_cell_is_trained_again_once(
+    place: Path, done: Path, tmp_path: Path, failed_before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several workers are asked to: the one that comes later leaves what has failed in the meantime."""
+    content = yaml.safe_load((place / "rank.yaml").read_text())
+    plan = make_plan(content, place / "rank.yaml")
+    resolve = partial(resolve_cells, base=[yaml.safe_load(plan.base.read_text())], overrides=[])
+    copy = Path(shutil.copytree(done, tmp_path / "ablation-rank"))
+    worker = Worker(plan, copy, resolve, True)
+    run = copy / "cells" / plan.cells[0].name / "run.json"
+    run.write_text(json.dumps({**json.loads(run.read_text()), "status": "failed"}))
+    os.utime(run, (time.time(), worker.retry_before + (-1 if failed_before else 1)))
+    started: list[list[list[str]]] = []
+    monkeypatch.setattr(
+        "lightning_lora.experiments.worker.run_child", lambda each, output, _: started.append(each) or output.touch()
+    )
+    assert worker.train(plan.cells[0]) == bool(started) == failed_before
 
 
 @pytest.mark.faults

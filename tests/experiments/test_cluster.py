@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from lightning_lora.cli import main
-from lightning_lora.cluster import check_room
 from lightning_lora.errors import UserError
+from lightning_lora.workers import room_for
 from tests.conftest import make_rows, write_csv
 from tests.experiments.test_search import TIMES, main_table
 from tests.faults.processes import Run
@@ -40,16 +40,17 @@ def test_without_ray_the_message_says_how_to_get_it(place: Path, monkeypatch, ca
 
 def test_what_no_node_could_run_is_refused() -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}]
-    check_room(nodes, {"num_cpus": 4, "num_gpus": 0})
+    assert room_for(nodes, {"num_cpus": 2, "num_gpus": 0}) == 2
+    assert room_for([*nodes, {"Alive": True, "Resources": {"CPU": 3.0}}], {"num_cpus": 2, "num_gpus": 0}) == 3
     for needs in ({"num_cpus": 8, "num_gpus": 0}, {"num_cpus": 1, "num_gpus": 1}):
         with pytest.raises(UserError, match="the nodes have 4 CPU, 0 GPU"):
-            check_room(nodes, needs)
+            room_for(nodes, needs)
 
 
 @pytest.mark.parametrize("count", [-1.0, float("nan"), float("inf")])
 def test_what_is_no_number_of_cpus_is_refused(count: float) -> None:
     with pytest.raises(UserError, match="numbers from 0 on are needed"):
-        check_room([{"Alive": True, "Resources": {"CPU": 4.0}}], {"num_cpus": count, "num_gpus": 0})
+        room_for([{"Alive": True, "Resources": {"CPU": 4.0}}], {"num_cpus": count, "num_gpus": 0})
 
 
 @pytest.mark.faults
@@ -73,10 +74,7 @@ def test_a_node_is_lost_and_nothing_with_it(place: Path, monkeypatch: pytest.Mon
         assert "4 cells" not in run.text().splitlines()[-1]
     finally:
         cluster.shutdown()
-    told = [
-        [{k: v for k, v in row.items() if k not in TIMES} for row in main_table(place / logs / "ablation-rank")]
-        for logs in ("alone", "cluster")
-    ]
+    told = [main_table(place / logs / "ablation-rank", TIMES) for logs in ("alone", "cluster")]
     assert told[0] == told[1] and len(told[0]) == 2
     for cell in (place / "alone" / "ablation-rank" / "cells").glob("*/predictions"):
         for file in ("val-best", "test"):
@@ -88,4 +86,4 @@ def test_a_node_is_lost_and_nothing_with_it(place: Path, monkeypatch: pytest.Mon
             )
             for column in one.column_names:  # Ray gives a cell one thread: what is a number differs by rounding
                 here, there = one[column].to_pylist(), two[column].to_pylist()
-                assert here == (pytest.approx(there, abs=1e-5) if isinstance(here[0], float) else there), column
+                assert here == (pytest.approx(there, abs=1e-4) if isinstance(here[0], float) else there), column

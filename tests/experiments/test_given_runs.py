@@ -71,7 +71,7 @@ def test_runs_that_differ_by_their_seed_only_are_one_arm(tmp_path: Path) -> None
         make_run(logs / f"a{seed}", seed, {"val": 45, "val-best": 50, "test": 60 + seed})
         rank = {"model.adapter.rank": 2, "model.adapter.alpha": 4.0, "model.learning_rate": 1e-3}
         make_run(logs / f"b{seed}", seed, {"val": 45, "val-best": 50, "test": 30 + seed}, settings=rank)
-    make_run(logs / "begun", 4, {}, status="interrupted")
+    make_run(logs / "interrupted", 4, {}, status="interrupted")
     assert main(["report", str(logs)]) == 0
     report = (logs / "report-a1" / "report.md").read_text()
     import csv
@@ -178,7 +178,7 @@ def test_runs_of_a_folder_are_grouped_by_their_data(tmp_path: Path, capsys) -> N
     make_run(logs / "c", 1, BOTH, settings={"data.source": "more.csv"}, fingerprints=other)
     make_run(logs / "d", 2, BOTH, settings={"data.source": "more.csv"}, fingerprints=other)
     make_run(logs / "again", 1, BOTH)  # the settings and the seed of a
-    make_run(logs / "begun", 4, {}, status="interrupted")
+    make_run(logs / "interrupted", 4, {}, status="interrupted")
     make_run(logs / "damaged", 5, BOTH)
     (logs / "damaged" / "run.json").write_text("{")
     make_run(logs / "half", 6, BOTH)
@@ -191,7 +191,7 @@ def test_runs_of_a_folder_are_grouped_by_their_data(tmp_path: Path, capsys) -> N
         assert "== more.csv: 2 runs (c, d)" in said.out
         left_out = [line.split(" is left out: ") for line in said.err.splitlines()]
         assert [Path(place.removeprefix("warning: ")).name for place, _ in left_out] == [
-            *("begun", "damaged", "notes", "half", "again")
+            *("damaged", "interrupted", "notes", "half", "again")
         ]
         assert [row[0] for row in table(logs / "report-a")[1:]] == ["rank 8 (baseline)", "rank 2"]
         assert [row[0] for row in table(logs / "report-c")[1:]] == ["all runs (baseline)"]
@@ -199,14 +199,10 @@ def test_runs_of_a_folder_are_grouped_by_their_data(tmp_path: Path, capsys) -> N
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report-a", "report-c"]
 
 
-def test_what_lies_in_a_folder_beside_runs_is_named_with_its_own_report(tmp_path: Path, capsys) -> None:
+def test_an_ablation_in_a_folder_of_runs_is_named_with_its_own_report(tmp_path: Path, capsys) -> None:
     make_run(tmp_path / "logs" / "a", 1, BOTH)
-    arms = tmp_path / "logs" / "compared"
-    make_run(arms / "one", 1, BOTH)
-    make_run(arms / "two", 1, BOTH, settings={"model.adapter.rank": 2})
-    (arms / "comparison.json").write_text("{}")
+    (tmp_path / "logs" / "ablation").mkdir()
+    (tmp_path / "logs" / "ablation" / "ablation.json").write_text("{}")
     assert main(["report", str(tmp_path / "logs")]) == 0
     said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert main(["report", said.split(": report ")[1].strip()]) == 0
-    assert (arms / "report-one" / "report.md").is_file()
+    assert said.count("\n") == 1 and f"a report of its own: report {tmp_path / 'logs' / 'ablation'}" in said

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from lightning_lora.errors import UserError
-from lightning_lora.experiments.plan import make_plan
+from lightning_lora.experiments.plan_config import make_plan
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs" / "ablation").glob("*.yaml"))

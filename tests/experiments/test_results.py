@@ -9,7 +9,7 @@ import pytest
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.significance import difference
 from lightning_lora.experiments.confounders import changes, second_differences
-from lightning_lora.experiments.plan import make_plan
+from lightning_lora.experiments.plan_config import make_plan
 from lightning_lora.experiments.results import Answers, CellResult, compare_arms, one_class
 
 KEYS = np.array([f"k{i:03}" for i in range(200)])
@@ -110,7 +110,8 @@ def test_rows_are_looked_at_also_where_the_first_seed_is_lost() -> None:
 
 
 def test_an_arm_that_lost_a_seed_leaves_the_others_compared_on_test_rows() -> None:
-    from lightning_lora.reports.ablation import Report, answer, table
+    from lightning_lora.reports.ablation import Report, answer
+    from lightning_lora.reports.ablation_tables import arm_table
 
     three = make_plan({**CONTENT, "axes": {"rank": {"model.adapter.rank": [2, 4, 8]}}}, Path("a.yaml"))
     found = []
@@ -128,7 +129,7 @@ def test_an_arm_that_lost_a_seed_leaves_the_others_compared_on_test_rows() -> No
     assert four.against is None and four.own is None
     report = Report("a", three, "ablate", arms, found, (6, 6), {}, {})
     assert "Not tested, as not all their seeds have finished: 4" in answer(report)
-    assert "diverged" in table(report)[2]
+    assert "diverged" in arm_table(report)[2]
 
 
 def test_cells_of_other_code_or_versions_are_told_of() -> None:
@@ -169,7 +170,7 @@ def test_one_class_is_told() -> None:
 def test_a_second_difference_is_found() -> None:
     base = {"model.adapter.rank": 8, "model.adapter.alpha": 16, "seed_everything": 1, "data.max_length": 128}
     arm = {**base, "model.adapter.rank": 2, "seed_everything": 2, "data.max_length": 64}
-    found = changes(base, arm, ["model.adapter.rank"], ({"alpha / rank": 2.0}, {"alpha / rank": 8.0}))
+    found = changes({**base, "alpha / rank": 2.0}, {**arm, "alpha / rank": 8.0}, ["model.adapter.rank"])
     assert [str(change) for change in found] == [
         "model.adapter.rank: 8 -> 2", "data.max_length: 128 -> 64", "alpha / rank: 2 -> 8"
     ]  # fmt: skip
@@ -177,15 +178,16 @@ def test_a_second_difference_is_found() -> None:
 
 
 def test_the_answer_and_the_tables_of_a_report() -> None:
-    from lightning_lora.reports.ablation import Report, answer, table
+    from lightning_lora.reports.ablation import Report, answer
     from lightning_lora.reports.ablation_pages import as_csv, as_html, as_latex, as_markdown
+    from lightning_lora.reports.ablation_tables import arm_table
 
     found = cells(VAL, test={"2": 0.62, "8": 0.8}, lost={("2", "0.0001", 2)})
     arms = compare_arms(PLAN, found)
     differences = {"2": [{"key": "alpha / rank", "baseline": 2.0, "arm": 8.0, "named": False}]}
     report = Report("a & b", PLAN, "python main.py ablate", arms, found, (6, 6), differences, {})
     assert "has test accuracy 0.8100" in answer(report) and "Worse than it: 2 by 0.1800" in answer(report)
-    header, two, eight = table(report)
+    header, two, eight = arm_table(report)
     assert two[header.index("verdict")] == "worse" and two[header.index("settings tried")] == "3"
     assert eight[0] == "**8** (baseline)" and len({len(header), len(two), len(eight)}) == 1
     text = as_markdown(report)

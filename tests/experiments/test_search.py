@@ -5,19 +5,22 @@ import json
 import math
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
 import yaml
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lightning_lora.cli import main
 from lightning_lora.errors import UserError
-from lightning_lora.experiments.plan import Cell, make_plan, with_found
-from lightning_lora.experiments.search_space import Found, Range, Trial, read_found, write_found
-from lightning_lora.experiments.searcher import Searcher, journal
-from lightning_lora.training import pruning
+from lightning_lora.experiments.plan import Cell, with_found
+from lightning_lora.experiments.plan_config import make_plan
+from lightning_lora.experiments.search_space import at_edge
+from lightning_lora.experiments.searcher import Searcher, read_found
+from lightning_lora.studies import PRUNERS, TRIAL_VARIABLE, open_journal
 from lightning_lora.training.pruning import ReportTrial
 from tests.conftest import make_rows, write_csv
 from tests.faults.processes import Run
@@ -46,10 +49,10 @@ def plan(**change: object):
 def test_each_arm_has_its_own_space() -> None:
     arms = plan().arms
     spaces = [plan().search.for_arm(arm) for arm in arms]
-    assert spaces[0]["model.learning_rate"] == Range(1e-3, 1e-1, True)
-    assert spaces[1]["model.learning_rate"] == Range(1e-4, 1e-2)
-    assert spaces[0]["data.batch_size"].whole and not spaces[0]["model.learning_rate"].whole
-    assert spaces[1]["model.schedule"] == ["linear", "constant"]
+    assert spaces[0]["model.learning_rate"] == FloatDistribution(1e-3, 1e-1, log=True)
+    assert spaces[1]["model.learning_rate"] == FloatDistribution(1e-4, 1e-2)
+    assert spaces[0]["data.batch_size"] == IntDistribution(4, 16, step=4)
+    assert spaces[1]["model.schedule"] == CategoricalDistribution(["linear", "constant"])
 
 
 @pytest.mark.parametrize(
@@ -61,8 +64,10 @@ def test_each_arm_has_its_own_space() -> None:
         ({"space": {"a": [1]}, "sampler": "grid"}, "'grid' is none of tpe"),
         ({"space": {"a": [1]}, "trials": 0}, "at least 1"),
         ({"space": {"a": {"low": 1}}}, "a list of choices, or a range"),
-        ({"space": {"a": {"low": 2, "high": 1}}}, "low the smaller"),
-        ({"space": {"a": {"low": 0, "high": 1, "log": True}}}, "low above 0"),
+        ({"space": {"a": {"low": 2, "high": 1}}}, "low <= high"),
+        ({"space": {"a": {"low": 0, "high": 1, "log": True}}}, "low >= 1"),
+        ({"space": {"a": {"low": 1, "high": "x"}}}, "are numbers"),
+        ({"space": {"a": {"low": 1, "high": 2, "log": 1}}}, "log is true or false"),
         ({"space": {"model.adapter.rank": [1]}}, "is varied by an axis"),
         ({"space": {"a": {"rank": {2: [1]}}}}, "no range for rank 8"),
     ],
@@ -74,31 +79,36 @@ def test_what_does_not_fit_together_is_one_line(search: dict, said: str) -> None
 
 
 def test_a_value_at_an_end_of_its_range_is_known_as_such() -> None:
-    log, plain = Range(1e-4, 1e-2, log=True), Range(0, 100)
-    assert log.at_edge(1.1e-4) and log.at_edge(9e-3) and not log.at_edge(1e-3)
-    assert plain.at_edge(4) and plain.at_edge(96) and not plain.at_edge(6)
+    log, plain = FloatDistribution(1e-4, 1e-2, log=True), IntDistribution(0, 100)
+    assert at_edge(log, 1.1e-4) and at_edge(log, 9e-3) and not at_edge(log, 1e-3)
+    assert at_edge(plain, 4) and at_edge(plain, 96) and not at_edge(plain, 6)
+    listed = CategoricalDistribution([8, 2, 32])
+    assert at_edge(listed, 2) and at_edge(listed, 32) and not at_edge(listed, 8)
+    assert not at_edge(CategoricalDistribution(["a", "b", "c"]), "a")
 
 
 def test_the_cells_are_those_of_the_best_trial_with_every_seed(tmp_path: Path) -> None:
     first, second = plan().arms
-    rest = {"data.batch_size": 4, "model.schedule": "linear"}
-    trials = [
-        Trial(0, {"model.learning_rate": 0.01, **rest}, "complete", 0.5),
-        Trial(1, {"model.learning_rate": 0.02, **rest}, "failed"),
-    ]
-    found = {first: Found(trials, 0, ["model.learning_rate 0.01"])}
-    (tmp_path / "search.json").write_text(write_found(found))
-    assert read_found(tmp_path) == found
-    cells = with_found(plan(), read_found(tmp_path)).cells
+    study = optuna.create_study(study_name="first", storage=open_journal(tmp_path / "optuna.log"), direction="maximize")
+    study.set_user_attr("arm", first)
+    best, failed = (study.ask(plan().search.for_arm(first)) for _ in range(2))
+    study.tell(best, 0.5)
+    study.tell(failed, state=optuna.trial.TrialState.FAIL)
+    found = read_found(plan(), tmp_path)
+    assert found[first].best.number == 0 and found[first].settings == best.params
+    cells = with_found(plan(), found).cells
     assert [(dict(c.variant)["trial"], c.seed) for c in cells] == [("0", 1), ("none", 1), ("0", 2), ("none", 2)]
-    assert cells[0].change["model.learning_rate"] == 0.01 and cells[0].change["model.adapter.rank"] == 2
+    assert cells[0].change == {"model.adapter.rank": 2, **best.params}
     assert cells[1].arm == second and "model.learning_rate" not in cells[1].change
-    # Of a config that searches other settings by now, or other arms, nothing is taken.
-    (tmp_path / "search.json").write_text(write_found({first: Found([Trial(0, {"x": 1}, "complete", 0.5)], 0)}))
-    assert not with_found(plan(), read_found(tmp_path)).cells[0].searched
-    (tmp_path / "search.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_found(tmp_path)
+    # Nothing is taken of a search over other settings.
+    narrower = plan(search={"space": {"model.learning_rate": {"low": 1e-3, "high": 1e-2}}, "trials": 2})
+    assert not with_found(narrower, read_found(narrower, tmp_path)).cells[0].searched
+    # One trial more: the search has not ended, and nothing is the best yet.
+    more = plan(search={**CONTENT["search"], "trials": 3})
+    assert read_found(more, tmp_path)[first].best is None
+    (tmp_path / "optuna.log").write_text("[]\n{")
+    with pytest.raises(UserError, match="not a readable journal"):
+        read_found(plan(), tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +132,11 @@ def done(place: Path) -> Path:
 
 
 #: Columns that are never the same twice.
-TIMES = ("train s", "memory MiB")
+TIMES = ("training s", "tokens/s", "peak memory MiB")
 
 
 def studies(folder: Path) -> list[optuna.Study]:
-    storage = journal(folder / "optuna.log")
+    storage = open_journal(folder / "optuna.log")
     return [optuna.load_study(study_name=each.study_name, storage=storage) for each in storage.get_all_studies()]
 
 
@@ -135,11 +145,11 @@ def tried(folder: Path) -> list[list[tuple]]:
 
 
 def test_what_is_compared_is_what_optuna_calls_best(done: Path) -> None:
-    found = read_found(done)
+    found = read_found(plan(), done)
     assert len(found) == len(studies(done)) == 2
     for one, study in zip(found.values(), studies(done), strict=True):
         assert [t.state for t in study.trials] == [optuna.trial.TrialState.COMPLETE] * 2
-        assert one.best == study.best_trial.number
+        assert one.best.number == study.best_trial.number
         assert one.settings["model.learning_rate"] == study.best_params["model.learning_rate"]
         assert one.settings["model.schedule"] == study.best_params["model.schedule"]
     records = {p.parent.name: json.loads(p.read_text()) for p in (done / "cells").glob("*/run.json")}
@@ -148,17 +158,17 @@ def test_what_is_compared_is_what_optuna_calls_best(done: Path) -> None:
         for trial in one.trials:
             record = records[f"rank-{rank}__trial-{trial.number}__seed-1"]
             assert record["evaluations"]["val"]["after"]["accuracy"] == trial.value
-            assert record["config"]["model"]["learning_rate"] == trial.settings["model.learning_rate"]
+            assert record["config"]["model"]["learning_rate"] == trial.params["model.learning_rate"]
             assert record["config"]["data"]["batch_size"] in (4, 8, 12, 16)
         tested = [
             name for name, record in records.items() if f"rank-{rank}_" in name and "test" in record["evaluations"]
         ]
-        assert sorted(tested) == [f"rank-{rank}__trial-{one.best}__seed-{seed}" for seed in (1, 2)]
+        assert sorted(tested) == [f"rank-{rank}__trial-{one.best.number}__seed-{seed}" for seed in (1, 2)]
 
 
-def main_table(folder: Path) -> list[dict[str, str]]:
+def main_table(folder: Path, without: Sequence[str] = ()) -> list[dict[str, str]]:
     with (folder / "report.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [{k: v for k, v in row.items() if k not in without} for row in csv.DictReader(file)]
 
 
 def test_the_report_shows_what_was_tried(done: Path) -> None:
@@ -179,23 +189,37 @@ def test_killed_workers_leave_the_search_as_it_would_have_been(place: Path, done
     workers[0].wait()
     assert workers[1].wait(300) == 0, workers[1].text()
     assert tried(here) == tried(done)
-    told = [[{k: v for k, v in row.items() if k not in TIMES} for row in main_table(f)] for f in (here, done)]
-    assert told[0] == told[1]
+    assert main_table(here, TIMES) == main_table(done, TIMES)
     again = Run(words, tmp_path / "again.txt")
     assert again.wait(100) == 0 and "trial 1 of" not in again.text()
     assert tried(here) == tried(done)
 
 
+@pytest.mark.faults
+def test_workers_share_the_trials_also_after_sigterm(place: Path, done: Path, tmp_path: Path) -> None:
+    words = ["ablate", "--config", str(place / "search.yaml"), "--logs_dir", str(tmp_path), "--workers", "2"]
+    here = tmp_path / "ablation-search"
+    run = Run(words, tmp_path / "stopped.txt")
+    run.wait_for(lambda: len(list((here / "cells").glob("*/config.yaml"))) > 1, 300)
+    run.signal(signal.SIGTERM)
+    assert run.wait(60) == 143, run.text()
+    again = Run(words, tmp_path / "again.txt")
+    assert again.wait(300) == 0, again.text()
+    assert tried(here) == tried(done)
+    assert main_table(here, TIMES) == main_table(done, TIMES)
+
+
 def test_a_pruned_trial_ends_early_and_says_so(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = journal(tmp_path / "optuna.log")
+    storage = open_journal(tmp_path / "optuna.log")
     optuna.create_study(storage=storage, study_name="s", direction="maximize").ask()
     described = {"journal": str(tmp_path / "optuna.log"), "study": "s", "number": 0, "metric": "accuracy"}
-    monkeypatch.setenv(pruning.VARIABLE, json.dumps({**described, "pruner": "always"}))
-    monkeypatch.setitem(pruning.PRUNERS, "always", lambda: optuna.pruners.ThresholdPruner(lower=1.1))
+    monkeypatch.setenv(TRIAL_VARIABLE, json.dumps({**described, "pruner": "always"}))
+    monkeypatch.setitem(PRUNERS, "always", "AlwaysPruner")
+    monkeypatch.setattr(optuna.pruners, "AlwaysPruner", lambda: optuna.pruners.ThresholdPruner(lower=1.1), False)
     words = ["fit", "--config", str(place / "base.yaml"), "--name", "run", "--trainer.val_check_interval", "0.25"]
     assert main(words) == 0
     assert Path("logs/run/checkpoints/best.ckpt").exists()
-    (trial,) = optuna.load_study(study_name="s", storage=journal(tmp_path / "optuna.log")).trials
+    (trial,) = optuna.load_study(study_name="s", storage=open_journal(tmp_path / "optuna.log")).trials
     assert trial.user_attrs == {"pruned": True} and len(trial.intermediate_values) == 1
     record = json.loads(Path("logs/run/run.json").read_text())
     assert record["status"] == "finished" and record["costs"]["train_rows"] < record["data"]["splits"]["train"]["rows"]
@@ -208,18 +232,18 @@ class Stopped(Exception):
 def search(folder: Path, loss, stop_after: int | None = None, **how: object) -> dict:
     """Searches with trials that are worked out instead of trained: ``loss`` of a learning rate, step by step."""
     two = plan(metric="loss", search={**SPACE, **how}, seeds=[1])
-    begun = 0
+    started = 0
 
     def train(cell: Cell, environment: dict[str, str]) -> None:
-        nonlocal begun
-        begun += 1
-        if stop_after is not None and begun > stop_after:
+        nonlocal started
+        started += 1
+        if stop_after is not None and started > stop_after:
             raise Stopped
         curve = loss(cell.change["model.learning_rate"])
-        if pruning.VARIABLE in environment:
-            callback = ReportTrial(**json.loads(environment[pruning.VARIABLE]))
+        if TRIAL_VARIABLE in environment:
+            callback = ReportTrial(**json.loads(environment[TRIAL_VARIABLE]))
             for step, value in enumerate(curve):
-                if callback._report(value, step):
+                if callback.report(value, step):
                     curve = curve[: step + 1]
                     break
         place = folder / "cells" / cell.name
@@ -227,13 +251,8 @@ def search(folder: Path, loss, stop_after: int | None = None, **how: object) -> 
         record = {"format": 1, "status": "finished", "evaluations": {"val": {"after": {"loss": curve[-1]}}}}
         (place / "run.json").write_text(json.dumps(record))
 
-    def claim(cell: Cell) -> Path:
-        place = folder / ".claims" / cell.name
-        place.mkdir(parents=True, exist_ok=True)
-        return place
-
     folder.mkdir(exist_ok=True)
-    return Searcher(two, folder, train, claim, lambda arm: "the same code").run()
+    return Searcher(two, folder, train, lambda arm: "the same code").run()
 
 
 SPACE = {"space": {"model.learning_rate": {"low": 1e-5, "high": 1e-1, "log": True}}, "trials": 24}
@@ -266,12 +285,12 @@ def test_tpe_looks_where_it_was_good_and_random_does_not(tmp_path: Path) -> None
 
 def test_a_search_ends_trials_that_are_worse_than_the_median_and_never_calls_one_best(tmp_path: Path) -> None:
     found, _ = search(tmp_path, lambda rate: [bowl(rate)[0] + 1 / step for step in (1, 2, 3)], pruner="median").values()
-    states = [trial.state for trial in found.trials]
-    assert len(states) == 24 and set(states) == {"complete", "pruned"}
-    assert set(states[:5]) == {"complete"}  # Optuna's pruner wants five to compare with
-    pruned = [trial for trial in found.trials if trial.state == "pruned"]
-    best = found.trials[found.best]
-    assert best.state == "complete" and best.value == min(t.value for t in found.trials if t.state == "complete")
+    states = [trial.state.name for trial in found.trials]
+    assert len(states) == 24 and set(states) == {"COMPLETE", "PRUNED"}
+    assert set(states[:5]) == {"COMPLETE"}  # Optuna's pruner wants five to compare with
+    pruned = [trial for trial in found.trials if trial.state.name == "PRUNED"]
+    complete = [trial.value for trial in found.trials if trial.state.name == "COMPLETE"]
+    assert found.best.state.name == "COMPLETE" and found.best.value == min(complete)
     study = studies(tmp_path)[0]
     for trial in pruned:  # each was worse at that step than the median of those before it
         step, value = max(study.trials[trial.number].intermediate_values.items())
@@ -283,3 +302,15 @@ def test_without_optuna_the_message_says_how_to_get_it(place: Path, monkeypatch,
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert main(["ablate", "--config", str(place / "search.yaml")]) == 2
     assert "pip install -c constraints.txt -e '.[search]'" in capsys.readouterr().err
+
+
+def test_a_list_is_a_choice_like_any_other(tmp_path: Path) -> None:
+    choices = [["query"], ["query", "value"], None, True]
+    one = plan(search={"space": {"model.adapter.target_modules": choices}, "trials": 1})
+    study = optuna.create_study(study_name="s", storage=open_journal(tmp_path / "optuna.log"))
+    study.set_user_attr("arm", one.arms[0])
+    for choice in choices:
+        study.enqueue_trial({"model.adapter.target_modules": choice})
+        study.tell(study.ask(one.search.for_arm(one.arms[0])), 0.5)
+    trials = read_found(one, tmp_path)[one.arms[0]].trials
+    assert [trial.params["model.adapter.target_modules"] for trial in trials] == choices

@@ -17,6 +17,7 @@ import yaml
 from lightning_lora.cli import main
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_folder, atomic_path, remove_partial, write_text
+from lightning_lora.interrupts import Interrupted, StopRequest
 from lightning_lora.runs.checkpoints import AtomicCheckpointIO, read_checkpoint
 from lightning_lora.training.module import TextClassifier
 from tests.conftest import make_rows, write_csv
@@ -225,3 +226,20 @@ def test_what_a_killed_process_left_is_removed_and_that_of_a_living_one_is_not(t
         (tmp_path / other).touch()
         remove_partial(tmp_path)
         assert alive.exists() and dead.exists() and (tmp_path / other).exists() and not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(("made_by", "make"), [("touch", atomic_path), ("mkdir", atomic_folder)])
+def test_a_signal_at_the_moment_that_a_file_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_by: str, make
+) -> None:
+    real = getattr(Path, made_by)
+
+    def signalled(self: Path, *args: object, **more: object) -> None:
+        real(self, *args, **more)
+        if self.name.startswith(".partial-"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Path, made_by, signalled)
+    with pytest.raises(Interrupted), StopRequest().listening(), make(tmp_path / "a"):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lightning_lora.claims import claimed
 from lightning_lora.cli import main
 from lightning_lora.data.reading import cells
-from lightning_lora.inference import executors as predict_files
 from lightning_lora.inference import file_predictor as predictor
-from lightning_lora.inference import many_files
+from lightning_lora.inference import many_files, predict_files
 from tests.conftest import fit_tiny, make_rows
 from tests.faults.processes import Run, kill_in_rows
 
@@ -98,26 +98,26 @@ def refusal(capsys: pytest.CaptureFixture, status: int = 2) -> str:
 def small_pieces(count: int = 0) -> None:
     """Hook: files go through in several chunks, and each takes a while."""
     predictor.CHUNK_ROWS = 16
-    predicted = predict_files.Predictor._predicted
+    predicted = predict_files.FilePredictor._predicted
 
     def slow(self: Any, *args: Any) -> Any:
         time.sleep(count / 1000)
         return predicted(self, *args)
 
-    predict_files.Predictor._predicted = slow  # type: ignore[method-assign]
+    predict_files.FilePredictor._predicted = slow  # type: ignore[method-assign]
 
 
 def noted(milliseconds: int) -> None:
     """Hook: who predicts which file is written down."""
     small_pieces(milliseconds)
-    write = predict_files.Predictor.write
+    write = predict_files.FilePredictor.write
 
-    def note(self: Any, shard: Any, *args: Any) -> None:
+    def note(self: Any, task: Any, *args: Any) -> None:
         with Path("written.txt").open("a") as file:
-            file.write(f"{os.getpid()} {shard.source.name}\n")
-        write(self, shard, *args)
+            file.write(f"{os.getpid()} {task.source.name}\n")
+        write(self, task, *args)
 
-    predict_files.Predictor.write = note  # type: ignore[method-assign]
+    predict_files.FilePredictor.write = note  # type: ignore[method-assign]
 
 
 def test_each_file_has_the_rows_that_predict_gives_for_it_alone(
@@ -129,7 +129,7 @@ def test_each_file_has_the_rows_that_predict_gives_for_it_alone(
     same(whole(place), expected)
     assert pq.ParquetFile("out/part-0.parquet").num_row_groups == 4
     written = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
-    monkeypatch.setattr(predict_files.Predictor, "__init__", None)  # the model is not loaded for nothing
+    monkeypatch.setattr(predict_files.FilePredictor, "__init__", None)  # the model is not loaded for nothing
     assert main(words(place, source=str(place / "in" / "*.parquet"))) == 0
     assert "(5 of them were there)" in capsys.readouterr().err
     assert written == {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
@@ -214,20 +214,22 @@ def test_sigterm_leaves_nothing_half_written(place: Path) -> None:
     assert not list(Path("out").glob(".partial-*"))
 
 
-def work_and_die(job: Any, number: int, *args: Any) -> None:
-    """A worker; the first dies in its second piece of rows, and the others wait for its first."""
-    _, rows, *_ = args
-    if number == 0:
+def work_and_die(job: Any) -> None:
+    """A worker; the first dies in its second piece of rows, the others start when it is writing."""
+    try:
+        Path("first").touch(exist_ok=False)
         kill_in_rows(2)
-    end = time.monotonic() + 60
-    while number and not rows[0] and time.monotonic() < end:
-        time.sleep(0.01)
-    predict_files._work(job, number, *args)
+    except FileExistsError:
+        end = time.monotonic() + 60
+        while not list(Path("out").glob(".partial-*")) and time.monotonic() < end:
+            time.sleep(0.01)
+    predict_files.work(job)
 
 
-def die(job: Any, *args: Any) -> None:
+def die(job: Any) -> None:
     """A worker that dies in its second piece of rows."""
-    work_and_die(job, 0, *args[1:])
+    kill_in_rows(2)
+    predict_files.work(job)
 
 
 def test_workers_share_the_files(place: Path, expected: list[pa.Table], capsys: pytest.CaptureFixture) -> None:
@@ -239,19 +241,16 @@ def test_workers_share_the_files(place: Path, expected: list[pa.Table], capsys: 
 def test_the_files_of_a_killed_worker_are_done_by_the_others(
     place: Path, expected: list[pa.Table], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    work = predict_files._work
-    monkeypatch.setattr(predict_files, "_work", work_and_die)
+    monkeypatch.setattr(predict_files, "work", work_and_die)
     assert main(words(place, "--workers", "2")) == 0
-    assert "a worker ended with status -9; the others have done its files" in capsys.readouterr().err
-    monkeypatch.setattr(predict_files, "_work", work)
-    assert main(words(place)) == 0  # what the killed one left is removed
-    same(whole(place), expected)
+    assert "a worker ended with status -9; other workers have done its files" in capsys.readouterr().err
+    same(whole(place), expected)  # and what the killed one left is removed
 
 
 def test_when_all_workers_are_killed_it_says_what_is_not_done(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(predict_files, "_work", die)
+    monkeypatch.setattr(predict_files, "work", die)
     assert main(words(place, "--workers", "2")) == 2
     assert "a worker ended with status -9; 5 files are not done" in refusal(capsys)
 
@@ -357,7 +356,7 @@ def test_rows_without_a_text_stay_and_are_counted(
 def test_rows_without_a_text_are_refused_where_asked_before_anything_is_written(
     place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict_files.Predictor, "__init__", None)  # no model is loaded
+    monkeypatch.setattr(predict_files.FilePredictor, "__init__", None)  # no model is loaded
     write_inputs(Path("in"), files=2, rows=4)
     pq.write_table(pa.table({"text": BLANK["null"]}), "in/z.parquet")
     assert main(words(place, "--bad_rows", "error", source="in")) == 2
@@ -473,8 +472,7 @@ def test_a_claim_that_is_removed_while_it_is_made_is_made_again(tmp_path: Path, 
         mkdir(self, *args, **more)
 
     monkeypatch.setattr(Path, "mkdir", interrupted)
-    shard = many_files.Shard(tmp_path / "in.parquet", tmp_path / "a.parquet", 1, {}, {})
-    with many_files.claimed(shard):
+    with claimed(tmp_path, "a.parquet"):
         assert not failing
 
 
@@ -509,38 +507,42 @@ def test_a_ray_cluster_gives_the_same(
         same(whole(place), expected)
         assert Path("out/part-1.parquet").stat().st_mtime_ns == first
         write_inputs(Path("in"), files=2, rows=4)
-        pq.write_table(pa.table({"text": ["fine", None]}), "in/bad.parquet")
+        pq.write_table(pa.table({"text": pa.array([5, 6])}), "in/bad.parquet")
         assert main(words(place, "--executor", "ray", source="in", output="other")) == 2
-        assert "in/bad.parquet, row 2, column 'text': a text is needed, got null" in refusal(capsys)
+        assert "in/bad.parquet, row 1, column 'text': a text is needed, got 5" in refusal(capsys)
         assert len(list(Path("other").glob("*.parquet"))) == 2
     finally:
         ray.shutdown()
 
 
-class DyingPredictor(predict_files.RayPredictor):
-    """Its process ends at one of the files."""
+def work_but_for_one(job: Any) -> None:
+    """A worker whose process ends at one of the files."""
+    write = predict_files.FilePredictor.write
 
-    def __call__(self, row: dict) -> dict:
-        if self.job.shards[row["index"]].source.name == "part-1.parquet":
+    def end(self: Any, task: Any, *args: Any) -> None:
+        if task.source.name == "part-1.parquet":
             os._exit(1)
-        return super().__call__(row)
+        write(self, task, *args)
+
+    predict_files.FilePredictor.write = end  # type: ignore[method-assign]
+    predict_files.work(job)
 
 
 @pytest.mark.faults
-def test_a_file_that_always_ends_its_ray_actor_ends_the_command(
+def test_a_file_that_always_ends_its_ray_worker_ends_the_command(
     place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    monkeypatch.setattr(predict_files, "RayPredictor", DyingPredictor)
+    monkeypatch.setattr(predict_files, "work", work_but_for_one)
     try:
         ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
         assert main(words(place, "--executor", "ray")) == 2
     finally:
         ray.shutdown()
     said = refusal(capsys)
-    assert "the same file ended 4 processes" in said and "part-1.parquet" in said
+    assert "a worker was lost 4 times" in said and "4 files are not done" in said
     assert not Path("out/part-1.parquet").exists()
 
 

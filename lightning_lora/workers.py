@@ -1,0 +1,210 @@
+"""Worker processes, on this machine or on a Ray cluster, that do the same work: they share its tasks by ``claims``.
+
+On Ray the nodes must see the tasks' folder and the data at the same paths and have this package. Ray says which node a
+worker runs on and starts it again where its node is lost; what the lost one held is done by whoever gets its lock.
+"""
+
+import contextlib
+import io
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning_lora.children import join_children, last_error, start_child
+from lightning_lora.errors import UserError, first_line
+from lightning_lora.files import POLL_S
+from lightning_lora.interrupts import StopRequest
+
+EXECUTORS = ("local", "ray")
+#: How often Ray starts a worker again whose process or node was lost.
+RETRIES = 3
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many workers there are, and where.
+
+    Args:
+        count: Workers; None means one, or as many as a Ray cluster has room for.
+        executor: One of ``EXECUTORS``.
+        address: Of a Ray cluster; None means one of this machine that ends with the command.
+        cpus: CPUs of its Ray node that a worker takes.
+        gpus: GPUs of it; None means one where the cluster has any.
+        one_gpu_each: Whether workers of this machine take one GPU each, in turn.
+
+    Raises:
+        UserError: They do not go together, or Ray is not installed.
+    """
+
+    count: int | None = None
+    executor: str | None = None
+    address: str | None = None
+    cpus: float = 1
+    gpus: float | None = 0
+    one_gpu_each: bool = True
+
+    def __post_init__(self) -> None:
+        if self.executor not in (None, *EXECUTORS):
+            raise UserError(f"--executor: '{self.executor}' is not one of {', '.join(EXECUTORS)}")
+        if self.address and not self.on_ray:
+            raise UserError("--address: only --executor ray has one; leave it out")
+        if self.count is not None and self.count < 1:
+            raise UserError(f"--workers: 1 or more are needed, got {self.count}")
+        if self.on_ray:
+            import_ray(self.address)
+
+    @property
+    def on_ray(self) -> bool:
+        """Whether they run on a Ray cluster."""
+        return self.executor == "ray"
+
+    @property
+    def alone(self) -> bool:
+        """Whether the command's own process is the only worker."""
+        return not self.on_ray and (self.count or 1) == 1
+
+    def run(self, work: Callable[[], int | None], tasks: int, watch: Callable[[], None]) -> list[str]:
+        """Have each worker call a function; return what those that failed have said, a line each.
+
+        Args:
+            work: The function, which can be pickled; it takes the tasks that it does from ``share_tasks``.
+            tasks: How many tasks there are: more workers make no sense.
+            watch: Called again and again in the meantime, to show progress.
+
+        Raises:
+            UserError: There is no Ray cluster at the address, or it has no node with what a worker needs.
+        """
+        if not self.on_ray:
+            return _run_here(work, min(self.count or 1, tasks), self.one_gpu_each, watch)
+        with ray_cluster(self.address) as ray:
+            nodes = ray.nodes()
+            gpus = self.gpus if self.gpus is not None else float("GPU" in ray.cluster_resources())
+            needs = {"num_cpus": self.cpus, "num_gpus": gpus}
+            room = room_for(nodes, needs)
+            return _run_on_ray(ray, work, int(min(tasks, self.count or room)), needs, watch)
+
+
+def _run_here(work: Callable[[], int | None], count: int, one_gpu_each: bool, watch: Callable[[], None]) -> list[str]:
+    import torch
+
+    threads = max(1, torch.get_num_threads() // count)
+    gpus = torch.cuda.device_count() if one_gpu_each else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / f"{number}.txt" for number in range(count)]
+        processes = []
+        for number, output in enumerate(outputs):
+            own = {"CUDA_VISIBLE_DEVICES": visible.split(",")[number % gpus]} if gpus > 1 else {}
+            processes.append(start_child(partial(work_with_threads, work, threads), output, own))
+        statuses = join_children(processes, watch)
+        texts = [output.read_text(encoding="utf-8") if output.exists() else "" for output in outputs]
+    return [_failure(status, text) for status, text in zip(statuses, texts, strict=True) if status]
+
+
+def work_with_threads(work: Callable[[], int | None], threads: int) -> int | None:
+    """Do a local worker's work with its share of the threads; what it starts inherits it."""
+    import torch
+
+    os.environ |= {"OMP_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads)}
+    torch.set_num_threads(threads)
+    with StopRequest().listening():
+        return work()
+
+
+def _run_on_ray(
+    ray: Any, work: Callable[[], int | None], count: int, needs: Mapping[str, float], watch: Callable[[], None]
+) -> list[str]:
+    here, failures = str(Path.cwd()), []
+
+    def task() -> tuple[int, str]:
+        from lightning_lora.cli import exit_status
+
+        os.chdir(here)
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            status = exit_status(work)
+        return status, text.getvalue()
+
+    remote = ray.remote(**needs, max_retries=RETRIES)(task)
+    running = [remote.remote() for _ in range(count)]
+    while running:
+        ready, running = ray.wait(running, num_returns=1, timeout=POLL_S)
+        for each in ready:
+            try:
+                status, text = ray.get(each)
+            except ray.exceptions.RayError as error:
+                failures.append(f"a worker was lost {RETRIES + 1} times (is memory short?): {first_line(error)}")
+            else:
+                failures += [_failure(status, text)] if status else []
+        watch()
+    return failures
+
+
+def _failure(status: int, text: str) -> str:
+    said = last_error(text, status)
+    return f"a worker {said}" if said.startswith("ended with") else said
+
+
+def room_for(nodes: Sequence[Mapping[str, Any]], needs: Mapping[str, float]) -> float:
+    """Return how many workers the nodes of a Ray cluster have room for.
+
+    Raises:
+        UserError: They have none, for which Ray would wait for ever, or the needs are no numbers from 0 on.
+    """
+    if not all(0 <= count < math.inf for count in needs.values()):
+        raise UserError(f"--cell_cpus, --cell_gpus: numbers from 0 on are needed, got {[*needs.values()]}")
+    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    alive = [node.get("Resources", {}) for node in nodes if node.get("Alive")]
+    counts = {names[key]: count for key, count in needs.items() if count}
+    room = sum(min((node.get(name, 0) // count for name, count in counts.items()), default=math.inf) for node in alive)
+    if not room:
+        wanted = ", ".join(f"{count:g} {names[key]}" for key, count in needs.items())
+        largest = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in alive)
+        raise UserError(f"--executor ray: a worker needs {wanted}, but the nodes have {largest}")
+    return room
+
+
+def import_ray(address: str | None) -> Any:
+    """Import Ray, for the cluster at an address, or for one of this machine alone.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it reports its use to nobody
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if address is None:  # Ray reads this when it is imported: a cluster of one's own listens on loopback only
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("--executor ray: needs Ray; pip install -c constraints.txt -e '.[scale]'") from error
+    return ray
+
+
+@contextmanager
+def ray_cluster(address: str | None) -> Iterator[Any]:
+    """Join the Ray cluster at an address, or without one start a cluster that ends with the block.
+
+    Raises:
+        UserError: Ray is not installed, or there is no cluster.
+    """
+    ray = import_ray(address)
+    started = not ray.is_initialized()
+    if started:
+        try:
+            # "local", as without an address Ray would join any cluster that it finds.
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise UserError(f"--address: no Ray cluster at '{address}' ({said})") from error
+    try:
+        yield ray
+    finally:
+        if started:
+            ray.shutdown()
