@@ -30,10 +30,11 @@ class Rates:
     """What is known or assumed.
 
     Args:
-        tokenized: Texts a second and core, tokenized into shards (``benchmarks/streaming.py``).
-        batched: Texts a second and process, made into batches from shards (the same).
+        tokenized: Texts a second and core, tokenized (``benchmarks/streaming.py``).
+        batched: Texts a second and process, made into batches (the same).
         tokens: Of a text, a mean.
-        shard_bytes: Of a text in the shards.
+        serial: Seconds a text that one process takes to read, check and write it, whatever the cores (the same).
+        token_bytes: Of a text in the file of tokens.
         index_bytes: Of a row, held by each process (``benchmarks/streaming.py``).
         flop: A token, forward and backward, of the base with LoRA.
         tflops: Of a GPU in training, sustained.
@@ -48,8 +49,9 @@ class Rates:
     tokenized: float
     batched: float
     tokens: float = 55
-    shard_bytes: float = 55 * 4 + 68
-    index_bytes: float = 27
+    serial: float = 10e-6
+    token_bytes: float = 55 * 4 + 4
+    index_bytes: float = 34
     flop: float = 354e6
     tflops: float = 200
     step_tokens: float = 16_384
@@ -88,11 +90,11 @@ def epoch(rates: Rates, gpus: int, texts: int, wait: float) -> dict[str, float]:
     reduce_outside = 2 * (machines - 1) / machines * rates.gradient_bytes / rates.outside
     talk = reduce_inside + reduce_outside + 2 * (machines - 1) * rates.latency + (1e-4 if gpus > 1 else 0)
     return {
-        "tokenizing, once": texts / (rates.tokenized * rates.cores * gpus),
+        "tokenizing, once": texts * (rates.serial + 1 / (rates.tokenized * rates.cores * local)),  # on one machine
         "computing": steps * compute,
         "gradients": steps * talk,
         "batches": texts / (rates.batched * gpus),
-        "reading shards": texts * rates.shard_bytes / (rates.disk * machines),
+        "reading tokens": texts * rates.token_bytes / (rates.disk * machines),
     }
 
 
@@ -114,12 +116,12 @@ def main() -> None:
         for gpus in GPUS:
             parts = epoch(rates, gpus, texts, waits[gpus])
             if len(rows) == 1:
-                rows[0] += [*parts, "an epoch", "longest part", "shards, GB", "index, GB a process"]
+                rows[0] += [*parts, "an epoch", "longest part", "tokens, GB", "index, GB a process"]
             # Batches are made in the process that trains, between its steps, and not beside them.
-            whole = max(parts["computing"] + parts["gradients"] + parts["batches"], parts["reading shards"])
-            first = max(parts, key=lambda name: parts[name])
+            whole = max(parts["computing"] + parts["gradients"] + parts["batches"], parts["reading tokens"])
+            first = max(set(parts) - {"tokenizing, once"}, key=lambda name: parts[name])
             shown = [duration(seconds) for seconds in parts.values()]
-            sizes = [f"{texts * size / 1e9:,.1f}" for size in (rates.shard_bytes, rates.index_bytes)]
+            sizes = [f"{texts * size / 1e9:,.1f}" for size in (rates.token_bytes, rates.index_bytes)]
             rows.append([f"{texts:,}", str(gpus), *shown, duration(whole), first, *sizes])
     print(markdown(rows))
 

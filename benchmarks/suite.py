@@ -177,10 +177,10 @@ def prepare(source: Path | None, out: Path, rows: dict[str, int], seed: int = 0)
     import pyarrow.parquet as pq
 
     if source is None:
-        from lightning_lora.data.prepare import SourceOptions
-        from lightning_lora.data.stored import default_cache_dir, stored_splits
+        from lightning_lora.data import prepare as data
+        from lightning_lora.data.cache import default_cache_dir
 
-        splits = stored_splits(SourceOptions(source="imdb_packaged"), default_cache_dir()).splits
+        splits = data.prepare(data.SourceOptions(source="imdb_packaged"), default_cache_dir()).splits
         tables = {
             name: pa.table({"text": splits[name].texts, "label": splits[name].labels}) for name in ("train", "test")
         }

@@ -51,17 +51,20 @@ def make_base(size: str, folder: Path, **more: Any) -> Path:
 
 def make_rows(rows: int, max_length: int, length: int | None = None, seed: int = 0, top: int = 20000) -> Any:
     """Random tokens as the project's data set, with the lengths of AG News, or all of one length."""
+    import pyarrow as pa
+
     from lightning_lora.data.batching import TokenDataset
-    from lightning_lora.data.tokens import InputFormat, Tokens
+    from lightning_lora.data.tokens import InputFormat, TokenRows
 
     draw = np.random.default_rng(seed)
     lengths = np.interp(draw.random(rows), np.linspace(0, 1, len(LENGTHS)), LENGTHS).astype(np.int64) - 2
     if length is not None:
         lengths[:] = length - 2
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int32)))
     ids = draw.integers(1000, top, offsets[-1], dtype=np.int32)
     frame = InputFormat(prefix=(0,), suffix=(2,), pad_id=1, max_length=max_length)
-    return TokenDataset(Tokens(ids, offsets), frame, draw.integers(0, 4, rows), pad_to_max=False)
+    tokens = TokenRows(pa.chunked_array([pa.ListArray.from_arrays(offsets, ids)]))
+    return TokenDataset(tokens, frame, draw.integers(0, 4, rows), pad_to_max=False)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:

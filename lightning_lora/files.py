@@ -57,24 +57,20 @@ def atomic_path(path: Path, needed: int | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path, keep_existing: bool = True) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A folder to fill; when the block ends well it takes ``path``'s place in one step.
 
     What killed processes of this machine have left half-filled beside it is removed.
 
-    Args:
-        path: The place.
-        keep_existing: Where another process was first, its folder stays and that is well.
-
     Raises:
-        FileExistsError: Another process was first, and that is not well.
+        FileExistsError: It is there, or another process was first.
         UserError: There is no room for it, or no right to write there.
     """
     staging = _staging_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_partial(path.parent)
-        if not keep_existing and path.exists():
+        if path.exists():
             raise FileExistsError(str(path))  # an empty folder would be replaced
         staging.mkdir()
         yield staging
@@ -85,10 +81,8 @@ def atomic_folder(path: Path, keep_existing: bool = True) -> Iterator[Path]:
         try:
             staging.rename(path)
         except OSError as error:
-            if not (path.is_dir() and keep_existing):
-                raise FileExistsError(str(path)) if path.exists() else error from None
-        else:
-            _flush(path.parent)
+            raise FileExistsError(str(path)) if path.exists() else error from None
+        _flush(path.parent)
     except OSError as error:
         if error.errno not in _REFUSED:
             raise

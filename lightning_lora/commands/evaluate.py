@@ -78,7 +78,7 @@ def _lead(cli: ConfiguredRun, command: str, split: str) -> None:
         "command": shlex.join(["python", "main.py", command, *cli.words]),
         "checkpoint": str(path),
         "step": cli.steps_done,
-        "fingerprint": rows.fingerprint(),
+        "fingerprint": rows.fingerprint,
     }
     if cli.config.get("before"):
         print(f"{split} rows before fine-tuning (base model with {cli.model.head_origin}): {len(rows):,}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.config.lightning_cli import ConfiguredRun
-from lightning_lora.data.prepare import SplitRows
+from lightning_lora.data.rows import Rows
 from lightning_lora.data.specs import find_spec
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.export.card import CardFacts, card, certificate_table
@@ -60,10 +60,10 @@ def run(words: list[str]) -> int:
             f"export: the logits of {checkpoint} are not finite, so there is nothing to export; train again"
         )
     try:
-        with atomic_folder(output, keep_existing=False) as staging:
+        with atomic_folder(output) as staging:
             written = write_formats(staging, formats, FormatWriter(model, checkpoint, config, parity.frame), parity)
             warnings = [*([unread] if unread else []), *parity.warnings()]
-            metrics = tested_metrics(folder, checkpoint, rows.fingerprint() if rows is not None else None)
+            metrics = tested_metrics(folder, checkpoint, rows.fingerprint if rows is not None else None)
             facts = card_facts(cli, folder, parity, written, base_id, metrics or parity.metrics(), warnings)
             if config.base_model_id and "adapter" in written:
                 rename_base(staging / "adapter", config.base_model_id)
@@ -97,7 +97,7 @@ def output_folder(folder: RunFolder, given: str | None) -> Path:
     return Path(given)
 
 
-def readable_test_rows(cli: ConfiguredRun, label_names: list[str]) -> tuple[SplitRows | None, str | None]:
+def readable_test_rows(cli: ConfiguredRun, label_names: list[str]) -> tuple[Rows | None, str | None]:
     """The run's test rows; or None and a warning that says why they are not used.
 
     Raises:

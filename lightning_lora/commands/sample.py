@@ -10,10 +10,8 @@ import numpy as np
 import yaml
 
 from lightning_lora.config.argument_parser import OptionParser
-from lightning_lora.data.prepare import SourceOptions
-from lightning_lora.data.splits import text_keys
-from lightning_lora.data.stored import default_cache_dir
-from lightning_lora.data.streaming import read_splits
+from lightning_lora.data.cache import default_cache_dir
+from lightning_lora.data.prepare import SourceOptions, prepare
 from lightning_lora.errors import UserError
 from lightning_lora.runs.folder import RunFolder
 
@@ -73,13 +71,13 @@ def texts_of(folder: RunFolder, split: str, predictions: dict[str, np.ndarray], 
     known = {field.name for field in fields(SourceOptions)}
     options = SourceOptions(**{key: value for key, value in config.items() if key in known})
     cache = Path(config["cache_dir"]).expanduser() if config.get("cache_dir") else default_cache_dir()
-    prepared = read_splits(options, settings["model"]["base_model"], cache)
+    prepared = prepare(options, cache)
     rows = prepared.splits[split]
     place = {where: i for i, where in enumerate(zip(rows.origins, rows.numbers.tolist(), strict=True))}
     texts = []
     for i in chosen:
         found = place.get((str(predictions["origin"][i]), int(predictions["row"][i])))
-        same = found is not None and text_keys([rows.texts[found]])[0] == predictions["key"][i]
+        same = found is not None and rows.keys[found] == predictions["key"][i]
         if found is None or not same or prepared.label_names[rows.labels[found]] != predictions["label"][i]:
             raise UserError(
                 f"{predictions['origin'][i]}, row {predictions['row'][i]}: not the row that was evaluated; the source "

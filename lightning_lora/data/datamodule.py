@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader
 
 from lightning_lora.data.augment import Augmentation, AugmentedDataset
 from lightning_lora.data.batching import LengthBatchSampler, ResumableLoader, TokenDataset
+from lightning_lora.data.cache import default_cache_dir
 from lightning_lora.data.encoding import check_encoding
 from lightning_lora.data.order import BatchBy, evaluated_together
 from lightning_lora.data.packing import BATCHES_A_SIZE, MOST_EVALUATION_SIZES, MOST_SIZES
-from lightning_lora.data.prepare import Prepared, SourceOptions
-from lightning_lora.data.rows import SplitRows
-from lightning_lora.data.stored import default_cache_dir
-from lightning_lora.data.streaming import read_splits
-from lightning_lora.data.tokens import InputFormat, Truncation, base_tokenizer, tokenizing_progress
+from lightning_lora.data.prepare import Prepared, SourceOptions, prepare
+from lightning_lora.data.progress import progress
+from lightning_lora.data.rows import Rows
+from lightning_lora.data.tokens import InputFormat, Truncation, base_tokenizer, cached_tokens
 from lightning_lora.errors import UserError
 
 #: A label or a name as YAML reads it; null is then refused with its remedy.
@@ -62,14 +62,14 @@ class TextDataModule(LightningDataModule):
         encoding: What text files are in that are not in UTF-8, such as windows-1252 or cp1250; by default they are read
             where that is certain, and refused where it is not.
         bad_rows: What to do with rows without text or label: stop with an "error", or "drop" and count.
-        stream: For data larger than memory: the training texts are read piece by piece, tokenized once into
-            ``cache_dir`` and never held. They are Parquet files, local or on any fsspec filesystem (a file, a folder
-            or a pattern), as ``{train: 's3://bucket/train-*.parquet', validation: FILE, test: FILE}``; validation and
-            test rows are held, and have files of their own.
+        stream: For data larger than memory: the training texts are read in batches, tokenized once into ``cache_dir``
+            and never held. They are Parquet files, local or on any fsspec filesystem (a file, a folder or a pattern),
+            as ``{train: 's3://bucket/train-*.parquet', validation: FILE, test: FILE}``; validation and test rows have
+            files of their own.
         split_seed: Seed of carving and subsampling; kept apart from the run's seed, so that runs with other
             seeds are tested on the same rows.
         seed: Seed of the training order; linked to ``seed_everything``.
-        cache_dir: Where splits and tokens are kept for reuse (default: ``~/.cache/lightning_lora``).
+        cache_dir: Where rows and tokens are kept for reuse (default: ``~/.cache/lightning_lora``).
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class TextDataModule(LightningDataModule):
     def prepared(self) -> Prepared:
         """The splits, read once."""
         if self._prepared is None:
-            self._prepared = read_splits(self.options, self.base_model, self.cache_dir)
+            self._prepared = prepare(self.options, self.cache_dir)
         return self._prepared
 
     @cached_property
@@ -176,7 +176,7 @@ class TextDataModule(LightningDataModule):
         """Training rows of each class."""
         return np.bincount(self.prepared.splits["train"].labels, minlength=len(self.label_names)).tolist()
 
-    def rows(self, split: str) -> SplitRows:
+    def rows(self, split: str) -> Rows:
         """The texts and labels of a split ("train", "val" or "test"), in the order of ``batch["rows"]``."""
         return self.prepared.splits[split]
 
@@ -193,8 +193,8 @@ class TextDataModule(LightningDataModule):
         tokenizer, frame = self.tokenizer, self.frame
         for split in splits:
             rows = self.rows(split)
-            with tokenizing_progress(split, len(rows)) as advance:
-                tokens, cached = rows.tokens(tokenizer, self.cache_dir, advance)
+            with progress(f"Tokenizing {split}", len(rows)) as advance:
+                tokens, cached = cached_tokens(rows, tokenizer, self.cache_dir, advance)
             common = (tokens, frame, rows.labels, self.padding == "max_length")
             if split == "train" and self.augmentation.active:
                 self._datasets[split] = AugmentedDataset(*common, rows.texts, tokenizer, self.augmentation, self.seed)

@@ -4,8 +4,6 @@ The order matters and is fixed: a missing test split is carved before anything e
 taken out of the training side; validation is carved from what is left; subsampling comes last.
 """
 
-import math
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from lightning_lora.data.labels import Labels, encode_labels
-from lightning_lora.data.reading import Table
-from lightning_lora.data.rows import Rows, SplitRows
-from lightning_lora.data.sources import SPLITS, read_source
-from lightning_lora.data.specs import DatasetSpec, find_spec
-from lightning_lora.data.splits import carve, contradictions, count_of, stratified_sample, text_keys
-from lightning_lora.data.words import canonical, few
+from lightning_lora.data.labels import encode_labels
+from lightning_lora.data.progress import progress
+from lightning_lora.data.rows import RowFile, Rows
+from lightning_lora.data.sources import SPLITS, row_sources, streamed_sources
+from lightning_lora.data.specs import find_spec
+from lightning_lora.data.splits import carve, contradictions, count_of, position_type, stratified_sample
+from lightning_lora.data.stored import RowRules, stored_rows
+from lightning_lora.data.words import few
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_path
 
 DEFAULT_TEST_SIZE = 0.2
 DEFAULT_VAL_SIZE = 0.1
-#: Unicode categories of characters that show nothing: controls, format characters and separators.
-_INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Prepared:
     """The splits and what was done to get them."""
 
     label_names: list[str]
-    splits: dict[str, SplitRows]
+    splits: dict[str, Rows]
     origin: dict[str, str]
     repeats_removed: dict[str, int] = field(default_factory=dict)
     bad_rows_dropped: int = 0
@@ -63,7 +61,6 @@ class Prepared:
 
     def write_parquet(self, path: Path) -> None:
         """Writes which row of the source went to which split; ``key`` is equal for texts that are repeats."""
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         types = {"split": pa.string(), "origin": pa.string(), "row": pa.int64(), "key": pa.binary()}
@@ -91,7 +88,7 @@ class Prepared:
                         )
                     },
                     "from": self.origin[name],
-                    "fingerprint": rows.fingerprint(),
+                    "fingerprint": rows.fingerprint,
                 }
                 for name, rows in self.splits.items()
             },
@@ -102,166 +99,69 @@ class Prepared:
         }
 
 
-def prepare(options: SourceOptions) -> Prepared:
+def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
     """The train, val and test rows that the options describe, the same ones every time.
+
+    Args:
+        options: Of the source.
+        cache_dir: Where the rows that were read are kept for reuse; without one they are held in memory.
 
     Raises:
         UserError: The source cannot be read, a row is bad, or a size does not fit.
     """
-    spec = _spec_of(options)
+    spec = find_spec(options.source) if isinstance(options.source, str) else None
     text_columns, label_column = columns_of(options)
-    keep_rows = spec.keep_rows if spec else {}
-    tables = read_source(
-        source_of(options),
-        list(dict.fromkeys([*text_columns, label_column, *keep_rows])),
-        label_column,
-        options.encoding,
-    )
-    if keep_rows:
-        tables = {split: [_matching(part, keep_rows) for part in parts] for split, parts in tables.items()}
-    tables, dropped = checked(tables, options)
-    labels = encode_labels(tables, label_column, options.label_names, spec.label_names if spec else None)
-    read: dict[str, SplitRows] = {s: joined(parts, text_columns, labels.encoded[s]) for s, parts in tables.items()}
-    return assemble(read, tables, labels, options, dropped, spec.citation if spec else "")
-
-
-def assemble(
-    read: dict[str, SplitRows],
-    tables: dict[str, list[Table]],
-    labels: Labels,
-    options: SourceOptions,
-    dropped: int,
-    citation: str = "",
-) -> Prepared:
-    """The rows read, divided, with the warnings about them."""
+    if options.stream:
+        sources, told = streamed_sources(options.source, options.encoding)
+    else:
+        sources, told = row_sources(spec.source if spec else options.source, options.encoding)
+    rules = RowRules(text_columns, label_column, options.bad_rows, spec.keep_rows if spec else {})
+    files: dict[str, list[RowFile]] = {}
+    for split, parts in sources.items():
+        with progress(f"Reading {split}") as advance:
+            files[split] = [stored_rows(part, rules, cache_dir, advance) for part in parts]
+    found = {split: [file.labels(label_column) for file in each] for split, each in files.items()}
+    usable = {split: sum(int((codes >= 0).sum()) for _, codes in each) for split, each in found.items()}
+    if nothing := next((split for split, rows in usable.items() if not rows), None):
+        raise UserError(f"{files[nothing][0].origin}: the {nothing} split has no usable row")
+    cells = {split: [table for table, _ in each] for split, each in found.items()}
+    known = spec.label_names if spec else None
+    labels = encode_labels(cells, label_column, options.label_names, known, usable["train"])
+    read = {
+        split: _usable(each, labels.encoded[split], [codes for _, codes in found[split]])
+        for split, each in files.items()
+    }
     divided = divide(read, options, labels.names)
-    told = [warning for parts in tables.values() for table in parts for warning in table.warnings]
+    told += [warning for each in files.values() for file in each for warning in file.warnings]
     divided["warnings"] = [*told, *labels.warnings, *divided["warnings"]]
+    dropped = sum(file.rows for each in files.values() for file in each) - sum(usable.values())
+    citation = spec.citation if spec else ""
     return Prepared(labels.names, label_values=labels.values, bad_rows_dropped=dropped, citation=citation, **divided)
 
 
-def source_of(options: SourceOptions) -> str | Mapping[str, str]:
-    """Where the rows are: the location behind the name of a known data set, else what the options say."""
-    spec = _spec_of(options)
-    return spec.source if spec else options.source
+def _usable(files: Sequence[RowFile], classes: Sequence[np.ndarray], codes: Sequence[np.ndarray]) -> Rows:
+    """The rows of the files that are not left out.
+
+    Args:
+        files: The files.
+        classes: Of each file, the class number of each different label cell.
+        codes: Of each file, which of these cells each row has, -1 for one that is left out.
+    """
+    each = [np.append(of_cells, -1).astype(np.int32) for of_cells in classes]
+    labels = np.concatenate([of_cells[rows] for of_cells, rows in zip(each, codes, strict=True)])
+    positions = np.flatnonzero(labels >= 0).astype(position_type(len(labels)))
+    return Rows(files, positions, labels[positions])
 
 
 def columns_of(options: SourceOptions) -> tuple[list[str], str]:
     """The names of the columns with the text, and of that with the label."""
-    spec = _spec_of(options)
+    spec = find_spec(options.source) if isinstance(options.source, str) else None
     text_column = options.text_column or (spec.text_column if spec else "text")
     label_column = options.label_column or (spec.label_column if spec else "label")
     return [text_column] if isinstance(text_column, str) else list(text_column), label_column
 
 
-def _spec_of(options: SourceOptions) -> DatasetSpec | None:
-    return find_spec(options.source) if isinstance(options.source, str) else None
-
-
-def _matching(table: Table, keep_rows: Mapping[str, str]) -> Table:
-    columns = [(table.columns[name], value) for name, value in keep_rows.items()]
-    return table.select([i for i in range(len(table)) if all(cells[i] == value for cells, value in columns)])
-
-
-def checked(tables: dict[str, list[Table]], options: SourceOptions) -> tuple[dict[str, list[Table]], int]:
-    """The tables without rows whose text or label is missing, and how many these were.
-
-    Raises:
-        UserError: There are such rows and ``bad_rows`` is "error"; or no row is left.
-    """
-    found: dict[str, list[Table]] = {}
-    for split, parts in tables.items():
-        found[split] = [_without_bad_rows(part, *columns_of(options), options.bad_rows) for part in parts]
-        if not any(len(part) for part in found[split]):
-            raise UserError(f"{parts[0].origin}: the {split} split has no usable row")
-    before, after = (sum(len(part) for parts in each.values() for part in parts) for each in (tables, found))
-    return found, before - after
-
-
-def bad_rows(table: Table, text_columns: Sequence[str], label_column: str) -> dict[int, str]:
-    """Positions of the rows whose text or label is missing, each with what is wrong.
-
-    Raises:
-        UserError: A cell is there but is no text, or no label.
-    """
-    bad: dict[int, str] = {}
-    for i, row in enumerate(zip(*(table.columns[name] for name in text_columns), strict=True)):
-        for column, cell in zip(text_columns, row, strict=True):
-            if cell is None:
-                continue
-            if not isinstance(cell, str):
-                raise UserError(
-                    f"{table.where(i, column)}: a text is needed, got {type(cell).__name__} {cell!r:.40}; "
-                    "is it the text? Set data.text_column"
-                )
-            if "\0" in cell:
-                raise UserError(f"{table.where(i, column)}: a NUL byte is no character; correct the row")
-            if not is_unicode(cell):
-                raise UserError(f"{table.where(i, column)}: half of a surrogate pair is no character; correct the row")
-        if all(map(is_blank, row)):
-            what = "null" if row[0] is None else "empty"
-            bad[i] = f"{table.where(i, ' + '.join(text_columns))}: the text is {what}"
-    for i, cell in enumerate(table.columns[label_column]):
-        if cell is None or canonical(cell) == "" or (isinstance(cell, float) and math.isnan(cell)):
-            bad.setdefault(i, f"{table.where(i, label_column)}: the label is missing")
-        elif not isinstance(cell, str | int | float):
-            raise UserError(
-                f"{table.where(i, label_column)}: a label is a word or a number, got {type(cell).__name__} {cell!r:.40}"
-            )
-    return bad
-
-
-def _without_bad_rows(table: Table, text_columns: list[str], label_column: str, policy: str) -> Table:
-    bad = bad_rows(table, text_columns, label_column)
-    if not bad:
-        return table
-    if policy == "error":
-        more = f" (and {len(bad) - 1} more such rows in this file)" if len(bad) > 1 else ""
-        raise bad_row_error(f"{bad[min(bad)]}{more}")
-    return table.select([i for i in range(len(table)) if i not in bad])
-
-
-def bad_row_error(what: str) -> UserError:
-    """The error that ends the run at a row that could also be left out."""
-    return UserError(f"{what}; correct it, or leave such rows out with data.bad_rows=drop")
-
-
-def is_unicode(text: str) -> bool:
-    """Whether the text can be written down: half of a surrogate pair cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def is_blank(cell: Any) -> bool:
-    """Whether a cell of a text column is null or shows nothing: spaces, controls, format characters."""
-    return cell is None or (isinstance(cell, str) and all(unicodedata.category(c) in _INVISIBLE for c in cell))
-
-
-def joined_text(cells: Sequence[Any]) -> str:
-    """The text of a row: those of its text columns that are not blank, joined by a space.
-
-    This is the rule in training, streaming, ``predict`` and exports. A row lacks a text only if all of them are blank.
-    """
-    return " ".join(str(cell) for cell in cells if not is_blank(cell))
-
-
-def texts_of(table: Table, text_columns: Sequence[str]) -> list[str]:
-    """The text of each row, by ``joined_text``; none may lack one."""
-    return [joined_text(row) for row in zip(*(table.columns[name] for name in text_columns), strict=True)]
-
-
-def joined(tables: list[Table], text_columns: Sequence[str], labels: list[np.ndarray]) -> Rows:
-    """The rows of all tables, with their class numbers."""
-    texts = [text for table in tables for text in texts_of(table, text_columns)]
-    origins = [table.origin for table in tables for _ in range(len(table))]
-    numbers = np.concatenate([np.asarray(table.rows, dtype=np.int64) for table in tables])
-    return Rows(texts, np.concatenate(labels), origins, numbers)
-
-
-def divide(read: dict[str, SplitRows], options: SourceOptions, label_names: Sequence[str]) -> dict[str, Any]:
+def divide(read: dict[str, Rows], options: SourceOptions, label_names: Sequence[str]) -> dict[str, Any]:
     """The three splits of the rows read, as the fields of ``Prepared`` that follow from dividing them."""
     splits, warnings, removed = dict(read), list[str](), Counter[str]()
     origin = dict.fromkeys(read, "the source's own split")
@@ -287,7 +187,7 @@ def divide(read: dict[str, SplitRows], options: SourceOptions, label_names: Sequ
             take_out_repeats("train", split)
             return
         train = splits["train"]
-        keys = text_keys(train.texts)
+        keys = train.keys
         if len(odd := contradictions(train.labels, keys)) and not warnings:
             where = f"{train.origins[odd[0]]}, {train.numbers[odd[0]]}"
             warnings.append(f"{len(odd)} rows have a text that stood before with another label (the first: {where})")
@@ -324,9 +224,7 @@ def divide(read: dict[str, SplitRows], options: SourceOptions, label_names: Sequ
     return {"splits": ordered, "origin": origin, "repeats_removed": removed, "warnings": warnings}
 
 
-def absent_classes(
-    read: Mapping[str, SplitRows], splits: Mapping[str, SplitRows], label_names: Sequence[str]
-) -> list[str]:
+def absent_classes(read: Mapping[str, Rows], splits: Mapping[str, Rows], label_names: Sequence[str]) -> list[str]:
     """A warning for each split that has no row of some class."""
     counts = {split: np.bincount(rows.labels, minlength=len(label_names)) for split, rows in splits.items()}
     total = np.sum([np.bincount(rows.labels, minlength=len(label_names)) for rows in read.values()], axis=0)

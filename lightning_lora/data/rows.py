@@ -1,98 +1,172 @@
-"""The rows of one split: their texts, labels and places."""
+"""The rows of one split: columns of Arrow files, of which what is asked for is read, some thousand rows at a time."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from lightning_lora.data.splits import not_in, text_keys
-from lightning_lora.data.tokens import TokenRows, cached_tokens
+from lightning_lora.data.reading import Table
+
+#: What an Arrow file holds of each row of a source. The label is null where the row is left out.
+SCHEMA = pa.schema(
+    {
+        "text": pa.string(),
+        "label": pa.string(),  # the cell, as JSON: 1, 1.0, true and "1" are four labels
+        "row": pa.int64(),  # 1-based, in the source
+        "key": pa.binary(16),  # text_keys
+        "digest": pa.binary(32),  # SHA-256 of the text
+    }
+)
+#: Labels that are copied at once.
+_AT_ONCE = 2**16
 
 
-class SplitRows(Protocol):
-    """What may be asked of the rows of one split, whether their texts are held (``Rows``) or not (``StreamedRows``)."""
+@dataclass(frozen=True)
+class RowFile:
+    """The rows of one file of a source, checked.
 
-    def __len__(self) -> int: ...
+    Args:
+        origin: The file or Hub split.
+        content: An Arrow file of ``SCHEMA``: its path in the cache, or its bytes.
+        rows: How many it holds, those that are left out included.
+        unit: What their numbers count: "line" or "row".
+        label_names: Class names that the source declares.
+        warnings: What should be known of how it was read.
+    """
 
-    @property
-    def texts(self) -> list[str]:
-        """The texts."""
+    origin: str
+    content: Path | pa.Buffer
+    rows: int
+    unit: str
+    label_names: list[str] | None
+    warnings: list[str]
 
-    @property
-    def labels(self) -> np.ndarray:
-        """Class numbers, shape (rows,)."""
+    @classmethod
+    def open(cls, origin: str, content: Path | pa.Buffer) -> "RowFile":
+        """The rows of an Arrow file.
 
-    @property
-    def origins(self) -> list[str]:
-        """The file or Hub split of each row."""
+        Raises:
+            OSError, ValueError, KeyError: It is damaged.
+        """
+        with _opened(content) as file:
+            reader = pa.ipc.open_file(file)
+            return cls(origin, content, reader.count_rows(), **json.loads((reader.schema.metadata or {})[b"facts"]))
 
-    @property
-    def numbers(self) -> np.ndarray:
-        """The 1-based line or row of each row in its origin, int64, shape (rows,)."""
+    def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
+        """Some columns, a batch of rows at a time. They are read, not mapped: mapped pages count as memory."""
+        options = pa.ipc.IpcReadOptions(included_fields=[SCHEMA.get_field_index(name) for name in columns])
+        with _opened(self.content) as file:
+            reader = pa.ipc.open_file(file, options=options)
+            for i in range(reader.num_record_batches):
+                yield reader.get_batch(i)
 
-    def select(self, keep: np.ndarray) -> Self:
-        """The rows at the given ascending positions."""
+    def labels(self, column: str) -> tuple[Table, np.ndarray]:
+        """A table with each different label cell, at the first row that has it; and which of them each row has.
 
-    def not_in(self, other: "SplitRows") -> np.ndarray:
-        """Ascending positions of the rows whose text is no repeat of one of the other rows, whose texts are held."""
+        That of a row that is left out is -1.
+        """
+        words = pa.chunked_array([batch["label"] for batch in self.batches("label")], pa.string()).combine_chunks()
+        encoded = words.dictionary_encode()
+        codes = encoded.indices.fill_null(-1).to_numpy()
+        numbers = np.concatenate([np.zeros(0, np.int64), *(batch["row"].to_numpy() for batch in self.batches("row"))])
+        found, firsts = np.unique(codes, return_index=True)
+        cells = [json.loads(word) for word in encoded.dictionary.to_pylist()]
+        rows = numbers[firsts[found >= 0]].tolist()
+        return Table(self.origin, {column: cells}, rows, self.unit, self.label_names), codes
 
-    def fingerprint(self) -> str:
-        """A hash of texts and labels in their order."""
 
-    def places(self) -> Iterator[dict[str, Any]]:
-        """Columns ``origin``, ``row`` and ``key`` (``text_keys``), a piece of the rows at a time."""
-
-    def tokens(self, tokenizer: Any, cache_dir: Path, advance: Callable[[int], None]) -> tuple[TokenRows, bool]:
-        """The tokens of the texts, and whether they came from the cache."""
+def _opened(content: Path | pa.Buffer) -> pa.NativeFile:
+    return pa.OSFile(str(content)) if isinstance(content, Path) else pa.BufferReader(content)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one split, held in memory.
+    """The rows of one split; in memory are only their positions and labels.
 
     Args:
-        texts: The texts.
-        labels: Class numbers, int64, shape (rows,).
-        origins: The file or Hub split of each row.
-        numbers: The 1-based line or row of each row in its origin, int64, shape (rows,).
+        files: The files that they stand in, one after another.
+        positions: Which of all rows of the files, ascending, shape (rows,).
+        labels: Class numbers, int32, shape (rows,).
     """
 
-    texts: list[str]
+    files: Sequence[RowFile]
+    positions: np.ndarray
     labels: np.ndarray
-    origins: list[str]
-    numbers: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.positions)
+
+    def batches(self, *columns: str) -> Iterator[tuple[RowFile, pa.RecordBatch]]:
+        """Some columns of the rows, a batch at a time, each with its file."""
+        start = 0
+        for file in self.files:
+            for batch in file.batches(*columns):
+                # Needles of another type would have the whole haystack copied.
+                bounds = np.array([start, start + len(batch)], self.positions.dtype)
+                first, last = np.searchsorted(self.positions, bounds)
+                if first < last:
+                    yield file, batch.take(pa.array(self.positions[first:last] - start))
+                start += len(batch)
+
+    def _column(self, name: str) -> Iterator[Any]:
+        for _, batch in self.batches(name):
+            yield from batch[name].to_pylist()
+
+    def _tables(self, *columns: str) -> Iterator[tuple[str, pa.Table]]:
+        """Some columns of the rows, a file at a time, each with its origin."""
+        for origin, batches in groupby(self.batches(*columns), key=lambda each: each[0].origin):
+            yield origin, pa.Table.from_batches([batch for _, batch in batches])
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The texts, all in memory."""
+        return list(self._column("text"))
+
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """The ``text_keys`` of the texts."""
+        return list(self._column("key"))
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """The 1-based line or row of each row in its origin, int64, shape (rows,)."""
+        return np.fromiter(self._column("row"), np.int64, len(self))
+
+    @cached_property
+    def origins(self) -> list[str]:
+        """The file or Hub split of each row."""
+        return [file.origin for file, batch in self.batches("row") for _ in range(len(batch))]
 
     def select(self, keep: np.ndarray) -> "Rows":
-        """The rows at the given positions."""
-        texts = [self.texts[i] for i in keep]
-        return Rows(texts, self.labels[keep], [self.origins[i] for i in keep], self.numbers[keep])
+        """The rows at the given ascending positions."""
+        return Rows(self.files, self.positions[keep], self.labels[keep])
 
+    def not_in(self, other: "Rows") -> np.ndarray:
+        """Ascending positions of the rows whose text is no repeat of one of the other rows."""
+        others = pa.array(other.keys, SCHEMA.field("key").type)
+        repeated = [pc.is_in(table["key"], value_set=others).to_numpy() for _, table in self._tables("key")]
+        return np.flatnonzero(~np.concatenate(repeated))
+
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of texts and labels in their order."""
-        digest = hashlib.sha256(self.labels.astype("<i8").tobytes())
-        for text in self.texts:
-            digest.update(text_digest(text))
+        digest = hashlib.sha256()
+        for start in range(0, len(self), _AT_ONCE):
+            digest.update(self.labels[start : start + _AT_ONCE].astype("<i8").tobytes())
+        for _, batch in self.batches("digest"):
+            column = batch["digest"]
+            digest.update(column.buffers()[1].slice(32 * column.offset, 32 * len(column)))
         return digest.hexdigest()
 
-    def not_in(self, other: SplitRows) -> np.ndarray:
-        """Positions of the rows that are no repeats of the other rows."""
-        return not_in(text_keys(self.texts), text_keys(other.texts))
-
     def places(self) -> Iterator[dict[str, Any]]:
-        """All of them at once."""
-        yield {"origin": self.origins, "row": self.numbers, "key": text_keys(self.texts)}
-
-    def tokens(self, tokenizer: Any, cache_dir: Path, advance: Callable[[int], None]) -> tuple[TokenRows, bool]:
-        """The tokens of the texts, and whether they came from the cache."""
-        return cached_tokens(self.texts, tokenizer, cache_dir, advance)
-
-
-def text_digest(text: str) -> bytes:
-    """What a text adds to the fingerprint of a split, 32 bytes."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        """Columns ``origin``, ``row`` and ``key``, a file at a time."""
+        for origin, table in self._tables("row", "key"):
+            yield {"origin": [origin] * len(table), "row": table["row"], "key": table["key"].cast(pa.binary())}

@@ -1,9 +1,13 @@
-"""The files of each split of a source, and the rows of all of them: a file, a folder, a mapping or a Hub data set."""
+"""The files of each split of a source: a file, a folder, a mapping or a Hub data set; and how their rows are read."""
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lightning_lora.data.reading import (
     READERS,
@@ -15,6 +19,7 @@ from lightning_lora.data.reading import (
     require_columns,
     unknown_ending,
 )
+from lightning_lora.data.remote import matching, parquet_batches, version_of
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.locations import resolve
 
@@ -30,6 +35,21 @@ _SPLIT_FILE = re.compile(rf"(?P<split>{'|'.join(_SPLIT_NAMES)})([-_.].*)?", re.I
 _SPLIT_END = re.compile(rf".*[-_.](?P<split>{'|'.join(_SPLIT_NAMES)})(-\d+-of-\d+)?", re.IGNORECASE)
 #: What tells the pieces of one split apart.
 _NUMBERS = re.compile(r"[-_.\d]|of|part|shard")
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """A file or a split on the Hub.
+
+    Args:
+        origin: Its name, for messages.
+        version: What changes when its rows do; None where that is not known.
+        tables: Reads given columns, of which the second argument holds labels, and gives the rows part by part.
+    """
+
+    origin: str
+    version: str | None
+    tables: Callable[[Sequence[str], str], Iterator[Table]]
 
 
 def source_files(source: str | Mapping[str, str]) -> tuple[dict[str, list[Path]], list[str]] | None:
@@ -80,29 +100,75 @@ def split_files(split: str, name: str) -> list[Path]:
     return [location.path]
 
 
-def read_source(
-    source: str | Mapping[str, str], columns: Sequence[str], label_column: str | None, encoding: str | None = None
-) -> dict[str, list[Table]]:
-    """The tables of each split ("train", "val", "test") that the source has.
+def row_sources(
+    source: str | Mapping[str, str], encoding: str | None = None
+) -> tuple[dict[str, list[RowSource]], list[str]]:
+    """What each split ("train", "val", "test") of a source is read from, and warnings of what was left out.
 
     Args:
         source: A location (file, folder, package resource, Hub id), or a mapping from split to location.
-        columns: The columns to read; all must exist.
-        label_column: The one of them that holds labels (its declared class names are kept).
         encoding: That of text files that are not UTF-8.
 
     Raises:
-        UserError: The source cannot be found or read, or lacks a column.
+        UserError: The source cannot be found, or has no train split.
     """
     found = source_files(source)
     if found is None:
-        return _read_hub(str(source), columns, label_column)
+        return _hub_sources(str(source))
     files, warnings = found
-    tables = {
-        split: [read_file(p, columns, label_column, encoding=encoding) for p in paths] for split, paths in files.items()
-    }
-    tables["train"][0].warnings[:0] = warnings
-    return tables
+    return {split: [_file(path, encoding) for path in paths] for split, paths in files.items()}, warnings
+
+
+def streamed_sources(
+    source: str | Mapping[str, str], encoding: str | None = None
+) -> tuple[dict[str, list[RowSource]], list[str]]:
+    """The same of a source whose train split is Parquet files that are read in batches, local or not.
+
+    Raises:
+        UserError: There are no such files, or the source lacks a split of its own for validation or test.
+    """
+    files: dict[str, list[Path]] = {}
+    warnings: list[str] = []
+    if isinstance(source, str):
+        found = source_files(source)
+        if found is None:
+            raise UserError(
+                f"data.stream: '{source}' is no folder of Parquet files; download it, or give the splits as "
+                "data.source={train: 's3://bucket/train-*.parquet', validation: FILE, test: FILE}"
+            )
+        files, warnings = found
+        names = [str(path) for path in files["train"]]
+    else:
+        places = {split_named(name): place for name, place in source.items()}
+        if "train" not in places:
+            raise UserError(f"data.source: {dict(source)} has no train split; give train: FILES")
+        names = matching(places["train"])
+        files = {split: split_files(split, place) for split, place in places.items() if split != "train"}
+    for split, word in (("test", "test"), ("val", "validation")):
+        if split not in files:
+            raise UserError(
+                f"data.stream: the source has no {word} split, and none is carved from rows that are streamed; "
+                f"give data.source.{word}: FILE"
+            )
+    if odd := next((name for name in names if not name.lower().endswith(".parquet")), None):
+        raise UserError(f"data.stream: {odd} is no .parquet file, and only those are streamed; leave data.stream out")
+    held = {split: [_file(path, encoding) for path in files[split]] for split in ("val", "test")}
+    train = [RowSource(name, version_of(name), partial(parquet_batches, name)) for name in names]
+    return {"train": train, **held}, warnings
+
+
+def _file(path: Path, encoding: str | None) -> RowSource:
+    """A file that is read whole."""
+    try:
+        with path.open("rb") as file:
+            version = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+    def tables(columns: Sequence[str], label_column: str) -> Iterator[Table]:
+        yield read_file(path, columns, label_column, encoding=encoding)
+
+    return RowSource(str(path), f"{version}/{encoding}", tables)
 
 
 def _split_files(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
@@ -195,7 +261,7 @@ def _saved_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder / _SAVED}: not as Dataset.save_to_disk writes it ({first_line(error)})") from error
 
 
-def _read_hub(source: str, columns: Sequence[str], label_column: str | None) -> dict[str, list[Table]]:
+def _hub_sources(source: str) -> tuple[dict[str, list[RowSource]], list[str]]:
     import datasets
 
     name, _, config = source.partition(":")
@@ -206,19 +272,26 @@ def _read_hub(source: str, columns: Sequence[str], label_column: str | None) -> 
             f"data.source: cannot load '{source}' from the Hub ({first_line(error)}); check the name "
             "and the network, or give a local file or folder (HF_HUB_OFFLINE=1 uses only what is cached)"
         ) from error
-    found: dict[str, list[Table]] = {}
-    for split, rows in loaded.items():
-        if str(split) in _SPLIT_NAMES:
-            origin = f"{source} ({split})"
-            require_columns(rows.column_names, columns, origin)
-            feature = rows.features.get(label_column) if label_column else None
-            names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-            values = {column: cells(rows.with_format("arrow")[:][column]) for column in columns}
-            found[_SPLIT_NAMES[str(split)]] = [Table(origin, values, range(1, len(rows) + 1), "row", names)]
-    if others := [str(split) for split in loaded if str(split) not in _SPLIT_NAMES]:
-        first = next(iter(found.values()), [])
-        for table in first:
-            table.warnings.append(f"{source}: left out {', '.join(others)}, none of train, validation and test")
-    if "train" not in found:
+    known = {_SPLIT_NAMES[str(split)]: split for split in loaded if str(split) in _SPLIT_NAMES}
+    if "train" not in known:
         raise UserError(f"data.source: {source} has no train split (it has {', '.join(map(str, loaded))})")
-    return found
+    others = [str(split) for split in loaded if str(split) not in _SPLIT_NAMES]
+    warnings = [f"{source}: left out {', '.join(others)}, none of train, validation and test"] * bool(others)
+
+    def hub_source(split: Any) -> RowSource:
+        rows, origin = loaded[split], f"{source} ({split})"
+
+        def tables(columns: Sequence[str], label_column: str) -> Iterator[Table]:
+            require_columns(rows.column_names, columns, origin)
+            feature = rows.features[label_column]
+            names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+            row = 1
+            for batch in rows.select_columns(list(columns)).with_format("arrow").iter(1024):
+                values = {column: cells(batch[column]) for column in columns}
+                yield Table(origin, values, range(row, row + len(batch)), label_names=names)
+                row += len(batch)
+
+        # ``datasets`` keeps it, and knows when it has changed.
+        return RowSource(origin, None, tables)
+
+    return {split: [hub_source(name)] for split, name in known.items()}, warnings

@@ -165,12 +165,6 @@ def _counts(character: str) -> bool:
     return kind in "LNM" or (kind == "S" and not character.isascii())
 
 
-def not_in(keys: Sequence[bytes], others: Sequence[bytes]) -> np.ndarray:
-    """Sorted positions of the keys that do not stand in ``others``."""
-    held_out = set(others)
-    return np.array([i for i, key in enumerate(keys) if key not in held_out], dtype=np.int64)
-
-
 def position_type(rows: int) -> type[np.signedinteger]:
     """The smaller integer that counts so many rows: four bytes where they do."""
     return np.int32 if rows < 2**31 else np.int64

@@ -1,119 +1,107 @@
-"""Prepared splits kept for reuse: a second run neither reads nor splits the source again."""
+"""From a file of the source to checked rows: written once into the cache folder, without holding what came before."""
 
-import dataclasses
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 
-from lightning_lora.data import prepare
-from lightning_lora.data.prepare import Prepared, SourceOptions
-from lightning_lora.data.rows import Rows, SplitRows
-from lightning_lora.data.sources import source_files
-from lightning_lora.errors import UserError
-from lightning_lora.files import atomic_folder
+from lightning_lora.data.cache import cached
+from lightning_lora.data.checking import bad_row_error, bad_rows, joined_text
+from lightning_lora.data.reading import Table
+from lightning_lora.data.rows import SCHEMA, RowFile
+from lightning_lora.data.sources import RowSource
+from lightning_lora.data.splits import text_keys
 from lightning_lora.fingerprint import code_fingerprint
 
+#: Rows that are written, and later read, at once.
+_BATCH_ROWS = 1024
+#: A cell as text; the same few occur again and again.
+_cell_text = lru_cache(maxsize=1024, typed=True)(json.dumps)
 
-def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/lightning_lora``, or ``~/.cache/lightning_lora``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_lora"
+
+@dataclass(frozen=True)
+class RowRules:
+    """Which rows of a file are taken, and what of them.
+
+    Args:
+        text_columns: The columns that are joined to the text.
+        label_column: That of the label.
+        bad_rows: What to do with rows without text or label: "error" or "drop".
+        keep_rows: Only rows that hold these values are taken, as ``{column: value}``.
+    """
+
+    text_columns: list[str]
+    label_column: str
+    bad_rows: str
+    keep_rows: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        """All columns that are read."""
+        return list(dict.fromkeys([*self.text_columns, self.label_column, *self.keep_rows]))
 
 
-def stored_splits(options: SourceOptions, cache_dir: Path) -> Prepared:
-    """The splits that the options describe, from the store where they are, else prepared and stored.
+def stored_rows(
+    source: RowSource, rules: RowRules, cache_dir: Path | None, advance: Callable[[int], None] = lambda rows: None
+) -> RowFile:
+    """The rows of a source, from the cache where they are; else read, checked and written there.
 
-    A Hub source is always read again: ``datasets`` keeps it, and knows when it has changed.
+    Args:
+        source: The rows.
+        rules: Which of them are taken.
+        cache_dir: The cache; without one, or of a source without a version, they are held in memory.
+        advance: Called with each number of rows that was read.
 
     Raises:
-        UserError: As ``prepare``; or the store cannot be written.
+        UserError: The source cannot be read, a row is bad, or the cache cannot be written.
     """
-    key = store_key(options)
-    if key is None:
-        return prepare.prepare(options)
-    entry = cache_dir / "splits" / key
-    if entry.is_dir():
-        try:
-            return _read(entry)
-        except (OSError, ValueError, KeyError, TypeError):
-            shutil.rmtree(entry, ignore_errors=True)
-    prepared = prepare.prepare(options)
-    try:
-        _write(entry, prepared)
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir: cannot write {entry} ({error.strerror or error}); set another folder"
-        ) from error
-    return prepared
+    opened = partial(RowFile.open, source.origin)
+    if cache_dir is None or source.version is None:
+        sink = pa.BufferOutputStream()
+        _write(sink, source, rules, advance)
+        return opened(sink.getvalue())
+    facts = [source.origin, source.version, vars(rules), code_fingerprint("data.stored")]
+    key = hashlib.sha256(json.dumps(facts, default=dict).encode()).hexdigest()[:32]
+
+    def write(path: Path) -> None:
+        with pa.OSFile(str(path), "wb") as sink:
+            _write(sink, source, rules, advance)
+
+    return cached(cache_dir / "rows" / f"{key}.arrow", write, opened)[0]
 
 
-def store_key(options: SourceOptions) -> str | None:
-    """A key of all that the splits depend on: options, the files' names and bytes, the code; None for the Hub."""
-    found = source_files(prepare.source_of(options))
-    if found is None:
-        return None
-    files, warnings = found
-    facts = dataclasses.asdict(options) | {"warnings": warnings}
-    if isinstance(options.label_names, Mapping):  # whose order is that of the classes
-        facts["label_names"] = {"mapping": [*options.label_names.items()]}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=dict).encode())
-    digest.update(code_fingerprint("data.prepare").encode())
-    for path in (path for paths in files.values() for path in paths):
-        digest.update(f"\n{path}\n".encode())
-        try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return digest.hexdigest()[:32]
+def _write(sink: Any, source: RowSource, rules: RowRules, advance: Callable[[int], None]) -> None:
+    tables = source.tables(rules.columns, rules.label_column)
+    first = next(tables, Table(source.origin, {name: [] for name in rules.columns}, []))
+    facts = json.dumps({"unit": first.unit, "label_names": first.label_names, "warnings": first.warnings})
+    with pa.ipc.new_file(sink, SCHEMA.with_metadata({"facts": facts})) as writer:
+        for table in chain([first], tables):
+            writer.write_table(_checked(table, rules), max_chunksize=_BATCH_ROWS)
+            advance(len(table))
 
 
-def _write(entry: Path, prepared: Prepared) -> None:
-    import pyarrow.parquet as pq
+def _checked(table: Table, rules: RowRules) -> pa.Table:
+    """The rows of a table as ``SCHEMA`` has them.
 
-    facts = {
-        field.name: getattr(prepared, field.name) for field in dataclasses.fields(prepared) if field.name != "splits"
-    }
-    with atomic_folder(entry) as staging:
-        pq.write_table(_table(prepared), staging / "rows.parquet")
-        (staging / "facts.json").write_text(json.dumps(facts))
-
-
-def _table(prepared: Prepared) -> Any:
-    import pyarrow as pa
-
-    parts = prepared.splits.values()
-    return pa.table(
-        {
-            "split": np.concatenate([np.full(len(rows), name) for name, rows in prepared.splits.items()]),
-            "origin": [origin for rows in parts for origin in rows.origins],
-            "row": np.concatenate([rows.numbers for rows in parts]),
-            "text": [text for rows in parts for text in rows.texts],
-            "label": np.concatenate([rows.labels for rows in parts]),
-        }
-    )
-
-
-def _read(entry: Path) -> Prepared:
-    import pyarrow.parquet as pq
-
-    facts = json.loads((entry / "facts.json").read_text())
-    # Not read_table: it imports pandas, half a second before every training run.
-    with pq.ParquetFile(entry / "rows.parquet") as file:
-        table = file.read()
-    split = table.column("split").to_numpy()
-    found: dict[str, SplitRows] = {}
-    for name in dict.fromkeys(split.tolist()):
-        part = table.filter(split == name)
-        found[name] = Rows(
-            part.column("text").to_pylist(),
-            np.array(part.column("label").to_numpy()),
-            part.column("origin").to_pylist(),
-            np.array(part.column("row").to_numpy()),
-        )
-    return Prepared(splits=found, **facts)
+    Raises:
+        UserError: A row is bad, and not to be left out.
+    """
+    if rules.keep_rows:
+        wanted = [(table.columns[name], value) for name, value in rules.keep_rows.items()]
+        table = table.select([i for i in range(len(table)) if all(cells[i] == value for cells, value in wanted)])
+    bad = bad_rows(table, rules.text_columns, rules.label_column)
+    if bad and rules.bad_rows == "error":
+        more = f" (and {len(bad) - 1} more such rows up to {table.unit} {table.rows[-1]})" if len(bad) > 1 else ""
+        raise bad_row_error(f"{bad[min(bad)]}{more}")
+    cells = zip(*(table.columns[name] for name in rules.text_columns), strict=True)
+    texts = [joined_text(row) for row in cells]
+    labels = [None if i in bad else _cell_text(cell) for i, cell in enumerate(table.columns[rules.label_column])]
+    digests = [hashlib.sha256(text.encode()).digest() for text in texts]
+    columns = {"text": texts, "label": labels, "row": table.rows, "key": text_keys(texts), "digest": digests}
+    return pa.table(columns, SCHEMA)

@@ -1,4 +1,4 @@
-"""Texts as flat arrays of token ids, tokenized once and kept.
+"""Texts as token ids, tokenized once and kept.
 
 The whole text is tokenized and stored without special tokens. What a batch needs (special tokens, the cut
 at ``max_length``) is added when the batch is made, so one stored copy serves every ``max_length``, and
@@ -6,61 +6,61 @@ the share of truncated texts is known exactly.
 """
 
 import hashlib
-import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from lightning_lora.data.cache import cached
+from lightning_lora.data.rows import Rows
 from lightning_lora.errors import UserError
-from lightning_lora.files import atomic_folder, locked_folder
 from lightning_lora.locations import resolve
 from lightning_lora.tokenizer import load_tokenizer
 
 Truncation = Literal["head", "tail", "both", "windows"]
-CACHE_FORMAT = 1
-_CHUNK = 512
+CACHE_FORMAT = 2
+_CHUNK = 1024
+_LISTS = pa.list_(pa.int32())
 
 
-class TokenRows(Protocol):
-    """Token ids of many texts, without special tokens, wherever they lie."""
+class TokenRows:
+    """Token ids of many texts, without special tokens.
 
-    def __len__(self) -> int: ...
+    Args:
+        column: An Arrow column of lists of int32, in memory or mapped from a file, of which what is asked for is read.
+    """
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each text before special tokens and truncation, shape (texts,)."""
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        #: Tokens of each text before special tokens and truncation, int32, shape (texts,).
+        self.lengths: np.ndarray = pc.list_value_length(column).to_numpy()
+        # Views: three times as fast as a scalar of Arrow for each text.
+        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks]
+        self._starts = [0, *accumulate(map(len, column.chunks))]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
         """The ids of one text, int32."""
+        chunk = bisect_right(self._starts, index) - 1
+        offsets, ids = self._chunks[chunk]
+        row = index - self._starts[chunk]
+        return ids[offsets[row] : offsets[row + 1]]
 
+    @classmethod
+    def open(cls, path: Path) -> "TokenRows":
+        """The tokens of an Arrow file, mapped.
 
-@dataclass(frozen=True)
-class Tokens:
-    """Token ids of many texts in one array, without special tokens.
-
-    Args:
-        ids: All ids one after another, int32, shape (tokens,).
-        offsets: Text ``i`` is ``ids[offsets[i]:offsets[i + 1]]``; int64, shape (texts + 1,).
-    """
-
-    ids: np.ndarray
-    offsets: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each text before special tokens and truncation, shape (texts,)."""
-        return np.diff(self.offsets)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.ids[self.offsets[index] : self.offsets[index + 1]]
+        Raises:
+            OSError, ValueError, KeyError: It is damaged.
+        """
+        return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all()["ids"])
 
 
 @dataclass(frozen=True)
@@ -145,55 +145,15 @@ def base_tokenizer(base_model: str) -> Any:
     return load_tokenizer(resolve(base_model, "model.base_model").target, "model.base_model")
 
 
-@contextmanager
-def tokenizing_progress(split: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives the function that counts n texts as done; its first call shows a bar with the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, transient=True, console=Console(stderr=True))
-    task = progress.add_task(f"Tokenizing {split}", total=total)
-
-    def advance(texts: int) -> None:
-        progress.start()
-        progress.advance(task, texts)
-
-    try:
-        yield advance
-    finally:
-        progress.stop()
+def tokenize(texts: Sequence[str], tokenizer: Any) -> TokenRows:
+    """The tokens of the texts."""
+    chunks = [_token_lists(texts[start : start + _CHUNK], tokenizer) for start in range(0, len(texts), _CHUNK)]
+    return TokenRows(pa.chunked_array(chunks, _LISTS))
 
 
-def tokenize(texts: Sequence[str], tokenizer: Any, advance: Callable[[int], None] = lambda n: None) -> Tokens:
-    """The tokens of the texts; ``advance(n)`` is called after every n texts."""
-    pieces: list[np.ndarray] = []
-    lengths: list[int] = []
-    for start in range(0, len(texts), _CHUNK):
-        chunk = list(texts[start : start + _CHUNK])
-        rows = tokenizer(
-            chunk,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        lengths.extend(len(row) for row in rows)
-        pieces.extend(np.asarray(row, dtype=np.int32) for row in rows)
-        advance(len(chunk))
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return Tokens(np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int32), offsets)
-
-
-def cache_key(texts: Sequence[str], tokenizer: Any) -> str:
-    """A key of everything that tokens depend on: the texts, the tokenizer's own rules, library version."""
-    digest = hashlib.sha256(tokenizer_rules(tokenizer))
-    for text in texts:
-        encoded = text.encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "big"))
-        digest.update(encoded)
-    return digest.hexdigest()[:32]
+def _token_lists(texts: Sequence[str], tokenizer: Any) -> pa.ListArray:
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return pa.array([encoding.ids for encoding in encodings], _LISTS)
 
 
 def tokenizer_rules(tokenizer: Any) -> bytes:
@@ -204,52 +164,22 @@ def tokenizer_rules(tokenizer: Any) -> bytes:
 
 
 def cached_tokens(
-    texts: Sequence[str], tokenizer: Any, cache_dir: Path, advance: Callable[[int], None] = lambda n: None
-) -> tuple[Tokens, bool]:
-    """The tokens of the texts, and whether they came from the cache.
+    rows: Rows, tokenizer: Any, cache_dir: Path, advance: Callable[[int], None] = lambda n: None
+) -> tuple[TokenRows, bool]:
+    """The tokens of the rows' texts, and whether they came from the cache; ``advance(n)`` is called after n texts."""
+    key = hashlib.sha256(tokenizer_rules(tokenizer) + rows.fingerprint.encode()).hexdigest()[:32]
 
-    An entry is there whole or not there at all, also when two runs make it at once. An unreadable one is
-    made again.
-    """
-    entry = cache_dir / "tokens" / cache_key(texts, tokenizer)
-    if (known := _known_entry(entry, len(texts))) is not None:
-        return known, True
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with locked_folder(entry.parent, None):  # processes of one run begin at once, and need the same
-            if (known := _known_entry(entry, len(texts))) is not None:
-                return known, True
-            tokens = tokenize(texts, tokenizer, advance)
-            _write_entry(entry, tokens)
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir: cannot write {entry} ({error.strerror or error}); set another folder"
-        ) from error
-    return tokens, False
+    def write(path: Path) -> None:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.schema({"ids": _LISTS})) as writer:
+            for _, batch in rows.batches("text"):
+                lists = _token_lists(batch["text"].to_pylist(), tokenizer)
+                writer.write(pa.record_batch({"ids": lists}))
+                advance(len(batch))
 
+    def read(path: Path) -> TokenRows:
+        tokens = TokenRows.open(path)
+        if len(tokens) != len(rows):
+            raise ValueError(f"{path} holds {len(tokens)} texts of {len(rows)}")
+        return tokens
 
-def _known_entry(entry: Path, texts: int) -> Tokens | None:
-    """What the cache holds; a damaged entry is removed."""
-    if not entry.is_dir():
-        return None
-    try:
-        return _read_entry(entry, texts)
-    except (OSError, ValueError, KeyError):
-        shutil.rmtree(entry, ignore_errors=True)
-        return None
-
-
-def _read_entry(entry: Path, texts: int) -> Tokens:
-    manifest = json.loads((entry / "manifest.json").read_text())
-    tokens = Tokens(np.load(entry / "ids.npy", mmap_mode="r"), np.load(entry / "offsets.npy"))
-    if len(tokens) != texts or manifest != {"texts": texts, "tokens": len(tokens.ids)}:
-        raise ValueError("the entry does not hold what its manifest says")
-    return tokens
-
-
-def _write_entry(entry: Path, tokens: Tokens) -> None:
-    with atomic_folder(entry) as staging:
-        np.save(staging / "ids.npy", tokens.ids)
-        np.save(staging / "offsets.npy", tokens.offsets)
-        manifest = {"texts": len(tokens), "tokens": len(tokens.ids)}
-        (staging / "manifest.json").write_text(json.dumps(manifest))
+    return cached(cache_dir / "tokens" / f"{key}.arrow", write, read)

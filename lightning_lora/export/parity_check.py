@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lightning_lora.config.lightning_cli import ConfiguredRun
 from lightning_lora.data.batching import TokenDataset
 from lightning_lora.data.datamodule import TextDataModule
-from lightning_lora.data.prepare import SplitRows
+from lightning_lora.data.rows import Rows
 from lightning_lora.data.splits import text_keys
 from lightning_lora.data.tokens import InputFormat, base_tokenizer, tokenize
 from lightning_lora.errors import UserError
@@ -33,7 +33,7 @@ FLIPPED_SHARE = 0.02
 PLAIN = " without encode.py"
 
 
-def source_test_rows(cli: ConfiguredRun, label_names: list[str]) -> SplitRows:
+def source_test_rows(cli: ConfiguredRun, label_names: list[str]) -> Rows:
     """The run's test rows, as its source holds them now.
 
     Raises:
@@ -48,7 +48,7 @@ def source_test_rows(cli: ConfiguredRun, label_names: list[str]) -> SplitRows:
     return rows
 
 
-def parity_texts(rows: SplitRows | None, count: int, tokenizer: Any, frame: InputFormat) -> ParityTexts:
+def parity_texts(rows: Rows | None, count: int, tokenizer: Any, frame: InputFormat) -> ParityTexts:
     """Texts of many lengths, evenly spread over the test rows, and made-up ones where these are lacking.
 
     Args:
@@ -113,7 +113,7 @@ class Parity:
     certificate: dict[str, dict[str, Any]]
 
     @classmethod
-    def of(cls, model: TextClassifier, config: Any, rows: SplitRows | None) -> "Parity":
+    def of(cls, model: TextClassifier, config: Any, rows: Rows | None) -> "Parity":
         """Measures the trained model on ``config.rows`` test rows, or on made-up texts where there are none."""
         data = config.data
         tokenizer = base_tokenizer(config.model.base_model)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lightning_lora.data.prepare import is_blank, is_unicode, joined_text
+from lightning_lora.data.checking import is_blank, is_unicode, joined_text
 from lightning_lora.data.reading import READERS, MissingColumnError, Table, cells, format_of, read_file, read_text
 from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.evaluation.predictions import Predictions

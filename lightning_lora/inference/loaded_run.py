@@ -12,9 +12,9 @@ from lightning import Trainer
 
 from lightning_lora.config.console import quiet_libraries
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
+from lightning_lora.data.checking import is_blank
 from lightning_lora.data.datamodule import make_loader
 from lightning_lora.data.order import evaluated_together
-from lightning_lora.data.prepare import is_blank
 from lightning_lora.data.tokens import InputFormat, base_tokenizer, tokenize
 from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError

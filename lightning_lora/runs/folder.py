@@ -77,7 +77,7 @@ class RunFolder:
             path = logs_dir / (f"{wanted}-{number}" if number else wanted)
             try:
                 # With its config in it from the first moment on: what a killed process leaves can be gone on with.
-                with atomic_folder(path, keep_existing=False) as staging:
+                with atomic_folder(path) as staging:
                     (staging / "config.yaml").write_text(config, encoding="utf-8")
             except FileExistsError:
                 if name is not None:

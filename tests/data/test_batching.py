@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
@@ -12,7 +13,7 @@ from lightning_lora.data.order import (
     padded_widths,
     training_batches,
 )
-from lightning_lora.data.tokens import InputFormat, Tokens
+from lightning_lora.data.tokens import InputFormat, TokenRows
 from lightning_lora.seeding import stream_seed
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=1003)
@@ -45,7 +46,7 @@ def test_short_texts_are_evaluated_together_for_as_many_tokens_as_the_longest(ba
 def test_no_batch_of_an_evaluation_is_larger_than_the_first(to_max: bool, keep: str) -> None:
     """In tokens, padding included: 130 is no width that texts are padded to, and is one here."""
     ends = np.cumsum(LENGTHS)
-    tokens = Tokens(np.ones(ends[-1], np.int32), np.concatenate(([0], ends)))
+    tokens = TokenRows(pa.chunked_array([pa.ListArray.from_arrays([0, *ends], np.ones(ends[-1], np.int32))]))
     frame = InputFormat((2,), (3,), 0, 130, keep)
     data = TokenDataset(tokens, frame, None, to_max)
     sizes = [data.__getitems__(batch)["input_ids"].numel() for batch in LengthBatchSampler(data.widths, 16, None)]

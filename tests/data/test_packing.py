@@ -3,12 +3,13 @@
 import itertools
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
 from lightning_lora.data.order import packed_evaluation_batches
 from lightning_lora.data.packing import SIZE_STEP, choose_sizes, padded, unpack
-from lightning_lora.data.tokens import InputFormat, Tokens
+from lightning_lora.data.tokens import InputFormat, TokenRows
 
 DRAW = np.random.default_rng(0)
 
@@ -16,7 +17,8 @@ DRAW = np.random.default_rng(0)
 def dataset(rows: int = 200, keep: str = "head", max_length: int = 24) -> TokenDataset:
     lengths = DRAW.integers(1, 60, rows)
     ids = DRAW.integers(5, 100, lengths.sum()).astype(np.int32)
-    tokens = Tokens(ids, np.concatenate(([0], np.cumsum(lengths))))
+    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int32)))
+    tokens = TokenRows(pa.chunked_array([pa.ListArray.from_arrays(offsets, ids)]))
     frame = InputFormat((2,), (3,), 1, max_length, keep, 5 if keep == "windows" else 0)  # type: ignore[arg-type]
     return TokenDataset(tokens, frame, DRAW.integers(0, 3, rows), pad_to_max=False)
 

@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_lora.data.reading import read_file
-from lightning_lora.data.sources import read_source
+from lightning_lora.data.reading import Table, read_file
+from lightning_lora.data.sources import row_sources
 from lightning_lora.errors import UserError
 
 COLUMNS = ["text", "label"]
@@ -16,6 +16,15 @@ TRICKY = ["NA", "null", "None", 'with "quotes", commas', "two\nlines", "ünïcø
 def write(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def read_source(source: object, columns: list[str], label_column: str) -> dict[str, list[Table]]:
+    """The tables of each split of a source."""
+    found, _ = row_sources(source)
+    return {
+        split: [table for part in parts for table in part.tables(columns, label_column)]
+        for split, parts in found.items()
+    }
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet", ".json"])

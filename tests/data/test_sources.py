@@ -5,12 +5,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_lora.data.prepare import SourceOptions
-from lightning_lora.data.sources import read_source
-from lightning_lora.data.stored import stored_splits
+from lightning_lora.data.prepare import SourceOptions, prepare
+from lightning_lora.data.sources import row_sources
 from lightning_lora.errors import UserError
 from tests.conftest import make_rows, write_csv
-from tests.data.test_reading import COLUMNS, write
+from tests.data.test_reading import COLUMNS, read_source, write
 
 
 def test_a_folder_has_a_file_a_split_under_any_usual_name(tmp_path: Path) -> None:
@@ -135,32 +134,32 @@ def test_what_is_left_out_of_a_folder_is_said(
     tables = read_source(str(folder), COLUMNS, "label")
     assert tables.keys() == splits
     assert all(Path(table.origin).name.count(split) or split == "train" for split in splits for table in tables[split])
-    warnings = [warning for parts in tables.values() for part in parts for warning in part.warnings]
+    warnings = row_sources(str(folder))[1]
     assert len(warnings) == bool(left_out)
     assert all(f"left out {left_out}, named after none" in warning for warning in warnings)
 
 
 def test_files_that_are_not_the_pieces_of_one_split_are_named(tmp_path: Path) -> None:
     folder = fill(tmp_path / "rows", ["train.csv", "validation_matched.csv", "validation_mismatched.csv"])
-    (warning,) = read_source(str(folder), COLUMNS, "label")["train"][0].warnings
+    (warning,) = row_sources(str(folder))[1]
     assert "val split" in warning and "all of validation_matched.csv, validation_mismatched.csv" in warning
 
 
-def test_the_remedy_for_what_was_left_out_works_and_stored_splits_say_it_too(tmp_path: Path) -> None:
+def test_the_remedy_for_what_was_left_out_works_and_stored_rows_say_it_too(tmp_path: Path) -> None:
     folder = tmp_path / "rows"
     folder.mkdir()
     rows = make_rows(60)
     write_csv(folder / "train.csv", rows[:40])
     write_csv(folder / "test.csv", rows[40:50])
     options = SourceOptions(str(folder))
-    assert not stored_splits(options, tmp_path / "cache").warnings
+    assert not prepare(options, tmp_path / "cache").warnings
     write_csv(folder / "eval.csv", rows[50:])
     for _ in range(2):
-        assert "left out eval.csv" in "".join(stored_splits(options, tmp_path / "cache").warnings)
+        assert "left out eval.csv" in "".join(prepare(options, tmp_path / "cache").warnings)
     files = {
         split: str(folder / f"{name}.csv") for split, name in (("train",) * 2, ("validation", "eval"), ("test",) * 2)
     }
-    assert len(stored_splits(SourceOptions(files), tmp_path / "cache").splits["val"]) == 10
+    assert len(prepare(SourceOptions(files), tmp_path / "cache").splits["val"]) == 10
 
 
 def test_splits_of_a_saved_or_hub_data_set_that_are_left_out_are_named(
@@ -173,7 +172,7 @@ def test_splits_of_a_saved_or_hub_data_set_that_are_left_out_are_named(
     both.save_to_disk(tmp_path / "saved")
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: both)
     for source in (str(tmp_path / "saved"), "someone/something"):
-        (warning,) = read_source(source, COLUMNS, "label")["train"][0].warnings
+        (warning,) = row_sources(source)[1]
         assert "left out unsupervised, validation_matched" in warning
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.model_selection import StratifiedShuffleSplit
 
-from lightning_lora.data.splits import carve, count_of, not_in, stratified_sample, text_keys
+from lightning_lora.data.splits import carve, count_of, stratified_sample, text_keys
 from lightning_lora.errors import UserError
 
 LABELS = np.repeat([0, 1, 2], [700, 200, 100])  # sorted by class, as IMDB is
@@ -109,7 +109,3 @@ def test_ascii_texts_have_the_same_key_as_by_the_general_rule() -> None:
     text = "".join(map(chr, range(128)))
     fast, general = text_keys([text, text + "\u2003"])  # a wide space, which no key counts
     assert fast == general
-
-
-def test_positions_outside_the_held_out_keys() -> None:
-    assert not_in([b"a", b"b", b"a"], [b"b"]).tolist() == [0, 2]

@@ -1,9 +1,7 @@
 """A streamed train split against the same files held in memory."""
 
 import json
-import os
-import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from lightning_lora.cli import main
-from lightning_lora.data import sharding
+from lightning_lora.data import remote, sources, stored
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.batching import LengthBatchSampler
 from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.data.reading import Table
 from lightning_lora.errors import UserError
 from lightning_lora.runs.folder import RunFolder
 from tests.conftest import make_rows
@@ -63,31 +62,12 @@ def batches(data: TextDataModule) -> list[dict]:
     return list(data.train_dataloader())
 
 
-def count_made(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[str]:
-    """The files of the shards that are made from here on; making one of them fails, in its middle."""
-    made: list[str] = []
-    digest = sharding.rows.text_digest
-
-    def make(piece: sharding.Piece, *rest: object) -> None:
-        def fail(text: str) -> bytes:
-            if len(made) == fail_at:
-                raise KeyboardInterrupt
-            return digest(text)
-
-        monkeypatch.setattr(sharding.rows, "text_digest", fail)
-        make_shard(piece, *rest)
-        made.append(f"{Path(piece.origin).name}/{piece.before}")
-
-    make_shard = sharding.make_shard
-    monkeypatch.setattr(sharding, "make_shard", make)
-    return made
-
-
 @pytest.mark.parametrize("settings", [{}, {"train_rows": 60, "test_rows": 0.5}, {"truncation": "windows"}])
 def test_batches_record_and_places_are_those_of_rows_held_in_memory(
     module, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict
 ) -> None:
-    monkeypatch.setattr(sharding, "SHARD_ROWS", 20)
+    for reader in (remote, stored):
+        monkeypatch.setattr(reader, "_BATCH_ROWS", 7)
     held, streamed = (
         module(str(folder), stream, cache_dir=str(tmp_path / f"cache-{stream}"), **settings) for stream in (False, True)
     )
@@ -106,17 +86,6 @@ def test_batches_record_and_places_are_those_of_rows_held_in_memory(
     rows = streamed.rows("train")
     assert rows.origins == held.rows("train").origins
     np.testing.assert_array_equal(rows.numbers, held.rows("train").numbers)
-    assert len(list((tmp_path / "cache-True/shards").iterdir())) == 9
-
-
-def test_no_more_files_than_allowed_are_held_open(module, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_lora.data import shards
-
-    expected = [batch["input_ids"].tolist() for batch in batches(module())]
-    monkeypatch.setattr(shards, "MOST_OPEN", 2)
-    data = module()
-    assert [batch["input_ids"].tolist() for batch in batches(data)] == expected
-    assert len(data.dataset("train").tokens._open) == 2
 
 
 def test_four_devices_share_the_rows_without_repeats(module) -> None:
@@ -213,54 +182,35 @@ def test_scores_are_refused_as_they_are_of_rows_held_in_memory(module, folder: P
     assert said[0] == said[1]
 
 
-def test_a_column_that_is_no_label_ends_at_once(module, folder: Path) -> None:
+def test_a_column_that_is_no_label_is_refused(module, folder: Path) -> None:
     write(folder / "train-0.parquet", [(f"text {i}", f"text {i}") for i in range(1100)])
-    with pytest.raises(UserError, match="holds 1,100 different values in 1,100 rows"):
+    with pytest.raises(UserError, match=r"holds 1,102 different values in 1,200 rows .* no classes"):
         module().label_names  # noqa: B018
 
 
-def test_what_was_interrupted_goes_on_with_the_shards_that_are_missing(
+def test_an_interrupted_reading_resumes_with_the_files_that_are_missing(
     module, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharding, "SHARD_ROWS", 20)
-    with monkeypatch.context() as patch:
-        before = count_made(patch, fail_at=4)
-        with pytest.raises(KeyboardInterrupt):
-            module().label_names  # noqa: B018
-    assert before == ["train-0.parquet/0", "train-0.parquet/20", "train-0.parquet/40", "train-1.parquet/0"]
-    with monkeypatch.context() as patch:
-        after = count_made(patch)
-        streamed = module().describe()
-        assert after == [f"train-{i}.parquet/{n}" for i, n in ((1, 20), (1, 40), (2, 0), (2, 20), (2, 40))]
-        assert module().describe() == streamed == module(stream=False).describe()
-        write(folder / "train-1.parquet", list(make_rows(50, seed=9)), group=50)
-        module().describe()
-        assert after[5:] == ["train-1.parquet/0"]
+    read: list[str] = []
+    batches_of = sources.parquet_batches
 
+    def batches(name: str, *rest: object) -> Iterator[Table]:
+        for table in batches_of(name, *rest):
+            if interrupted and len(read) == 1:
+                raise KeyboardInterrupt
+            yield table
+        read.append(Path(name).name)
 
-@pytest.mark.parametrize("damage", ["ids.bin", "manifest.json"])
-def test_a_damaged_shard_is_made_again(module, tmp_path: Path, damage: str) -> None:
-    expected = [batch["input_ids"].tolist() for batch in batches(module())]
-    path = next(tmp_path.glob(f"cache/lightning_lora/shards/*/{damage}"))
-    path.write_bytes(path.read_bytes()[:-4])
-    assert [batch["input_ids"].tolist() for batch in batches(module())] == expected
-
-
-def test_several_processes_make_the_same(module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    expected = module(cache_dir=str(tmp_path / "one")).describe()
-    monkeypatch.setattr(sharding, "worker_count", lambda pieces: 2)
-    assert module(cache_dir=str(tmp_path / "two")).describe() == expected
-    names = [sorted(path.name for path in (tmp_path / name / "shards").iterdir()) for name in ("one", "two")]
-    assert names[0] == names[1]
-    for path in (tmp_path / "one" / "shards").glob("*/*.bin"):
-        assert path.read_bytes() == (tmp_path / "two" / "shards" / path.parent.name / path.name).read_bytes()
-
-
-def test_a_fault_in_one_of_several_processes_is_one_line(module, folder: Path, monkeypatch) -> None:
-    monkeypatch.setattr(sharding, "worker_count", lambda pieces: 2)
-    write(folder / "train-1.parquet", [*make_rows(30), (None, "pos")])
-    with pytest.raises(UserError, match=r"train-1\.parquet, row 31, column 'text': the text is null"):
+    monkeypatch.setattr(sources, "parquet_batches", batches)
+    interrupted = True
+    with pytest.raises(KeyboardInterrupt):
         module().label_names  # noqa: B018
+    interrupted = False
+    assert module().describe() == module().describe() == module(stream=False).describe()
+    assert read == ["train-0.parquet", "train-1.parquet", "train-2.parquet"]
+    write(folder / "train-1.parquet", list(make_rows(50, seed=9)))
+    assert module().describe() == module(stream=False).describe()
+    assert read[3:] == ["train-1.parquet"]
 
 
 @pytest.mark.parametrize("train", ["memory://news/train-*.parquet", "memory://news", "memory://news/"])
@@ -347,17 +297,3 @@ def test_fit_test_and_sample_from_the_command_line(folder: Path, tiny_base: Path
     changed = source | {"train": f"{folder}/train-0.parquet", "test": str(folder / "train-1.parquet")}
     assert main(["test", "--run", "logs/run", "--data.source", json.dumps(changed)]) == 2
     assert "50 of the 50 rows to evaluate are rows that logs/run was trained" in capsys.readouterr().err
-
-
-def _die(piece: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.slow
-def test_a_tokenizing_process_that_is_killed_is_one_line(module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharding, "worker_count", lambda pieces: 2)
-    monkeypatch.setattr(sharding, "_make_in_worker", _die)
-    with pytest.raises(UserError, match="was ended from outside"):
-        batches(module())
-    monkeypatch.undo()
-    assert batches(module())

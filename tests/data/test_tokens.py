@@ -2,10 +2,15 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from lightning_lora.data.batching import TokenDataset
-from lightning_lora.data.tokens import InputFormat, Tokens, cached_tokens, load_tokenizer, tokenize
+from lightning_lora.data.reading import Table
+from lightning_lora.data.rows import Rows
+from lightning_lora.data.sources import RowSource
+from lightning_lora.data.stored import RowRules, stored_rows
+from lightning_lora.data.tokens import InputFormat, TokenRows, cached_tokens, load_tokenizer, tokenize
 from lightning_lora.errors import UserError
 
 TEXTS = ["the film was fine", "dull", "a long story of two people " * 20, "unknown wörds!"]
@@ -67,7 +72,7 @@ def test_windows_cover_a_text_with_full_windows_that_share_the_overlap(overlap: 
     assert bare == [ids.tolist()] if length <= 5 else all(len(window) == 5 for window in bare)
     for left, right in itertools.pairwise(bare[:-1]):  # the last one is moved back to the end of the text
         assert len(set(left) & set(right)) == overlap
-    tokens = Tokens(ids.astype(np.int32), np.array([0, length]))
+    tokens = TokenRows(pa.chunked_array([[ids.tolist()]], pa.list_(pa.int32())))
     assert frame.input_lengths(tokens)[0] == sum(map(len, windows))
 
 
@@ -99,36 +104,45 @@ def test_impossible_max_lengths_are_refused(tokenizer, max_length: int, said: st
         InputFormat.of(tokenizer, max_length)
 
 
+def rows_of(texts: list[str], number: int = 0) -> Rows:
+    table = Table("made up", {"text": texts, "label": ["a"] * len(texts)}, range(1, len(texts) + 1))
+    file = stored_rows(
+        RowSource("made up", None, lambda columns, label: iter([table])), RowRules(["text"], "label", "error"), None
+    )
+    return Rows([file], np.arange(len(texts)), np.full(len(texts), number))
+
+
 def test_a_second_call_takes_the_tokens_from_the_cache(tmp_path: Path, tokenizer) -> None:
     counted: list[int] = []
-    first, cached_first = cached_tokens(TEXTS, tokenizer, tmp_path, counted.append)
-    second, cached_second = cached_tokens(TEXTS, tokenizer, tmp_path, counted.append)
-    assert (cached_first, cached_second, sum(counted)) == (False, True, len(TEXTS))
-    np.testing.assert_array_equal(first.ids, second.ids)
-    np.testing.assert_array_equal(first.offsets, second.offsets)
+    rows = rows_of(TEXTS * 700)  # several batches of the file
+    expected = tokenizer(rows.texts, add_special_tokens=False)["input_ids"]
+    for cached in (False, True):
+        tokens, known = cached_tokens(rows, tokenizer, tmp_path, counted.append)
+        assert (known, sum(counted)) == (cached, len(rows))
+        assert [tokens[i].tolist() for i in range(len(tokens))] == expected
+        assert tokens.lengths.tolist() == [len(ids) for ids in expected]
+    some = rows.select(np.arange(5, 2800, 7))
+    tokens, _ = cached_tokens(some, tokenizer, tmp_path)
+    assert [tokens[i].tolist() for i in range(len(some))] == expected[5::7]
 
 
 def test_the_cache_misses_when_texts_or_tokenizer_change(tmp_path: Path, tokenizer) -> None:
-    cached_tokens(["ab", "c"], tokenizer, tmp_path)
-    assert not cached_tokens(["a", "bc"], tokenizer, tmp_path)[1]
+    cached_tokens(rows_of(["ab", "c"]), tokenizer, tmp_path)
+    assert not cached_tokens(rows_of(["a", "bc"]), tokenizer, tmp_path)[1]
     tokenizer.backend_tokenizer.normalizer = None
-    assert not cached_tokens(["ab", "c"], tokenizer, tmp_path)[1]
+    assert not cached_tokens(rows_of(["ab", "c"]), tokenizer, tmp_path)[1]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "garble"])
-def test_a_damaged_entry_is_made_again(tmp_path: Path, tokenizer, damage: str) -> None:
-    tokens, _ = cached_tokens(TEXTS, tokenizer, tmp_path)
-    ids = next((tmp_path / "tokens").glob("*/ids.npy"))
-    if damage == "truncate":
-        ids.write_bytes(ids.read_bytes()[:-8])
-    elif damage == "remove":
-        ids.unlink()
-    else:
-        ids.with_name("manifest.json").write_text("{")
-    again, cached = cached_tokens(TEXTS, tokenizer, tmp_path)
+@pytest.mark.parametrize("damage", [lambda data: data[:-8], lambda data: b"", lambda data: data[: len(data) // 2]])
+def test_damaged_tokens_are_made_again(tmp_path: Path, tokenizer, damage) -> None:
+    rows = rows_of(TEXTS)
+    cached_tokens(rows, tokenizer, tmp_path)
+    path = next((tmp_path / "tokens").glob("*.arrow"))
+    path.write_bytes(damage(path.read_bytes()))
+    again, cached = cached_tokens(rows, tokenizer, tmp_path)
     assert not cached
-    np.testing.assert_array_equal(again.ids, tokens.ids)
-    assert cached_tokens(TEXTS, tokenizer, tmp_path)[1]
+    assert [again[i].tolist() for i in range(4)] == tokenizer(TEXTS, add_special_tokens=False)["input_ids"]
+    assert cached_tokens(rows, tokenizer, tmp_path)[1]
 
 
 def test_no_tokenizer_is_one_line(tmp_path: Path) -> None:

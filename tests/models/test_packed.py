@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from transformers import AttentionInterface, AutoModel, AutoModelForSequenceClassification
 
 from lightning_lora.data.batching import TokenDataset
-from lightning_lora.data.tokens import InputFormat, Tokens
+from lightning_lora.data.tokens import InputFormat, TokenRows
 from lightning_lora.models.architectures import ARCHITECTURES
 from lightning_lora.models.packed import PACKED, packed_attention, padded_attention
 from lightning_lora.models.speedups import Speedups
@@ -23,7 +24,8 @@ def rows(keep: str = "head", count: int = 9, longest: int = 40, top: int = 60) -
     lengths = draw.integers(1, top, count)
     ids = draw.integers(5, 30, lengths.sum()).astype(np.int32)
     frame = InputFormat((2,), (3,), 0, longest, keep, 4 if keep == "windows" else 0)  # type: ignore[arg-type]
-    tokens = Tokens(ids, np.concatenate(([0], np.cumsum(lengths))))
+    offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int32)))
+    tokens = TokenRows(pa.chunked_array([pa.ListArray.from_arrays(offsets, ids)]))
     return TokenDataset(tokens, frame, draw.integers(0, 3, count), pad_to_max=False)
 
 

@@ -80,7 +80,8 @@ def test_logged_metrics_are_those_of_all_rows(tiny_base: Path, reviews: Path) ->
     collector = PredictionCollector()
     data.eval_batch_size = 7  # the last batch is smaller: a mean of batch means would differ
     logged = trainer(collector).test(model, data, verbose=False)[0]
-    logits, labels = (torch.from_numpy(a) for a in (collector.last["test"].logits, data.rows("test").labels))
+    logits = torch.from_numpy(collector.last["test"].logits)
+    labels = torch.from_numpy(data.rows("test").labels).long()
     assert logged["test/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-6)
     assert logged["test/accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=1e-6)
     np.testing.assert_array_equal(collector.last["test"].labels, labels)
