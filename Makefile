@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help quickstart test test-gpu test-slow faults audit lint benchmark benchmark-smoke scaling tensorboard outside clean
+.PHONY: help quickstart test test-gpu test-slow faults audit lint benchmark benchmark-gpu benchmark-smoke scaling tensorboard outside clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -45,6 +45,9 @@ lint: $(INSTALLED)  ## ruff and mypy
 
 benchmark: $(INSTALLED)  ## this project and its peers on the same rows, half an hour: DATA=folder BENCHMARK='more options'
 	$(BIN)/python benchmarks/suite.py --out logs/benchmark $(if $(DATA),--data $(DATA)) $(BENCHMARK)
+
+benchmark-gpu: $(INSTALLED)  ## packed and captured steps on a GPU, right and how fast, beside the Trainer
+	$(BIN)/python -m benchmarks.gpu --out logs/gpu.json
 
 benchmark-smoke: $(INSTALLED)  ## the same with a few rows: does it still run?
 	$(BIN)/python benchmarks/suite.py --smoke --out logs/benchmark-smoke

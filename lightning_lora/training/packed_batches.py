@@ -18,7 +18,7 @@ from lightning_lora.training.capture import capture, ours
 
 #: Largest relative difference, of logits and gradients in their norm, between packed and padded batches: what two
 #: orders of summing can differ by.
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+PACKING_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 #: The forward pass of an evaluation batch is captured when its shape comes for this time.
 CAPTURE_AT = 2
 
@@ -135,7 +135,7 @@ class PackedBatches:
                 found.append([logits.detach(), *(g for g in gradients if g is not None)])
             dtype = compute_dtype(next(p for p in model.parameters() if p.is_floating_point()))
             difference = max(_apart(found[0][:1], found[1][:1]), _apart(found[0][1:], found[1][1:]))
-            return None if difference <= TOLERANCE[dtype] else f"packed and padded batches differ by {difference:.1e}"
+            return None if difference <= PACKING_TOLERANCE[dtype] else f"packed and padded batches differ by {difference:.1e}"
         except torch.OutOfMemoryError:  # of two passes where there is one; what is too large will say so by itself
             torch.cuda.empty_cache()
             return None
