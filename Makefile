@@ -51,6 +51,7 @@ benchmark-gpu: $(INSTALLED)  ## packed and captured steps on a GPU, right and ho
 
 benchmark-smoke: $(INSTALLED)  ## the same with a few rows: does it still run?
 	$(BIN)/python benchmarks/suite.py --smoke --out logs/benchmark-smoke
+	$(BIN)/python -m benchmarks.gpu --tiny --only training evaluation fallback architectures
 
 scaling: $(INSTALLED)  ## how cost grows with rows, length, rank and batch
 	$(BIN)/python benchmarks/scaling.py --out logs/scaling

@@ -135,7 +135,8 @@ class PackedBatches:
                 found.append([logits.detach(), *(g for g in gradients if g is not None)])
             dtype = compute_dtype(next(p for p in model.parameters() if p.is_floating_point()))
             difference = max(_apart(found[0][:1], found[1][:1]), _apart(found[0][1:], found[1][1:]))
-            return None if difference <= PACKING_TOLERANCE[dtype] else f"packed and padded batches differ by {difference:.1e}"
+            alike = difference <= PACKING_TOLERANCE[dtype]
+            return None if alike else f"packed and padded batches differ by {difference:.1e}"
         except torch.OutOfMemoryError:  # of two passes where there is one; what is too large will say so by itself
             torch.cuda.empty_cache()
             return None
