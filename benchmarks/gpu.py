@@ -375,7 +375,7 @@ def evaluation(bench: "Bench") -> dict[str, Any]:
     for size in ("roberta-base", "minilm"):
         data = bench.rows(rows)
         adapter = AdapterOptions(rank=8, target_modules="query_value")
-        model = TextClassifier(str(bench.base(size)), NAMES, adapter=adapter)
+        model = TextClassifier(str(bench.base(size)), NAMES, adapter=adapter, speedups=BEST)
         clock = PredictClock()
         precision: Any = auto_precision("auto")
         trainer = Trainer(precision=precision, enable_progress_bar=False, callbacks=[clock], **QUIET)

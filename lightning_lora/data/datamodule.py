@@ -246,6 +246,7 @@ class TextDataModule(LightningDataModule):
 
 def make_loader(dataset: TokenDataset, sampler: LengthBatchSampler, packed: bool = False) -> DataLoader:
     """A loader in this process: making a batch from flat arrays costs less than a worker's hand-over."""
+    dataset.packing = None  # of a loader before
     if packed:
         most = MOST_EVALUATION_SIZES
         if sampler.seed is not None:

@@ -1,6 +1,7 @@
 """The metrics, all of torchmetrics. A new metric is one entry in ``METRICS``."""
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -158,7 +159,10 @@ class TrainCounter(nn.Module):
         return {name: torch.stack([each[name] for each in several]).sum(0) for name in own}
 
     def restore(self, counted: Mapping[str, Tensor]) -> None:
-        """Set what was counted to what ``counted`` gave."""
+        """Set what was counted to what ``counted`` gave; what another version has counted is left out."""
+        if counted.keys() != dict(self.named_buffers()).keys():
+            print("warning: the training metrics of this epoch begin with the resumed step", file=sys.stderr)
+            return
         for name, tensor in self.named_buffers():
             tensor.copy_(counted[name])
 

@@ -82,6 +82,7 @@ class LoadedRun:
         loader = make_loader(dataset, LengthBatchSampler(lengths, together, None, packed=packed), packed)
         with torch.inference_mode():
             batches: Any = self.trainer.predict(self.model, loader)
+        self.model.packed_batches.forget()  # other texts have batches of other sizes
         return in_row_order(batches, names)
 
 

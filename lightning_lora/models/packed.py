@@ -175,6 +175,17 @@ def _use_deterministic(on: bool, fills: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
+@contextmanager
+def deterministic_as_before() -> Iterator[None]:
+    """Undo what ``_Deterministic`` has set where a backward pass in this block ends in an error."""
+    try:
+        yield
+    finally:
+        if _settings:
+            _use_deterministic(*_settings[0])
+            _settings.clear()
+
+
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -203,7 +214,7 @@ def flash_attention(
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:
-    """Nothing is masked: texts are told apart by their offsets."""
+    """Mask nothing: where texts begin and end is said by their offsets."""
 
 
 class FirstTokens:

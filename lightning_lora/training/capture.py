@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 
 
 def capture(function: Callable[[], None], pool: Any, device: torch.device) -> Callable[[], None]:
@@ -35,3 +36,11 @@ def capture(function: Callable[[], None], pool: Any, device: torch.device) -> Ca
 def ours(thing: Any, *packages: str) -> bool:
     """Whether a class or function is of this package, or of the given ones: then what it does in a capture is known."""
     return bool(thing.__module__.startswith(("lightning_lora.", *packages)))
+
+
+def callback_is_ours(callback: Any) -> bool:
+    """Whether a callback is of this package or of Lightning, and calls nothing else."""
+    called = (
+        [value for value in vars(callback).values() if callable(value)] if isinstance(callback, LambdaCallback) else []
+    )
+    return all(ours(thing, "lightning.") for thing in (type(callback), *called))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_lora.data.packing import PackedShape, empty, unpack
 from lightning_lora.errors import first_line
-from lightning_lora.training.capture import capture, ours
+from lightning_lora.models.packed import deterministic_as_before
+from lightning_lora.training.capture import callback_is_ours, capture, ours
 from lightning_lora.training.guard import DeferredGuard
 from lightning_lora.training.optim import AdamW
 
@@ -77,11 +78,9 @@ class GraphedSteps:
         self.proven = False
 
     def close(self) -> None:
-        """Give training back to plain steps."""
+        """Give training back to plain steps; what the parts of a step before have added stays in the gradients."""
         self.optimizer.release()
         self.passes.clear()
-        for parameter in self.parameters:
-            parameter.grad = None
 
     def take(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Run the forward and backward pass of a batch and count it.
@@ -101,9 +100,7 @@ class GraphedSteps:
         count = len(batch["rows"])
         if not batch["static"] or (self.module.own_criterion and count < shape.texts):
             return self._pass(flat, shape, parts, count)
-        captured = self.passes.get((shape, parts))
-        if captured is None:  # accumulation that changes between epochs
-            captured = self.passes[shape, parts] = self._capture_pass(shape, parts)
+        captured = self._captured_pass(shape, parts)
         captured.flat.copy_(flat)
         captured.run()
         return captured.out[0], captured.out[1]
@@ -122,7 +119,7 @@ class GraphedSteps:
         logits = module.packed_batches.all_logits(views, shape)[:count]
         loss = module.packed_loss(logits, views.labels[:count], views.count)
         scaled = loss * (views.scale / parts).float()
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), deterministic_as_before():
             found = torch.autograd.grad(scaled, self.parameters, allow_unused=True)
         used = [(own, new) for own, new in zip(self.gradients, found, strict=True) if new is not None]
         with torch.no_grad():
@@ -140,50 +137,55 @@ class GraphedSteps:
         return CapturedPass(static, self.capture(function), out)
 
     def _prove(self, batch: dict[str, Any], parts: int) -> None:
-        """Compare a captured pass with a plain one on the first batch, and capture the optimizer's step."""
+        """Capture everything before the first batch; on the first static one compare captured with plain."""
         if (reason := self.module.packed_batches.checked(batch)) is not None:
             raise CannotCaptureError(reason)
-        counter = self.module.train_counter
-        counted = {name: tensor.clone() for name, tensor in counter.named_buffers()}
+        kept = [*self.gradients, *self.module.train_counter.buffers(), self.guard.loss]
+        values = [tensor.clone() for tensor in kept]
 
         def forget() -> None:
-            torch._foreach_zero_(self.gradients)
-            counter.restore(counted)
-            self.guard.reset()
+            for tensor, value in zip(kept, values, strict=True):
+                tensor.copy_(value)
+            self.module.seed_step()
 
         try:
-            self._compare(batch, parts, forget)
-            self._capture_optimizer()
+            if not self.passes:
+                self._capture_all(batch, parts)
+                forget()
+                self._capture_optimizer()
+            if batch["static"]:
+                self._compare(batch, parts, forget)
+                self.proven = True
         except Exception as error:  # of kernels, of the capture, of what a loss does in it
             raise CannotCaptureError(first_line(error, 160)) from error
         finally:
             forget()
-            self.module.seed_step()
-        self.proven = True
 
-    def _compare(self, batch: dict[str, Any], parts: int, forget: Callable[[], None]) -> None:
-        flat, shape = batch["packed"], batch["shape"]
-        forget()
-        self.module.seed_step()
-        plain, _ = self._pass(flat, shape, parts)
-        wanted = (plain.clone(), [gradient.clone() for gradient in self.gradients])
-        packing = self.module.trainer.train_dataloader.dataset.packing
-        compiled = {shape.longest}
-        for each in packing.static_shapes():
+    def _capture_all(self, batch: dict[str, Any], parts: int) -> None:
+        compiled = set()
+        for each in self.module.trainer.train_dataloader.dataset.packing.static_shapes():
             if each.longest not in compiled:  # kernels for texts of that length are compiled before they are captured
                 self._pass(torch.from_numpy(empty(each)).to(self.device), each, parts)
                 compiled.add(each.longest)
             self.passes[each, parts] = self._capture_pass(each, parts)
-        if not batch["static"]:
-            return
-        captured = self.passes[shape, parts]
-        captured.flat.copy_(flat)
+
+    def _compare(self, batch: dict[str, Any], parts: int, forget: Callable[[], None]) -> None:
+        flat, shape = batch["packed"], batch["shape"]
         forget()
-        self.module.seed_step()
+        plain, _ = self._pass(flat, shape, parts)
+        wanted = (plain.clone(), [gradient.clone() for gradient in self.gradients])
+        forget()
+        captured = self._captured_pass(shape, parts)
+        captured.flat.copy_(flat)
         captured.run()
         difference = relative_difference((captured.out[0], self.gradients), wanted)
         if not difference <= GRAPH_TOLERANCE:
             raise CannotCaptureError(f"a captured step differs from a plain one by {difference:.1e}")
+
+    def _captured_pass(self, shape: PackedShape, parts: int) -> CapturedPass:
+        if (shape, parts) not in self.passes:  # accumulation that changes between epochs
+            self.passes[shape, parts] = self._capture_pass(shape, parts)
+        return self.passes[shape, parts]
 
     def _capture_optimizer(self) -> None:
         trainer = self.module.trainer
@@ -203,7 +205,12 @@ class GraphedSteps:
 
 
 def relative_difference(found: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor]]) -> float:
-    """Return the larger relative difference of two losses, and of two gradients in their norm; NaN if one is NaN."""
+    """Return the larger relative difference of two losses, and of two gradients in their norm; NaN if one is NaN.
+
+    Args:
+        found: A loss, (), and its gradients.
+        wanted: The same of another pass.
+    """
     losses = (found[0] - wanted[0]).abs() / wanted[0].abs().clamp(min=1e-3)
     apart = nn.utils.get_total_norm([a - b for a, b in zip(found[1], wanted[1], strict=True)])
     gradients = apart / nn.utils.get_total_norm(wanted[1]).clamp(min=1e-12)
@@ -236,8 +243,7 @@ def what_python_does(module: Any) -> str | None:
     """Say what code outside this package does in a step that a capture would leave out or freeze, if there is any."""
     if hooks := [name for name in STEP_HOOKS if not ours(getattr(type(module), name))]:
         return f"{hooks[0]} is overridden"
-    own = [type(c).__name__ for c in module.trainer.callbacks if not ours(type(c), "lightning.")]
-    own = [f"a callback of your own ({name})" for name in own]
+    own = [f"a callback of your own ({type(c).__name__})" for c in module.trainer.callbacks if not callback_is_ours(c)]
     own += ["a loss of your own"] if module.own_criterion else []
     if own and module.speedups.cuda_graphs is not True:
         return f"{own[0]} may change what a capture freezes; model.speedups.cuda_graphs: true captures all the same"

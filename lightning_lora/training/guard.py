@@ -1,4 +1,4 @@
-"""What is looked at before an optimizer step: one that would spoil the weights is not done."""
+"""Checks before an optimizer step: one that would spoil the weights is not done."""
 
 import math
 from typing import Any

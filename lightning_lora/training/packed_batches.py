@@ -13,12 +13,31 @@ from lightning_lora.devices import compute_dtype
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.evaluation.documents import pooled
 from lightning_lora.models.base import Base
-from lightning_lora.models.packed import PACKED, FirstTokens, first_position, leave_short_attention, why_not_packed
-from lightning_lora.training.capture import capture, ours
+from lightning_lora.models.packed import (
+    PACKED,
+    FirstTokens,
+    deterministic_as_before,
+    first_position,
+    leave_short_attention,
+    why_not_packed,
+)
+from lightning_lora.training.capture import callback_is_ours, capture, ours
 
 #: Largest relative difference, of logits and gradients in their norm, between packed and padded batches: what two
 #: orders of summing can differ by.
 PACKING_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+#: The same between a captured pass and a plain one.
+CAPTURED_TOLERANCE = 1e-3
+#: Methods that read a batch.
+READ_BATCHES = (
+    "forward",
+    "document_logits",
+    "shared_step",
+    "training_step",
+    "validation_step",
+    "test_step",
+    "predict_step",
+)
 #: The forward pass of an evaluation batch is captured when its shape comes for this time.
 CAPTURE_AT = 2
 
@@ -41,10 +60,33 @@ class PackedBatches:
         self.distrust: str | None = None
         #: Why evaluation passes are not captured; None while they are.
         self.plain_evaluation: str | None = None
-        self._checked = False
-        self._captured: dict[PackedShape, tuple[Tensor, Tensor, Callable[[], None]]] = {}
-        self._met: Counter[PackedShape] = Counter()
+        #: Why the kernels for short texts are not used; None while they are.
+        self.no_short_attention: str | None = None
+        #: Whether logits have been checked (False), and logits and gradients (True).
+        self._checked: set[bool] = set()
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the captured passes and give back their memory."""
+        self._captured: dict[Any, tuple[Tensor, Tensor, Callable[[], None]]] = {}
+        self._met: Counter[Any] = Counter()
         self._addresses: list[int] = []
+        self._pool: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: not what was captured with the tensors of this one."""
+        empty: dict[str, Any] = {"_captured": {}, "_met": Counter(), "_addresses": [], "_pool": None}
+        return vars(self) | empty
+
+    @property
+    def not_used(self) -> dict[str, str]:
+        """What was not used for speed, and why."""
+        reasons = {
+            "packing not used": self.distrust,
+            "evaluation not captured": self.plain_evaluation,
+            "kernels for short texts not used": self.no_short_attention,
+        }
+        return {what: reason for what, reason in reasons.items() if reason is not None}
 
     def start(self, base: Base) -> None:
         """Take in the model, to which hooks of ``first_tokens`` were added."""
@@ -58,9 +100,11 @@ class PackedBatches:
         """
         module, data = self.module, getattr(trainer, "datamodule", None)
         asked, reason, kind = module.speedups.packing, self.cannot, type(module)
-        own = ("forward", "document_logits", "shared_step")
+        own = ("forward", "document_logits", "shared_step", *(f"{s}_step" for s in STAGES))
         if any(not ours(getattr(kind, name)) for name in own):
-            reason = f"{' or '.join(own)} is overridden, and reads padded batches"
+            reason = (
+                f"{next(name for name in own if not ours(getattr(kind, name)))} is overridden, and reads padded batches"
+            )
         elif module.hparams["gradient_checkpointing"]:
             reason = "gradient checkpointing reads a batch once more in the backward pass"
         elif module.attention != "auto":
@@ -73,7 +117,11 @@ class PackedBatches:
         return reason is None and (on_gpu if asked == "auto" else bool(asked))
 
     def logits(self, batch: dict[str, Any]) -> Tensor:
-        """Compute the logits, float32 (B, C), of the texts of a packed batch on the device of the model."""
+        """Compute the logits, float32 (B, C), of the texts of a packed batch; padded, where packing is not trusted.
+
+        Args:
+            batch: A packed batch on the device of the model.
+        """
         flat, shape, count = batch["packed"], batch["shape"], len(batch["rows"])
         if self.checked(batch) is not None:
             return self.padded_logits(batch)
@@ -111,13 +159,15 @@ class PackedBatches:
 
     def checked(self, batch: dict[str, Any]) -> str | None:
         """Compare packed with padded on a first batch; return why packed batches are not trusted, if they are not."""
-        if not self._checked and len(batch["rows"]) > 1:  # one text says nothing of others
-            self._checked = True
+        graded = torch.is_grad_enabled()
+        if self.distrust is None and not self._checked & {graded, True} and len(batch["rows"]) > 1:  # one says nothing
+            self._checked.add(graded)
             self.distrust = self._difference(batch)
             if self.distrust is not None and leave_short_attention(self.distrust):
+                self.no_short_attention = self.distrust
                 self.distrust = self._difference(batch)
-            if self.distrust is not None:
-                print(f"warning: texts are padded, not packed: {self.distrust}", file=sys.stderr, flush=True)
+            for what, reason in self.not_used.items():
+                print(f"warning: {what}: {reason}", file=sys.stderr, flush=True)
         return self.distrust
 
     def _difference(self, batch: dict[str, Any]) -> str | None:
@@ -131,12 +181,15 @@ class PackedBatches:
             for compute in (lambda: self.all_logits(unpack(batch["packed"], batch["shape"]), batch["shape"]), None):
                 logits = self.padded_logits(batch) if compute is None else compute()[: len(batch["rows"])]
                 loss = logits.logsumexp(-1).mean() - logits[:, 0].mean()
-                gradients = torch.autograd.grad(loss, trained, allow_unused=True) if trained else ()
+                with deterministic_as_before():
+                    gradients = torch.autograd.grad(loss, trained, allow_unused=True) if trained else ()
                 found.append([logits.detach(), *(g for g in gradients if g is not None)])
             dtype = compute_dtype(next(p for p in model.parameters() if p.is_floating_point()))
-            difference = max(_apart(found[0][:1], found[1][:1]), _apart(found[0][1:], found[1][1:]))
-            alike = difference <= PACKING_TOLERANCE[dtype]
-            return None if alike else f"packed and padded batches differ by {difference:.1e}"
+            for part in (slice(1), slice(1, None)):  # logits, then gradients
+                difference = _apart(found[0][part], found[1][part])
+                if not difference <= PACKING_TOLERANCE[dtype]:  # nor NaN
+                    return f"packed and padded batches differ by {difference:.1e}"
+            return None
         except torch.OutOfMemoryError:  # of two passes where there is one; what is too large will say so by itself
             torch.cuda.empty_cache()
             return None
@@ -149,34 +202,42 @@ class PackedBatches:
         """Forget passes that were captured with weights at other addresses."""
         addresses = [tensor.data_ptr() for tensor in (*self.module.parameters(), *self.module.buffers())]
         if addresses != self._addresses:
-            self._captured.clear()
-            self._met.clear()
+            self.forget()
         self._addresses = addresses
 
     def _captures(self, flat: Tensor) -> bool:
-        wanted = self.module.speedups.cuda_graphs is not False and self.plain_evaluation is None
-        return flat.is_cuda and wanted and not self.module.training
+        asked = self.module.speedups.cuda_graphs
+        wanted = asked is not False and self.plain_evaluation is None and flat.is_cuda and not self.module.training
+        # What a callback of one's own does in a forward pass, by hooks, a capture would leave out.
+        return wanted and (asked is True or all(map(callback_is_ours, self.module.trainer.callbacks)))
 
     def _run_captured(self, flat: Tensor, shape: PackedShape) -> Tensor | None:
-        self._met[shape] += 1
-        if shape not in self._captured and self._met[shape] < CAPTURE_AT:
+        key = shape, torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        self._met[key] += 1
+        if key not in self._captured and self._met[key] < CAPTURE_AT:
             return None
         with torch.inference_mode(False), torch.no_grad():
             try:
-                if shape not in self._captured:
-                    self._captured[shape] = self._capture(flat.clone(), shape)
+                if key not in self._captured:
+                    self._captured[key] = self._capture(flat.clone(), shape)
             except Exception as error:
+                self.forget()
                 self.plain_evaluation = first_line(error, 160)
-                print(f"warning: evaluation is not captured: {self.plain_evaluation}", file=sys.stderr, flush=True)
+                print(f"warning: evaluation not captured: {self.plain_evaluation}", file=sys.stderr, flush=True)
                 return None
-            static, logits, run = self._captured[shape]
+            static, logits, run = self._captured[key]
             static.copy_(flat)
             run()
         return logits
 
     def _capture(self, static: Tensor, shape: PackedShape) -> tuple[Tensor, Tensor, Callable[[], None]]:
-        out = list[Tensor]()
-        run = capture(lambda: out.append(self.all_logits(unpack(static, shape), shape)), None, static.device)
+        """Capture a pass, after it was computed plainly, and compare the two."""
+        plain, out = self.all_logits(unpack(static, shape), shape), list[Tensor]()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        run = capture(lambda: out.append(self.all_logits(unpack(static, shape), shape)), self._pool, static.device)
+        run()
+        if not (difference := _apart(out, [plain])) <= CAPTURED_TOLERANCE:
+            raise RuntimeError(f"a captured pass differs from a plain one by {difference:.1e}")
         return static, out[0], run
 
 

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from lightning_lora import processes
 from lightning_lora.errors import UserError
 from lightning_lora.models.methods import Tuned
+from lightning_lora.models.packed import deterministic_as_before
 from lightning_lora.models.speedups import Speedups
 from lightning_lora.seeding import stream_seed
 from lightning_lora.training.graphs import CannotCaptureError, GraphedSteps, why_plain
 from lightning_lora.training.guard import NotFiniteError, StepGuard, stepped
 from lightning_lora.training.optim import AdamW
+from lightning_lora.training.packed_batches import PackedBatches
 
 #: On a GPU the loss of every so many batches is logged.
 SHOW_EVERY = 10
@@ -25,6 +27,7 @@ class StepRunner(LightningModule):
     """The part of ``TextClassifier`` that runs optimizer steps; what a step computes stands there."""
 
     tuned: Tuned
+    packed_batches: PackedBatches
     speedups: Speedups
     seed: int
 
@@ -57,7 +60,7 @@ class StepRunner(LightningModule):
     def show_loss(self, loss: Tensor, batch: dict[str, Any], batch_idx: int) -> None:
         """Logs the loss; on a GPU of every ``SHOW_EVERY`` batches, and to the progress bar as it was then."""
         on_gpu = self.device.type == "cuda"
-        if on_gpu and batch_idx % SHOW_EVERY:
+        if on_gpu and (batch_idx + 1) % SHOW_EVERY:
             return
         # Lightning's own sync_dist has all processes wait for each other before each number.
         shown = processes.mean(loss.detach() * batch["part_share"])
@@ -88,7 +91,8 @@ class StepRunner(LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Computes the gradients, where ``training_step`` has not."""
         if self.graphs is None:
-            super().backward(loss, *args, **kwargs)
+            with deterministic_as_before():
+                super().backward(loss, *args, **kwargs)
 
     def on_validation_model_zero_grad(self) -> None:
         """Frees gradients for a validation pass, where captured steps do not know their addresses."""
@@ -107,9 +111,9 @@ class StepRunner(LightningModule):
             NotFiniteError: The loss or the gradient of the step is not finite.
         """
         if self.graphs is not None:
-            self.graphs.guard.took(self.trainer.global_step + 1)
-            if self.graphs.guard.due:
+            if self.graphs.guard.due:  # of the steps before: this one is looked at when it is done
                 self.graphs.guard.settle()
+            self.graphs.guard.took(self.trainer.global_step + 1)
             return
         # A search for a learning rate goes up to rates at which the weights are lost; they are restored after it.
         with contextlib.nullcontext() if self.trains else contextlib.suppress(NotFiniteError):
@@ -160,8 +164,9 @@ class StepRunner(LightningModule):
             self.graphs = GraphedSteps(self, cast(AdamW, optimizers[0]))
 
     def how_steps_ran(self) -> dict[str, str]:
-        """Whether steps were captured, or why not, for the run record."""
-        return {"steps": "captured as CUDA graphs" if self.plain_steps is None else f"plain: {self.plain_steps}"}
+        """Whether steps were captured, or why not, and what else was not used, for the run record."""
+        steps = "captured as CUDA graphs" if self.plain_steps is None else f"plain: {self.plain_steps}"
+        return {"steps": steps, **self.packed_batches.not_used}
 
     def on_train_end(self) -> None:
         """Waits for captured steps."""
@@ -171,4 +176,6 @@ class StepRunner(LightningModule):
         """Gives back what captured steps hold."""
         if self.graphs is not None:
             self.graphs.close()
+            for parameter in self.graphs.parameters:
+                parameter.grad = None
             self.graphs = None

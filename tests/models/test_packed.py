@@ -1,5 +1,6 @@
 """Packed texts against padded ones, over all architectures: the same logits and gradients."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoModel, AutoModelForSequenceClassification
 
-from lightning_lora.data.batching import TokenDataset
+from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
+from lightning_lora.data.datamodule import make_loader
 from lightning_lora.data.tokens import InputFormat, TokenRows
 from lightning_lora.models.architectures import ARCHITECTURES
 from lightning_lora.models.packed import PACKED, packed_attention, padded_attention
@@ -116,7 +118,7 @@ def test_a_model_that_reads_packed_texts_otherwise_is_given_padded_ones(
         torch.testing.assert_close(model.document_logits(packed), expected, rtol=1e-5, atol=1e-5)
     finally:
         AttentionInterface.register(PACKED, packed_attention)
-    assert "texts are padded, not packed: packed and padded batches differ by" in capsys.readouterr().err
+    assert "packing not used: packed and padded batches differ by" in capsys.readouterr().err
 
 
 def test_the_plain_model_of_transformers_is_the_truth(make_base: Callable[..., Path]) -> None:
@@ -126,3 +128,38 @@ def test_the_plain_model_of_transformers_is_the_truth(make_base: Callable[..., P
     truth.load_state_dict(model.model.state_dict())
     expected = truth(input_ids=plain["input_ids"], attention_mask=plain["attention_mask"]).logits
     torch.testing.assert_close(model.document_logits(packed), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_are_compared_too_also_after_an_evaluation_and_nan_is_a_difference(
+    make_base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SpoilsGradients(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, out: torch.Tensor) -> torch.Tensor:
+            return out.view_as(out)
+
+        @staticmethod
+        def backward(ctx: object, *grads: torch.Tensor) -> torch.Tensor:
+            return grads[0] * torch.nan
+
+    def right_forward_only(*args: object, **kwargs: object) -> object:
+        return SpoilsGradients.apply(packed_attention(*args, **kwargs)[0]), None  # type: ignore[arg-type]
+
+    AttentionInterface.register(PACKED, right_forward_only)
+    try:
+        model = TextClassifier(str(make_base()), ["a", "b", "c"], "full").eval()
+        _, packed = both(rows())
+        with torch.no_grad():
+            model.document_logits(packed)
+        assert model.packed_batches.distrust is None
+        model.document_logits(packed)
+        assert "differ by nan" in str(model.packed_batches.distrust)
+        assert copy.deepcopy(model).packed_batches.distrust == model.packed_batches.distrust
+    finally:
+        AttentionInterface.register(PACKED, packed_attention)
+
+
+def test_a_loader_without_packing_after_one_with_it_pads(make_base: Callable[..., Path]) -> None:
+    data, sampler = rows(), LengthBatchSampler(rows().lengths, 4, 0)
+    assert "packed" in next(iter(make_loader(data, sampler, True)))
+    assert "input_ids" in next(iter(make_loader(data, sampler)))

@@ -9,14 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import LambdaCallback, Timer
 from pyarrow import csv
 
 from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.evaluation.metrics import TrainCounter
 from lightning_lora.models.speedups import Speedups
 from lightning_lora.training import steps as steps_file
 from lightning_lora.training.graphs import GraphedSteps, what_python_does, why_plain
-from lightning_lora.training.guard import NotFiniteError
+from lightning_lora.training.guard import DeferredGuard, NotFiniteError
 from lightning_lora.training.module import TextClassifier
 from tests.conftest import make_rows, write_csv
 
@@ -223,6 +224,7 @@ class ByHand(TextClassifier):
     [
         (TextClassifier, [], None),
         (TextClassifier, [Timer(duration="00:01:00:00")], None),
+        (TextClassifier, [LambdaCallback(on_train_start=lambda *_: None)], r"a callback of your own \(Lambda"),
         (TextClassifier, [Watch()], r"a callback of your own \(Watch\) may change"),
         (Weighted, [], "a loss of your own may change"),
         (ByHand, [], "training_step is overridden"),
@@ -232,6 +234,28 @@ def test_what_a_capture_would_leave_out_or_freeze_keeps_steps_plain(
     tiny_base: Path, reviews: Path, kind: Any, callbacks: list[Any], said: str | None
 ) -> None:
     """Captured, the step of ``ByHand`` would silently train on the loss as it was."""
-    module = fit(tiny_base, reviews, "auto", {"callbacks": callbacks, "max_epochs": 1}, kind)
+    module = fit(tiny_base, reviews, "auto", {"callbacks": callbacks, "max_epochs": 1}, kind, packing=False)
     found = what_python_does(module)
     assert found is None if said is None else re.match(said, str(found))
+
+
+@pytest.mark.parametrize("bad", [1, 10, 63, 64, 65, 66, 128, 130, 200])
+def test_the_step_that_was_not_finite_is_named_however_late_it_is_found(bad: int) -> None:
+    """In the order of a run: what is due is settled, the step is noted, and the device looks when it is done."""
+    guard, done = DeferredGuard(torch.device("cpu")), 0
+    with pytest.raises(NotFiniteError) as error:
+        for step in range(1, 201):
+            if guard.due:
+                guard.settle()
+            guard.add(torch.tensor([step, -step]))
+            guard.took(step)
+            guard.look(torch.tensor(torch.nan if step == bad else 1.0))
+            done += not guard.found_inf
+        guard.settle()
+    assert error.value.step == bad and error.value.rows == [bad, -bad] and done == bad - 1
+
+
+def test_metrics_of_a_state_of_another_version_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    counter = TrainCounter(2)
+    counter.restore({"accuracy": torch.ones(2)})
+    assert "begin with the resumed step" in capsys.readouterr().err and not counter.counted()["rows"]
