@@ -100,11 +100,8 @@ class PackedBatches:
         """
         module, data = self.module, getattr(trainer, "datamodule", None)
         asked, reason, kind = module.speedups.packing, self.cannot, type(module)
-        own = ("forward", "document_logits", "shared_step", *(f"{s}_step" for s in STAGES))
-        if any(not ours(getattr(kind, name)) for name in own):
-            reason = (
-                f"{next(name for name in own if not ours(getattr(kind, name)))} is overridden, and reads padded batches"
-            )
+        if own := [name for name in READ_BATCHES if not ours(getattr(kind, name))]:
+            reason = f"{own[0]} is overridden, and reads padded batches"
         elif module.hparams["gradient_checkpointing"]:
             reason = "gradient checkpointing reads a batch once more in the backward pass"
         elif module.attention != "auto":
