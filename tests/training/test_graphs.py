@@ -3,22 +3,26 @@
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import LambdaCallback, Timer
+from lightning.pytorch.callbacks import LambdaCallback, StochasticWeightAveraging, Timer
 from pyarrow import csv
 
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.evaluation.metrics import TrainCounter
+from lightning_lora.models.methods import METHODS
+from lightning_lora.models.quantization import Quantization
 from lightning_lora.models.speedups import Speedups
 from lightning_lora.training import steps as steps_file
 from lightning_lora.training.graphs import GraphedSteps, what_python_does, why_plain
 from lightning_lora.training.guard import DeferredGuard, NotFiniteError
 from lightning_lora.training.module import TextClassifier
+from lightning_lora.training.optim import make_optimizer
 from tests.conftest import make_rows, write_csv
 
 QUIET: dict[str, Any] = {
@@ -259,3 +263,43 @@ def test_metrics_of_a_state_of_another_version_are_left_out(capsys: pytest.Captu
     counter = TrainCounter(2)
     counter.restore({"accuracy": torch.ones(2)})
     assert "begin with the resumed step" in capsys.readouterr().err and not counter.counted()["rows"]
+
+
+class OnGPU(TextClassifier):
+    """Says that it is on a GPU, and in a run that packs."""
+
+    device = torch.device("cuda")  # type: ignore[assignment]
+    trainer: Any = None
+
+
+def ready(base: Path, **changes: Any) -> tuple[OnGPU, list[Any]]:
+    module = OnGPU(str(base), ["neg", "pos"], **changes)
+    loader = SimpleNamespace(dataset=SimpleNamespace(packing=object()))
+    module.trainer = SimpleNamespace(train_dataloader=loader, world_size=1, callbacks=[], precision="bf16-mixed")
+    return module, [make_optimizer(module.model, 1e-3, 0.0, fused=True)]
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.trains])
+def test_every_method_is_captured_but_for_adalora(tiny_base: Path, method: str) -> None:
+    module, optimizers = ready(tiny_base, method=method)
+    expected = "adalora changes ranks between steps" if method == "adalora" else None
+    assert why_plain(module, optimizers) == expected
+
+
+@pytest.mark.parametrize(
+    ("where", "change", "said"),
+    [
+        ("trainer", {"world_size": 2}, "several devices"),
+        ("trainer", {"precision": "16-mixed"}, "float16 scales the loss"),
+        ("trainer", {"callbacks": [StochasticWeightAveraging(1e-2)]}, "StochasticWeightAveraging replaces"),
+        ("trainer", {"train_dataloader": None}, "batches are padded"),
+        ("module", {"quantization": Quantization(bits=8)}, "bitsandbytes"),
+        ("module", {"device": torch.device("cpu")}, "the device is cpu"),
+    ],
+)
+def test_a_run_that_cannot_be_captured_says_why(tiny_base: Path, where: str, change: dict[str, Any], said: str) -> None:
+    module, optimizers = ready(tiny_base)
+    vars(module.trainer if where == "trainer" else module).update(change)
+    assert str(why_plain(module, optimizers)).startswith(said)
+    module, _ = ready(tiny_base)
+    assert "AdamW" in str(why_plain(module, [torch.optim.SGD(module.parameters(), 0.1)]))
