@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --out logs/gpu.json
 
 Nothing is downloaded: random weights of the right shapes, random tokens with the lengths of AG News. Each part runs by
-itself (``--only training profile``); a part that fails is reported and the others go on. Without a GPU, and with
+itself (``--only training profile``); a part that fails is reported, and the others run. Without a GPU, and with
 ``--tiny``, the sizes are tiny and steps are not captured: that only shows that the script runs.
 """
 
@@ -73,7 +73,7 @@ class Watch(Callback):
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the loss; look at the clock."""
+        """Keep the loss and the time."""
         if self.keeps:
             self.losses.append(outputs["loss"].detach().clone())
         if batch_idx + 1 in (self.skip, trainer.num_training_batches):

@@ -254,7 +254,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def refuse_changed_data(before: dict[str, Any] | None, now: dict[str, Any], folder: RunFolder) -> None:
-    """Refuses to go on with other rows than the run was started with.
+    """Refuses to resume with other rows than the run was started with.
 
     Raises:
         UserError: The rows of a split have changed.

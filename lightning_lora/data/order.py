@@ -18,7 +18,7 @@ POOL_BATCHES = 50
 EVALUATION_FACTOR = 2
 #: The same for packed batches, whose rows cost what they are long.
 PACKED_EVALUATION_FACTOR = 4
-#: So many rows' lengths are looked at together.
+#: Rows whose lengths are summed at once.
 _ROWS_AT_ONCE = 2**20
 #: What the batches of an epoch have in equal number.
 BatchBy = Literal["texts", "tokens"]

@@ -181,7 +181,7 @@ class Packing:
             scale: What the mean loss is multiplied by.
 
         Returns:
-            The flat tensor, int64 (``shape.numbers``,), and its shape.
+            The flat tensor, int64 (``sum(shape.parts)``,), and its shape.
         """
         lengths = np.fromiter((len(ids) for ids in inputs), np.int64, len(inputs))
         ends = np.cumsum(lengths)

@@ -18,6 +18,11 @@ HEAD_DIMENSIONS = (16, 32, 64, 128)
 
 
 @triton.jit
+def _of_text(source, rows, stride, start, d, there):  # type: ignore[no-untyped-def]
+    return tl.load(source + rows * stride + start + d[None, :], mask=there, other=0.0)
+
+
+@triton.jit
 def _probabilities(q, k, i, length, scale, BLOCK: tl.constexpr, WINDOW: tl.constexpr):  # type: ignore[no-untyped-def]
     scores = tl.dot(q, tl.trans(k)) * scale
     seen = (i < length)[None, :]
@@ -56,9 +61,9 @@ def _forward(  # type: ignore[no-untyped-def]
         i, d = tl.arange(0, BLOCK), tl.arange(0, D)
         there = (i < length)[:, None]
         rows = (start + i)[:, None]
-        q = tl.load(Q + rows * qt + head * qh + d[None, :], mask=there, other=0.0)
-        k = tl.load(K + rows * kt + head * kh + d[None, :], mask=there, other=0.0)
-        v = tl.load(V + rows * vt + head * vh + d[None, :], mask=there, other=0.0)
+        q = _of_text(Q, rows, qt, head * qh, d, there)
+        k = _of_text(K, rows, kt, head * kh, d, there)
+        v = _of_text(V, rows, vt, head * vh, d, there)
         p = _probabilities(q, k, i, length, scale, BLOCK, WINDOW)
         out = tl.dot(p.to(v.dtype), v)
         tl.store(OUT + rows * ot + head * oh + d[None, :], out.to(OUT.dtype.element_ty), mask=there)
@@ -76,10 +81,10 @@ def _backward(  # type: ignore[no-untyped-def]
         i, d = tl.arange(0, BLOCK), tl.arange(0, D)
         there = (i < length)[:, None]
         rows = (start + i)[:, None]
-        q = tl.load(Q + rows * qt + head * qh + d[None, :], mask=there, other=0.0)
-        k = tl.load(K + rows * kt + head * kh + d[None, :], mask=there, other=0.0)
-        v = tl.load(V + rows * vt + head * vh + d[None, :], mask=there, other=0.0)
-        g = tl.load(G + rows * gt + head * gh + d[None, :], mask=there, other=0.0)
+        q = _of_text(Q, rows, qt, head * qh, d, there)
+        k = _of_text(K, rows, kt, head * kh, d, there)
+        v = _of_text(V, rows, vt, head * vh, d, there)
+        g = _of_text(G, rows, gt, head * gh, d, there)
         p = _probabilities(q, k, i, length, scale, BLOCK, WINDOW)
         places = rows * ot + head * oh + d[None, :]
         dv = tl.dot(tl.trans(p.to(g.dtype)), g)

@@ -152,7 +152,7 @@ def last_attention_end(base: Base, path: str) -> tuple[nn.Module, nn.Module]:
 
 
 def take_first_tokens(base: Base, tokens: FirstTokens) -> None:
-    """Let packed batches go on with the first token of each text where the last layer is not cut for all batches."""
+    """Reduce packed batches to the first token of each text where the last layer is not cut for all batches."""
     architecture = base.architecture
     if architecture is None or not architecture.packs:
         return

@@ -24,7 +24,7 @@ SHOW_EVERY = 10
 
 
 class StepRunner(LightningModule):
-    """The part of ``TextClassifier`` that runs optimizer steps; what a step computes stands there."""
+    """Run the optimizer steps of ``TextClassifier``, which defines what a step computes."""
 
     tuned: Tuned
     packed_batches: PackedBatches
@@ -111,7 +111,7 @@ class StepRunner(LightningModule):
             NotFiniteError: The loss or the gradient of the step is not finite.
         """
         if self.graphs is not None:
-            if self.graphs.guard.due:  # of the steps before: this one is looked at when it is done
+            if self.graphs.guard.due:  # the steps before this one, which is checked when it is done
                 self.graphs.guard.settle()
             self.graphs.guard.took(self.trainer.global_step + 1)
             return

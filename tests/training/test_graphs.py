@@ -165,7 +165,7 @@ def stopped_by_a_rate(
 def test_a_step_that_is_not_finite_stops_the_run_with_the_weights_before_it(
     captured: None, tiny_base: Path, reviews: Path
 ) -> None:
-    """Plain steps are looked at one by one, captured ones some later: neither does it, nor one after it."""
+    """Plain steps are checked one by one, captured ones some later: neither applies it, nor one after it."""
     plain, found = (stopped_by_a_rate(tiny_base, reviews, graphs, {}) for graphs in (False, True))
     assert found[1].step == plain[1].step and found[1].rows == plain[1].rows and str(found[1]) == str(plain[1])
     for name, value in trained(plain[0]).items():
