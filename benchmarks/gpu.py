@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,11 @@ import numpy as np
 import torch
 from lightning import Callback, Trainer
 
-from benchmarks.throughput import encoder_flops, make_base, make_rows, matrix_rate
+from benchmarks.gpu_common import BEST, CUDA, EPOCH, NAMES, QUIET, Bench, Watch, fit, synchronize, weights
+from benchmarks.gpu_peer import TUNED, peer, peer_model, peer_training
+from benchmarks.gpu_profile import profile
+from benchmarks.throughput import encoder_flops
 from lightning_lora.config.console import quiet_libraries
-from lightning_lora.data.batching import LengthBatchSampler
-from lightning_lora.data.datamodule import make_loader
 from lightning_lora.data.order import evaluated_together
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.inference.loaded_run import LoadedRun
@@ -40,76 +40,10 @@ from lightning_lora.models.speedups import Speedups
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.precision import auto_precision
 
-CUDA = torch.cuda.is_available()
-QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "devices": 1}
-NAMES = ["World", "Sports", "Business", "Sci/Tech"]
-EPOCH = 120_000
 PLAIN = Speedups(packing=False, cuda_graphs=False)
 PACKED = Speedups(packing=True, cuda_graphs=False)
 #: Asked for, as callbacks of one's own are there.
 GRAPHS = Speedups(packing=True, cuda_graphs=True if CUDA else "auto")
-BEST = Speedups(cuda_graphs=True if CUDA else "auto")
-#: Recipes of the Trainer: whether with all that it offers for speed.
-TUNED = {"Trainer, tuned": True, "Trainer, common": False}
-
-
-def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
-    if CUDA:
-        torch.cuda.synchronize()
-
-
-class Watch(Callback):
-    """Losses of the steps, and when a fifth of them, and the last, had been done."""
-
-    def __init__(self, losses: bool = False) -> None:
-        self.keeps, self.losses, self.times = losses, list[torch.Tensor](), list[float]()
-        self.started = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start the clock."""
-        self.skip = max(1, int(trainer.num_training_batches) // 5)
-        synchronize()
-        self.started = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the loss and the time."""
-        if self.keeps:
-            self.losses.append(outputs["loss"].detach().clone())
-        if batch_idx + 1 in (self.skip, trainer.num_training_batches):
-            synchronize()
-            self.times.append(time.perf_counter())
-
-
-def fit(
-    base: Path,
-    data: Any,
-    batch_size: int,
-    speedups: Speedups,
-    watch: Watch,
-    precision: str | None = None,
-    epochs: int = 1,
-    resume: Path | None = None,
-    save: Path | None = None,
-    kind: Any = TextClassifier,
-    **model: Any,
-) -> TextClassifier:
-    """Train; return the model."""
-    torch.manual_seed(0)
-    module = kind(str(base), NAMES, speedups=speedups, **{"schedule": "constant", "warmup_ratio": 0} | model)
-    progress = {"enable_progress_bar": False, "gradient_clip_val": 1.0, "max_epochs": epochs, **QUIET}
-    trainer = Trainer(precision=precision or auto_precision("auto"), callbacks=[watch], **progress)  # type: ignore[arg-type]
-    data.packing = None
-    sampler = LengthBatchSampler(data.lengths, batch_size, 1)
-    trainer.fit(module, make_loader(data, sampler, module.packed_batches.wanted(trainer)), ckpt_path=resume)
-    if save:
-        trainer.save_checkpoint(save)
-    return module
-
-
-def weights(module: TextClassifier) -> torch.Tensor:
-    """All trained weights in one tensor."""
-    return torch.cat([p.detach().cpu().flatten() for p in module.parameters() if p.requires_grad])
 
 
 def correctness(bench: "Bench") -> dict[str, Any]:
@@ -258,95 +192,6 @@ class PredictClock(Callback):
         self.seconds = time.perf_counter() - self._started
 
 
-class PeerClock:
-    """When the Trainer had done a fifth of its steps, and the last."""
-
-    @staticmethod
-    def make(steps: int) -> Any:
-        """The callback."""
-        from transformers import TrainerCallback
-
-        class Clock(TrainerCallback):
-            def __init__(self) -> None:
-                self.skip, self.times = max(1, steps // 5), list[float]()
-
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if state.global_step in (self.skip, steps):
-                    synchronize()
-                    self.times.append(time.perf_counter())
-
-        return Clock()
-
-
-def peer_model(bench: "Bench", tuned: bool, size: str = "roberta-base") -> Any:
-    """What a script of transformers and PEFT trains."""
-    from peft import LoraConfig, TaskType, get_peft_model
-    from transformers import AutoModelForSequenceClassification
-
-    model: Any = AutoModelForSequenceClassification.from_pretrained(bench.base(size), num_labels=4)
-    if tuned:
-        model.to(torch.bfloat16)
-        model.classifier.float()
-    dropout = 0.0 if tuned else 0.1
-    lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, lora_dropout=dropout, target_modules=["query", "value"]
-    )
-    return get_peft_model(model, lora)
-
-
-def peer(bench: "Bench", model: Any, rows: int, batch_size: int, tuned: bool) -> tuple[Any, Any, int]:
-    """The Trainer, its rows and the number of its steps."""
-    from datasets import Dataset
-    from transformers import Trainer as HFTrainer
-    from transformers import TrainingArguments
-
-    data = bench.rows(rows)
-    ids = [data.frame.inputs(data.tokens[i])[0] for i in range(rows)]
-    table = Dataset.from_dict({"input_ids": ids, "labels": data.labels, "length": data.lengths})
-
-    def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in batch)
-        width = -(-longest // 8) * 8 if tuned else 128
-        tokens, mask = torch.full((len(batch), width), 1), torch.zeros((len(batch), width), dtype=torch.long)
-        for i, row in enumerate(batch):
-            tokens[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-            mask[i, : len(row["input_ids"])] = 1
-        return {"input_ids": tokens, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in batch])}
-
-    arguments = TrainingArguments(
-        output_dir=str(Path(bench.folder) / "peer"),
-        num_train_epochs=1,
-        learning_rate=5e-4,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=256 if tuned else 16,
-        bf16=tuned and CUDA,
-        bf16_full_eval=tuned and CUDA,
-        train_sampling_strategy="group_by_length" if tuned else "random",
-        length_column_name="length",
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_num_workers=6 if tuned and CUDA else 0,
-        dataloader_drop_last=True,
-        optim="adamw_torch_fused",
-        use_cpu=not CUDA,
-    )
-    steps = rows // batch_size
-    trainer = HFTrainer(model=model, args=arguments, train_dataset=table, data_collator=collate)
-    return trainer, table, steps
-
-
-def peer_training(bench: "Bench", batch_size: int, rows: int, tuned: bool) -> dict[str, Any]:
-    """As ``own_training``."""
-    trainer, _, steps = peer(bench, peer_model(bench, tuned), rows, batch_size, tuned)
-    clock = PeerClock.make(steps)
-    trainer.add_callback(clock)
-    trainer.train()
-    each = (clock.times[-1] - clock.times[0]) / (steps - clock.skip)
-    return {"step_ms": each * 1e3, "epoch_s": each / batch_size * EPOCH}
-
-
 def training(bench: "Bench") -> dict[str, Any]:
     """An epoch of AG News' 120,000 rows, roberta-base, LoRA r 8 on query and value; peers in turn."""
     sizes = {256: 200, 32: 500, 16: 700} if not bench.tiny else {8: 6}
@@ -460,88 +305,6 @@ def workers(bench: "Bench") -> dict[str, Any]:
     return found | {"runs an hour, over one": {n: v["runs_an_hour"] / one for n, v in found.items()}}
 
 
-class Window(Callback):
-    """Profiles ten steps, and keeps where in them the CPU waits for the GPU.
-
-    Args:
-        first: The step that it starts with.
-    """
-
-    def __init__(self, first: int) -> None:
-        from torch.profiler import ProfilerActivity, profile
-
-        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if CUDA else [])
-        self.first, self.profile, self.took, self.waits = first, profile(activities=kinds), 0.0, dict[str, int]()
-        self._warnings = warnings.catch_warnings(record=True)
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        """Start and stop."""
-        if args[4] == self.first:
-            synchronize()
-            self.said = self._warnings.__enter__()
-            warnings.simplefilter("always")
-            if CUDA:
-                torch.cuda.set_sync_debug_mode(1)
-            self.profile.start()
-            self.took = time.perf_counter()
-        elif args[4] == self.first + 10:
-            if CUDA:
-                torch.cuda.set_sync_debug_mode(0)
-            synchronize()
-            self.took = time.perf_counter() - self.took
-            self.profile.stop()
-            self._warnings.__exit__(None, None, None)
-            for each in self.said or []:
-                where = f"{'/'.join(Path(each.filename).parts[-2:])}:{each.lineno} {str(each.message)[:60]}"
-                self.waits[where] = self.waits.get(where, 0) + 1
-
-
-def profile(bench: "Bench") -> dict[str, Any]:
-    """Share of the time that the GPU is busy, launches a step, and what takes the time."""
-    found: dict[str, Any] = {}
-    adapter = AdapterOptions(rank=8, target_modules="query_value")
-    cases = [(16, BEST), (256, BEST)]
-    cases += [(256, Speedups(cuda_graphs=False))] if bench.again else []
-    for batch_size, speedups in cases if not bench.tiny else [(8, BEST)]:
-        window = Window(30)
-        data = bench.rows(batch_size * 45)
-        module = TextClassifier(str(bench.base("roberta-base")), NAMES, adapter=adapter, speedups=speedups)
-        trainer = Trainer(
-            precision=auto_precision("auto"),  # type: ignore[arg-type]
-            callbacks=[window],
-            max_epochs=1,
-            gradient_clip_val=1.0,
-            enable_progress_bar=False,
-            **QUIET,
-        )
-        trainer.fit(
-            module,
-            make_loader(data, LengthBatchSampler(data.lengths, batch_size, 1), module.packed_batches.wanted(trainer)),
-        )
-        events = window.profile.key_averages()
-        kernels = [e for e in window.profile.events() if str(e.device_type).endswith("CUDA") and "step#" not in e.name]
-        launches = sum(e.count for e in events if "Launch" in e.key or e.key.startswith("cudaMemcpyAsync"))
-        busy = sum(e.time_range.elapsed_us() for e in kernels) / 1e6
-        top = sorted(events, key=lambda e: -e.self_cpu_time_total)[:12]
-        gpu: dict[str, float] = {}
-        for event in kernels:
-            gpu[event.name[:90]] = gpu.get(event.name[:90], 0.0) + event.time_range.elapsed_us() / 10
-        ops = {e.key[:60]: round(e.self_device_time_total / 10) for e in events if e.self_device_time_total}
-        name = f"{batch_size} a step" + ("" if speedups.cuda_graphs else ", not captured")
-        found[name] = {
-            "ms a step, profiled": window.took * 100,
-            "GPU busy share": busy / window.took,
-            "kernels a step": len(kernels) / 10,
-            "launches a step": launches / 10,
-            "waits in ten steps": window.waits,
-            "most time on the CPU, us a step": {e.key[:50]: round(e.self_cpu_time_total / 10) for e in top},
-            "most time on the GPU, us a step": dict(sorted(gpu.items(), key=lambda item: -item[1])[:25]),
-        }
-        if not speedups.cuda_graphs:
-            found[name]["operators on the GPU, us a step"] = dict(sorted(ops.items(), key=lambda item: -item[1])[:40])
-    return found
-
-
 PARTS: dict[str, Callable[["Bench"], dict[str, Any]]] = {
     "training": training,
     "workers": workers,
@@ -553,45 +316,6 @@ PARTS: dict[str, Callable[["Bench"], dict[str, Any]]] = {
     "long_texts": long_texts,
     "profile": profile,
 }
-
-
-class Bench:
-    """What the parts share: sizes, models and rows."""
-
-    def __init__(self, folder: str, tiny: bool, again: bool) -> None:
-        self.folder, self.tiny, self.again = folder, tiny, again
-        self.device = torch.device("cuda" if CUDA else "cpu")
-        self.rate = matrix_rate(self.device, torch.bfloat16 if CUDA else torch.float32)
-        self._bases: dict[str, Path] = {}
-
-    def base(self, size: str, **changes: Any) -> Path:
-        """A base model of random weights."""
-        key = "-".join([size, *(f"{k}{v}" for k, v in changes.items())]).replace(".", "")
-        if key not in self._bases:
-            place = Path(self.folder) / key
-            self._bases[key] = make_base(
-                "tiny" if self.tiny and size in ("minilm", "roberta-base") else size, place, **changes
-            )
-        return self._bases[key]
-
-    def word_base(self, size: str) -> Path:
-        """A base model with a tokenizer that knows the words w0 to w1999."""
-        from tokenizers import Tokenizer, models, pre_tokenizers, processors
-        from transformers import PreTrainedTokenizerFast
-
-        folder = self.base(size)
-        vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(2000))])}
-        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))  # type: ignore[call-arg]
-        backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-        ends = [("[CLS]", 2), ("[SEP]", 3)]
-        backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)  # type: ignore[assignment]
-        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-        PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=512, **special).save_pretrained(folder)
-        return folder
-
-    def rows(self, count: int, max_length: int = 128, length: int | None = None) -> Any:
-        """Random rows with AG News' lengths."""
-        return make_rows(count, max_length, length, top=20000 if not self.tiny else 1900)
 
 
 def main() -> None:

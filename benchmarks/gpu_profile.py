@@ -1,0 +1,99 @@
+"""Where a step of ``benchmarks/gpu.py`` spends its time."""
+
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+
+from benchmarks.gpu_common import BEST, CUDA, NAMES, QUIET, Bench, synchronize
+from lightning_lora.data.batching import LengthBatchSampler
+from lightning_lora.data.datamodule import make_loader
+from lightning_lora.models.methods import AdapterOptions
+from lightning_lora.models.speedups import Speedups
+from lightning_lora.training.module import TextClassifier
+from lightning_lora.training.precision import auto_precision
+
+
+class Window(Callback):
+    """Profiles ten steps, and keeps where in them the CPU waits for the GPU.
+
+    Args:
+        first: The step that it starts with.
+    """
+
+    def __init__(self, first: int) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if CUDA else [])
+        self.first, self.profile, self.took, self.waits = first, profile(activities=kinds), 0.0, dict[str, int]()
+        self._warnings = warnings.catch_warnings(record=True)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Start and stop."""
+        if args[4] == self.first:
+            synchronize()
+            self.said = self._warnings.__enter__()
+            warnings.simplefilter("always")
+            if CUDA:
+                torch.cuda.set_sync_debug_mode(1)
+            self.profile.start()
+            self.took = time.perf_counter()
+        elif args[4] == self.first + 10:
+            if CUDA:
+                torch.cuda.set_sync_debug_mode(0)
+            synchronize()
+            self.took = time.perf_counter() - self.took
+            self.profile.stop()
+            self._warnings.__exit__(None, None, None)
+            for each in self.said or []:
+                where = f"{'/'.join(Path(each.filename).parts[-2:])}:{each.lineno} {str(each.message)[:60]}"
+                self.waits[where] = self.waits.get(where, 0) + 1
+
+
+def profile(bench: "Bench") -> dict[str, Any]:
+    """Share of the time that the GPU is busy, launches a step, and what takes the time."""
+    found: dict[str, Any] = {}
+    adapter = AdapterOptions(rank=8, target_modules="query_value")
+    cases = [(16, BEST), (256, BEST)]
+    cases += [(256, Speedups(cuda_graphs=False))] if bench.again else []
+    for batch_size, speedups in cases if not bench.tiny else [(8, BEST)]:
+        window = Window(30)
+        data = bench.rows(batch_size * 45)
+        module = TextClassifier(str(bench.base("roberta-base")), NAMES, adapter=adapter, speedups=speedups)
+        trainer = Trainer(
+            precision=auto_precision("auto"),  # type: ignore[arg-type]
+            callbacks=[window],
+            max_epochs=1,
+            gradient_clip_val=1.0,
+            enable_progress_bar=False,
+            **QUIET,
+        )
+        trainer.fit(
+            module,
+            make_loader(data, LengthBatchSampler(data.lengths, batch_size, 1), module.packed_batches.wanted(trainer)),
+        )
+        events = window.profile.key_averages()
+        kernels = [e for e in window.profile.events() if str(e.device_type).endswith("CUDA") and "step#" not in e.name]
+        launches = sum(e.count for e in events if "Launch" in e.key or e.key.startswith("cudaMemcpyAsync"))
+        busy = sum(e.time_range.elapsed_us() for e in kernels) / 1e6
+        top = sorted(events, key=lambda e: -e.self_cpu_time_total)[:12]
+        gpu: dict[str, float] = {}
+        for event in kernels:
+            gpu[event.name[:90]] = gpu.get(event.name[:90], 0.0) + event.time_range.elapsed_us() / 10
+        ops = {e.key[:60]: round(e.self_device_time_total / 10) for e in events if e.self_device_time_total}
+        name = f"{batch_size} a step" + ("" if speedups.cuda_graphs else ", not captured")
+        found[name] = {
+            "ms a step, profiled": window.took * 100,
+            "GPU busy share": busy / window.took,
+            "kernels a step": len(kernels) / 10,
+            "launches a step": launches / 10,
+            "waits in ten steps": window.waits,
+            "most time on the CPU, us a step": {e.key[:50]: round(e.self_cpu_time_total / 10) for e in top},
+            "most time on the GPU, us a step": dict(sorted(gpu.items(), key=lambda item: -item[1])[:25]),
+        }
+        if not speedups.cuda_graphs:
+            found[name]["operators on the GPU, us a step"] = dict(sorted(ops.items(), key=lambda item: -item[1])[:40])
+    return found
