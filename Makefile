@@ -47,11 +47,11 @@ benchmark: $(INSTALLED)  ## this project and its peers on the same rows, half an
 	$(BIN)/python benchmarks/suite.py --out logs/benchmark $(if $(DATA),--data $(DATA)) $(BENCHMARK)
 
 benchmark-gpu: $(INSTALLED)  ## packed and captured steps on a GPU, right and how fast, beside the Trainer
-	$(BIN)/python -m benchmarks.gpu --out logs/gpu.json
+	$(BIN)/python benchmarks/gpu.py --out logs/gpu.json
 
 benchmark-smoke: $(INSTALLED)  ## the same with a few rows: does it still run?
 	$(BIN)/python benchmarks/suite.py --smoke --out logs/benchmark-smoke
-	$(BIN)/python -m benchmarks.gpu --tiny --only training evaluation fallback architectures
+	$(BIN)/python benchmarks/gpu.py --tiny --only training evaluation fallback architectures
 
 scaling: $(INSTALLED)  ## how cost grows with rows, length, rank and batch
 	$(BIN)/python benchmarks/scaling.py --out logs/scaling

@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # also where the project is not installed
+
 import numpy as np
 import torch
 from lightning import Callback, Trainer
