@@ -10,6 +10,7 @@ itself (``--only training profile``); a part that fails is reported, and the oth
 import argparse
 import contextlib
 import csv
+import dataclasses
 import functools
 import json
 import os
@@ -27,20 +28,17 @@ import numpy as np
 import torch
 from lightning import Callback, Trainer
 
-from benchmarks.gpu_common import BEST, CUDA, EPOCH, NAMES, QUIET, Bench, Watch, fit, synchronize, weights
+from benchmarks.gpu_common import BEST, CUDA, EPOCH, NAMES, Bench, Watch, fit, predictor, synchronize, weights
 from benchmarks.gpu_peer import TUNED, peer, peer_model, peer_training
 from benchmarks.gpu_profile import profile
 from benchmarks.throughput import encoder_flops
 from lightning_lora.config.console import quiet_libraries
-from lightning_lora.data.order import evaluated_together
 from lightning_lora.errors import UserError, first_line
-from lightning_lora.inference.loaded_run import LoadedRun
 from lightning_lora.models import packed
 from lightning_lora.models.methods import METHODS, AdapterOptions
 from lightning_lora.models.quantization import Quantization
 from lightning_lora.models.speedups import Speedups
 from lightning_lora.training.module import TextClassifier
-from lightning_lora.training.precision import auto_precision
 
 PLAIN = Speedups(packing=False, cuda_graphs=False)
 PACKED = Speedups(packing=True, cuda_graphs=False)
@@ -216,41 +214,46 @@ def training(bench: "Bench") -> dict[str, Any]:
 
 
 def evaluation(bench: "Bench") -> dict[str, Any]:
-    """Texts a second of a trained model, beside the Trainer's own evaluation loop."""
-    rows = 12_000 if not bench.tiny else 40
+    """Texts a second of a trained model, beside the Trainer's own evaluation loop; how far bfloat16 is from float32."""
+    rows = 48_000 if not bench.tiny else 40
     found: dict[str, Any] = {}
     for size in ("roberta-base", "minilm"):
         data = bench.rows(rows)
-        adapter = AdapterOptions(rank=8, target_modules="query_value")
-        model = TextClassifier(str(bench.base(size)), NAMES, adapter=adapter, speedups=BEST)
-        clock = PredictClock()
-        precision: Any = auto_precision("auto")
-        trainer = Trainer(precision=precision, enable_progress_bar=False, callbacks=[clock], **QUIET)
-        run = LoadedRun(model, None, data.frame, "longest", evaluated_together(None), trainer)
-        rates: dict[str, list[float]] = {"this project": [], "Trainer, tuned": [], "Trainer, common": []}
+        variants = {"this project": BEST}
+        if bench.again:
+            variants["this project, norms in float32"] = dataclasses.replace(BEST, low_norms=False)
+        clock, rates = PredictClock(), dict[str, list[float]]()
+        runs = {name: predictor(bench, size, speedups, clock) for name, speedups in variants.items()}
         peers = {name: peer(bench, peer_model(bench, tuned, size), rows, 256, tuned) for name, tuned in TUNED.items()}
         for _ in range(3):
-            run.predict_dataset(data)
-            rates["this project"].append(rows / clock.seconds)
+            for name, run in runs.items():
+                run.predict_dataset(data)
+                rates.setdefault(name, []).append(rows / clock.seconds)
             for name, (their, table, _steps) in peers.items():
-                part = table if TUNED[name] else table.select(range(rows // 12))
+                part = table if TUNED[name] else table.select(range(rows if bench.tiny else rows // 48))
                 loader = their.get_test_dataloader(part.sort("length", reverse=True) if TUNED[name] else part)
                 started = time.perf_counter()
                 their.evaluation_loop(loader, description="Prediction")
-                rates[name].append(len(part) / (time.perf_counter() - started))
+                rates.setdefault(name, []).append(len(part) / (time.perf_counter() - started))
         found[f"{size}, texts/s"] = rates
         best = {name: max(several) for name, several in rates.items()}
-        found[f"{size}, best over the best of the Trainer, tuned"] = best["this project"] / best["Trainer, tuned"]
-        found[f"{size}, best over the best of the Trainer, common"] = best["this project"] / best["Trainer, common"]
-        found[f"{size}, plain because"] = model.packed_batches.plain_evaluation or model.packed_batches.distrust
+        for name in TUNED:
+            found[f"{size}, best over the best of the {name}"] = best["this project"] / best[name]
+        packed_batches = runs["this project"].model.packed_batches
+        found[f"{size}, plain because"] = packed_batches.plain_evaluation or packed_batches.distrust
+        few = bench.rows(2000 if not bench.tiny else 40)
+        exact = predictor(bench, size, PLAIN, precision="32-true").predict_dataset(few).probabilities
+        for name, speedups in {**variants, "padded and plain": PLAIN}.items():
+            other = predictor(bench, size, speedups).predict_dataset(few).probabilities
+            labels = float((other.argmax(1) != exact.argmax(1)).mean())
+            found[f"{size}, {name}: probabilities from float32's"] = float(abs(other - exact).mean())
+            found[f"{size}, {name}: other labels than float32"] = labels
     return found
 
 
-def command(bench: "Bench", workers: int = 1) -> dict[str, Any]:
-    """``main.py fit`` of MiniLM on 5,398 texts, 16 a step."""
-    place = Path(bench.folder)
-    rows, base = (5398 if not bench.tiny else 64), bench.word_base("minilm")
-    few = str(500 if not bench.tiny else 8)
+def word_rows(bench: "Bench", rows: int, few: int) -> dict[str, Any]:
+    """Settings of a data set of texts with AG News' lengths, and of MiniLM on it, 16 a step."""
+    place, base = Path(bench.folder), bench.word_base("minilm")
     texts = place / "texts.csv"
     draw = np.random.default_rng(0)
     words = [f"w{i}" for i in range(2000)]
@@ -258,53 +261,69 @@ def command(bench: "Bench", workers: int = 1) -> dict[str, Any]:
     with texts.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
-        for length in [*lengths, *lengths[: 2 * int(few)]]:  # as many to train on, and some to validate and to test
+        for length in [*lengths, *lengths[: 2 * few]]:  # as many to train on, and some to validate and to test
             label = int(draw.integers(4))
             text = draw.choice(words[label * 400 :], int(length) - 2)
             writer.writerow([" ".join(text), NAMES[label]])
-    settings = {
-        "model.base_model": base,
-        "data.source": texts,
+    return {
+        "model.base_model": str(base),
+        "data.source": str(texts),
         "data.max_length": 128,
         "data.train_rows": rows,
         "data.val_size": few,
         "data.test_size": few,
         "data.test_rows": few,
         "data.batch_size": 16,
-        "data.cache_dir": place / "cache",
-        "logs_dir": place / "logs",
+        "data.cache_dir": str(place / "cache"),
     }
+
+
+def main_py(bench: "Bench", *arguments: str) -> tuple[float, str]:
+    """Run ``main.py``; return the seconds it took and what it printed."""
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    main = Path(__file__).parents[1] / "main.py"
-    started, several = time.perf_counter(), []
-    for worker in range(workers):
-        name = f"run{workers}-{worker}-{time.monotonic_ns()}"
-        line = [sys.executable, str(main), "fit", *(f"--{key}={value}" for key, value in settings.items())]
-        line += [f"--seed_everything={worker}", f"--name={name}"]
-        several.append((name, subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
-    said = [process.communicate()[0].decode() for _, process in several]
-    wall = time.perf_counter() - started
-    costs = []
-    for (name, process), text in zip(several, said, strict=True):
-        if process.returncode:
-            raise RuntimeError(text[-800:])
-        costs.append(json.loads((place / "logs" / name / "run.json").read_text()))
+    line = [sys.executable, str(Path(__file__).parents[1] / "main.py"), *arguments, f"--logs_dir={bench.folder}/logs"]
+    started = time.perf_counter()
+    done = subprocess.run(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stdout[-800:])
+    return time.perf_counter() - started, done.stdout
+
+
+def command(bench: "Bench") -> dict[str, Any]:
+    """``main.py fit`` of MiniLM on 5,398 texts, 16 a step."""
+    settings = word_rows(bench, *((5398, 500) if not bench.tiny else (64, 8)))
+    wall, said = main_py(bench, "fit", "--name=run", *(f"--{key}={value}" for key, value in settings.items()))
+    record = json.loads((Path(bench.folder) / "logs" / "run" / "run.json").read_text())
     return {
-        "train_s": [cost["costs"]["train_s"] for cost in costs],
-        "startup_s": [cost["costs"]["startup_s"] for cost in costs],
+        "train_s": record["costs"]["train_s"],
+        "startup_s": record["costs"]["startup_s"],
         "wall_s": wall,
-        "steps": costs[0]["steps"],
-        "runs_an_hour": 3600 / wall * workers,
-        "speed": costs[0]["speed"]["choices"],
-        "said": [line for line in said[0].splitlines() if "warning" in line],
+        "steps": record["steps"],
+        "speed": record["speed"],
+        "said": [line for line in said.splitlines() if "warning" in line],
     }
 
 
 def workers(bench: "Bench") -> dict[str, Any]:
-    """Runs at once on one GPU, as the cells of an ablation with ``--workers``."""
-    found = {f"{count} at once": command(bench, count) for count in ((1, 2, 4) if not bench.tiny else (1, 2))}
-    one = found["1 at once"]["runs_an_hour"]
-    return found | {"runs an hour, over one": {n: v["runs_an_hour"] / one for n, v in found.items()}}
+    """Cells of an ablation an hour, by one process and by several at once on one GPU: ``ablate --workers``.
+
+    Counted from the cell that is the first of its process to the last one: what a process does once is left out.
+    """
+    settings = word_rows(bench, *((2000, 250) if not bench.tiny else (64, 8)))
+    rates = [1e-4, 2e-4, 5e-4, 1e-3] if not bench.tiny else [1e-4, 2e-4]
+    plan = {"question": "What rate?", "settings": settings, "axes": {"rate": {"model.learning_rate": rates}}}
+    plan |= {"baseline": {"rate": rates[0]}, "seeds": [1, 2, 3]}
+    found: dict[str, Any] = {}
+    for count in (1, 2, 4) if not bench.tiny else (1, 2):
+        config = Path(bench.folder) / f"workers{count}.yaml"
+        config.write_text(json.dumps(plan))  # which is YAML too
+        wall, _ = main_py(bench, "ablate", f"--config={config}", f"--workers={count}", "--no_test")
+        cells = (Path(bench.folder) / "logs" / f"ablation-workers{count}" / "cells").glob("*/run.json")
+        ends = sorted(path.stat().st_mtime for path in cells)
+        rate = (len(ends) - count) / (ends[-1] - ends[count - 1]) * 3600
+        found[f"{count} at once"] = {"wall_s": wall, "cells": len(ends), "cells_an_hour": rate}
+    one = found["1 at once"]["cells_an_hour"]
+    return found | {"cells an hour, over one": {n: v["cells_an_hour"] / one for n, v in found.items()}}
 
 
 PARTS: dict[str, Callable[["Bench"], dict[str, Any]]] = {

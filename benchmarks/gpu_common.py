@@ -10,6 +10,9 @@ from lightning import Callback, Trainer
 from benchmarks.throughput import make_base, make_rows, matrix_rate
 from lightning_lora.data.batching import LengthBatchSampler
 from lightning_lora.data.datamodule import make_loader
+from lightning_lora.data.order import evaluated_together
+from lightning_lora.inference.loaded_run import LoadedRun
+from lightning_lora.models.methods import AdapterOptions
 from lightning_lora.models.speedups import Speedups
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.precision import auto_precision
@@ -118,3 +121,17 @@ def fit(
 def weights(module: TextClassifier) -> torch.Tensor:
     """All trained weights in one tensor."""
     return torch.cat([p.detach().cpu().flatten() for p in module.parameters() if p.requires_grad])
+
+
+def predictor(bench: "Bench", size: str, speedups: Speedups, *callbacks: Callback, precision: Any = None) -> LoadedRun:
+    """A model of random weights, as a run that was loaded."""
+    torch.manual_seed(0)
+    adapter = AdapterOptions(rank=8, target_modules="query_value")
+    model = TextClassifier(str(bench.base(size)), NAMES, adapter=adapter, speedups=speedups)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    precision = precision or auto_precision("auto")
+    trainer = Trainer(precision=precision, enable_progress_bar=False, callbacks=list(callbacks), **QUIET)
+    return LoadedRun(model, None, bench.rows(1).frame, "longest", evaluated_together(None), trainer)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 
-from benchmarks.gpu_common import BEST, CUDA, NAMES, QUIET, Bench, synchronize
+from benchmarks.gpu_common import BEST, CUDA, NAMES, QUIET, Bench, predictor, synchronize
 from lightning_lora.data.batching import LengthBatchSampler
 from lightning_lora.data.datamodule import make_loader
 from lightning_lora.models.methods import AdapterOptions
@@ -18,10 +18,10 @@ from lightning_lora.training.precision import auto_precision
 
 
 class Window(Callback):
-    """Profiles ten steps, and keeps where in them the CPU waits for the GPU.
+    """Profiles ten batches, and keeps where in them the CPU waits for the GPU.
 
     Args:
-        first: The step that it starts with.
+        first: The batch that it starts with.
     """
 
     def __init__(self, first: int) -> None:
@@ -33,7 +33,15 @@ class Window(Callback):
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Start and stop."""
-        if args[4] == self.first:
+        self.look(args[4])
+
+    def on_predict_batch_end(self, *args: Any) -> None:
+        """The same."""
+        self.look(args[4])
+
+    def look(self, batch: int) -> None:
+        """Start before a batch, or stop."""
+        if batch == self.first:
             synchronize()
             self.said = self._warnings.__enter__()
             warnings.simplefilter("always")
@@ -41,7 +49,7 @@ class Window(Callback):
                 torch.cuda.set_sync_debug_mode(1)
             self.profile.start()
             self.took = time.perf_counter()
-        elif args[4] == self.first + 10:
+        elif batch == self.first + 10:
             if CUDA:
                 torch.cuda.set_sync_debug_mode(0)
             synchronize()
@@ -51,6 +59,30 @@ class Window(Callback):
             for each in self.said or []:
                 where = f"{'/'.join(Path(each.filename).parts[-2:])}:{each.lineno} {str(each.message)[:60]}"
                 self.waits[where] = self.waits.get(where, 0) + 1
+
+    def summary(self, operators: bool) -> dict[str, Any]:
+        """What was found, per batch; with operators also the time on the GPU of each of torch's."""
+        events = self.profile.key_averages()
+        kernels = [e for e in self.profile.events() if str(e.device_type).endswith("CUDA") and "step#" not in e.name]
+        launches = sum(e.count for e in events if "Launch" in e.key or e.key.startswith("cudaMemcpyAsync"))
+        busy = sum(e.time_range.elapsed_us() for e in kernels) / 1e6
+        top = sorted(events, key=lambda e: -e.self_cpu_time_total)[:12]
+        gpu: dict[str, float] = {}
+        for event in kernels:
+            gpu[event.name[:90]] = gpu.get(event.name[:90], 0.0) + event.time_range.elapsed_us() / 10
+        found = {
+            "ms, profiled": self.took * 100,
+            "GPU busy share": busy / self.took,
+            "kernels": len(kernels) / 10,
+            "launches": launches / 10,
+            "waits in ten batches": self.waits,
+            "most time on the CPU, us": {e.key[:50]: round(e.self_cpu_time_total / 10) for e in top},
+            "most time on the GPU, us": dict(sorted(gpu.items(), key=lambda item: -item[1])[:25]),
+        }
+        if operators:
+            ops = {e.key[:60]: round(e.self_device_time_total / 10) for e in events if e.self_device_time_total}
+            found["operators on the GPU, us"] = dict(sorted(ops.items(), key=lambda item: -item[1])[:40])
+        return found
 
 
 def profile(bench: "Bench") -> dict[str, Any]:
@@ -75,25 +107,10 @@ def profile(bench: "Bench") -> dict[str, Any]:
             module,
             make_loader(data, LengthBatchSampler(data.lengths, batch_size, 1), module.packed_batches.wanted(trainer)),
         )
-        events = window.profile.key_averages()
-        kernels = [e for e in window.profile.events() if str(e.device_type).endswith("CUDA") and "step#" not in e.name]
-        launches = sum(e.count for e in events if "Launch" in e.key or e.key.startswith("cudaMemcpyAsync"))
-        busy = sum(e.time_range.elapsed_us() for e in kernels) / 1e6
-        top = sorted(events, key=lambda e: -e.self_cpu_time_total)[:12]
-        gpu: dict[str, float] = {}
-        for event in kernels:
-            gpu[event.name[:90]] = gpu.get(event.name[:90], 0.0) + event.time_range.elapsed_us() / 10
-        ops = {e.key[:60]: round(e.self_device_time_total / 10) for e in events if e.self_device_time_total}
         name = f"{batch_size} a step" + ("" if speedups.cuda_graphs else ", not captured")
-        found[name] = {
-            "ms a step, profiled": window.took * 100,
-            "GPU busy share": busy / window.took,
-            "kernels a step": len(kernels) / 10,
-            "launches a step": launches / 10,
-            "waits in ten steps": window.waits,
-            "most time on the CPU, us a step": {e.key[:50]: round(e.self_cpu_time_total / 10) for e in top},
-            "most time on the GPU, us a step": dict(sorted(gpu.items(), key=lambda item: -item[1])[:25]),
-        }
-        if not speedups.cuda_graphs:
-            found[name]["operators on the GPU, us a step"] = dict(sorted(ops.items(), key=lambda item: -item[1])[:40])
+        found[name] = window.summary(operators=not speedups.cuda_graphs)
+    window = Window(20 if not bench.tiny else 0)
+    data = bench.rows(30_000 if not bench.tiny else 1000)
+    predictor(bench, "roberta-base", BEST, window).predict_dataset(data)
+    found["evaluation, a batch"] = window.summary(operators=True)
     return found

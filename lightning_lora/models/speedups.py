@@ -31,6 +31,8 @@ class Speedups:
         merged_evaluation: Evaluate with the product of B and A added to the weights of each LoRA layer.
         cast_once: On a GPU, cast the states that several layers read to the precision of their products once.
         fused_lora: On a GPU, add what LoRA adds within the product with B.
+        low_norms: On a GPU, evaluate a run in bf16-mixed with states in bfloat16 between the layers, as a model in
+            bfloat16 has them; within a layer norm they are summed in float32 all the same.
         kernels: Use the kernels of installed plugins (``models/kernel_plugins.py``).
         packing: Lay the texts of a batch end to end, without padding: true, false, or "auto" (on a GPU, where the
             architecture can).
@@ -43,6 +45,7 @@ class Speedups:
     merged_evaluation: bool = True
     cast_once: bool = True
     fused_lora: bool = True
+    low_norms: bool = True
     kernels: bool = True
     packing: Literal["auto"] | bool = "auto"
     cuda_graphs: Literal["auto"] | bool = "auto"
@@ -187,6 +190,9 @@ def begin_evaluation(
             merged = (weight.float() + layer.get_delta_weight(name).float()).to(dtype or weight.dtype)
             weight.data = _kept(layer, merged) if weight.is_cuda else merged
             layer.merged_adapters.append(name)
+    if speedups.low_norms and dtype == torch.bfloat16 and on_gpu(model):
+        for norm in _norms(model):
+            norm.forward = partial(_low_norm, norm)  # type: ignore[method-assign]
     for plugin in kernel_plugins() if speedups.kernels else ():
         plugin.begin_evaluation(model, engine)
 
@@ -200,6 +206,24 @@ def end_evaluation(model: nn.Module) -> None:
             cast(nn.Linear, layer.base_layer).weight.data = cast(Tensor, layer.frozen_weight)
             layer.merged_adapters.clear()
             del layer.frozen_weight
+    for norm in _norms(model):
+        vars(norm).pop("forward", None)
+
+
+def on_gpu(model: nn.Module) -> bool:
+    """Whether the model is on a GPU."""
+    return any(parameter.is_cuda for parameter in model.parameters())
+
+
+def _norms(model: nn.Module) -> Iterator[nn.LayerNorm]:
+    return (module for module in model.modules() if type(module) is nn.LayerNorm)
+
+
+def _low_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """A layer norm in bfloat16; autocast would have float32 come out, and what is added to it."""
+    weights = (None if each is None else each.to(torch.bfloat16) for each in (norm.weight, norm.bias))
+    with torch.autocast(x.device.type, enabled=False):
+        return nn.functional.layer_norm(x.to(torch.bfloat16), norm.normalized_shape, *weights, norm.eps)
 
 
 def _kept(layer: lora.Linear, merged: Tensor) -> Tensor:

@@ -38,8 +38,9 @@ READ_BATCHES = (
     "test_step",
     "predict_step",
 )
-#: The forward pass of an evaluation batch is captured when its shape comes for this time.
-CAPTURE_AT = 2
+#: The forward pass of an evaluation batch is captured when its shape comes for this time: a capture takes as long as
+#: some three plain passes.
+CAPTURE_AT = 4
 
 
 class PackedBatches:
@@ -217,6 +218,7 @@ class PackedBatches:
             try:
                 if key not in self._captured:
                     self._captured[key] = self._capture(flat.clone(), shape)
+                    return self._captured[key][1]
             except Exception as error:
                 self.forget()
                 self.plain_evaluation = first_line(error, 160)
@@ -228,7 +230,7 @@ class PackedBatches:
         return logits
 
     def _capture(self, static: Tensor, shape: PackedShape) -> tuple[Tensor, Tensor, Callable[[], None]]:
-        """Capture a pass, after it was computed plainly, and compare the two."""
+        """Capture a pass, after it was computed plainly, run it, and compare the two."""
         plain, out = self.all_logits(unpack(static, shape), shape), list[Tensor]()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         run = capture(lambda: out.append(self.all_logits(unpack(static, shape), shape)), self._pool, static.device)
