@@ -30,7 +30,7 @@ from lightning import Callback, Trainer
 
 from benchmarks.gpu_common import BEST, CUDA, EPOCH, NAMES, Bench, Watch, fit, predictor, synchronize, weights
 from benchmarks.gpu_peer import TUNED, peer, peer_model, peer_training
-from benchmarks.gpu_profile import profile
+from benchmarks.gpu_profile import evaluation_profile, profile
 from benchmarks.throughput import encoder_flops
 from lightning_lora.config.console import quiet_libraries
 from lightning_lora.errors import UserError, first_line
@@ -215,7 +215,7 @@ def training(bench: "Bench") -> dict[str, Any]:
 
 def evaluation(bench: "Bench") -> dict[str, Any]:
     """Texts a second of a trained model, beside the Trainer's own evaluation loop; how far bfloat16 is from float32."""
-    rows = 48_000 if not bench.tiny else 40
+    rows = 24_000 if not bench.tiny else 40
     found: dict[str, Any] = {}
     for size in ("roberta-base", "minilm"):
         data = bench.rows(rows)
@@ -230,7 +230,7 @@ def evaluation(bench: "Bench") -> dict[str, Any]:
                 run.predict_dataset(data)
                 rates.setdefault(name, []).append(rows / clock.seconds)
             for name, (their, table, _steps) in peers.items():
-                part = table if TUNED[name] else table.select(range(rows if bench.tiny else rows // 48))
+                part = table if TUNED[name] else table.select(range(rows if bench.tiny else rows // 24))
                 loader = their.get_test_dataloader(part.sort("length", reverse=True) if TUNED[name] else part)
                 started = time.perf_counter()
                 their.evaluation_loop(loader, description="Prediction")
@@ -336,6 +336,7 @@ PARTS: dict[str, Callable[["Bench"], dict[str, Any]]] = {
     "architectures": architectures,
     "long_texts": long_texts,
     "profile": profile,
+    "evaluation_profile": evaluation_profile,
 }
 
 

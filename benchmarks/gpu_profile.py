@@ -109,8 +109,15 @@ def profile(bench: "Bench") -> dict[str, Any]:
         )
         name = f"{batch_size} a step" + ("" if speedups.cuda_graphs else ", not captured")
         found[name] = window.summary(operators=not speedups.cuda_graphs)
-    window = Window(20 if not bench.tiny else 0)
-    data = bench.rows(30_000 if not bench.tiny else 1000)
-    predictor(bench, "roberta-base", BEST, window).predict_dataset(data)
-    found["evaluation, a batch"] = window.summary(operators=True)
+    return found
+
+
+def evaluation_profile(bench: "Bench") -> dict[str, Any]:
+    """The same of evaluation batches."""
+    found = {}
+    for size in ("roberta-base", "minilm"):
+        window = Window(20 if not bench.tiny else 0)
+        data = bench.rows(24_000 if not bench.tiny else 1000)
+        predictor(bench, size, BEST, window).predict_dataset(data)
+        found[size] = window.summary(operators=True)
     return found

@@ -73,17 +73,18 @@ class TokenDataset(Dataset):
         #: How batches are packed; None for padded ones.
         self.packing: Packing | None = None
 
-    def pack_like(self, batches: Sequence[Sequence[int]], most: int) -> None:
+    def pack_like(self, batches: Sequence[Sequence[int]], most: int, by_length: bool = False) -> None:
         """Pack batches from now on, in shapes chosen for batches like the given ones.
 
         Args:
             batches: Positions of the rows of each.
             most: Sizes at most.
+            by_length: For each power of two of the longest text.
         """
         frame = self.frame
         windows = -(-self.lengths // frame.max_length) if frame.keep == "windows" else None
         several = [np.asarray(batch) for batch in batches]
-        self.packing = Packing.of(self.lengths, several, windows, self.longest, frame.pad_id, most)
+        self.packing = Packing.of(self.lengths, several, windows, self.longest, frame.pad_id, most, by_length)
 
     @property
     def longest(self) -> int:

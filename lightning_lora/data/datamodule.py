@@ -251,7 +251,7 @@ def make_loader(dataset: TokenDataset, sampler: LengthBatchSampler, packed: bool
         most = MOST_EVALUATION_SIZES
         if sampler.seed is not None:
             most = min(MOST_SIZES, max(1, len(sampler) // BATCHES_A_SIZE))
-        dataset.pack_like(sampler.sample(), most)
+        dataset.pack_like(sampler.sample(), most, by_length=sampler.seed is None)
     pin = torch.cuda.is_available()  # what is pinned is copied to the GPU without waiting for it
     return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=_as_it_is, pin_memory=pin)
 

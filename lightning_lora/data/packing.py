@@ -14,7 +14,7 @@ from torch import Tensor
 
 #: Static sizes chosen for a data set; more of them waste fewer tokens and take longer to capture (docs/LOG.md).
 MOST_SIZES = 12
-#: The same in evaluation, whose batches have about as many tokens.
+#: The same in evaluation, whose batches have about as many tokens, for each power of two of the longest text.
 MOST_EVALUATION_SIZES = 2
 #: A size more is worth its capture only for so many batches an epoch.
 BATCHES_A_SIZE = 32
@@ -88,22 +88,20 @@ class Packing:
     """The static shapes of the batches of one data set.
 
     Args:
-        sizes: Numbers of tokens, ascending.
+        sizes: Numbers of tokens, ascending, each with the tokens of the longest text of its batches.
         inputs: Texts or windows that a batch has room for.
         texts: Texts that a batch has room for.
         longest: Tokens of the longest text (or window) that there can be.
         pad_id: The token of what belongs to no text.
         windows: Whether several inputs may belong to one text.
-        longest_of: Tokens of the longest text of batches of each size.
     """
 
-    sizes: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
     inputs: int
     texts: int
     longest: int
     pad_id: int
     windows: bool
-    longest_of: tuple[int, ...]
 
     @classmethod
     def of(
@@ -114,6 +112,7 @@ class Packing:
         longest: int,
         pad_id: int,
         most: int = MOST_SIZES,
+        by_length: bool = False,
     ) -> "Packing":
         """Choose shapes for batches like the given ones.
 
@@ -124,15 +123,19 @@ class Packing:
             longest: Tokens of a text or window at most.
             pad_id: The padding token.
             most: Sizes at most.
+            by_length: Choose so many for each power of two of the longest text: kernels for short texts are faster.
         """
         totals = np.array([int(lengths[batch].sum()) for batch in batches])
         texts = max(len(batch) for batch in batches)
         inputs = texts if windows is None else max(int(windows[batch].sum()) for batch in batches)
-        sizes = choose_sizes(totals, most)
-        longest_of = np.zeros(len(sizes), np.int64)
-        np.maximum.at(longest_of, np.searchsorted(sizes, totals), [lengths[batch].max() for batch in batches])
-        cut = tuple(min(_power_of_two(int(each)), longest) for each in longest_of)
-        return cls(sizes, inputs, texts, longest, pad_id, windows is not None, cut)
+        powers = np.array([min(_power_of_two(int(lengths[batch].max())), longest) for batch in batches])
+        pairs = set[tuple[int, int]]()
+        for group in [powers == each for each in np.unique(powers)] if by_length else [powers > 0]:
+            sizes = choose_sizes(totals[group], most)
+            longest_of = np.zeros(len(sizes), np.int64)
+            np.maximum.at(longest_of, np.searchsorted(sizes, totals[group]), powers[group])
+            pairs |= set(zip(sizes, longest_of.tolist(), strict=True))
+        return cls(tuple(sorted(pairs)), inputs, texts, longest, pad_id, windows is not None)
 
     def shape(self, tokens: int, inputs: int, texts: int, longest: int) -> PackedShape:
         """The smallest static shape for so many tokens; one of its own for a batch that fits into none.
@@ -143,25 +146,23 @@ class Packing:
             texts: Its texts.
             longest: Tokens of the longest text or window.
         """
-        known = int(np.searchsorted(self.sizes, tokens))
-        fits = texts <= self.texts and inputs <= self.inputs and known < len(self.sizes)
-        if fits and longest <= self.longest_of[known]:
-            return self._static(known)
+        fits = [each for each in self.sizes if each[0] >= tokens and each[1] >= longest]
+        if fits and texts <= self.texts and inputs <= self.inputs:
+            return self._static(*fits[0])
         size = -(-tokens // SIZE_STEP) * SIZE_STEP
         room = max(inputs, self.inputs), max(texts, self.texts)
         return PackedShape(size, *room, max(longest, self.longest), self.pad_id, self.windows)
 
-    def _static(self, index: int) -> PackedShape:
-        size, longest = self.sizes[index], self.longest_of[index]
+    def _static(self, size: int, longest: int) -> PackedShape:
         return PackedShape(size, self.inputs, self.texts, longest, self.pad_id, self.windows)
 
     def static_shapes(self) -> list[PackedShape]:
         """The shapes that batches share, largest first: a smaller one finds its memory in that of a larger one."""
-        return [self._static(index) for index in reversed(range(len(self.sizes)))]
+        return [self._static(*each) for each in reversed(self.sizes)]
 
     def is_static(self, shape: PackedShape) -> bool:
         """Whether other batches have this shape too."""
-        return shape.tokens in self.sizes and shape == self._static(self.sizes.index(shape.tokens))
+        return shape in self.static_shapes()
 
     def pack(
         self,

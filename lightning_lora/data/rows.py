@@ -56,9 +56,11 @@ class RowFile:
         Raises:
             OSError, ValueError, KeyError: It is damaged.
         """
-        with _opened(content) as file:
+        # Mapped, no more is read than how many rows each batch has; ``count_rows`` is new in pyarrow.
+        with pa.memory_map(str(content)) if isinstance(content, Path) else pa.BufferReader(content) as file:
             reader = pa.ipc.open_file(file)
-            return cls(origin, content, reader.count_rows(), **json.loads((reader.schema.metadata or {})[b"facts"]))
+            rows = sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
+            return cls(origin, content, rows, **json.loads((reader.schema.metadata or {})[b"facts"]))
 
     def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
         """Some columns, a batch of rows at a time. They are read, not mapped: mapped pages count as memory."""

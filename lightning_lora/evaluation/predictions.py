@@ -84,7 +84,7 @@ def in_row_order(batches: Sequence[dict[str, torch.Tensor]], label_names: Sequen
 
 
 class PredictionCollector(Callback):
-    """Keeps the logits of the last validation and test pass.
+    """Keeps the logits of the last validation, test and prediction pass.
 
     ``keep``, where set, is given each pass's split and predictions.
     """
@@ -104,11 +104,11 @@ class PredictionCollector(Callback):
         """Keeps the batch's logits, where they are: taking them to the CPU waits for a GPU."""
         if not batch["share"]:
             return
-        values = {"logits": outputs["logits"], "rows": batch["rows"], "labels": batch["labels"]}
+        values = {"logits": outputs["logits"], **{name: batch[name] for name in ("rows", "labels") if name in batch}}
         self._batches.append({name: value.detach() for name, value in values.items()})
 
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]  # *args takes dataloader_idx
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]  # *args takes dataloader_idx
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the rows in order."""
@@ -117,6 +117,10 @@ class PredictionCollector(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the rows in order."""
         self._finish("test", pl_module)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the rows in order."""
+        self._finish("predict", pl_module)
 
     def _finish(self, split: str, module: Any) -> None:
         own = [{name: value.cpu() for name, value in batch.items()} for batch in self._batches]

@@ -18,7 +18,7 @@ from lightning_lora.data.order import evaluated_together
 from lightning_lora.data.tokens import InputFormat, base_tokenizer, tokenize
 from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.predictions import Predictions, in_row_order
+from lightning_lora.evaluation.predictions import PredictionCollector, Predictions
 from lightning_lora.export.weights import load_weights, weights_labels
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training.module import TextClassifier
@@ -80,10 +80,16 @@ class LoadedRun:
         packed = self.padding != "max_length" and self.model.packed_batches.wanted(self.trainer)
         lengths = dataset.lengths if packed else dataset.widths
         loader = make_loader(dataset, LengthBatchSampler(lengths, together, None, packed=packed), packed)
-        with torch.inference_mode():
-            batches: Any = self.trainer.predict(self.model, loader)
+        # To put a prediction into its list, the trainer waits for a GPU after each batch (Lightning 2.6.6).
+        collector = PredictionCollector()
+        self.trainer.callbacks.append(collector)  # type: ignore[attr-defined]
+        try:
+            with torch.inference_mode():
+                self.trainer.predict(self.model, loader, return_predictions=False)
+        finally:
+            self.trainer.callbacks.remove(collector)  # type: ignore[attr-defined]
         self.model.packed_batches.forget()  # other texts have batches of other sizes
-        return in_row_order(batches, names)
+        return collector.last["predict"]
 
 
 def assemble(

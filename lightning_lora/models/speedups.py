@@ -221,9 +221,9 @@ def _norms(model: nn.Module) -> Iterator[nn.LayerNorm]:
 
 def _low_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """A layer norm in bfloat16; autocast would have float32 come out, and what is added to it."""
-    weights = (None if each is None else each.to(torch.bfloat16) for each in (norm.weight, norm.bias))
+    weight, bias = (None if each is None else each.to(torch.bfloat16) for each in (norm.weight, norm.bias))
     with torch.autocast(x.device.type, enabled=False):
-        return nn.functional.layer_norm(x.to(torch.bfloat16), norm.normalized_shape, *weights, norm.eps)
+        return nn.functional.layer_norm(x.to(torch.bfloat16), norm.normalized_shape, weight, bias, norm.eps)
 
 
 def _kept(layer: lora.Linear, merged: Tensor) -> Tensor:

@@ -63,6 +63,22 @@ def test_a_batch_larger_than_those_known_has_a_shape_of_its_own() -> None:
     assert (unpack(batch["packed"], batch["shape"]).labels.numpy() == data.labels[order[-12:]]).all()  # type: ignore[index]
 
 
+def test_evaluation_batches_of_short_texts_have_shapes_of_their_own() -> None:
+    """Kernels for texts of 64 tokens at most take half the time of those for 128."""
+    data = dataset(rows=400, max_length=128)
+    data.lengths[:] = np.concatenate((np.full(300, 40), np.full(100, 100)))
+    sampler = LengthBatchSampler(data.lengths, 8, None, packed=True)
+    data.pack_like(sampler.sample(), 2, by_length=True)
+    assert data.packing is not None
+    sizes = {longest for _, longest in data.packing.sizes}
+    assert sizes == {64, 100} and len(data.packing.sizes) <= 4
+    for short in (True, False):
+        rows = [row for row in range(400) if (data.lengths[row] == 40) == short][:8]
+        total = int(data.lengths[rows].sum())
+        shape = data.packing.shape(total, 8, 8, int(data.lengths[rows].max()))
+        assert shape.longest == (64 if short else 100) and shape.tokens >= total and data.packing.is_static(shape)
+
+
 def test_sizes_leave_as_few_tokens_unused_as_any_choice_of_as_many_would() -> None:
     for _ in range(20):
         totals = DRAW.integers(1, SIZE_STEP * 8, 20)

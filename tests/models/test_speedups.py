@@ -184,7 +184,7 @@ def test_what_is_done_is_said_and_can_be_switched_off(tiny_base) -> None:
 def test_states_in_bfloat16_between_layers_give_the_logits_of_float32(
     make_base, monkeypatch: pytest.MonkeyPatch, model_type: str, method: str
 ) -> None:
-    """As a GPU evaluates; by norm within three percent, autocast being within 1.2. Afterwards norms are as they were."""
+    """As a GPU evaluates; by norm within three percent (autocast: 1.2). Afterwards norms are as before."""
     monkeypatch.setattr(speedups, "on_gpu", lambda model: True)
     base = str(make_base(model_type))
     truth, model = (TextClassifier(base, ["a", "b", "c"], method=method).eval() for _ in range(2))
