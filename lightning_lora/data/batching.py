@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_lora.data.order import (
+    PACKED_EVALUATION_FACTOR,
     BatchBy,
     equal_cuts,
     evaluation_batches,
@@ -73,18 +74,28 @@ class TokenDataset(Dataset):
         #: How batches are packed; None for padded ones.
         self.packing: Packing | None = None
 
-    def pack_like(self, batches: Sequence[Sequence[int]], most: int, by_length: bool = False) -> None:
+    def pack_like(self, batches: Sequence[Sequence[int]], most: int) -> None:
         """Pack batches from now on, in shapes chosen for batches like the given ones.
 
         Args:
             batches: Positions of the rows of each.
             most: Sizes at most.
-            by_length: For each power of two of the longest text.
         """
         frame = self.frame
         windows = -(-self.lengths // frame.max_length) if frame.keep == "windows" else None
         several = [np.asarray(batch) for batch in batches]
-        self.packing = Packing.of(self.lengths, several, windows, self.longest, frame.pad_id, most, by_length)
+        self.packing = Packing.of(self.lengths, several, windows, self.longest, frame.pad_id, most)
+
+    def pack_evaluation(self, room: int, texts: int) -> None:
+        """Pack batches from now on, in shapes that do not depend on the texts.
+
+        Args:
+            room: Tokens of a batch at most.
+            texts: Texts of a batch at most.
+        """
+        frame = self.frame
+        windows = frame.keep == "windows"
+        self.packing = Packing.of_evaluation(room, texts, frame.max_length, frame.pad_id, windows)
 
     @property
     def longest(self) -> int:
@@ -192,7 +203,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         rank: Of this process.
         processes: Their number.
         by: What batches have in equal number.
-        packed: Whether evaluation batches are packed.
+        room: Tokens of an evaluation batch at most, where these are packed.
     """
 
     def __init__(
@@ -204,9 +215,10 @@ class LengthBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         processes: int = 1,
         by: BatchBy = "texts",
-        packed: bool = False,
+        room: int | None = None,
     ) -> None:
         self.lengths = lengths
+        self.room = room
         self.batch_size = batch_size
         self.seed = seed
         self.accumulate = accumulate
@@ -219,8 +231,16 @@ class LengthBatchSampler(Sampler[list[int]]):
         self._go_on_at: tuple[int, int] | None = None
         # Lightning tells the epoch to ``loader.batch_sampler.sampler``, as torch's own batch samplers have one.
         self.sampler = self
-        batches = packed_evaluation_batches if packed else evaluation_batches
-        self._evaluated = batches(lengths, batch_size) if seed is None else []
+        self._evaluated: list[np.ndarray] = []
+        if seed is None and room is not None:
+            self._evaluated = packed_evaluation_batches(lengths, room, self.most_texts)
+        elif seed is None:
+            self._evaluated = evaluation_batches(lengths, batch_size)
+
+    @property
+    def most_texts(self) -> int:
+        """Texts of a packed evaluation batch at most."""
+        return self.batch_size * PACKED_EVALUATION_FACTOR
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer, so that each epoch has its own order."""

@@ -15,7 +15,7 @@ from lightning_lora.data.batching import LengthBatchSampler, ResumableLoader, To
 from lightning_lora.data.cache import default_cache_dir
 from lightning_lora.data.encoding import check_encoding
 from lightning_lora.data.order import BatchBy, evaluated_together
-from lightning_lora.data.packing import BATCHES_A_SIZE, MOST_EVALUATION_SIZES, MOST_SIZES
+from lightning_lora.data.packing import BATCHES_A_SIZE, MOST_SIZES
 from lightning_lora.data.prepare import Prepared, SourceOptions, prepare
 from lightning_lora.data.progress import progress
 from lightning_lora.data.rows import Rows
@@ -238,20 +238,36 @@ class TextDataModule(LightningDataModule):
         together = batch_size if seed is not None else batch_size * processes
         if len(dataset) < processes:
             raise UserError(f"trainer.devices: {processes} devices for {len(dataset)} {split} rows; use fewer")
-        by = self.batch_by if seed is not None else "texts"
-        lengths = dataset.lengths if seed is not None or self.packed else dataset.widths
-        sampler = LengthBatchSampler(lengths, together, seed, accumulate, rank, processes, by, self.packed)
+        if seed is None:
+            sampler = evaluation_sampler(dataset, together, self.packed, rank, processes)
+        else:
+            sampler = LengthBatchSampler(dataset.lengths, together, seed, accumulate, rank, processes, self.batch_by)
         return make_loader(dataset, sampler, self.packed)
+
+
+def evaluation_sampler(
+    dataset: TokenDataset, batch_size: int, packed: bool, rank: int = 0, processes: int = 1
+) -> LengthBatchSampler:
+    """Every row once, longest first.
+
+    Args:
+        dataset: The rows.
+        batch_size: Of the longest rows that there can be, of all processes together; see ``LengthBatchSampler``.
+        packed: Whether batches are packed.
+        rank: Of this process.
+        processes: Their number.
+    """
+    lengths, room = (dataset.lengths, batch_size * dataset.frame.max_length) if packed else (dataset.widths, None)
+    return LengthBatchSampler(lengths, batch_size, None, 1, rank, processes, room=room)
 
 
 def make_loader(dataset: TokenDataset, sampler: LengthBatchSampler, packed: bool = False) -> DataLoader:
     """A loader in this process: making a batch from flat arrays costs less than a worker's hand-over."""
     dataset.packing = None  # of a loader before
-    if packed:
-        most = MOST_EVALUATION_SIZES
-        if sampler.seed is not None:
-            most = min(MOST_SIZES, max(1, len(sampler) // BATCHES_A_SIZE))
-        dataset.pack_like(sampler.sample(), most, by_length=sampler.seed is None)
+    if packed and sampler.room is not None:
+        dataset.pack_evaluation(sampler.room, sampler.most_texts)
+    elif packed:
+        dataset.pack_like(sampler.sample(), min(MOST_SIZES, max(1, len(sampler) // BATCHES_A_SIZE)))
     pin = torch.cuda.is_available()  # what is pinned is copied to the GPU without waiting for it
     return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=_as_it_is, pin_memory=pin)
 

@@ -16,7 +16,7 @@ WIDTH_STEP = 8
 POOL_BATCHES = 50
 #: Evaluation takes up to so many times as many short rows together as of the longest (measured: docs/LOG.md).
 EVALUATION_FACTOR = 2
-#: The same for packed batches, whose rows cost what they are long.
+#: Texts of a packed batch at most, over those of the largest padded one.
 PACKED_EVALUATION_FACTOR = 4
 #: Rows whose lengths are summed at once.
 _ROWS_AT_ONCE = 2**20
@@ -151,20 +151,20 @@ def evaluation_batches(widths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return batches
 
 
-def packed_evaluation_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+def packed_evaluation_batches(lengths: np.ndarray, room: int, texts: int) -> list[np.ndarray]:
     """Every position once, longest first, with about as many tokens in each batch, as nothing is padded.
 
     Args:
         lengths: Tokens of each row.
-        batch_size: Rows of the first batch; of shorter rows up to ``PACKED_EVALUATION_FACTOR`` times as many.
+        room: Tokens of a batch at most, but for a longer row, which is a batch of its own.
+        texts: Rows of a batch at most.
     """
     order = np.argsort(-lengths, kind="stable")
     ends = np.cumsum(lengths[order])
-    room = batch_size * int(lengths[order[0]]) if len(order) else 0
     batches, start, before = [], 0, 0
     while start < len(order):
         end = int(np.searchsorted(ends, before + room, side="right"))
-        end = min(max(end, start + 1), start + batch_size * PACKED_EVALUATION_FACTOR)
+        end = min(max(end, start + 1), start + texts)
         batches.append(order[start:end])
         start, before = end, int(ends[end - 1])
     return batches

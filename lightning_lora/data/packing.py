@@ -4,6 +4,7 @@ A batch is one flat int64 tensor, so that it reaches a GPU in one copy, and has 
 captured CUDA graph serves all batches of that shape. Krell et al. 2021 (arXiv:2107.02027) pack for the same reason.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from torch import Tensor
 
 #: Static sizes chosen for a data set; more of them waste fewer tokens and take longer to capture (docs/LOG.md).
 MOST_SIZES = 12
-#: The same in evaluation, whose batches have about as many tokens, for each power of two of the longest text.
-MOST_EVALUATION_SIZES = 2
+#: Sizes of evaluation batches, as shares of the largest; most batches have that one.
+EVALUATION_SHARES = (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
 #: A size more is worth its capture only for so many batches an epoch.
 BATCHES_A_SIZE = 32
 #: Sizes are multiples of so many tokens: what matrix units work on at a time.
@@ -112,7 +113,6 @@ class Packing:
         longest: int,
         pad_id: int,
         most: int = MOST_SIZES,
-        by_length: bool = False,
     ) -> "Packing":
         """Choose shapes for batches like the given ones.
 
@@ -123,19 +123,32 @@ class Packing:
             longest: Tokens of a text or window at most.
             pad_id: The padding token.
             most: Sizes at most.
-            by_length: Choose so many for each power of two of the longest text: kernels for short texts are faster.
         """
         totals = np.array([int(lengths[batch].sum()) for batch in batches])
         texts = max(len(batch) for batch in batches)
         inputs = texts if windows is None else max(int(windows[batch].sum()) for batch in batches)
-        powers = np.array([min(_power_of_two(int(lengths[batch].max())), longest) for batch in batches])
-        pairs = set[tuple[int, int]]()
-        for group in [powers == each for each in np.unique(powers)] if by_length else [powers > 0]:
-            sizes = choose_sizes(totals[group], most)
-            longest_of = np.zeros(len(sizes), np.int64)
-            np.maximum.at(longest_of, np.searchsorted(sizes, totals[group]), powers[group])
-            pairs |= set(zip(sizes, longest_of.tolist(), strict=True))
-        return cls(tuple(sorted(pairs)), inputs, texts, longest, pad_id, windows is not None)
+        sizes = choose_sizes(totals, most)
+        longest_of = np.zeros(len(sizes), np.int64)
+        np.maximum.at(longest_of, np.searchsorted(sizes, totals), [lengths[batch].max() for batch in batches])
+        cut = [min(_power_of_two(int(each)), longest) for each in longest_of]
+        return cls(tuple(zip(sizes, cut, strict=True)), inputs, texts, longest, pad_id, windows is not None)
+
+    @classmethod
+    def of_evaluation(cls, room: int, texts: int, longest: int, pad_id: int, windows: bool) -> "Packing":
+        """The shapes of evaluation batches, the same for all texts: a pass that was captured serves others too.
+
+        Args:
+            room: Tokens of a batch at most, but for a single text that is longer in all its windows.
+            texts: Texts of a batch at most.
+            longest: Tokens of a text or window at most.
+            pad_id: The padding token.
+            windows: Whether several inputs may belong to one text.
+        """
+        sizes = {math.ceil(room * share / SIZE_STEP) * SIZE_STEP for share in EVALUATION_SHARES}
+        # Kernels for short texts are faster.
+        lengths = {min(1 << power, longest) for power in range(6, max(longest.bit_length() + 1, 7))}
+        inputs = texts + room // longest if windows else texts
+        return cls(tuple(sorted(itertools.product(sizes, lengths))), inputs, texts, longest, pad_id, windows)
 
     def shape(self, tokens: int, inputs: int, texts: int, longest: int) -> PackedShape:
         """The smallest static shape for so many tokens; one of its own for a batch that fits into none.
@@ -162,7 +175,8 @@ class Packing:
 
     def is_static(self, shape: PackedShape) -> bool:
         """Whether other batches have this shape too."""
-        return shape in self.static_shapes()
+        size = shape.tokens, shape.longest
+        return size in self.sizes and shape == self._static(*size)
 
     def pack(
         self,

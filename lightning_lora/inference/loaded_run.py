@@ -11,9 +11,9 @@ import yaml
 from lightning import Trainer
 
 from lightning_lora.config.console import quiet_libraries
-from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
+from lightning_lora.data.batching import TokenDataset
 from lightning_lora.data.checking import is_blank
-from lightning_lora.data.datamodule import make_loader
+from lightning_lora.data.datamodule import evaluation_sampler, make_loader
 from lightning_lora.data.order import evaluated_together
 from lightning_lora.data.tokens import InputFormat, base_tokenizer, tokenize
 from lightning_lora.devices import keep_freed_memory
@@ -43,6 +43,9 @@ class LoadedRun:
     padding: str
     eval_batch_size: int | None
     trainer: Trainer
+
+    def __post_init__(self) -> None:
+        self.model.stays_on_device = True
 
     @property
     def label_names(self) -> list[str]:
@@ -78,8 +81,7 @@ class LoadedRun:
             return Predictions(np.zeros((0, len(names))), None, names, np.zeros(0, dtype=np.int64))
         together = evaluated_together(self.eval_batch_size)
         packed = self.padding != "max_length" and self.model.packed_batches.wanted(self.trainer)
-        lengths = dataset.lengths if packed else dataset.widths
-        loader = make_loader(dataset, LengthBatchSampler(lengths, together, None, packed=packed), packed)
+        loader = make_loader(dataset, evaluation_sampler(dataset, together, packed), packed)
         # To put a prediction into its list, the trainer waits for a GPU after each batch (Lightning 2.6.6).
         collector = PredictionCollector()
         self.trainer.callbacks.append(collector)  # type: ignore[attr-defined]
@@ -88,7 +90,6 @@ class LoadedRun:
                 self.trainer.predict(self.model, loader, return_predictions=False)
         finally:
             self.trainer.callbacks.remove(collector)  # type: ignore[attr-defined]
-        self.model.packed_batches.forget()  # other texts have batches of other sizes
         return collector.last["predict"]
 
 

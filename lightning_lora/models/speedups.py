@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, Literal, cast
 
 import torch
@@ -191,8 +192,7 @@ def begin_evaluation(
             weight.data = _kept(layer, merged) if weight.is_cuda else merged
             layer.merged_adapters.append(name)
     if speedups.low_norms and dtype == torch.bfloat16 and on_gpu(model):
-        for norm in _norms(model):
-            norm.forward = partial(_low_norm, norm)  # type: ignore[method-assign]
+        lower_norms(model)
     for plugin in kernel_plugins() if speedups.kernels else ():
         plugin.begin_evaluation(model, engine)
 
@@ -206,8 +206,9 @@ def end_evaluation(model: nn.Module) -> None:
             cast(nn.Linear, layer.base_layer).weight.data = cast(Tensor, layer.frozen_weight)
             layer.merged_adapters.clear()
             del layer.frozen_weight
-    for norm in _norms(model):
-        vars(norm).pop("forward", None)
+    for module in model.modules():
+        if "low_forward" in vars(module):
+            del module.forward, module.low_forward
 
 
 def on_gpu(model: nn.Module) -> bool:
@@ -215,15 +216,55 @@ def on_gpu(model: nn.Module) -> bool:
     return any(parameter.is_cuda for parameter in model.parameters())
 
 
-def _norms(model: nn.Module) -> Iterator[nn.LayerNorm]:
-    return (module for module in model.modules() if type(module) is nn.LayerNorm)
+def lower_norms(model: nn.Module) -> None:
+    """Let layer norms, and what is added before them, compute in bfloat16 until ``end_evaluation``.
+
+    Autocast would have them give float32, and add what comes next in float32. Where a layer of the model is a product,
+    an addition and a norm (BERT's ``BertOutput`` and its like), the two latter are one kernel, where that works.
+    """
+    kernel = add_norm_kernel()
+    for module in list(model.modules()):
+        forward: Any = None
+        if type(module) is nn.LayerNorm:
+            forward = partial(_low_norm, module)
+        elif kernel is not None and _ends_in_norm(module):
+            norm = cast(nn.LayerNorm, module.LayerNorm)
+            if kernel.works(norm.normalized_shape[0], norm.weight.device):
+                forward = partial(_low_output, module, kernel.add_norm)
+        if forward is not None:
+            module.forward = module.low_forward = forward
+
+
+def add_norm_kernel() -> Any:
+    """Return the module of the kernel that adds and normalizes; None without Triton."""
+    try:
+        from lightning_lora.models import add_norm
+    except ImportError:
+        return None
+    return add_norm
+
+
+def _ends_in_norm(module: nn.Module) -> bool:
+    """Whether a module is a product, an addition and a layer norm over the last dimension, on which nobody listens."""
+    if {name for name, _ in module.named_children()} != {"dense", "dropout", "LayerNorm"}:
+        return False
+    norm = cast(nn.LayerNorm, module.LayerNorm)
+    takes = list(signature(type(module).forward).parameters)
+    plain = type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1 and norm.bias is not None
+    return plain and takes == ["self", "hidden_states", "input_tensor"] and not norm._forward_hooks
 
 
 def _low_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """A layer norm in bfloat16; autocast would have float32 come out, and what is added to it."""
     weight, bias = (None if each is None else each.to(torch.bfloat16) for each in (norm.weight, norm.bias))
     with torch.autocast(x.device.type, enabled=False):
         return nn.functional.layer_norm(x.to(torch.bfloat16), norm.normalized_shape, weight, bias, norm.eps)
+
+
+def _low_output(
+    module: nn.Module, add_norm: Callable[..., Tensor], hidden_states: Tensor, input_tensor: Tensor
+) -> Tensor:
+    """The forward pass of a module like ``BertOutput``, without dropout."""
+    return add_norm(cast(nn.Linear, module.dense)(hidden_states).to(torch.bfloat16), input_tensor, module.LayerNorm)
 
 
 def _kept(layer: lora.Linear, merged: Tensor) -> Tensor:

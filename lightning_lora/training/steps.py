@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from lightning import LightningModule
@@ -39,8 +39,14 @@ class StepRunner(LightningModule):
         #: The captured steps of this training, or why steps are not captured.
         self.graphs: GraphedSteps | None = None
         self.plain_steps: str | None = None
+        #: Whether it stays on its device when a pass is over.
+        self.stays_on_device = False
         #: The loss in the progress bar on a GPU.
         self._shown: Tensor | None = None
+
+    def cpu(self) -> Self:
+        """Moves to the CPU, which Lightning (2.6.6) has it do after each pass, but for a loaded run."""
+        return self if self.stays_on_device else super().cpu()
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Starts dropout's random stream of this batch: a resumed run draws what it would have drawn."""

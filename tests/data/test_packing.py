@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
+from lightning_lora.data.datamodule import evaluation_sampler, make_loader
 from lightning_lora.data.order import packed_evaluation_batches
 from lightning_lora.data.packing import SIZE_STEP, choose_sizes, padded, unpack
 from lightning_lora.data.tokens import InputFormat, TokenRows
@@ -14,8 +15,8 @@ from lightning_lora.data.tokens import InputFormat, TokenRows
 DRAW = np.random.default_rng(0)
 
 
-def dataset(rows: int = 200, keep: str = "head", max_length: int = 24) -> TokenDataset:
-    lengths = DRAW.integers(1, 60, rows)
+def dataset(rows: int = 200, keep: str = "head", max_length: int = 24, top: int = 60) -> TokenDataset:
+    lengths = DRAW.integers(1, top, rows)
     ids = DRAW.integers(5, 100, lengths.sum()).astype(np.int32)
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int32)))
     tokens = TokenRows(pa.chunked_array([pa.ListArray.from_arrays(offsets, ids)]))
@@ -63,20 +64,29 @@ def test_a_batch_larger_than_those_known_has_a_shape_of_its_own() -> None:
     assert (unpack(batch["packed"], batch["shape"]).labels.numpy() == data.labels[order[-12:]]).all()  # type: ignore[index]
 
 
-def test_evaluation_batches_of_short_texts_have_shapes_of_their_own() -> None:
-    """Kernels for texts of 64 tokens at most take half the time of those for 128."""
-    data = dataset(rows=400, max_length=128)
-    data.lengths[:] = np.concatenate((np.full(300, 40), np.full(100, 100)))
-    sampler = LengthBatchSampler(data.lengths, 8, None, packed=True)
-    data.pack_like(sampler.sample(), 2, by_length=True)
-    assert data.packing is not None
-    sizes = {longest for _, longest in data.packing.sizes}
-    assert sizes == {64, 100} and len(data.packing.sizes) <= 4
-    for short in (True, False):
-        rows = [row for row in range(400) if (data.lengths[row] == 40) == short][:8]
-        total = int(data.lengths[rows].sum())
-        shape = data.packing.shape(total, 8, 8, int(data.lengths[rows].max()))
-        assert shape.longest == (64 if short else 100) and shape.tokens >= total and data.packing.is_static(shape)
+@pytest.mark.parametrize("keep", ["head", "windows"])
+def test_evaluation_batches_of_other_texts_have_the_same_shapes(keep: str) -> None:
+    """A captured pass serves other texts; those of short ones are for kernels that take half as long."""
+    packings = []
+    for rows in (400, 300):
+        data = dataset(rows, keep, max_length=100, top=180)
+        sampler = evaluation_sampler(data, 8, packed=True)
+        loader = make_loader(data, sampler, packed=True)
+        batches = list(loader)
+        assert sorted(row for batch in batches for row in batch["rows"].tolist()) == list(range(rows))
+        for batch in batches:
+            assert batch["static"] and batch["num_tokens"] <= batch["shape"].tokens <= 8 * 100 + SIZE_STEP
+            assert batch["shape"].longest == (64 if data.lengths[batch["rows"]].max() <= 64 else 100)
+        assert {batch["shape"].longest for batch in batches} == {64, 100}
+        packings.append(data.packing)
+    assert packings[0] == packings[1]
+
+
+def test_a_text_of_more_windows_than_there_is_room_for_has_a_shape_of_its_own() -> None:
+    data = dataset(rows=40, keep="windows", max_length=12)
+    data.pack_evaluation(24, 8)
+    batch = data.__getitems__([int(data.lengths.argmax())])
+    assert data.lengths.max() > 64 and not batch["static"] and batch["shape"].tokens >= data.lengths.max()
 
 
 def test_sizes_leave_as_few_tokens_unused_as_any_choice_of_as_many_would() -> None:
@@ -97,7 +107,7 @@ def test_sizes_leave_as_few_tokens_unused_as_any_choice_of_as_many_would() -> No
 
 def test_evaluation_batches_have_about_as_many_tokens_and_every_row_once() -> None:
     lengths = DRAW.integers(3, 60, 500)
-    batches = packed_evaluation_batches(lengths, 16)
+    batches = packed_evaluation_batches(lengths, 16 * 59, 64)
     assert sorted(np.concatenate(batches).tolist()) == list(range(500))
     totals = [int(lengths[batch].sum()) for batch in batches]
     assert max(totals) <= 16 * lengths.max() and max(map(len, batches)) <= 64

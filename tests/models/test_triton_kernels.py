@@ -1,4 +1,4 @@
-"""The kernels for short texts by Triton's interpreter, which needs Triton but no GPU."""
+"""The kernels in Triton by its interpreter, which needs Triton but no GPU."""
 
 import importlib.util
 import os
@@ -28,9 +28,26 @@ for dimension in (16, 64):
             torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-5)
 """
 
+ADD_NORM = """
+import torch
+from lightning_lora.models.add_norm import add_norm, works
 
+torch.manual_seed(0)
+for width in (48, 64):
+    assert works(width, torch.device("cpu"))
+    norm = torch.nn.LayerNorm(width, eps=1e-12).requires_grad_(False)
+    norm.weight.uniform_(0.5, 2)
+    norm.bias.normal_()
+    x, residual = torch.randn(2, 5, width).bfloat16(), torch.randn(2, 5, width)
+    wanted = norm(x.float() + residual)
+    found = add_norm(x, residual, norm).float()
+    torch.testing.assert_close(found, wanted, rtol=2**-7, atol=1e-6)  # the interpreter cuts to bfloat16
+"""
+
+
+@pytest.mark.parametrize("script", [COMPARE, ADD_NORM], ids=["attention", "add_norm"])
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton")
-def test_short_texts_are_attended_to_as_by_torch() -> None:
+def test_kernels_compute_what_torch_does(script: str) -> None:
     env = os.environ | {"TRITON_INTERPRET": "1"}  # read when the kernels are defined
-    done = subprocess.run([sys.executable, "-c", COMPARE], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
