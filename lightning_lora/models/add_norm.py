@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 #: Largest difference from torch, by norm: bfloat16 rounds to 8 bits, and torch rounds the sum too.
-TOLERANCE = 0.01
+NORM_TOLERANCE = 0.01
 
 
 @triton.jit
@@ -54,4 +54,4 @@ def works(width: int, device: torch.device) -> bool:
     except Exception:  # of a compiler that is not there, or of a device that Triton does not know
         return False
     wanted = norm(x.float() + residual.float())
-    return bool((found - wanted).norm() <= TOLERANCE * wanted.norm())
+    return bool((found - wanted).norm() <= NORM_TOLERANCE * wanted.norm())
