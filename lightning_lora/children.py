@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -82,15 +82,36 @@ def last_error(output: str, status: int) -> str:
 
 
 def child_context() -> Any:
-    """Return how processes start: forked from one that has imported this program, or spawned where there is a GPU."""
+    """Return how processes start: forked from one that has imported this program, or spawned where that cannot be."""
     import torch
 
-    # A process that is forked cannot use a GPU which its parent has touched, and importing libraries may touch it.
-    if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
+    if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
+    # Asked in another way, the driver would start, and no process that is forked from here on could use a GPU.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning_lora.experiments.preloaded"])
+    if torch.cuda.is_available() and not _forked_can_use_gpu():
+        return multiprocessing.get_context("spawn")
     return context
+
+
+@cache
+def _forked_can_use_gpu() -> bool:
+    """Try whether a forked process can use the GPU: not where a library that is imported before has touched it."""
+    process = multiprocessing.get_context("forkserver").Process(target=_use_gpu)
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
+def _use_gpu() -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device="cuda")
+    except Exception:  # of the driver, or of torch that knows that it was forked
+        sys.exit(1)
 
 
 def _end_with_parent() -> None:

@@ -2,8 +2,15 @@
 
 import importlib
 
+import torch
+
 from lightning_lora.runs.folder import commit
 
-for command in ("evaluate", "fit"):
-    importlib.import_module(f"lightning_lora.commands.{command}")
+if torch.cuda.is_available():
+    # The rest, PEFT among it, imports bitsandbytes, which starts the GPU's driver: nothing may be forked after that.
+    MODULES = ["lightning", "torchmetrics.classification", "transformers.modeling_utils", "tensorboard"]
+else:
+    MODULES = ["lightning_lora.commands.evaluate", "lightning_lora.commands.fit"]
+for name in MODULES:
+    importlib.import_module(name)
 commit()

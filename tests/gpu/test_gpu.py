@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_lora import load_run
+from lightning_lora import children, load_run
 from lightning_lora.cli import main
 from lightning_lora.models import packed
 from lightning_lora.training.module import TextClassifier
@@ -70,6 +70,13 @@ def test_short_texts_are_attended_to_by_triton_and_long_ones_by_flash_attention(
         wanted = torch.autograd.grad((expected * weights).sum(), (q, k, v), retain_graph=True)
         for got, value in zip(torch.autograd.grad((out * weights).sum(), (q, k, v)), wanted, strict=True):
             torch.testing.assert_close(got, value, rtol=0.05, atol=0.05)
+
+
+def test_a_cell_of_an_ablation_can_use_the_gpu(tmp_path: Path) -> None:
+    """Forked from a process that has imported what does not start the GPU's driver: else each imports all again."""
+    assert children.child_context().get_start_method() == "forkserver"
+    started = [children.start_child(children._use_gpu, tmp_path / f"{i}.txt") for i in range(2)]
+    assert children.join_children(started) == [0, 0]
 
 
 @pytest.mark.parametrize("width", [32, 384, 768])
