@@ -15,7 +15,7 @@ from lightning_lora.errors import UserError, first_line
 from lightning_lora.locations import Location, resolve
 from lightning_lora.models.architectures import ARCHITECTURES, Architecture
 from lightning_lora.models.base_folder import check_folder
-from lightning_lora.models.head import config_labels, outside_backbone, settle_head, unloaded
+from lightning_lora.models.head import config_labels, outside_backbone, prepare_head, unloaded
 from lightning_lora.models.quantization import (
     Quantization,
     check_not_quantized,
@@ -102,7 +102,7 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int, quantizati
                 trust_remote_code=False,
             )
         with torch_stream(seed, "head"):
-            return model, info, settle_head(model, set(info["missing_keys"]), head_names, theirs, label_names)
+            return model, info, prepare_head(model, set(info["missing_keys"]), head_names, theirs, label_names)
 
     stored = quantization_config(quantization, not_quantized, base_model)
     try:

@@ -33,7 +33,7 @@ def matching_rows(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | Non
     return None
 
 
-def settle_head(
+def prepare_head(
     model: Any, missing: set[str], modules: Sequence[str], theirs: Sequence[str], ours: Sequence[str]
 ) -> str:
     """Keep, reorder or replace the head of a model that was just loaded; say which, as "base model with ...".

@@ -193,7 +193,7 @@ class GraphedSteps:
 
         def step() -> None:
             norm = nn.utils.get_total_norm(self.gradients)
-            self.guard.look(norm)
+            self.guard.update(norm)
             if clip and by == "value":
                 nn.utils.clip_grad_value_(self.parameters, clip)
             elif clip:

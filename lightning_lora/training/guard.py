@@ -18,7 +18,7 @@ class NotFiniteError(UserError):
 
     Args:
         what: What was not finite: "loss" or "gradient".
-        said: The losses of the step, in words.
+        said: The losses of the step, for the message.
         step: The step, counted from 1.
         rows: Positions of its rows in the training split.
     """
@@ -39,7 +39,7 @@ class StepGuard:
         self.gradient_norm = torch.zeros(())
 
     def add(self, loss: Tensor, rows: Tensor) -> None:
-        """Takes in a part.
+        """Add a part of the step.
 
         Args:
             loss: Its loss.
@@ -54,7 +54,7 @@ class StepGuard:
         Args:
             optimizer: Which is to do it.
             step: Its number, counted from 1.
-            gradients: Whether these are looked at too, or something else meets infinite ones.
+            gradients: Whether to check the gradient too; a scaler of the loss skips infinite ones itself.
 
         Raises:
             NotFiniteError: The loss or the gradient of the step is not finite.
@@ -78,13 +78,13 @@ class StepGuard:
 class DeferredGuard:
     """Keeps the weights from a step that is not finite without waiting for the device after each step.
 
-    The step that is not finite, and all after it, are left out on the device; ``settle`` says so later.
+    The device skips the step that is not finite, and all after it; ``check`` raises later.
 
     Args:
         device: Of the weights.
     """
 
-    #: Steps after which ``due`` says that it is time to look.
+    #: Steps between two checks.
     EVERY = 64
 
     def __init__(self, device: torch.device) -> None:
@@ -102,16 +102,16 @@ class DeferredGuard:
         self.loss.zero_()
 
     def add(self, rows: Tensor) -> None:
-        """Take in the rows of a part of a step: their positions in the training split."""
+        """Add the rows of a part of a step: their positions in the training split."""
         self._rows.append(rows)
 
-    def took(self, step: int) -> None:
-        """Take in that a step, counted from 1, has all its parts."""
+    def end_step(self, step: int) -> None:
+        """Note that a step, counted from 1, has all its parts."""
         self._taken.append((step, self._rows))
         self._rows = []
 
-    def look(self, norm: Tensor) -> None:
-        """Look, on the device, whether the step is finite.
+    def update(self, norm: Tensor) -> None:
+        """Record on the device whether the step is finite.
 
         Args:
             norm: Of its gradient, ().
@@ -125,11 +125,11 @@ class DeferredGuard:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to look."""
+        """Whether it is time to check."""
         return len(self._taken) >= self.EVERY
 
-    def settle(self) -> None:
-        """Wait for the steps so far.
+    def check(self) -> None:
+        """Wait for the steps so far and check them.
 
         Raises:
             NotFiniteError: One of them was not finite; it and those after it were not done.

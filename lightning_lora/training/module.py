@@ -286,7 +286,7 @@ class TextClassifier(StepRunner):
 
     def on_validation_start(self) -> None:
         """Merges adapters while their weights stay as they are."""
-        self.settle()
+        self.wait_for_steps()
         dtype = AUTOCAST.get(str(self.trainer.precision))
         begin_evaluation(self.model, dtype, self.speedups, "int8" if self.int8 else None)
         self.packed_batches.start_evaluation()
@@ -304,7 +304,7 @@ class TextClassifier(StepRunner):
 
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's training loss and metrics."""
-        self.settle()
+        self.wait_for_steps()
         self._log_epoch("train")
 
     def on_validation_epoch_end(self) -> None:
@@ -374,7 +374,7 @@ class TextClassifier(StepRunner):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         self.identity.write_to(checkpoint)
         if "optimizer_states" in checkpoint:  # a state to go on from, and not weights alone
-            self.settle()
+            self.wait_for_steps()
             checkpoint["counted"] = self.train_counter.counted()
             checkpoint["planned_steps"] = self.planned_steps
             if self.tuned.steps is not None:

@@ -118,8 +118,8 @@ class StepRunner(LightningModule):
         """
         if self.graphs is not None:
             if self.graphs.guard.due:  # the steps before this one, which is checked when it is done
-                self.graphs.guard.settle()
-            self.graphs.guard.took(self.trainer.global_step + 1)
+                self.graphs.guard.check()
+            self.graphs.guard.end_step(self.trainer.global_step + 1)
             return
         # A search for a learning rate goes up to rates at which the weights are lost; they are restored after it.
         with contextlib.nullcontext() if self.trains else contextlib.suppress(NotFiniteError):
@@ -150,10 +150,10 @@ class StepRunner(LightningModule):
         if self.tuned.steps is not None:
             self.tuned.steps.after_step(self.trainer.global_step + 1)
 
-    def settle(self) -> None:
+    def wait_for_steps(self) -> None:
         """Waits for captured steps, one of which may not have been finite."""
         if self.graphs is not None:
-            self.graphs.guard.settle()
+            self.graphs.guard.check()
 
     def start_graphs(self) -> None:
         """Gets ready to capture steps, where that is possible.
@@ -176,7 +176,7 @@ class StepRunner(LightningModule):
 
     def on_train_end(self) -> None:
         """Waits for captured steps."""
-        self.settle()
+        self.wait_for_steps()
 
     def teardown(self, stage: str) -> None:
         """Gives back what captured steps hold."""

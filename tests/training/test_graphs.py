@@ -250,12 +250,12 @@ def test_the_step_that_was_not_finite_is_named_however_late_it_is_found(bad: int
     with pytest.raises(NotFiniteError) as error:
         for step in range(1, 201):
             if guard.due:
-                guard.settle()
+                guard.check()
             guard.add(torch.tensor([step, -step]))
-            guard.took(step)
-            guard.look(torch.tensor(torch.nan if step == bad else 1.0))
+            guard.end_step(step)
+            guard.update(torch.tensor(torch.nan if step == bad else 1.0))
             done += not guard.found_inf
-        guard.settle()
+        guard.check()
     assert error.value.step == bad and error.value.rows == [bad, -bad] and done == bad - 1
 
 
