@@ -97,10 +97,6 @@ class DeferredGuard:
         self._rows: list[Tensor] = []
         self._taken: list[tuple[int, list[Tensor]]] = []
 
-    def reset(self) -> None:
-        """Forget the loss of the step that is being computed."""
-        self.loss.zero_()
-
     def add(self, rows: Tensor) -> None:
         """Add the rows of a part of a step: their positions in the training split."""
         self._rows.append(rows)
