@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from lightning_lora.data.augment import Augmentation, AugmentedDataset
 from lightning_lora.data.batching import LengthBatchSampler, ResumableLoader, TokenDataset
 from lightning_lora.data.cache import default_cache_dir
-from lightning_lora.data.encoding import check_encoding
 from lightning_lora.data.order import BatchBy, evaluated_together
 from lightning_lora.data.packing import BATCHES_A_SIZE, MOST_SIZES
 from lightning_lora.data.prepare import Prepared, SourceOptions, prepare
-from lightning_lora.data.progress import progress
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.tokens import InputFormat, Truncation, base_tokenizer, cached_tokens
 from lightning_lora.errors import UserError
@@ -59,8 +58,7 @@ class TextDataModule(LightningDataModule):
         train_rows: Train on a stratified subsample of so many rows (or fraction).
         test_rows: Test on a stratified subsample of so many rows (or fraction).
         augmentation: Words of training texts that are left out or swapped.
-        encoding: What text files are in that are not in UTF-8, such as windows-1252 or cp1250; by default they are read
-            where that is certain, and refused where it is not.
+        encoding: Encoding of text files that are not in UTF-8, such as cp1252 or gb18030.
         bad_rows: What to do with rows without text or label: stop with an "error", or "drop" and count.
         stream: For data larger than memory: the training texts are read in batches, tokenized once into ``cache_dir``
             and never held. They are Parquet files, local or on any fsspec filesystem (a file, a folder or a pattern),
@@ -113,8 +111,6 @@ class TextDataModule(LightningDataModule):
         ):
             if value < 1:
                 raise UserError(f"data.{key}: a number of at least 1 is needed, got {value}")
-        if encoding is not None:
-            check_encoding(encoding)
         augmentation.check()
         if stream and augmentation.active:
             raise UserError("data.augmentation: needs the texts, and streamed rows hold none; leave one of the two out")
@@ -193,8 +189,8 @@ class TextDataModule(LightningDataModule):
         tokenizer, frame = self.tokenizer, self.frame
         for split in splits:
             rows = self.rows(split)
-            with progress(f"Tokenizing {split}", len(rows)) as advance:
-                tokens, cached = cached_tokens(rows, tokenizer, self.cache_dir, advance)
+            with tqdm(desc=f"Tokenizing {split}", total=len(rows), disable=None, leave=False, delay=0.5) as bar:
+                tokens, cached = cached_tokens(rows, tokenizer, self.cache_dir, bar.update)
             common = (tokens, frame, rows.labels, self.padding == "max_length")
             if split == "train" and self.augmentation.active:
                 self._datasets[split] = AugmentedDataset(*common, rows.texts, tokenizer, self.augmentation, self.seed)

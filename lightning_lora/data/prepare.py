@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
-from lightning_lora.data.labels import encode_labels
-from lightning_lora.data.progress import progress
+from lightning_lora.data.labels import encode_labels, few
 from lightning_lora.data.rows import RowFile, Rows
-from lightning_lora.data.sources import SPLITS, row_sources, streamed_sources
+from lightning_lora.data.sources import SPLITS, row_sources
 from lightning_lora.data.specs import find_spec
 from lightning_lora.data.splits import carve, contradictions, count_of, position_type, stratified_sample
 from lightning_lora.data.stored import RowRules, stored_rows
-from lightning_lora.data.words import few
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_path
 
@@ -111,15 +110,12 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
     """
     spec = find_spec(options.source) if isinstance(options.source, str) else None
     text_columns, label_column = columns_of(options)
-    if options.stream:
-        sources, told = streamed_sources(options.source, options.encoding)
-    else:
-        sources, told = row_sources(spec.source if spec else options.source, options.encoding)
+    sources, warnings = row_sources(spec.source if spec else options.source, options.encoding, options.stream)
     rules = RowRules(text_columns, label_column, options.bad_rows, spec.keep_rows if spec else {})
     files: dict[str, list[RowFile]] = {}
     for split, parts in sources.items():
-        with progress(f"Reading {split}") as advance:
-            files[split] = [stored_rows(part, rules, cache_dir, advance) for part in parts]
+        with tqdm(desc=f"Reading {split}", disable=None, leave=False, delay=0.5) as bar:
+            files[split] = [stored_rows(part, rules, cache_dir, bar.update) for part in parts]
     found = {split: [file.labels(label_column) for file in each] for split, each in files.items()}
     usable = {split: sum(int((codes >= 0).sum()) for _, codes in each) for split, each in found.items()}
     if nothing := next((split for split, rows in usable.items() if not rows), None):
@@ -132,8 +128,7 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
         for split, each in files.items()
     }
     divided = divide(read, options, labels.names)
-    told += [warning for each in files.values() for file in each for warning in file.warnings]
-    divided["warnings"] = [*told, *labels.warnings, *divided["warnings"]]
+    divided["warnings"] = [*warnings, *labels.warnings, *divided["warnings"]]
     dropped = sum(file.rows for each in files.values() for file in each) - sum(usable.values())
     citation = spec.citation if spec else ""
     return Prepared(labels.names, label_values=labels.values, bad_rows_dropped=dropped, citation=citation, **divided)

@@ -38,16 +38,14 @@ class RowFile:
         content: An Arrow file of ``SCHEMA``: its path in the cache, or its bytes.
         rows: How many it holds, those that are left out included.
         unit: What their numbers count: "line" or "row".
-        label_names: Class names that the source declares.
-        warnings: What should be known of how it was read.
+        class_names: Names of the classes that the source declares, by column.
     """
 
     origin: str
     content: Path | pa.Buffer
     rows: int
     unit: str
-    label_names: list[str] | None
-    warnings: list[str]
+    class_names: dict[str, list[str]]
 
     @classmethod
     def open(cls, origin: str, content: Path | pa.Buffer) -> "RowFile":
@@ -82,7 +80,7 @@ class RowFile:
         found, firsts = np.unique(codes, return_index=True)
         cells = [json.loads(word) for word in encoded.dictionary.to_pylist()]
         rows = numbers[firsts[found >= 0]].tolist()
-        return Table(self.origin, {column: cells}, rows, self.unit, self.label_names), codes
+        return Table(self.origin, {column: cells}, rows, self.unit, self.class_names), codes
 
 
 def _opened(content: Path | pa.Buffer) -> pa.NativeFile:

@@ -164,7 +164,7 @@ def tokenizer_rules(tokenizer: Any) -> bytes:
 
 
 def cached_tokens(
-    rows: Rows, tokenizer: Any, cache_dir: Path, advance: Callable[[int], None] = lambda n: None
+    rows: Rows, tokenizer: Any, cache_dir: Path, advance: Callable[[int], Any] = lambda n: None
 ) -> tuple[TokenRows, bool]:
     """The tokens of the rows' texts, and whether they came from the cache; ``advance(n)`` is called after n texts."""
     key = hashlib.sha256(tokenizer_rules(tokenizer) + rows.fingerprint.encode()).hexdigest()[:32]
