@@ -8,7 +8,6 @@ import numpy as np
 
 from lightning_lora.data.batching import TokenDataset
 from lightning_lora.data.tokens import InputFormat, TokenRows, tokenize
-from lightning_lora.errors import UserError
 from lightning_lora.seeding import stream_seed
 
 
@@ -28,14 +27,6 @@ class Augmentation:
     def active(self) -> bool:
         """Whether anything is changed."""
         return bool(self.delete or self.swap)
-
-    def check(self) -> None:
-        """Refuses shares outside 0 to 1."""
-        for name in ("delete", "swap"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(
-                    f"data.augmentation.{name}: a number from 0 up to 1 is needed, got {getattr(self, name)}"
-                )
 
 
 def augmented(text: str, options: Augmentation, rng: np.random.Generator) -> str:

@@ -155,7 +155,7 @@ class TokenDataset(Dataset):
 
 
 class ResumableLoader(DataLoader):
-    """A loader that goes on within an epoch, with the batches that were not taken yet.
+    """A loader that resumes within an epoch, with the batches that were not taken yet.
 
     Its batches must be made in this process (``num_workers=0``): then those taken are those that were trained on.
     """
@@ -176,13 +176,12 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is."""
-        return {"position": list(self.batch_sampler.go_on_position or self.batch_sampler.position)}
+        """The position in the epoch."""
+        return {"position": list(self.batch_sampler.resume_at or self.batch_sampler.position)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where ``state_dict`` was taken."""
-        epoch, taken = state["position"]
-        self.batch_sampler.go_on_at((epoch, taken))
+        """Resumes where ``state_dict`` was taken."""
+        self.batch_sampler.resume_at = tuple(state["position"])
 
 
 class LengthBatchSampler(Sampler[list[int]]):
@@ -228,8 +227,9 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.epoch = 0
         #: The epoch of the latest pass, and how many of its batches have been taken.
         self.position = (0, 0)
-        self._go_on_at: tuple[int, int] | None = None
-        # Lightning tells the epoch to ``loader.batch_sampler.sampler``, as torch's own batch samplers have one.
+        #: Where the next pass resumes: the batches of that epoch that were taken before are left out.
+        self.resume_at: tuple[int, int] | None = None
+        # Lightning sets the epoch of ``loader.batch_sampler.sampler``, as torch's own batch samplers have one.
         self.sampler = self
         self._evaluated: list[np.ndarray] = []
         if seed is None and room is not None:
@@ -247,19 +247,10 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     @property
-    def go_on_position(self) -> tuple[int, int] | None:
-        """Where the next pass goes on, if it was told so."""
-        return self._go_on_at
-
-    @property
     def taken(self) -> int:
-        """Batches of this epoch that were taken, or that are left out as they were taken before."""
-        epoch, taken = self._go_on_at or self.position
+        """Batches of this epoch that were taken, before it was resumed too."""
+        epoch, taken = self.resume_at or self.position
         return taken if epoch == self.epoch else 0
-
-    def go_on_at(self, position: tuple[int, int]) -> None:
-        """Leaves out, in that epoch, the batches that were taken before."""
-        self._go_on_at = position
 
     def __len__(self) -> int:
         if self.seed is None:
@@ -273,9 +264,9 @@ class LengthBatchSampler(Sampler[list[int]]):
         return math.ceil(len(self.lengths) / (self.batch_size * self.accumulate))
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, taken = self._go_on_at or (self.epoch, 0)
+        epoch, taken = self.resume_at or (self.epoch, 0)
         taken = taken if epoch == self.epoch else 0
-        self._go_on_at = None
+        self.resume_at = None
         for i, batch in enumerate(self._batches()):
             if i >= taken:
                 self.position = (self.epoch, i + 1)

@@ -5,7 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
@@ -19,7 +18,7 @@ from lightning_lora.data.packing import BATCHES_A_SIZE, MOST_SIZES
 from lightning_lora.data.prepare import Prepared, SourceOptions, prepare
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.tokens import InputFormat, Truncation, base_tokenizer, cached_tokens
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, check_range
 
 #: A label or a name as YAML reads it; null is then refused with its remedy.
 Word = str | int | float | bool | None
@@ -74,8 +73,8 @@ class TextDataModule(LightningDataModule):
         self,
         source: str | dict[str, str],
         base_model: str,
-        text_column: str | bool | list[str] | None = None,
-        label_column: str | bool | None = None,
+        text_column: str | list[str] | None = None,
+        label_column: str | None = None,
         label_names: list[Word] | dict[Word, Word] | None = None,
         max_length: int = 256,
         truncation: Truncation = "head",
@@ -97,21 +96,12 @@ class TextDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(text_column, bool) or isinstance(label_column, bool):
-            wrong = "text" if isinstance(text_column, bool) else "label"
-            raise UserError(
-                f"data.{wrong}_column: a name is needed, got true or false: YAML reads on, off, yes and no as that; "
-                "put it in quotes"
-            )
         eval_batch_size = evaluated_together(eval_batch_size)
-        for key, value in (
-            ("max_length", max_length),
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-        ):
-            if value < 1:
-                raise UserError(f"data.{key}: a number of at least 1 is needed, got {value}")
-        augmentation.check()
+        check_range("data.max_length", max_length, 1, None)
+        check_range("data.batch_size", batch_size, 1, None)
+        check_range("data.eval_batch_size", eval_batch_size, 1, None)
+        check_range("data.augmentation.delete", augmentation.delete, 0, 1)
+        check_range("data.augmentation.swap", augmentation.swap, 0, 1)
         if stream and augmentation.active:
             raise UserError("data.augmentation: needs the texts, and streamed rows hold none; leave one of the two out")
         self.options = SourceOptions(
@@ -170,7 +160,7 @@ class TextDataModule(LightningDataModule):
     @property
     def class_counts(self) -> list[int]:
         """Training rows of each class."""
-        return np.bincount(self.prepared.splits["train"].labels, minlength=len(self.label_names)).tolist()
+        return self.prepared.class_counts("train")
 
     def rows(self, split: str) -> Rows:
         """The texts and labels of a split ("train", "val" or "test"), in the order of ``batch["rows"]``."""
@@ -217,10 +207,7 @@ class TextDataModule(LightningDataModule):
     def describe(self) -> dict[str, Any]:
         """Plain values for the run record: source, sizes, fingerprints, what was taken out, truncation."""
         source = self.options.source
-        described = {
-            "source": source if isinstance(source, str) else dict(source),
-            **self.prepared.describe(),
-        }
+        described = {"source": source if isinstance(source, str) else dict(source), **self.prepared.describe()}
         for split, report in self._token_report.items():
             described["splits"][split].update(report)
         described |= {"max_length": self.max_length, "truncation": self.truncation}
@@ -265,8 +252,4 @@ def make_loader(dataset: TokenDataset, sampler: LengthBatchSampler, packed: bool
     elif packed:
         dataset.pack_like(sampler.sample(), min(MOST_SIZES, max(1, len(sampler) // BATCHES_A_SIZE)))
     pin = torch.cuda.is_available()  # what is pinned is copied to the GPU without waiting for it
-    return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=_as_it_is, pin_memory=pin)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=lambda batch: batch, pin_memory=pin)

@@ -1,6 +1,5 @@
 """From label cells to class numbers, without guessing."""
 
-import json
 import math
 import re
 import unicodedata
@@ -19,6 +18,7 @@ FEW_VALUES = 10
 MANY_NUMBERS = 20
 _WHOLE_NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.0+)?", re.ASCII)
 _QUOTE = "YAML reads yes, no, on, off, null, 007, 1:30 and 1.10 without quotes as something else: put each in quotes"
+_REMEDY = """name every label, as in data.label_names='{"1": World, "2": Sports}' (several may have the same name)"""
 
 
 def canonical(cell: Any) -> str:
@@ -89,21 +89,21 @@ def encode_labels(
         cells[word] = [*dict.fromkeys([*cells.get(word, []), canonical(key[1])])]
 
     rows = sum(map(len, splits["train"])) if train_rows is None else train_rows
+    origin = splits["train"][0].origin
     warnings = []
     if names is not None:
         by_word = _named(names, list(places), declared)
     elif declared:
         by_word = {name: name for name in declared}
     else:
-        warnings = _check_categorical(places, rows, f"column '{column}'", splits["train"][0].origin)
+        warnings = _check_categorical(places, rows, f"{origin}: column '{column}'")
         in_train = {words[type(cell), cell] for table in splits["train"] for cell in table.columns[column]}
         by_word = {word: word for word in ordered(in_train)}
     if missing := [word for word in places if word not in by_word]:
         others = f"; without a name: {few(missing)}" if len(missing) > 1 else ""
-        pairs = {word: by_word[word] for word in places if word in by_word} | dict.fromkeys(missing, "NAME")
         raise UserError(
             f"{places[missing[0]]}: label '{missing[0]}' is not one of {few(list(by_word))}{others}; correct the row, "
-            f"or set {setting(pairs)}"
+            f"or {_REMEDY}"
         )
 
     classes = list(dict.fromkeys(by_word.values()))
@@ -116,8 +116,8 @@ def encode_labels(
     present = np.unique(np.concatenate(encoded["train"]))
     if len(present) < 2:
         raise UserError(
-            f"{splits['train'][0].origin}: every row of the train split has the label '{classes[present[0]]}'; a "
-            "classifier needs at least two classes"
+            f"{origin}: every row of the train split has the label '{classes[present[0]]}'; a classifier needs at "
+            "least two classes"
         )
     values: dict[str, list[str]] = {name: [] for name in classes}
     for word in ordered(places):
@@ -138,16 +138,6 @@ def ordered(words: Iterable[str]) -> list[str]:
     """The words, numbers in numeric order if all are, else in alphabetic order."""
     numbers = {word: number_of(word) for word in words}
     return sorted(numbers) if None in numbers.values() else sorted(numbers, key=lambda word: (numbers[word], word))
-
-
-def setting(pairs: Mapping[str, str], more: bool = False) -> str:
-    """The setting of names for labels as it is typed in a shell."""
-    shown = [f"{_quoted(word)}: {name if name == 'NAME' else _quoted(name)}" for word, name in pairs.items()]
-    return f"data.label_names='{{{', '.join([*shown[-12:], *(['...'] if more or len(shown) > 12 else [])])}}}'"
-
-
-def _quoted(word: str) -> str:
-    return json.dumps(word, ensure_ascii=False).replace("'", "\\x27")
 
 
 def _plain_words(cells: Iterable[tuple[type, Any]]) -> dict[tuple[type, Any], str]:
@@ -230,57 +220,48 @@ def _named(names: Sequence[Any] | Mapping[Any, Any], words: list[str], declared:
     # A name that means another label already, or a number that means none, is not given by its place.
     if len(values) != len(keys) or any(key in values or number_of(key) is not None for key in keys):
         raise UserError(
-            f"data.label_names: {len(keys)} names ({few(keys)}) for {len(values)} classes ({few(values)}); say which "
-            f"is which: {setting(dict.fromkeys(values[:2], 'NAME'), more=True)} ({_QUOTE})"
+            f"data.label_names: {len(keys)} names ({few(keys)}) for {len(values)} classes ({few(values)}); {_REMEDY}; "
+            f"{_QUOTE}"
         )
     return dict(zip(values, given.values(), strict=True))
 
 
-def _check_categorical(places: Mapping[str, str], rows: int, column: str, origin: str) -> list[str]:
+def _check_categorical(places: Mapping[str, str], rows: int, column: str) -> list[str]:
     """Refuses labels that are no classes unless the user says so, and those that differ only in how they are written.
 
     Args:
         places: Where each label is first.
         rows: Of the train split.
-        column: Its name, for messages.
-        origin: Its file, for messages.
+        column: Its file and name, for messages.
 
     Returns:
         A warning if they may be a measure.
-
-    Raises:
-        UserError: With a remedy that works for all of them.
     """
     words = ordered(places)
     numbers = [number for word in words if (number := number_of(word)) is not None]
-    many = f"{column} holds {len(words):,} different"
-    example = setting({words[0]: "NAME", words[-1]: "NAME"}, more=True)
-    remedy = (
-        f"set data.label_column, turn the values into classes, or say what they mean with {example} (every value; "
-        "several may have the same name)"
-    )
     warnings = []
-    if len(numbers) == len(words):
+    if numbers and len(numbers) < len(words):
+        odd = next(word for word in places if (number_of(word) is None) != (number_of(next(iter(places))) is None))
+        raise UserError(f"{places[odd]}: label '{odd}', but others are {few(list(places))}; use one kind")
+    if numbers:
+        many = f"{column} holds {len(words):,} different numbers ({few(words)})"
         span = numbers[-1] - numbers[0] + 1
-        sparse = span > len(words) and len(words) > FEW_VALUES and rows < 10 * len(words)
+        sparse = span > len(words) > FEW_VALUES and rows < 10 * len(words)
         if sparse or not all(map(float.is_integer, numbers)):
-            raise UserError(f"{origin}: {many} numbers ({few(words)}): a measure, not classes; {remedy}")
+            raise UserError(f"{many}: a measure, not classes; set data.label_column, or {_REMEDY}")
         # Ids without a gap from 0 or 1 are classes; up to 100 they could be percent.
         ids = numbers[0] in (0, 1) and span == len(words) and numbers[-1] != 100
         if len(words) > MANY_NUMBERS and not ids:
-            warnings.append(f"{many} numbers ({few(words)}), and each is a class; if it is a measure, {remedy}")
-    elif numbers:
-        kinds = {word: number_of(word) is None for word in places}
-        odd = next(word for word in places if kinds[word] != kinds[next(iter(places))])
-        raise UserError(f"{places[odd]}: label '{odd}', but others are {few(list(places))}; use one kind")
+            warnings.append(f"{many}, and each is a class; if it is a measure, set data.label_column")
     if len(words) > FEW_VALUES and 2 * len(words) > rows:
-        raise UserError(f"{origin}: {many} values in {rows:,} rows ({few(words)}): no classes; {remedy}")
+        many = f"{column} holds {len(words):,} different values in {rows:,} rows ({few(words)})"
+        raise UserError(f"{many}: no classes; set data.label_column, or {_REMEDY}")
     alike: dict[Any, str] = {}
     for word, place in places.items():
         plain = number_of(word) if numbers else unicodedata.normalize("NFKC", word).casefold()
         if (other := alike.setdefault(plain, word)) != word:
             raise UserError(
                 f"{place}: label '{word}' differs from '{other}' only in case or in how it is written; write it one "
-                f"way, or say that they are one class: {setting({other: 'NAME', word: 'NAME'}, more=True)}"
+                f"way, or {_REMEDY}"
             )
     return warnings
