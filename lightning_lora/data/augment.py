@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lightning_lora.data.batching import TokenDataset
-from lightning_lora.data.tokens import InputFormat, TokenRows, tokenize
+from lightning_lora.data.tokens import tokenize
 from lightning_lora.seeding import stream_seed
 
 
@@ -51,17 +51,9 @@ class AugmentedDataset(TokenDataset):
     """
 
     def __init__(
-        self,
-        tokens: TokenRows,
-        frame: InputFormat,
-        labels: np.ndarray,
-        pad_to_max: bool,
-        texts: Sequence[str],
-        tokenizer: Any,
-        options: Augmentation,
-        seed: int,
+        self, plain: TokenDataset, texts: Sequence[str], tokenizer: Any, options: Augmentation, seed: int
     ) -> None:
-        super().__init__(tokens, frame, labels, pad_to_max)
+        super().__init__(plain.tokens, plain.frame, plain.labels, plain.pad_to_max)
         self.texts = texts
         self.tokenizer = tokenizer
         self.options = options

@@ -131,16 +131,13 @@ class TextDataModule(LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         #: Whether batches are packed; set by the model, which knows whether it can take them.
         self.packed = False
-        self._prepared: Prepared | None = None
         self._datasets: dict[str, TokenDataset] = {}
         self._token_report: dict[str, Any] = {}
 
-    @property
+    @cached_property
     def prepared(self) -> Prepared:
         """The splits, read once."""
-        if self._prepared is None:
-            self._prepared = prepare(self.options, self.cache_dir)
-        return self._prepared
+        return prepare(self.options, self.cache_dir)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -173,21 +170,16 @@ class TextDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Tokenizes the splits that the stage needs, or takes them from the cache."""
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
-        splits = [split for split in wanted if split not in self._datasets]
-        if not splits:
-            return
-        tokenizer, frame = self.tokenizer, self.frame
-        for split in splits:
-            rows = self.rows(split)
+        for split in (split for split in wanted if split not in self._datasets):
+            rows, tokenizer, frame = self.rows(split), self.tokenizer, self.frame
             with tqdm(desc=f"Tokenizing {split}", total=len(rows), disable=None, leave=False, delay=0.5) as bar:
                 tokens, cached = cached_tokens(rows, tokenizer, self.cache_dir, bar.update)
-            common = (tokens, frame, rows.labels, self.padding == "max_length")
+            dataset = TokenDataset(tokens, frame, rows.labels, self.padding == "max_length")
             if split == "train" and self.augmentation.active:
-                self._datasets[split] = AugmentedDataset(*common, rows.texts, tokenizer, self.augmentation, self.seed)
-            else:
-                self._datasets[split] = TokenDataset(*common)
+                dataset = AugmentedDataset(dataset, rows.texts, tokenizer, self.augmentation, self.seed)
+            self._datasets[split] = dataset
             self._token_report[split] = {
-                "tokens": int(self._datasets[split].lengths.sum()),
+                "tokens": int(dataset.lengths.sum()),
                 "truncated_share": float((tokens.lengths > frame.room).mean()) if frame.keep != "windows" else 0.0,
                 "from_cache": cached,
             }
@@ -215,16 +207,15 @@ class TextDataModule(LightningDataModule):
 
     def _loader(self, split: str, batch_size: int, seed: int | None) -> DataLoader:
         dataset = self._datasets[split]
-        # The trainer is there once it has taken the module on; by itself the module makes whole steps.
-        accumulate = getattr(self.trainer, "accumulate_grad_batches", 1) if seed is not None else 1
+        # Without a trainer the module makes whole steps for one process.
         rank, processes = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
-        together = batch_size if seed is not None else batch_size * processes
         if len(dataset) < processes:
             raise UserError(f"trainer.devices: {processes} devices for {len(dataset)} {split} rows; use fewer")
         if seed is None:
-            sampler = evaluation_sampler(dataset, together, self.packed, rank, processes)
+            sampler = evaluation_sampler(dataset, batch_size * processes, self.packed, rank, processes)
         else:
-            sampler = LengthBatchSampler(dataset.lengths, together, seed, accumulate, rank, processes, self.batch_by)
+            accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
+            sampler = LengthBatchSampler(dataset.lengths, batch_size, seed, accumulate, rank, processes, self.batch_by)
         return make_loader(dataset, sampler, self.packed)
 
 

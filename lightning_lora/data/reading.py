@@ -65,18 +65,6 @@ class Table:
         return replace(self, columns=columns, rows=[self.rows[i] for i in keep])
 
 
-class MissingColumnError(UserError):
-    """A file lacks a column; ``what`` says which, and the message also which settings name columns.
-
-    Args:
-        what: The file, the column and those that are there.
-    """
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what}. Set data.text_column and data.label_column")
-        self.what = what
-
-
 def read_tables(name: str, columns: Sequence[str], whole: bool = False, encoding: str | None = None) -> Iterator[Table]:
     """Yield the rows of a file, those of a Parquet file a thousand at a time.
 
@@ -120,20 +108,16 @@ def format_of(path: Path) -> str:
 
 
 def require_columns(have: Sequence[str], wanted: Sequence[str], origin: object) -> None:
-    """Refuses columns of which some wanted one is not there, or there twice.
-
-    Raises:
-        UserError: It is so.
-    """
+    """Refuses a file that lacks one of the wanted columns, or has one twice."""
     for column in wanted:
         if list(have).count(column) > 1:
             raise UserError(f"{origin}: column '{column}' is duplicated; rename one")
         if column not in have:
-            hint = ""
-            if len(have) == 1 and (";" in have[0] or "\t" in have[0]):
-                hint = " (it seems to be separated by semicolons or tabs: save it with commas, or as .tsv)"
             there = ", ".join(str(name).replace("\0", "\\0") for name in have)
-            raise MissingColumnError(f"{origin}: no column '{column}'; it has: {there:.200}{hint}")
+            raise UserError(
+                f"{origin}: no column '{column}'; it has: {there:.200}. Set data.text_column and data.label_column (in "
+                "predict --text_column), and separate columns by commas, not semicolons"
+            )
 
 
 def read_text(path: Path, encoding: str | None = None) -> str:

@@ -128,7 +128,7 @@ def test_a_typed_text_that_is_empty_is_refused_unless_asked_for(run: str, capsys
             ["--text_column", "review", "--bad_rows", "error"],
             "in.csv, line 3, column 'review': a text is needed, got ''",
         ),
-        ([], "no column 'text'; it has: id, review, note. Set --text_column"),
+        ([], "no column 'text'; it has: id, review, note. Set data.text_column and"),
         (["--text_column", "review", "--data.bad_rows", "drop"], "give --bad_rows empty or --bad_rows error"),
         (["--text_column", "review", "--data.train_rows", "5"], "--data.train_rows: predict does not use it"),
         (["--text_column", "review", "--seed_everything", "5"], "--seed_everything: predict does not use it"),
