@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lora.config.lightning_cli import ConfiguredRun, row_columns
 from lightning_lora.config.resuming import check_extension, extension, find_state, warn_of_epoch, warn_of_schedule
-from lightning_lora.data.words import few
+from lightning_lora.data.labels import few
 from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
 from lightning_lora.files import locked_folder, remove_partial, write_text

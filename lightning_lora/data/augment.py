@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from lightning_lora.data.batching import TokenDataset
-from lightning_lora.data.tokens import InputFormat, TokenRows, tokenize
-from lightning_lora.errors import UserError
+from lightning_lora.data.tokens import tokenize
 from lightning_lora.seeding import stream_seed
 
 
@@ -29,14 +28,6 @@ class Augmentation:
         """Whether anything is changed."""
         return bool(self.delete or self.swap)
 
-    def check(self) -> None:
-        """Refuses shares outside 0 to 1."""
-        for name in ("delete", "swap"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(
-                    f"data.augmentation.{name}: a number from 0 up to 1 is needed, got {getattr(self, name)}"
-                )
-
 
 def augmented(text: str, options: Augmentation, rng: np.random.Generator) -> str:
     """The text with some words left out and some swapped; words are what stands between spaces."""
@@ -53,28 +44,17 @@ def augmented(text: str, options: Augmentation, rng: np.random.Generator) -> str
     return " ".join(words)
 
 
+@dataclass(eq=False)
 class AugmentedDataset(TokenDataset):
     """Training rows whose words change from epoch to epoch, as a function of seed, epoch and row.
 
     Batches are still put together by the lengths of the unchanged texts.
     """
 
-    def __init__(
-        self,
-        tokens: TokenRows,
-        frame: InputFormat,
-        labels: np.ndarray,
-        pad_to_max: bool,
-        texts: Sequence[str],
-        tokenizer: Any,
-        options: Augmentation,
-        seed: int,
-    ) -> None:
-        super().__init__(tokens, frame, labels, pad_to_max)
-        self.texts = texts
-        self.tokenizer = tokenizer
-        self.options = options
-        self.seed = seed
+    texts: Sequence[str]
+    tokenizer: Any
+    options: Augmentation
+    seed: int
 
     @property
     def longest(self) -> int:

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,9 @@ class StepPart(list[int]):
 
     Args:
         rows: The positions.
-        share: What the mean loss of these rows is multiplied by, so that the average over the parts of the
-            step, and over the processes that share it, is the mean over the rows of the step. Nought where there was
-            no row left for this process: it then gets one that is not counted.
+        share: What the mean loss of these rows is multiplied by, so that the average over the parts of the step, and
+            over the processes, is the mean over the rows of the step. 0 for a row that is only there because none was
+            left for this process.
         part_share: The same within the part: so the average over processes is the mean over the rows of the part.
         epoch: The epoch that they are seen in.
     """
@@ -54,6 +55,7 @@ class TextBatch(dict[str, Any]):
         return TextBatch(self | {name: value.to(device, non_blocking=True) for name, value in moves.items()})
 
 
+@dataclass(eq=False)
 class TokenDataset(Dataset):
     """Rows of one split as the model sees them; a batch is asked for whole, by its positions.
 
@@ -65,37 +67,26 @@ class TokenDataset(Dataset):
     that is ``static``, stand in place of ``input_ids``, ``attention_mask`` and ``documents``.
     """
 
-    def __init__(self, tokens: TokenRows, frame: InputFormat, labels: np.ndarray | None, pad_to_max: bool) -> None:
-        self.tokens = tokens
-        self.frame = frame
-        self.labels = labels
-        self.pad_to_max = pad_to_max
-        self.lengths = frame.input_lengths(tokens)
+    tokens: TokenRows
+    frame: InputFormat
+    labels: np.ndarray | None
+    pad_to_max: bool
+
+    def __post_init__(self) -> None:
+        self.lengths = self.frame.input_lengths(self.tokens)
         #: How batches are packed; None for padded ones.
         self.packing: Packing | None = None
 
     def pack_like(self, batches: Sequence[Sequence[int]], most: int) -> None:
-        """Pack batches from now on, in shapes chosen for batches like the given ones.
-
-        Args:
-            batches: Positions of the rows of each.
-            most: Sizes at most.
-        """
-        frame = self.frame
-        windows = -(-self.lengths // frame.max_length) if frame.keep == "windows" else None
+        """Pack batches from now on, in at most so many sizes, chosen for batches of rows like the given ones."""
+        windows = -(-self.lengths // self.frame.max_length) if self.frame.keep == "windows" else None
         several = [np.asarray(batch) for batch in batches]
-        self.packing = Packing.of(self.lengths, several, windows, self.longest, frame.pad_id, most)
+        self.packing = Packing.of(self.lengths, several, windows, self.longest, self.frame.pad_id, most)
 
     def pack_evaluation(self, room: int, texts: int) -> None:
-        """Pack batches from now on, in shapes that do not depend on the texts.
-
-        Args:
-            room: Tokens of a batch at most.
-            texts: Texts of a batch at most.
-        """
-        frame = self.frame
-        windows = frame.keep == "windows"
-        self.packing = Packing.of_evaluation(room, texts, frame.max_length, frame.pad_id, windows)
+        """Pack batches from now on, of at most so many tokens and texts, in shapes that do not depend on the texts."""
+        windows = self.frame.keep == "windows"
+        self.packing = Packing.of_evaluation(room, texts, self.frame.max_length, self.frame.pad_id, windows)
 
     @property
     def longest(self) -> int:
@@ -124,7 +115,7 @@ class TokenDataset(Dataset):
         """The batch of the given rows: packed, or padded to about its longest input, or to ``max_length`` if asked."""
         part = rows if isinstance(rows, StepPart) else StepPart(rows)
         documents = [self.frame.inputs(ids) for ids in self.ids(part, part.epoch)]
-        inputs = [ids for windows in documents for ids in windows]
+        inputs = list(itertools.chain.from_iterable(documents))
         owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in documents])
         labels = None if self.labels is None else self.labels[rows].astype(np.int64, copy=False)
         batch = TextBatch(
@@ -150,41 +141,38 @@ class TokenDataset(Dataset):
         input_ids = np.full((len(inputs), width), self.frame.pad_id, dtype=np.int64)
         for i, ids in enumerate(inputs):
             input_ids[i, : len(ids)] = ids
-        mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
-        return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
+        mask = np.arange(width) < lengths[:, None]
+        return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask).long()}
 
 
 class ResumableLoader(DataLoader):
-    """A loader that goes on within an epoch, with the batches that were not taken yet.
+    """A loader that resumes within an epoch, with the batches that were not taken yet.
 
     Its batches must be made in this process (``num_workers=0``): then those taken are those that were trained on.
     """
 
     batch_sampler: "LengthBatchSampler"
-    #: Called before each batch is taken, with the number of those that were taken in this epoch.
-    before_batch: Callable[[int], None] | None = None
+
+    def before_batch(self, taken: int) -> None:
+        """Called before each batch of an epoch and at its end, with the number of those that were taken; to be set."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
-        while True:
-            if self.before_batch is not None:
-                self.before_batch(self.batch_sampler.taken)
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        self.before_batch(self.batch_sampler.taken)
+        for batch in batches:
             yield batch
+            self.before_batch(self.batch_sampler.taken)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is."""
-        return {"position": list(self.batch_sampler.go_on_position or self.batch_sampler.position)}
+        """The position in the epoch."""
+        return {"position": list(self.batch_sampler.resume_at or self.batch_sampler.position)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where ``state_dict`` was taken."""
-        epoch, taken = state["position"]
-        self.batch_sampler.go_on_at((epoch, taken))
+        """Resumes where ``state_dict`` was taken."""
+        self.batch_sampler.resume_at = tuple(state["position"])
 
 
+@dataclass(eq=False)
 class LengthBatchSampler(Sampler[list[int]]):
     """Batches of similar length: shuffled anew each epoch with a seed, sorted by length without one.
 
@@ -206,36 +194,28 @@ class LengthBatchSampler(Sampler[list[int]]):
         room: Tokens of an evaluation batch at most, where these are packed.
     """
 
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        batch_size: int,
-        seed: int | None,
-        accumulate: int = 1,
-        rank: int = 0,
-        processes: int = 1,
-        by: BatchBy = "texts",
-        room: int | None = None,
-    ) -> None:
-        self.lengths = lengths
-        self.room = room
-        self.batch_size = batch_size
-        self.seed = seed
-        self.accumulate = accumulate
-        self.rank = rank
-        self.processes = processes
-        self.by: BatchBy = by
+    lengths: np.ndarray
+    batch_size: int
+    seed: int | None
+    accumulate: int = 1
+    rank: int = 0
+    processes: int = 1
+    by: BatchBy = "texts"
+    room: int | None = None
+
+    def __post_init__(self) -> None:
         self.epoch = 0
         #: The epoch of the latest pass, and how many of its batches have been taken.
         self.position = (0, 0)
-        self._go_on_at: tuple[int, int] | None = None
-        # Lightning tells the epoch to ``loader.batch_sampler.sampler``, as torch's own batch samplers have one.
+        #: Where the next pass resumes: the batches of that epoch that were taken before are left out.
+        self.resume_at: tuple[int, int] | None = None
+        # Lightning sets the epoch of ``loader.batch_sampler.sampler``.
         self.sampler = self
         self._evaluated: list[np.ndarray] = []
-        if seed is None and room is not None:
-            self._evaluated = packed_evaluation_batches(lengths, room, self.most_texts)
-        elif seed is None:
-            self._evaluated = evaluation_batches(lengths, batch_size)
+        if self.seed is None and self.room is not None:
+            self._evaluated = packed_evaluation_batches(self.lengths, self.room, self.most_texts)
+        elif self.seed is None:
+            self._evaluated = evaluation_batches(self.lengths, self.batch_size)
 
     @property
     def most_texts(self) -> int:
@@ -247,19 +227,10 @@ class LengthBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     @property
-    def go_on_position(self) -> tuple[int, int] | None:
-        """Where the next pass goes on, if it was told so."""
-        return self._go_on_at
-
-    @property
     def taken(self) -> int:
-        """Batches of this epoch that were taken, or that are left out as they were taken before."""
-        epoch, taken = self._go_on_at or self.position
+        """Batches of this epoch that were taken, before it was resumed too."""
+        epoch, taken = self.resume_at or self.position
         return taken if epoch == self.epoch else 0
-
-    def go_on_at(self, position: tuple[int, int]) -> None:
-        """Leaves out, in that epoch, the batches that were taken before."""
-        self._go_on_at = position
 
     def __len__(self) -> int:
         if self.seed is None:
@@ -273,9 +244,9 @@ class LengthBatchSampler(Sampler[list[int]]):
         return math.ceil(len(self.lengths) / (self.batch_size * self.accumulate))
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, taken = self._go_on_at or (self.epoch, 0)
+        epoch, taken = self.resume_at or (self.epoch, 0)
         taken = taken if epoch == self.epoch else 0
-        self._go_on_at = None
+        self.resume_at = None
         for i, batch in enumerate(self._batches()):
             if i >= taken:
                 self.position = (self.epoch, i + 1)

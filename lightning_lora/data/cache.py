@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,18 +20,19 @@ def default_cache_dir() -> Path:
 def cached(path: Path, write: Callable[[Path], None], read: Callable[[Path], T]) -> tuple[T, bool]:
     """What ``read`` gives of a file, which ``write`` makes where it is not there; and whether it was there.
 
-    A file is there whole or not there at all. One that cannot be read is made again.
+    A file is there whole or not there at all. One that is damaged, so that ``read`` fails, is made again.
 
     Raises:
         UserError: The cache cannot be written; or as ``write``.
     """
-    if (known := _known(path, read)) is not None:
-        return known, True
+    unusable = (OSError, ValueError, KeyError)
+    with suppress(*unusable):
+        return read(path), True
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with locked_folder(path.parent, None):  # processes of one run begin at once, and need the same
-            if (known := _known(path, read)) is not None:
-                return known, True
+        with locked_folder(path.parent, None):  # processes of one run begin together, and need the same
+            with suppress(*unusable):
+                return read(path), True
             remove_partial(path.parent)
             with atomic_path(path) as staging:
                 write(staging)
@@ -39,12 +41,3 @@ def cached(path: Path, write: Callable[[Path], None], read: Callable[[Path], T])
         raise UserError(
             f"data.cache_dir: cannot write {path} ({error.strerror or error}); set another folder"
         ) from error
-
-
-def _known(path: Path, read: Callable[[Path], T]) -> T | None:
-    """What the file holds; a damaged one is removed."""
-    try:
-        return read(path) if path.exists() else None
-    except (OSError, ValueError, KeyError):
-        path.unlink(missing_ok=True)
-        return None

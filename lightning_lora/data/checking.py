@@ -5,50 +5,42 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_lora.data.labels import canonical
 from lightning_lora.data.reading import Table
-from lightning_lora.data.words import canonical
 from lightning_lora.errors import UserError
 
 #: Unicode categories of characters that show nothing: controls, format characters and separators.
 _INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 
 
-def bad_rows(table: Table, text_columns: Sequence[str], label_column: str) -> dict[int, str]:
+def incomplete_rows(table: Table, text_columns: Sequence[str], label_column: str) -> dict[int, str]:
     """Positions of the rows whose text or label is missing, each with what is wrong.
 
     Raises:
         UserError: A cell is there but is no text, or no label.
     """
-    bad: dict[int, str] = {}
+    found: dict[int, str] = {}
     for i, row in enumerate(zip(*(table.columns[name] for name in text_columns), strict=True)):
         for column, cell in zip(text_columns, row, strict=True):
-            if cell is None:
-                continue
-            if not isinstance(cell, str):
+            if cell is not None and not isinstance(cell, str):
                 raise UserError(
                     f"{table.where(i, column)}: a text is needed, got {type(cell).__name__} {cell!r:.40}; "
                     "is it the text? Set data.text_column"
                 )
-            if "\0" in cell:
-                raise UserError(f"{table.where(i, column)}: a NUL byte is no character; correct the row")
-            if not is_unicode(cell):
-                raise UserError(f"{table.where(i, column)}: half of a surrogate pair is no character; correct the row")
+            if cell and ("\0" in cell or not is_unicode(cell)):
+                odd = "a NUL byte" if "\0" in cell else "half of a surrogate pair"
+                raise UserError(f"{table.where(i, column)}: {odd} is no character; correct the row")
         if all(map(is_blank, row)):
             what = "null" if row[0] is None else "empty"
-            bad[i] = f"{table.where(i, ' + '.join(text_columns))}: the text is {what}"
+            found[i] = f"{table.where(i, ' + '.join(text_columns))}: the text is {what}"
     for i, cell in enumerate(table.columns[label_column]):
         if cell is None or canonical(cell) == "" or (isinstance(cell, float) and math.isnan(cell)):
-            bad.setdefault(i, f"{table.where(i, label_column)}: the label is missing")
+            found.setdefault(i, f"{table.where(i, label_column)}: the label is missing")
         elif not isinstance(cell, str | int | float):
             raise UserError(
                 f"{table.where(i, label_column)}: a label is a word or a number, got {type(cell).__name__} {cell!r:.40}"
             )
-    return bad
-
-
-def bad_row_error(what: str) -> UserError:
-    """The error that ends the run at a row that could also be left out."""
-    return UserError(f"{what}; correct it, or leave such rows out with data.bad_rows=drop")
+    return found
 
 
 def is_unicode(text: str) -> bool:
@@ -68,6 +60,6 @@ def is_blank(cell: Any) -> bool:
 def joined_text(cells: Sequence[Any]) -> str:
     """The text of a row: those of its text columns that are not blank, joined by a space.
 
-    This is the rule in training, streaming, ``predict`` and exports. A row lacks a text only if all of them are blank.
+    This is the rule in training, ``predict`` and exports. A row lacks a text only if all of them are blank.
     """
     return " ".join(str(cell) for cell in cells if not is_blank(cell))

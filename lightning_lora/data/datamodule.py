@@ -5,22 +5,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from lightning_lora.data.augment import Augmentation, AugmentedDataset
 from lightning_lora.data.batching import LengthBatchSampler, ResumableLoader, TokenDataset
 from lightning_lora.data.cache import default_cache_dir
-from lightning_lora.data.encoding import check_encoding
 from lightning_lora.data.order import BatchBy, evaluated_together
 from lightning_lora.data.packing import BATCHES_A_SIZE, MOST_SIZES
 from lightning_lora.data.prepare import Prepared, SourceOptions, prepare
-from lightning_lora.data.progress import progress
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.tokens import InputFormat, Truncation, base_tokenizer, cached_tokens
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, check_range
 
 #: A label or a name as YAML reads it; null is then refused with its remedy.
 Word = str | int | float | bool | None
@@ -32,7 +30,8 @@ class TextDataModule(LightningDataModule):
     Args:
         source: A known data set (ag_news, imdb, imdb_packaged), a local CSV, TSV, JSON Lines, Parquet or Arrow file,
             a folder with a file a split or by ``save_to_disk`` of ``datasets``, a Hub id, ``package:NAME/path``, or
-            one local file a split as ``{train: a.csv, test: b.csv}``.
+            files, a folder or a pattern for each split, as ``{train: 's3://bucket/train-*.parquet', test: b.csv}``,
+            of which Parquet may be on any fsspec filesystem.
         base_model: The base model whose tokenizer is used; linked to ``model.base_model``.
         text_column: The column with the text ("text" unless the data set is known); several are joined by
             a space.
@@ -58,14 +57,9 @@ class TextDataModule(LightningDataModule):
             the source has no test split of its own.
         train_rows: Train on a stratified subsample of so many rows (or fraction).
         test_rows: Test on a stratified subsample of so many rows (or fraction).
-        augmentation: Words of training texts that are left out or swapped.
-        encoding: What text files are in that are not in UTF-8, such as windows-1252 or cp1250; by default they are read
-            where that is certain, and refused where it is not.
+        augmentation: Words of training texts that are left out or swapped; holds all training texts in memory.
+        encoding: Encoding of text files that are not in UTF-8, such as cp1252 or gb18030.
         bad_rows: What to do with rows without text or label: stop with an "error", or "drop" and count.
-        stream: For data larger than memory: the training texts are read in batches, tokenized once into ``cache_dir``
-            and never held. They are Parquet files, local or on any fsspec filesystem (a file, a folder or a pattern),
-            as ``{train: 's3://bucket/train-*.parquet', validation: FILE, test: FILE}``; validation and test rows have
-            files of their own.
         split_seed: Seed of carving and subsampling; kept apart from the run's seed, so that runs with other
             seeds are tested on the same rows.
         seed: Seed of the training order; linked to ``seed_everything``.
@@ -76,8 +70,8 @@ class TextDataModule(LightningDataModule):
         self,
         source: str | dict[str, str],
         base_model: str,
-        text_column: str | bool | list[str] | None = None,
-        label_column: str | bool | None = None,
+        text_column: str | list[str] | None = None,
+        label_column: str | None = None,
         label_names: list[Word] | dict[Word, Word] | None = None,
         max_length: int = 256,
         truncation: Truncation = "head",
@@ -93,31 +87,17 @@ class TextDataModule(LightningDataModule):
         augmentation: Augmentation = Augmentation(),  # noqa: B008  # never changed; the parser reads it
         encoding: str | None = None,
         bad_rows: Literal["error", "drop"] = "error",
-        stream: bool = False,
         split_seed: int = 0,
         seed: int = 42,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(text_column, bool) or isinstance(label_column, bool):
-            wrong = "text" if isinstance(text_column, bool) else "label"
-            raise UserError(
-                f"data.{wrong}_column: a name is needed, got true or false: YAML reads on, off, yes and no as that; "
-                "put it in quotes"
-            )
         eval_batch_size = evaluated_together(eval_batch_size)
-        for key, value in (
-            ("max_length", max_length),
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-        ):
-            if value < 1:
-                raise UserError(f"data.{key}: a number of at least 1 is needed, got {value}")
-        if encoding is not None:
-            check_encoding(encoding)
-        augmentation.check()
-        if stream and augmentation.active:
-            raise UserError("data.augmentation: needs the texts, and streamed rows hold none; leave one of the two out")
+        check_range("data.max_length", max_length, 1, None)
+        check_range("data.batch_size", batch_size, 1, None)
+        check_range("data.eval_batch_size", eval_batch_size, 1, None)
+        check_range("data.augmentation.delete", augmentation.delete, 0, 1)
+        check_range("data.augmentation.swap", augmentation.swap, 0, 1)
         self.options = SourceOptions(
             source=source,
             text_column=text_column,
@@ -130,7 +110,6 @@ class TextDataModule(LightningDataModule):
             train_rows=train_rows,
             test_rows=test_rows,
             split_seed=split_seed,
-            stream=stream,
         )
         self.base_model = base_model
         self.max_length = max_length
@@ -145,16 +124,13 @@ class TextDataModule(LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         #: Whether batches are packed; set by the model, which knows whether it can take them.
         self.packed = False
-        self._prepared: Prepared | None = None
         self._datasets: dict[str, TokenDataset] = {}
         self._token_report: dict[str, Any] = {}
 
-    @property
+    @cached_property
     def prepared(self) -> Prepared:
         """The splits, read once."""
-        if self._prepared is None:
-            self._prepared = prepare(self.options, self.cache_dir)
-        return self._prepared
+        return prepare(self.options, self.cache_dir)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -174,7 +150,7 @@ class TextDataModule(LightningDataModule):
     @property
     def class_counts(self) -> list[int]:
         """Training rows of each class."""
-        return np.bincount(self.prepared.splits["train"].labels, minlength=len(self.label_names)).tolist()
+        return self.prepared.class_counts("train")
 
     def rows(self, split: str) -> Rows:
         """The texts and labels of a split ("train", "val" or "test"), in the order of ``batch["rows"]``."""
@@ -187,21 +163,17 @@ class TextDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Tokenizes the splits that the stage needs, or takes them from the cache."""
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
-        splits = [split for split in wanted if split not in self._datasets]
-        if not splits:
-            return
-        tokenizer, frame = self.tokenizer, self.frame
-        for split in splits:
-            rows = self.rows(split)
-            with progress(f"Tokenizing {split}", len(rows)) as advance:
-                tokens, cached = cached_tokens(rows, tokenizer, self.cache_dir, advance)
+        for split in (split for split in wanted if split not in self._datasets):
+            rows, tokenizer, frame = self.rows(split), self.tokenizer, self.frame
+            with tqdm(desc=f"Tokenizing {split}", total=len(rows), disable=None, leave=False, delay=0.5) as bar:
+                tokens, cached = cached_tokens(rows, tokenizer, self.cache_dir, bar.update)
             common = (tokens, frame, rows.labels, self.padding == "max_length")
+            dataset = TokenDataset(*common)
             if split == "train" and self.augmentation.active:
-                self._datasets[split] = AugmentedDataset(*common, rows.texts, tokenizer, self.augmentation, self.seed)
-            else:
-                self._datasets[split] = TokenDataset(*common)
+                dataset = AugmentedDataset(*common, rows.texts, tokenizer, self.augmentation, self.seed)
+            self._datasets[split] = dataset
             self._token_report[split] = {
-                "tokens": int(self._datasets[split].lengths.sum()),
+                "tokens": int(dataset.lengths.sum()),
                 "truncated_share": float((tokens.lengths > frame.room).mean()) if frame.keep != "windows" else 0.0,
                 "from_cache": cached,
             }
@@ -221,10 +193,7 @@ class TextDataModule(LightningDataModule):
     def describe(self) -> dict[str, Any]:
         """Plain values for the run record: source, sizes, fingerprints, what was taken out, truncation."""
         source = self.options.source
-        described = {
-            "source": source if isinstance(source, str) else dict(source),
-            **self.prepared.describe(),
-        }
+        described = {"source": source if isinstance(source, str) else dict(source), **self.prepared.describe()}
         for split, report in self._token_report.items():
             described["splits"][split].update(report)
         described |= {"max_length": self.max_length, "truncation": self.truncation}
@@ -232,16 +201,15 @@ class TextDataModule(LightningDataModule):
 
     def _loader(self, split: str, batch_size: int, seed: int | None) -> DataLoader:
         dataset = self._datasets[split]
-        # The trainer is there once it has taken the module on; by itself the module makes whole steps.
-        accumulate = getattr(self.trainer, "accumulate_grad_batches", 1) if seed is not None else 1
+        # Without a trainer the module makes whole steps for one process.
         rank, processes = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
-        together = batch_size if seed is not None else batch_size * processes
         if len(dataset) < processes:
             raise UserError(f"trainer.devices: {processes} devices for {len(dataset)} {split} rows; use fewer")
         if seed is None:
-            sampler = evaluation_sampler(dataset, together, self.packed, rank, processes)
+            sampler = evaluation_sampler(dataset, batch_size * processes, self.packed, rank, processes)
         else:
-            sampler = LengthBatchSampler(dataset.lengths, together, seed, accumulate, rank, processes, self.batch_by)
+            accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
+            sampler = LengthBatchSampler(dataset.lengths, batch_size, seed, accumulate, rank, processes, self.batch_by)
         return make_loader(dataset, sampler, self.packed)
 
 
@@ -269,8 +237,4 @@ def make_loader(dataset: TokenDataset, sampler: LengthBatchSampler, packed: bool
     elif packed:
         dataset.pack_like(sampler.sample(), min(MOST_SIZES, max(1, len(sampler) // BATCHES_A_SIZE)))
     pin = torch.cuda.is_available()  # what is pinned is copied to the GPU without waiting for it
-    return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=_as_it_is, pin_memory=pin)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=lambda batch: batch, pin_memory=pin)

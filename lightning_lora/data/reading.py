@@ -1,48 +1,56 @@
-"""Rows as they stand in a local CSV, TSV, JSON Lines, Parquet or Arrow file.
+"""Rows as they stand in a CSV, TSV, JSON Lines, Parquet or Arrow file.
 
 Files are read strictly and by their row: a fault is reported with file, line and column, where generic
 loaders guess a type, turn text such as ``NA`` into a missing value, or fail without a place.
 """
 
+import codecs
 import csv
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.data.encoding import decode
-from lightning_lora.errors import UserError, first_line, print_warnings
+from lightning_lora.errors import UserError, first_line
 
+#: Rows of a Parquet file or Hub split that are read together.
+BATCH_ROWS = 1024
 #: What to do with a file that is not read, by its ending.
 REMEDIES = dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV (UTF-8)")
 REMEDIES |= dict.fromkeys((".gz", ".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z"), "unpack it")
+#: Byte order marks; UTF-32 first, as its mark begins with that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 @dataclass
 class Table:
-    """Chosen columns of one file or split, with the place of each row.
+    """Columns of one file or split, with the place of each row.
 
     Args:
         origin: The file or the Hub id and split, for messages.
         columns: Equally long lists by column name, values as they stand in the source.
         rows: 1-based number of each row as a person would look it up.
         unit: What ``rows`` counts: "line" of a text file, or "row" of a table.
-        label_names: Class names that the source itself declares for its label column, if any.
-        warnings: What a reader of the rows should know of how they were read.
+        class_names: Names of the classes that the source itself declares, by column.
     """
 
     origin: str
-    columns: dict[str, list[Any]]
+    columns: dict[str, Any]
     rows: Sequence[int]
     unit: str = "row"
-    label_names: list[str] | None = None
-    warnings: list[str] = field(default_factory=list)
+    class_names: Mapping[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,51 +65,40 @@ class Table:
         return replace(self, columns=columns, rows=[self.rows[i] for i in keep])
 
 
-class MissingColumnError(UserError):
-    """A file lacks a column; ``what`` says which, and the message also which settings name columns.
+def read_tables(name: str, columns: Sequence[str], whole: bool = False, encoding: str | None = None) -> Iterator[Table]:
+    """Yield the rows of a file, those of a Parquet file a thousand at a time.
 
     Args:
-        what: The file, the column and those that are there.
-    """
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what}. Set data.text_column and data.label_column")
-        self.what = what
-
-
-def read_file(
-    path: Path,
-    columns: Sequence[str],
-    label_column: str | None = None,
-    whole: bool = False,
-    encoding: str | None = None,
-) -> Table:
-    """The chosen columns of one local file, its format taken from its ending.
-
-    Args:
-        path: The file.
+        name: The file; a Parquet file may be on any filesystem that fsspec knows. Its ending says its format.
         columns: The columns to read; all must exist.
-        label_column: The one of them that holds labels.
-        whole: Read every column, in its order after those (of Parquet and Arrow as Arrow arrays, so that types are
-            kept); a field that a JSON record lacks is then null.
+        whole: Read all columns, in one table (of Parquet and Arrow as Arrow arrays, so that types are kept). A field
+            that a JSON record lacks is then null.
         encoding: That of a text file that is not UTF-8.
+
+    Raises:
+        UserError: It cannot be read, or lacks a column.
     """
-    reader = READERS.get(format_of(path))
+    reader = READERS.get(format_of(Path(name)))
     if reader is None:
-        raise unknown_ending(path)
+        ending = Path(name).suffix.lower()
+        remedy = f"; {REMEDIES[ending]}" if ending in REMEDIES else ""
+        raise UserError(f"{name}: unknown ending '{format_of(Path(name))}'; readable are {', '.join(READERS)}{remedy}")
     try:
-        table = reader(path, columns, label_column, whole, encoding)
+        yield from reader(name, columns, whole, encoding)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
+def read_file(path: Path, columns: Sequence[str], encoding: str | None = None) -> Table:
+    """All columns of one file, as by ``read_tables``.
+
+    Raises:
+        UserError: It cannot be read, lacks one of these columns or holds no rows.
+    """
+    (table,) = read_tables(str(path), columns, whole=True, encoding=encoding)
     if not len(table):
         raise UserError(f"{path}: holds no rows")
     return table
-
-
-def unknown_ending(path: Path) -> UserError:
-    """The error of a file that no reader is for."""
-    remedy = "; " + REMEDIES[path.suffix.lower()] if path.suffix.lower() in REMEDIES else ""
-    return UserError(f"{path}: unknown ending '{format_of(path)}'; readable are {', '.join(READERS)}{remedy}")
 
 
 def format_of(path: Path) -> str:
@@ -111,151 +108,180 @@ def format_of(path: Path) -> str:
 
 
 def require_columns(have: Sequence[str], wanted: Sequence[str], origin: object) -> None:
-    """Refuses columns of which some wanted one is not there, or there twice.
-
-    Raises:
-        UserError: It is so.
-    """
+    """Refuses a file that lacks one of the wanted columns, or has one twice."""
     for column in wanted:
         if list(have).count(column) > 1:
             raise UserError(f"{origin}: column '{column}' is duplicated; rename one")
         if column not in have:
-            hint = ""
-            if len(have) == 1 and (";" in have[0] or "\t" in have[0]):
-                hint = " (it seems to be separated by semicolons or tabs: save it with commas, or as .tsv)"
             there = ", ".join(str(name).replace("\0", "\\0") for name in have)
-            raise MissingColumnError(f"{origin}: no column '{column}'; it has: {there:.200}{hint}")
+            raise UserError(
+                f"{origin}: no column '{column}'; it has: {there:.200}. Set data.text_column and data.label_column (in "
+                "predict --text_column), and separate columns by commas, not semicolons"
+            )
 
 
 def read_text(path: Path, encoding: str | None = None) -> str:
-    """The content of a text file; if it is not UTF-8, a warning says so.
+    """The content of a text file, which may be compressed by gzip.
+
+    UTF-8 is recognized, and UTF-16 and UTF-32 with a byte order mark; only other files are read by ``encoding``.
 
     Raises:
-        UserError: Its encoding is not certain; the line is named.
+        UserError: It is in another encoding; the line is named.
     """
-    text, warnings = _text(path, encoding)
-    print_warnings(warnings)
-    return text
-
-
-def _text(path: Path, stated: str | None) -> tuple[str, list[str]]:
-    """The content of a text file, which may be compressed by gzip, and what should be known of how it was read."""
+    try:
+        b"a".decode(encoding or "utf-8")
+    except (LookupError, ValueError):
+        raise UserError(f"data.encoding: Python knows none '{encoding}'; give one such as cp1252 or gb18030") from None
     data = path.read_bytes()
     if data.startswith(b"\x1f\x8b"):
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path}: damaged, or not whole ({first_line(error)})") from error
-    text, encoding = decode(data, path, stated)
-    return text, [f"{path} is not UTF-8; read as {encoding}"] if encoding != "utf-8" else []
+    found = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
+    for name in (found, encoding) if encoding else (found,):
+        try:
+            return data.decode(name)
+        except UnicodeDecodeError as error:
+            at, wrong = error.start, name.upper()
+    line = data.count(b"\n", 0, at) + 1
+    raise UserError(
+        f"{path}, line {line}: byte 0x{data[at]:02x} is not {wrong} text; save the file as UTF-8, or set "
+        "data.encoding to its encoding, such as cp1252 (of Windows in Western Europe) or gb18030 (Chinese)"
+    )
 
 
-def _read_delimited(
-    path: Path, columns: Sequence[str], label_column: str | None, whole: bool, encoding: str | None
-) -> Table:
-    del label_column  # a text file declares no class names
+def _read_delimited(name: str, columns: Sequence[str], whole: bool, encoding: str | None) -> Iterable[Table]:
     csv.field_size_limit(2**31 - 1)
-    separator = "\t" if format_of(path).startswith(".tsv") else ","
-    text, warnings = _text(path, encoding)
+    separator = "\t" if format_of(Path(name)).startswith(".tsv") else ","
+    text = read_text(Path(name), encoding)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     lines: list[int] = []
     start = 1
     try:
         header = next(reader, [])
-        columns = list(dict.fromkeys([*columns, *(header if whole else ())]))
-        require_columns(header, columns, path)
-        values: dict[str, list[Any]] = {name: [] for name in columns}
-        places = [(values[name], header.index(name)) for name in columns]
+        require_columns(header, [*columns, *(header if whole else ())], name)
+        values: dict[str, list[Any]] = {column: [] for column in (header if whole else columns)}
+        places = [(cells, header.index(column)) for column, cells in values.items()]
         start = reader.line_num + 1
         for record in reader:
             if record:
                 if len(record) != len(header):
                     raise UserError(
-                        f"{path}, line {start}: {len(record)} fields, but the header has {len(header)} "
+                        f"{name}, line {start}: {len(record)} fields, but the header has {len(header)} "
                         f"({separator.join(header)}); put a text that holds '{separator}' in double quotes"
                     )
-                for column, place in places:
-                    column.append(record[place])
+                for cells, place in places:
+                    cells.append(record[place])
                 lines.append(start)
             start = reader.line_num + 1
     except csv.Error as error:
         fault = "a double quote is opened and never closed" if "unexpected end" in str(error) else str(error)
-        raise UserError(f"{path}, line {start}: {fault}; write a double quote inside a quoted text twice") from None
-    return Table(str(path), values, lines, "line", warnings=warnings)
+        raise UserError(f"{name}, line {start}: {fault}; write a double quote inside a quoted text twice") from None
+    return [Table(name, values, lines, "line")]
 
 
-def _read_json(
-    path: Path, columns: Sequence[str], label_column: str | None, whole: bool, encoding: str | None
-) -> Table:
-    del label_column
-    text, warnings = _text(path, encoding)
-    unit, records = "line", []
+def _read_json(name: str, columns: Sequence[str], whole: bool, encoding: str | None) -> Iterable[Table]:
+    text = read_text(Path(name), encoding)
     if text.lstrip().startswith("["):
-        unit = "record"
-        try:
-            records = list(enumerate(json.loads(text), start=1))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-        except RecursionError:
-            raise UserError(f"{path}: nested too deeply to be rows") from None
+        unit, records = "record", list(enumerate(_parsed(text, name, 1), start=1))
     else:
         # Only \n ends a line of JSON Lines; splitlines() would also cut at U+2028 inside a text.
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    records.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not a JSON object ({error.msg})") from None
-                except RecursionError:
-                    raise UserError(f"{path}, line {number}: nested too deeply to be a row") from None
+        lines = enumerate(text.split("\n"), start=1)
+        unit, records = "line", [(number, _parsed(line, name, number)) for number, line in lines if line.strip()]
     for number, record in records:
         if not isinstance(record, dict):
-            raise UserError(f"{path}, {unit} {number}: a JSON object with fields is needed, got {record!r:.60}")
+            raise UserError(f"{name}, {unit} {number}: a JSON object with fields is needed, got {record!r:.60}")
         if not whole:
-            require_columns(list(record), columns, f"{path}, {unit} {number}")
-    if whole and records:
-        there = list(dict.fromkeys(name for _, record in records for name in record))
-        require_columns(there, columns, path)
-        columns = list(dict.fromkeys([*columns, *there]))
-    values = {name: [record.get(name) for _, record in records] for name in columns}
-    return Table(str(path), values, [number for number, _ in records], unit, warnings=warnings)
+            require_columns(list(record), columns, f"{name}, {unit} {number}")
+    if whole:
+        there = list(dict.fromkeys(column for _, record in records for column in record))
+        require_columns(there, columns if records else (), name)
+        columns = there
+    values = {column: [record.get(column) for _, record in records] for column in columns}
+    return [Table(name, values, [number for number, _ in records], unit)]
 
 
-def _read_parquet(
-    path: Path, columns: Sequence[str], label_column: str | None, whole: bool, encoding: str | None
-) -> Table:
-    del encoding  # it is no text file
-    with open_parquet(path, columns, path) as file:
-        have = file.schema_arrow.names
-        require_columns(have, have if whole else (), path)
-        table = file.read(columns=None if whole else list(columns))
-        names = declared_names(file.schema_arrow, label_column)
-    return _arrow_table(path, table, () if whole else columns, names)
+def _parsed(text: str, name: str, line: int) -> Any:
+    """The value of JSON text that begins at a line of a file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}, line {line + error.lineno - 1}: not valid JSON ({error.msg})") from None
+    except RecursionError:
+        raise UserError(f"{name}, line {line}: nested too deeply to be a row") from None
 
 
-def _read_arrow(
-    path: Path, columns: Sequence[str], label_column: str | None, whole: bool, encoding: str | None
-) -> Table:
+def _read_arrow(name: str, columns: Sequence[str], whole: bool, encoding: str | None) -> Iterable[Table]:
     del encoding  # it is no text file
     import pyarrow as pa
 
+    row = 1
     try:
-        with pa.memory_map(str(path)) as source:
-            feather = source.read(6) == b"ARROW1"  # what datasets writes is a stream
-            source.seek(0)
-            reader = pa.ipc.open_file(source) if feather else pa.ipc.open_stream(source)
-            have = reader.schema.names
-            require_columns(have, [*columns, *(have if whole else ())], path)
-            table = reader.read_all().select(have if whole else list(columns))
-            return _arrow_table(path, table, () if whole else columns, declared_names(reader.schema, label_column))
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a readable Arrow file ({first_line(error)})") from None
+        with _opened(name) as (schema, read):
+            require_columns(schema.names, [*columns, *(schema.names if whole else ())], name)
+            if whole:
+                table = pa.Table.from_batches(read(schema.names), schema)
+                yield Table(name, dict(zip(schema.names, table.columns, strict=True)), range(1, len(table) + 1))
+                return
+            for table in arrow_tables(name, schema, read(list(columns))):
+                yield table
+                row += len(table)
+    except UserError:
+        raise
+    except Exception as error:  # of Arrow, or of whatever the filesystem is made by
+        kind = format_of(Path(name)).removeprefix(".").capitalize()
+        raise UserError(f"{name}: not a readable {kind} file, from row {row} on ({first_line(error)})") from error
 
 
-def _arrow_table(path: Path, table: Any, columns: Sequence[str], names: list[str] | None) -> Table:
-    others = {name: table.column(name) for name in table.column_names if name not in columns}
-    values = {name: cells(table.column(name)) for name in columns} | others
-    return Table(str(path), values, range(1, table.num_rows + 1), "row", names)
+@contextmanager
+def _opened(name: str) -> Iterator[tuple[Any, Callable[[list[str]], Iterable[Any]]]]:
+    """The schema of a Parquet or Arrow file, and what reads the batches of given columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if format_of(Path(name)) == ".parquet":
+        filesystem, path = file_system(name) if "://" in name else (None, name)
+        # Far away a row group is fetched as a whole, in few requests; near by, what is read is enough.
+        with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=filesystem is not None) as file:
+            yield file.schema_arrow, lambda columns: file.iter_batches(BATCH_ROWS, columns=columns)
+        return
+    with pa.memory_map(name) as source:
+        feather = source.read(6) == b"ARROW1"  # what datasets writes is a stream
+        source.seek(0)
+        reader = pa.ipc.open_file(source) if feather else pa.ipc.open_stream(source)
+        yield reader.schema, lambda columns: reader.read_all().select(columns).to_batches()
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a file such as ``s3://bucket/key``, and the file's path on it.
+
+    Raises:
+        UserError: There is none of that protocol, or its package is missing.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except Exception as error:  # a protocol that nobody knows, a package that is missing, credentials
+        raise UserError(f"data.source: '{url}' cannot be reached ({first_line(error)})") from error
+
+
+def arrow_tables(origin: str, schema: Any, batches: Iterable[Any]) -> Iterator[Table]:
+    """Yield a table for each Arrow batch.
+
+    Args:
+        origin: The file or Hub split.
+        schema: That of all its columns; class names stand in its metadata, as ``datasets`` writes them.
+        batches: The rows.
+    """
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    declared = {name: each["names"] for name, each in features.items() if each.get("_type") == "ClassLabel"}
+    row = 1
+    for batch in batches:
+        values = {name: cells(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        yield Table(origin, values, range(row, row + len(batch)), class_names=declared)
+        row += len(batch)
 
 
 def cells(column: Any) -> list[Any]:
@@ -281,39 +307,14 @@ def _text_or_bytes(cell: bytes | None) -> str | bytes | None:
         return cell
 
 
-@contextmanager
-def open_parquet(source: Any, columns: Sequence[str], origin: object, **options: Any) -> Iterator[Any]:
-    """The ``pyarrow.parquet.ParquetFile`` of a path or of an open file, which has the columns.
-
-    Raises:
-        UserError: It is none or lacks a column; or what is read of it within the block is damaged.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(source, **options) as file:
-            require_columns(file.schema_arrow.names, columns, origin)
-            yield file
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{origin}: not a readable Parquet file ({first_line(error)})") from None
-
-
-def declared_names(schema: Any, label_column: str | None) -> list[str] | None:
-    """Class names in the Parquet metadata that ``datasets`` writes, if they are there."""
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    feature = features.get(label_column) or {}
-    return feature.get("names") if feature.get("_type") == "ClassLabel" else None
-
-
-#: A file format is one entry: ending -> reader(path, columns, label_column, whole, encoding).
-READERS: dict[str, Callable[[Path, Sequence[str], str | None, bool, str | None], Table]] = {
+#: A file format is one entry: ending -> reader(name, columns, whole, encoding).
+READERS: dict[str, Callable[[str, Sequence[str], bool, str | None], Iterable[Table]]] = {
     ".csv": _read_delimited,
     ".tsv": _read_delimited,
     ".jsonl": _read_json,
     ".ndjson": _read_json,
     ".json": _read_json,
-    ".parquet": _read_parquet,
+    ".parquet": _read_arrow,
     ".arrow": _read_arrow,
 }
 READERS |= {f"{ending}.gz": READERS[ending] for ending in (".csv", ".tsv", ".jsonl", ".ndjson", ".json")}

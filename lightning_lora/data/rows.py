@@ -5,13 +5,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from lightning_lora.data.reading import Table
 
@@ -25,8 +23,8 @@ SCHEMA = pa.schema(
         "digest": pa.binary(32),  # SHA-256 of the text
     }
 )
-#: Labels that are copied at once.
-_AT_ONCE = 2**16
+#: Labels that are converted together.
+_LABELS_TOGETHER = 2**16
 
 
 @dataclass(frozen=True)
@@ -36,18 +34,14 @@ class RowFile:
     Args:
         origin: The file or Hub split.
         content: An Arrow file of ``SCHEMA``: its path in the cache, or its bytes.
-        rows: How many it holds, those that are left out included.
-        unit: What their numbers count: "line" or "row".
-        label_names: Class names that the source declares.
-        warnings: What should be known of how it was read.
+        unit: What the numbers of rows count: "line" or "row".
+        class_names: Names of the classes that the source declares, by column.
     """
 
     origin: str
     content: Path | pa.Buffer
-    rows: int
     unit: str
-    label_names: list[str] | None
-    warnings: list[str]
+    class_names: dict[str, list[str]]
 
     @classmethod
     def open(cls, origin: str, content: Path | pa.Buffer) -> "RowFile":
@@ -56,11 +50,8 @@ class RowFile:
         Raises:
             OSError, ValueError, KeyError: It is damaged.
         """
-        # Mapped, no more is read than how many rows each batch has; ``count_rows`` is new in pyarrow.
-        with pa.memory_map(str(content)) if isinstance(content, Path) else pa.BufferReader(content) as file:
-            reader = pa.ipc.open_file(file)
-            rows = sum(reader.get_batch(i).num_rows for i in range(reader.num_record_batches))
-            return cls(origin, content, rows, **json.loads((reader.schema.metadata or {})[b"facts"]))
+        with _opened(content) as file:
+            return cls(origin, content, **json.loads((pa.ipc.open_file(file).schema.metadata or {})[b"facts"]))
 
     def batches(self, *columns: str) -> Iterator[pa.RecordBatch]:
         """Some columns, a batch of rows at a time. They are read, not mapped: mapped pages count as memory."""
@@ -82,7 +73,7 @@ class RowFile:
         found, firsts = np.unique(codes, return_index=True)
         cells = [json.loads(word) for word in encoded.dictionary.to_pylist()]
         rows = numbers[firsts[found >= 0]].tolist()
-        return Table(self.origin, {column: cells}, rows, self.unit, self.label_names), codes
+        return Table(self.origin, {column: cells}, rows, self.unit, self.class_names), codes
 
 
 def _opened(content: Path | pa.Buffer) -> pa.NativeFile:
@@ -106,8 +97,8 @@ class Rows:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def batches(self, *columns: str) -> Iterator[tuple[RowFile, pa.RecordBatch]]:
-        """Some columns of the rows, a batch at a time, each with its file."""
+    def batches(self, *columns: str) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """Some columns of the rows, a batch at a time, each with its origin."""
         start = 0
         for file in self.files:
             for batch in file.batches(*columns):
@@ -115,17 +106,12 @@ class Rows:
                 bounds = np.array([start, start + len(batch)], self.positions.dtype)
                 first, last = np.searchsorted(self.positions, bounds)
                 if first < last:
-                    yield file, batch.take(pa.array(self.positions[first:last] - start))
+                    yield file.origin, batch.take(pa.array(self.positions[first:last] - start))
                 start += len(batch)
 
     def _column(self, name: str) -> Iterator[Any]:
         for _, batch in self.batches(name):
             yield from batch[name].to_pylist()
-
-    def _tables(self, *columns: str) -> Iterator[tuple[str, pa.Table]]:
-        """Some columns of the rows, a file at a time, each with its origin."""
-        for origin, batches in groupby(self.batches(*columns), key=lambda each: each[0].origin):
-            yield origin, pa.Table.from_batches([batch for _, batch in batches])
 
     @cached_property
     def texts(self) -> list[str]:
@@ -145,30 +131,23 @@ class Rows:
     @cached_property
     def origins(self) -> list[str]:
         """The file or Hub split of each row."""
-        return [file.origin for file, batch in self.batches("row") for _ in range(len(batch))]
+        return [origin for origin, batch in self.batches("row") for _ in range(len(batch))]
 
     def select(self, keep: np.ndarray) -> "Rows":
         """The rows at the given ascending positions."""
         return Rows(self.files, self.positions[keep], self.labels[keep])
 
-    def not_in(self, other: "Rows") -> np.ndarray:
-        """Ascending positions of the rows whose text is no repeat of one of the other rows."""
-        others = pa.array(other.keys, SCHEMA.field("key").type)
-        repeated = [pc.is_in(table["key"], value_set=others).to_numpy() for _, table in self._tables("key")]
-        return np.flatnonzero(~np.concatenate(repeated))
+    def without(self, other: "Rows") -> "Rows":
+        """The rows whose text is no duplicate of one of the other rows."""
+        others = set(other.keys)
+        return self.select(np.fromiter((key not in others for key in self._column("key")), bool, len(self)))
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of texts and labels in their order."""
         digest = hashlib.sha256()
-        for start in range(0, len(self), _AT_ONCE):
-            digest.update(self.labels[start : start + _AT_ONCE].astype("<i8").tobytes())
+        for start in range(0, len(self), _LABELS_TOGETHER):
+            digest.update(self.labels[start : start + _LABELS_TOGETHER].astype("<i8").tobytes())
         for _, batch in self.batches("digest"):
-            column = batch["digest"]
-            digest.update(column.buffers()[1].slice(32 * column.offset, 32 * len(column)))
+            digest.update(b"".join(batch["digest"].to_pylist()))
         return digest.hexdigest()
-
-    def places(self) -> Iterator[dict[str, Any]]:
-        """Columns ``origin``, ``row`` and ``key``, a file at a time."""
-        for origin, table in self._tables("row", "key"):
-            yield {"origin": [origin] * len(table), "row": table["row"], "key": table["key"].cast(pa.binary())}

@@ -1,7 +1,6 @@
 """The files of each split of a source: a file, a folder, a mapping or a Hub data set; and how their rows are read."""
 
-import hashlib
-import json
+import glob
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,31 +8,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.data.labels import few
 from lightning_lora.data.reading import (
+    BATCH_ROWS,
     READERS,
     REMEDIES,
     Table,
-    cells,
+    arrow_tables,
+    file_system,
     format_of,
-    read_file,
+    read_tables,
     require_columns,
-    unknown_ending,
 )
-from lightning_lora.data.remote import matching, parquet_batches, version_of
 from lightning_lora.errors import UserError, first_line
-from lightning_lora.locations import resolve
+from lightning_lora.locations import PACKAGE_PREFIX, resolve
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val"}
 _SPLIT_NAMES |= {"dev": "val", "test": "test", "testing": "test"}
-#: What ``save_to_disk`` of ``datasets`` writes into the folder of a Dataset and of a DatasetDict.
-_SAVED, _SAVED_DICT = "state.json", "dataset_dict.json"
 #: JSON files that libraries write beside the data.
-_METADATA = {_SAVED, _SAVED_DICT, "dataset_info.json", "dataset_infos.json", "config.json", "croissant.json"}
-_SPLIT_FILE = re.compile(rf"(?P<split>{'|'.join(_SPLIT_NAMES)})([-_.].*)?", re.IGNORECASE)
-#: As in the cache of ``datasets``, "imdb-train-00000-of-00002.arrow".
-_SPLIT_END = re.compile(rf".*[-_.](?P<split>{'|'.join(_SPLIT_NAMES)})(-\d+-of-\d+)?", re.IGNORECASE)
-#: What tells the pieces of one split apart.
+_METADATA = {"state.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "config.json"}
+_METADATA.add("croissant.json")
+_NAMES = "|".join(_SPLIT_NAMES)
+#: How a path names its split: "train-00000-of-00002.parquet" or "train/a.csv"; else as in the cache of ``datasets``,
+#: "imdb-train-00000-of-00002.arrow".
+_SPLIT_PATHS = (
+    re.compile(rf"(?:.*/)?(?P<split>{_NAMES})(?:/.*|[-_.][^/]*)", re.IGNORECASE),
+    re.compile(rf".*[-_.](?P<split>{_NAMES})(?:-\d+-of-\d+)?\.\w+", re.IGNORECASE),
+)
+#: What tells the files of one split apart.
 _NUMBERS = re.compile(r"[-_.\d]|of|part|shard")
 
 
@@ -44,60 +47,12 @@ class RowSource:
     Args:
         origin: Its name, for messages.
         version: What changes when its rows do; None where that is not known.
-        tables: Reads given columns, of which the second argument holds labels, and gives the rows part by part.
+        tables: Reads given columns, part by part.
     """
 
     origin: str
     version: str | None
-    tables: Callable[[Sequence[str], str], Iterator[Table]]
-
-
-def source_files(source: str | Mapping[str, str]) -> tuple[dict[str, list[Path]], list[str]] | None:
-    """The local files of each split, and warnings of what was left out; or None for a Hub source.
-
-    Raises:
-        UserError: There are none, or none for training.
-    """
-    warnings: list[str] = []
-    if not isinstance(source, str):
-        files = {split_named(name): split_files(name, place) for name, place in source.items()}
-    else:
-        location = resolve(source, "data.source")
-        if location.path is None:
-            return None
-        files, warnings = {"train": [location.path]}, []
-        if location.path.is_dir():
-            files, warnings = _split_files(location.path)
-    if "train" not in files:
-        raise UserError(f"data.source: {source} has no train split (found: {', '.join(files)})")
-    return files, warnings
-
-
-def split_named(name: str) -> str:
-    """The split ("train", "val", "test") that a name means.
-
-    Raises:
-        UserError: It means none.
-    """
-    if name.lower() not in _SPLIT_NAMES:
-        raise UserError(f"data.source: '{name}' is no split; use train, val and test")
-    return _SPLIT_NAMES[name.lower()]
-
-
-def split_files(split: str, name: str) -> list[Path]:
-    """The local file that a split is given by, or the files of a folder that ``Dataset.save_to_disk`` wrote.
-
-    Raises:
-        UserError: It is none.
-    """
-    location = resolve(name, f"data.source.{split}")
-    if location.path is not None and (location.path / _SAVED).is_file():
-        return _saved_files(location.path)
-    if location.path is None or not location.path.is_file():
-        raise UserError(
-            f"data.source.{split}: '{name}' is no file; a split is one local file, or a folder by Dataset.save_to_disk"
-        )
-    return [location.path]
+    tables: Callable[[Sequence[str]], Iterator[Table]]
 
 
 def row_sources(
@@ -106,159 +61,107 @@ def row_sources(
     """What each split ("train", "val", "test") of a source is read from, and warnings of what was left out.
 
     Args:
-        source: A location (file, folder, package resource, Hub id), or a mapping from split to location.
+        source: A location (file, folder, package resource, Hub id), or a mapping from split to files.
         encoding: That of text files that are not UTF-8.
 
     Raises:
         UserError: The source cannot be found, or has no train split.
     """
-    found = source_files(source)
-    if found is None:
-        return _hub_sources(str(source))
-    files, warnings = found
-    return {split: [_file(path, encoding) for path in paths] for split, paths in files.items()}, warnings
+    warnings: list[str] = []
+    if not isinstance(source, str):
+        files = {_split_named(name): _matching(place, f"data.source.{name}") for name, place in source.items()}
+    else:
+        path = resolve(source, "data.source").path
+        if path is None:
+            return _hub_sources(source)
+        files = {"train": [str(path)]}
+        if path.is_dir():
+            files, warnings = _split_files(path)
+    if "train" not in files:
+        raise UserError(f"data.source: {source} has no train split (found: {', '.join(files)})")
+    return {split: [_file(name, encoding) for name in names] for split, names in files.items()}, warnings
 
 
-def streamed_sources(
-    source: str | Mapping[str, str], encoding: str | None = None
-) -> tuple[dict[str, list[RowSource]], list[str]]:
-    """The same of a source whose train split is Parquet files that are read in batches, local or not.
+def _split_named(name: str) -> str:
+    if name.lower() not in _SPLIT_NAMES:
+        raise UserError(f"data.source: '{name}' is no split; use train, val and test")
+    return _SPLIT_NAMES[name.lower()]
+
+
+def _matching(place: str, key: str) -> list[str]:
+    """The names of the files that a file, a folder or a pattern stands for, local or on an fsspec filesystem, sorted.
 
     Raises:
-        UserError: There are no such files, or the source lacks a split of its own for validation or test.
+        UserError: There are none, or the filesystem does not answer.
     """
-    files: dict[str, list[Path]] = {}
-    warnings: list[str] = []
-    if isinstance(source, str):
-        found = source_files(source)
-        if found is None:
-            raise UserError(
-                f"data.stream: '{source}' is no folder of Parquet files; download it, or give the splits as "
-                "data.source={train: 's3://bucket/train-*.parquet', validation: FILE, test: FILE}"
-            )
-        files, warnings = found
-        names = [str(path) for path in files["train"]]
+    if "://" in place:
+        filesystem, path = file_system(place)
+        try:
+            path = f"{path.rstrip('/')}/*" if filesystem.isdir(path) else path
+            found = [filesystem.unstrip_protocol(name) for name in filesystem.glob(path) if _is_data(Path(name))]
+        except Exception as error:  # each filesystem has exceptions of its own
+            raise UserError(f"{key}: {place} cannot be listed ({first_line(error)})") from error
     else:
-        places = {split_named(name): place for name, place in source.items()}
-        if "train" not in places:
-            raise UserError(f"data.source: {dict(source)} has no train split; give train: FILES")
-        names = matching(places["train"])
-        files = {split: split_files(split, place) for split, place in places.items() if split != "train"}
-    for split, word in (("test", "test"), ("val", "validation")):
-        if split not in files:
-            raise UserError(
-                f"data.stream: the source has no {word} split, and none is carved from rows that are streamed; "
-                f"give data.source.{word}: FILE"
-            )
-    if odd := next((name for name in names if not name.lower().endswith(".parquet")), None):
-        raise UserError(f"data.stream: {odd} is no .parquet file, and only those are streamed; leave data.stream out")
-    held = {split: [_file(path, encoding) for path in files[split]] for split in ("val", "test")}
-    train = [RowSource(name, version_of(name), partial(parquet_batches, name)) for name in names]
-    return {"train": train, **held}, warnings
-
-
-def _file(path: Path, encoding: str | None) -> RowSource:
-    """A file that is read whole."""
-    try:
-        with path.open("rb") as file:
-            version = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-    def tables(columns: Sequence[str], label_column: str) -> Iterator[Table]:
-        yield read_file(path, columns, label_column, encoding=encoding)
-
-    return RowSource(str(path), f"{version}/{encoding}", tables)
-
-
-def _split_files(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """The files of each split, and warnings; they are named after it, in a folder that is, or by ``save_to_disk``."""
-    if (folder / _SAVED).is_file():
-        return {"train": _saved_files(folder)}, []
-    found, left_out = _named(folder)
-    names = sorted(folder.iterdir())
-    data_files = [p for p in names if _is_data(p)]
-    deeper = [p for p in names if _is_folder_of_data(p)]
-    if not found and not data_files and len(deeper) == 1:
-        return _split_files(deeper[0])
-    if not found and len(data_files) == 1:
-        return {"train": data_files}, _left_out(folder, deeper)
+        local = Path(resolve(place, key).target if place.startswith(PACKAGE_PREFIX) else place).expanduser()
+        if local.is_file():  # also one whose name looks like a pattern
+            return [str(local)]
+        pattern = f"{glob.escape(str(local))}/*" if local.is_dir() else str(local)
+        names = glob.glob(pattern, recursive=True)  # noqa: PTH207
+        found = [name for name in names if _is_data(Path(name)) and Path(name).is_file()]
     if not found:
-        for path in names:
-            if _is_unread_split(path):
-                raise unknown_ending(path)
-        held = ", ".join(p.name for p in names[:8]) or "nothing"
+        raise UserError(f"{key}: no file matches '{place}' (from {Path.cwd()}); give a file, a folder or a pattern")
+    return sorted(found)
+
+
+def _file(name: str, encoding: str | None) -> RowSource:
+    """A file, whose version changes with its size and time."""
+    filesystem, path = file_system(name)
+    try:
+        version = f"{filesystem.ukey(path)}/{encoding}"
+    except Exception as error:  # each filesystem has exceptions of its own
+        raise UserError(f"{name}: cannot be read ({first_line(error)})") from error
+    return RowSource(name, version, partial(read_tables, name, encoding=encoding))
+
+
+def _split_files(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """The files of each split of a folder, and warnings."""
+    files = [path for path in sorted(folder.rglob("*")) if _is_data(path) and path.is_file()]
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    found: dict[str, list[Path]] = {}
+    for pattern in _SPLIT_PATHS:
+        named = [(path, pattern.fullmatch(path.relative_to(folder).as_posix())) for path in files if not found]
+        for path, match in named:
+            if match:
+                found.setdefault(_SPLIT_NAMES[match["split"].lower()], []).append(path)
+    top = [path for path in files if path.parent == folder]
+    if not found and (len(top) == 1 or (folder / "state.json").is_file()):  # by save_to_disk of a Dataset
+        found = {"train": top}
+    if not found:
+        held = few([path.name for path in sorted(folder.iterdir())]) or "nothing"
         raise UserError(
             f"data.source: folder {folder} has no file named after a split, such as train.csv or "
             f"test.parquet (it holds {held}); rename them or give data.source.train and data.source.test"
         )
-    warnings = _left_out(folder, left_out)
+    used = {path for paths in found.values() for path in paths}
+    warnings = _left_out(str(folder), [path.relative_to(folder).as_posix() for path in files if path not in used])
     for split, paths in found.items():
-        if len({format_of(p) for p in paths}) > 1:
-            raise UserError(
-                f"data.source: split '{split}' of {folder} stands in files of several formats "
-                f"({', '.join(p.name for p in paths)}); keep one"
-            )
-        if len({_NUMBERS.sub("", p.stem) for p in paths}) > 1 and paths[0].parent.name.lower() not in _SPLIT_NAMES:
-            warnings.append(f"the {split} split of {folder} is all of {', '.join(p.name for p in paths)}")
-    return found, warnings
-
-
-def _named(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The files of each split by their names or those of their folders, and what else holds data."""
-    names = sorted(folder.iterdir())
-    files = [] if (folder / _SAVED_DICT).is_file() else [p for p in names if _is_data(p) or _is_unread_split(p)]
-    folders = [p for p in names if _is_folder_of_data(p)]
-    found: dict[str, list[Path]] = {}
-    for pattern in (_SPLIT_FILE, _SPLIT_END):
-        matches = [(path, pattern.fullmatch(path.stem)) for path in files if _is_data(path)]
-        for path, match in matches if not found else ():
-            if match:
-                found.setdefault(_SPLIT_NAMES[match["split"].lower()], []).append(path)
-    used = [path for paths in found.values() for path in paths]
-    by_folder: dict[str, list[Path]] = {}
-    for path in folders:
-        split = _SPLIT_NAMES.get(path.name.lower())
-        inside = _saved_files(path) if (path / _SAVED).is_file() else [p for p in sorted(path.iterdir()) if _is_data(p)]
-        if split and split not in found and inside:
-            by_folder.setdefault(split, []).extend(inside)
-            used.append(path)
-    found |= by_folder
-    if not found and len(folders) == 1:
-        found, left_out = _named(folders[0])
-        return found, [*left_out, *files]
-    return found, [path for path in [*files, *folders] if path not in used]
-
-
-def _left_out(folder: Path, paths: Sequence[Path | str]) -> list[str]:
-    """A warning of what has no place among the splits."""
-    named = [str(path.relative_to(folder)) if isinstance(path, Path) else path for path in paths]
-    more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-    return [
-        f"{folder}: left out {', '.join(named[:8])}{more}, named after none of train, validation and test; to use it, "
-        "give data.source={train: FILE, validation: FILE, test: FILE}"
-    ] * bool(named)
+        if len({_NUMBERS.sub("", path.name) for path in paths}) > 1:
+            warnings.append(f"the {split} split of {folder} is all of {few([path.name for path in paths])}")
+    return {split: [str(path) for path in paths] for split, paths in found.items()}, warnings
 
 
 def _is_data(path: Path) -> bool:
-    return format_of(path) in READERS and path.name not in _METADATA and path.is_file()
+    """Whether a path is that of rows, also of ones in a format that is not read, as a workbook."""
+    known = format_of(path) in READERS or path.suffix.lower() in REMEDIES
+    return known and path.name not in _METADATA and not path.name.startswith((".", "cache-"))
 
 
-def _is_unread_split(path: Path) -> bool:
-    return path.suffix.lower() in REMEDIES and not _is_data(path) and bool(_SPLIT_FILE.match(path.name))
-
-
-def _is_folder_of_data(path: Path) -> bool:
-    shown = path.is_dir() and not path.name.startswith(".")
-    return shown and any(_is_data(each) for each in (*path.glob("*"), *path.glob("*/*")))
-
-
-def _saved_files(folder: Path) -> list[Path]:
-    """The Arrow files of a folder that ``Dataset.save_to_disk`` wrote, in the order of their rows."""
-    try:
-        return [folder / each["filename"] for each in json.loads((folder / _SAVED).read_text())["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / _SAVED}: not as Dataset.save_to_disk writes it ({first_line(error)})") from error
+def _left_out(source: str, names: Sequence[str]) -> list[str]:
+    """A warning of what has no place among the splits, if there is something."""
+    return [
+        f"{source}: left out {few(names)}, named after none of train, validation and test; to use it, "
+        "give data.source={train: FILE, validation: FILE, test: FILE}"
+    ] * bool(names)
 
 
 def _hub_sources(source: str) -> tuple[dict[str, list[RowSource]], list[str]]:
@@ -272,26 +175,16 @@ def _hub_sources(source: str) -> tuple[dict[str, list[RowSource]], list[str]]:
             f"data.source: cannot load '{source}' from the Hub ({first_line(error)}); check the name "
             "and the network, or give a local file or folder (HF_HUB_OFFLINE=1 uses only what is cached)"
         ) from error
-    known = {_SPLIT_NAMES[str(split)]: split for split in loaded if str(split) in _SPLIT_NAMES}
-    if "train" not in known:
+    found = {_SPLIT_NAMES[str(split)]: split for split in loaded if str(split) in _SPLIT_NAMES}
+    if "train" not in found:
         raise UserError(f"data.source: {source} has no train split (it has {', '.join(map(str, loaded))})")
-    others = [str(split) for split in loaded if str(split) not in _SPLIT_NAMES]
-    warnings = [f"{source}: left out {', '.join(others)}, none of train, validation and test"] * bool(others)
 
-    def hub_source(split: Any) -> RowSource:
+    def tables(split: Any, columns: Sequence[str]) -> Iterator[Table]:
         rows, origin = loaded[split], f"{source} ({split})"
+        require_columns(rows.column_names, columns, origin)
+        batches = rows.select_columns(list(columns)).with_format("arrow").iter(BATCH_ROWS)
+        return arrow_tables(origin, rows.features.arrow_schema, batches)
 
-        def tables(columns: Sequence[str], label_column: str) -> Iterator[Table]:
-            require_columns(rows.column_names, columns, origin)
-            feature = rows.features[label_column]
-            names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-            row = 1
-            for batch in rows.select_columns(list(columns)).with_format("arrow").iter(1024):
-                values = {column: cells(batch[column]) for column in columns}
-                yield Table(origin, values, range(row, row + len(batch)), label_names=names)
-                row += len(batch)
-
-        # ``datasets`` keeps it, and knows when it has changed.
-        return RowSource(origin, None, tables)
-
-    return {split: [hub_source(name)] for split, name in known.items()}, warnings
+    # ``datasets`` keeps the rows itself, and knows when they have changed: no version.
+    sources = {name: [RowSource(f"{source} ({split})", None, partial(tables, split))] for name, split in found.items()}
+    return sources, _left_out(source, [str(split) for split in loaded if str(split) not in _SPLIT_NAMES])

@@ -51,6 +51,6 @@ DATASETS: tuple[DatasetSpec, ...] = (
 )
 
 
-def find_spec(source: str) -> DatasetSpec | None:
+def find_spec(source: str | Mapping[str, str]) -> DatasetSpec | None:
     """The spec that ``source`` names, or None when it names none (then it is a location)."""
     return next((spec for spec in DATASETS if source in spec.names), None)

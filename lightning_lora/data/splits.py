@@ -16,29 +16,22 @@ _NOT_ASCII_LETTER_OR_DIGIT = bytes(i for i in range(128) if not chr(i).isalnum()
 
 
 def count_of(size: int | float, total: int, key: str, least: int = 2, most: int | None = None) -> int:
-    """How many rows ``size`` means: a fraction of ``total`` under 1, else a number of rows.
-
-    The command line hands over 10 as 10.0, so a whole number is a number of rows however it is written.
+    """How many rows ``size`` means: a fraction of ``total``, or a whole number of rows (also where typed as 10.0).
 
     Args:
         size: What was set.
         total: The rows there are.
         key: The setting, for messages.
-        least: The fewest that may be taken; from 2 on, 1 is refused as it could be all of them.
+        least: The fewest that may be taken; 2 where a 1 could be meant as all of them.
         most: The most that may be taken, by default all.
 
     Raises:
-        UserError: A fraction outside 0 to 1, or a number that may not be taken.
+        UserError: So many may not be taken.
     """
     most = total if most is None else most
-    allowed = f"a number from {least} to {most}" if least < most else str(most)
-    if size == 1 < min(least, total):
-        raise UserError(f"{key}: 1 could be one row or all of them; leave it out for all, or give {allowed}")
-    fraction = not float(size).is_integer()
-    rows = round(size * total) if fraction else int(size)
-    if fraction and not 0 < size < 1:
-        raise UserError(f"{key}: a fraction between 0 and 1 or a number of rows is needed, got {size}")
+    rows = int(size) if float(size).is_integer() else round(size * total)
     if not min(least, total) <= rows <= most:
+        allowed = f"a number from {least} to {most}" if least < most else str(most)
         raise UserError(f"{key}: {size} asks for {rows} of {total} rows; give {allowed}")
     return rows
 

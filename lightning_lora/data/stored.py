@@ -12,15 +12,14 @@ from typing import Any
 import pyarrow as pa
 
 from lightning_lora.data.cache import cached
-from lightning_lora.data.checking import bad_row_error, bad_rows, joined_text
-from lightning_lora.data.reading import Table
+from lightning_lora.data.checking import incomplete_rows, joined_text
+from lightning_lora.data.reading import BATCH_ROWS, Table
 from lightning_lora.data.rows import SCHEMA, RowFile
 from lightning_lora.data.sources import RowSource
 from lightning_lora.data.splits import text_keys
+from lightning_lora.errors import UserError
 from lightning_lora.fingerprint import code_fingerprint
 
-#: Rows that are written, and later read, at once.
-_BATCH_ROWS = 1024
 #: A cell as text; the same few occur again and again.
 _cell_text = lru_cache(maxsize=1024, typed=True)(json.dumps)
 
@@ -41,14 +40,9 @@ class RowRules:
     bad_rows: str
     keep_rows: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def columns(self) -> list[str]:
-        """All columns that are read."""
-        return list(dict.fromkeys([*self.text_columns, self.label_column, *self.keep_rows]))
-
 
 def stored_rows(
-    source: RowSource, rules: RowRules, cache_dir: Path | None, advance: Callable[[int], None] = lambda rows: None
+    source: RowSource, rules: RowRules, cache_dir: Path | None, advance: Callable[[int], Any] = lambda rows: None
 ) -> RowFile:
     """The rows of a source, from the cache where they are; else read, checked and written there.
 
@@ -61,29 +55,24 @@ def stored_rows(
     Raises:
         UserError: The source cannot be read, a row is bad, or the cache cannot be written.
     """
+
+    def write(sink: Any) -> None:
+        tables = source.tables([*dict.fromkeys([*rules.text_columns, rules.label_column, *rules.keep_rows])])
+        first = next(tables, Table(source.origin, {}, []))
+        facts = json.dumps({"unit": first.unit, "class_names": first.class_names})
+        with pa.ipc.new_file(sink, SCHEMA.with_metadata({"facts": facts})) as writer:
+            for table in filter(len, chain([first], tables)):
+                writer.write_table(_checked(table, rules), max_chunksize=BATCH_ROWS)
+                advance(len(table))
+
     opened = partial(RowFile.open, source.origin)
     if cache_dir is None or source.version is None:
         sink = pa.BufferOutputStream()
-        _write(sink, source, rules, advance)
+        write(sink)
         return opened(sink.getvalue())
     facts = [source.origin, source.version, vars(rules), code_fingerprint("data.stored")]
     key = hashlib.sha256(json.dumps(facts, default=dict).encode()).hexdigest()[:32]
-
-    def write(path: Path) -> None:
-        with pa.OSFile(str(path), "wb") as sink:
-            _write(sink, source, rules, advance)
-
-    return cached(cache_dir / "rows" / f"{key}.arrow", write, opened)[0]
-
-
-def _write(sink: Any, source: RowSource, rules: RowRules, advance: Callable[[int], None]) -> None:
-    tables = source.tables(rules.columns, rules.label_column)
-    first = next(tables, Table(source.origin, {name: [] for name in rules.columns}, []))
-    facts = json.dumps({"unit": first.unit, "label_names": first.label_names, "warnings": first.warnings})
-    with pa.ipc.new_file(sink, SCHEMA.with_metadata({"facts": facts})) as writer:
-        for table in chain([first], tables):
-            writer.write_table(_checked(table, rules), max_chunksize=_BATCH_ROWS)
-            advance(len(table))
+    return cached(cache_dir / "rows" / f"{key}.arrow", lambda path: write(str(path)), opened)[0]
 
 
 def _checked(table: Table, rules: RowRules) -> pa.Table:
@@ -92,15 +81,14 @@ def _checked(table: Table, rules: RowRules) -> pa.Table:
     Raises:
         UserError: A row is bad, and not to be left out.
     """
-    if rules.keep_rows:
-        wanted = [(table.columns[name], value) for name, value in rules.keep_rows.items()]
-        table = table.select([i for i in range(len(table)) if all(cells[i] == value for cells, value in wanted)])
-    bad = bad_rows(table, rules.text_columns, rules.label_column)
+    for name, value in rules.keep_rows.items():
+        keep = [i for i, cell in enumerate(table.columns[name]) if cell == value]
+        table = table.select(keep)
+    bad = incomplete_rows(table, rules.text_columns, rules.label_column)
     if bad and rules.bad_rows == "error":
         more = f" (and {len(bad) - 1} more such rows up to {table.unit} {table.rows[-1]})" if len(bad) > 1 else ""
-        raise bad_row_error(f"{bad[min(bad)]}{more}")
-    cells = zip(*(table.columns[name] for name in rules.text_columns), strict=True)
-    texts = [joined_text(row) for row in cells]
+        raise UserError(f"{bad[min(bad)]}{more}; correct it, or leave such rows out with data.bad_rows=drop")
+    texts = [joined_text(row) for row in zip(*(table.columns[name] for name in rules.text_columns), strict=True)]
     labels = [None if i in bad else _cell_text(cell) for i, cell in enumerate(table.columns[rules.label_column])]
     digests = [hashlib.sha256(text.encode()).digest() for text in texts]
     columns = {"text": texts, "label": labels, "row": table.rows, "key": text_keys(texts), "digest": digests}

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from lightning_lora.data.cache import cached
 from lightning_lora.data.rows import Rows
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, check_range
 from lightning_lora.locations import resolve
 from lightning_lora.tokenizer import load_tokenizer
 
@@ -65,7 +65,7 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class InputFormat:
-    """How a tokenizer frames one text: ``prefix + ids + suffix``, cut to ``max_length`` tokens.
+    """The special tokens around a text, ``prefix + ids + suffix``, and its truncation to ``max_length`` tokens.
 
     Args:
         prefix: Special tokens before a text.
@@ -89,29 +89,27 @@ class InputFormat:
     def of(
         cls, tokenizer: Any, max_length: int, keep: Truncation = "head", overlap: int | None = None
     ) -> "InputFormat":
-        """The frame of a tokenizer, read off what it adds to one text.
+        """The format of a tokenizer's inputs, read off what it adds to one text.
 
         Raises:
             UserError: ``max_length`` leaves no room for a token, or exceeds what the model can take; or there
                 is an overlap without windows, or one as large as a window.
         """
-        limit = tokenizer.model_max_length
-        if max_length > limit:
+        if max_length > (limit := tokenizer.model_max_length):
             raise UserError(f"data.max_length: {max_length}, but the base model takes at most {limit} tokens")
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
         framed = tokenizer("a")["input_ids"]
         start = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
         prefix, suffix = tuple(framed[:start]), tuple(framed[start + len(bare) :])
-        room = max_length - len(framed) + len(bare)
-        if overlap is not None and keep != "windows":
-            raise UserError(f"data.window_overlap: {overlap}, but only truncation: windows uses it")
-        overlap = (room // 4 if overlap is None else overlap) if keep == "windows" else 0
-        frame = cls(prefix, suffix, tokenizer.pad_token_id, max_length, keep, overlap)
-        if room >= 1 and not 0 <= overlap < room:
-            raise UserError(f"data.window_overlap: a number from 0 up to the {room} tokens of a window, got {overlap}")
-        if frame.room < 1:
+        room = max_length - len(prefix) - len(suffix)
+        if room < 1:
             raise UserError(f"data.max_length: {max_length} leaves no room beside {len(framed) - 1} special tokens")
-        return frame
+        if overlap is None:
+            overlap = room // 4 if keep == "windows" else 0
+        elif keep != "windows":
+            raise UserError(f"data.window_overlap: {overlap}, but only truncation: windows uses it")
+        check_range("data.window_overlap", overlap, 0, room)
+        return cls(prefix, suffix, tokenizer.pad_token_id, max_length, keep, overlap)
 
     @property
     def room(self) -> int:
@@ -156,21 +154,17 @@ def _token_lists(texts: Sequence[str], tokenizer: Any) -> pa.ListArray:
     return pa.array([encoding.ids for encoding in encodings], _LISTS)
 
 
-def tokenizer_rules(tokenizer: Any) -> bytes:
-    """All that the tokens of a text depend on but the text."""
-    import tokenizers
-
-    return f"{CACHE_FORMAT}/{tokenizers.__version__}/{tokenizer.backend_tokenizer.to_str()}".encode()
-
-
 def cached_tokens(
-    rows: Rows, tokenizer: Any, cache_dir: Path, advance: Callable[[int], None] = lambda n: None
+    rows: Rows, tokenizer: Any, cache_dir: Path, advance: Callable[[int], Any] = lambda n: None
 ) -> tuple[TokenRows, bool]:
     """The tokens of the rows' texts, and whether they came from the cache; ``advance(n)`` is called after n texts."""
-    key = hashlib.sha256(tokenizer_rules(tokenizer) + rows.fingerprint.encode()).hexdigest()[:32]
+    import tokenizers
+
+    facts = f"{CACHE_FORMAT}/{tokenizers.__version__}/{tokenizer.backend_tokenizer.to_str()}{rows.fingerprint}"
+    key = hashlib.sha256(facts.encode()).hexdigest()[:32]
 
     def write(path: Path) -> None:
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.schema({"ids": _LISTS})) as writer:
+        with pa.ipc.new_file(str(path), pa.schema({"ids": _LISTS})) as writer:
             for _, batch in rows.batches("text"):
                 lists = _token_lists(batch["text"].to_pylist(), tokenizer)
                 writer.write(pa.record_batch({"ids": lists}))

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from lightning_lora.data.checking import is_blank, is_unicode, joined_text
-from lightning_lora.data.reading import READERS, MissingColumnError, Table, cells, format_of, read_file, read_text
-from lightning_lora.errors import UserError, print_warnings
+from lightning_lora.data.reading import READERS, Table, cells, format_of, read_file, read_text
+from lightning_lora.errors import UserError
 from lightning_lora.evaluation.predictions import Predictions
 
 #: Places that a warning names.
@@ -135,12 +135,7 @@ def file_rows(source: str, text_columns: Sequence[str], encoding: str | None = N
         return _lines(str(path), read_text(path, encoding))
     if format_of(path) not in READERS:
         raise UserError(f"--input: '{path.name}' must end in one of .txt, {', '.join(READERS)}")
-    try:
-        table = read_file(path, text_columns, whole=True, encoding=encoding)
-    except MissingColumnError as error:
-        raise UserError(f"{error.what}. Set --text_column") from None
-    print_warnings(table.warnings)
-    rows = InputRows.of(table, text_columns)
+    rows = InputRows.of(read_file(path, text_columns, encoding), text_columns)
     wrong = next((i for i, text in enumerate(rows.texts) if text), None)
     if wrong is not None and len(rows.faults) == len(rows.texts):
         raise UserError(f"{rows.faults[wrong]}; no row has a text. Set --text_column")

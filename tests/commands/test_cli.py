@@ -127,7 +127,7 @@ def test_a_misspelt_option_is_answered_with_what_was_meant(
         ("data: {source: [a, b]}", "data.source: a text or a mapping of texts to texts is needed, got \"['a', 'b']\""),
         (
             "data: {source: y, label_column: on}",
-            "data.label_column: a name is needed, got true or false: YAML reads on, off",
+            "data.label_column: a text is needed (or null), got true (YAML reads on",
         ),
         ("trainer: {callbacks: [{class_path: EarlyStoping}]}", "no class 'EarlyStoping'; did you mean EarlyStopping?"),
         (

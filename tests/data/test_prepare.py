@@ -151,7 +151,7 @@ def test_classes_of_one_row_are_trained_and_what_cannot_be_measured_is_said(tmp_
         assert set(prepared.splits["train"].labels) == set(range(9))
         assert len(prepared.splits["test"]) == 50
         val, test = (next(w for w in prepared.warnings if w.startswith(split)) for split in ("val", "test"))
-        assert "rare0 (1 row)" in val and "rare5 (1 row)" in test
+        assert "rare0" in val and "rare5" in test
         assert prepared.describe()["warnings"] == prepared.warnings
     with pytest.raises(UserError, match=r"b\.csv: of 6 different texts with one label none can be held out for test"):
         prepare(SourceOptions(str(write_csv(tmp_path / "b.csv", rare))))

@@ -14,7 +14,7 @@ def test_what_is_stored_is_what_was_read_and_is_not_read_again(reviews: Path, tm
     options = SourceOptions(str(reviews), train_rows=100, test_rows=0.5)
     held = prepare(options)
     stored = [prepare(options, tmp_path)]
-    monkeypatch.setattr(sources, "read_file", lambda *_, **__: pytest.fail("read the source again"))
+    monkeypatch.setattr(sources, "read_tables", lambda *_, **__: pytest.fail("read the source again"))
     stored.append(prepare(options, tmp_path))
     for prepared in stored:
         assert prepared.describe() == held.describe()
@@ -33,7 +33,7 @@ def test_label_cells_keep_their_type(tmp_path: Path, label: object) -> None:
 
     cells = ["other", label, "other", None, str(label), 1, True, 1.0]  # of which three are equal
     table = Table("made up", {"text": list("abcdefgh"), "label": cells}, range(1, 9))
-    source = RowSource("made up", "1", lambda columns, label: iter([table.select([0, 1]), table.select(range(2, 8))]))
+    source = RowSource("made up", "1", lambda columns: iter([table.select([0, 1]), table.select(range(2, 8))]))
     for cache in (None, tmp_path):
         found, codes = stored_rows(source, RowRules(["text"], "label", "drop"), cache).labels("label")
         expected = list({(type(cell), cell): cell for cell in cells if cell is not None}.values())

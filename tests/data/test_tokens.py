@@ -107,7 +107,7 @@ def test_impossible_max_lengths_are_refused(tokenizer, max_length: int, said: st
 def rows_of(texts: list[str], number: int = 0) -> Rows:
     table = Table("made up", {"text": texts, "label": ["a"] * len(texts)}, range(1, len(texts) + 1))
     file = stored_rows(
-        RowSource("made up", None, lambda columns, label: iter([table])), RowRules(["text"], "label", "error"), None
+        RowSource("made up", None, lambda columns: iter([table])), RowRules(["text"], "label", "error"), None
     )
     return Rows([file], np.arange(len(texts)), np.full(len(texts), number))
 

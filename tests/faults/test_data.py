@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_lora.data.prepare import SourceOptions, prepare
-from lightning_lora.data.reading import READERS, read_file
+from lightning_lora.data.reading import READERS, read_tables
 from lightning_lora.errors import UserError
 from tests.conftest import make_rows
 
@@ -42,9 +42,9 @@ BAD: dict[str, tuple[str, str | bytes, list[str]]] = {
     "Cyrillic": (
         "a.csv",
         f"{HEAD}{GOOD}{'очень хороший товар ' * 9},pos\n".encode("cp1251"),
-        ["line 62", "UTF-8", "cp1251"],
+        ["line 62", "UTF-8", "data.encoding"],
     ),
-    "UTF-16 cut short": ("a.csv", f"{HEAD}{GOOD}".encode("utf-16")[:-1], ["line 61", "mark of UTF-16"]),
+    "UTF-16 cut short": ("a.csv", f"{HEAD}{GOOD}".encode("utf-16")[:-1], ["line 61", "is not UTF-16"]),
     "a NUL byte in a text": ("a.csv", f"{HEAD}{GOOD}fi\0ne,pos\n", ["line 62", "column 'text'", "NUL"]),
     "a file of NUL bytes": ("a.csv", b"\0" * 4096, ["no column 'text'"]),
     "a NUL byte in JSON": ("a.jsonl", lines({"text": "fi\0ne", "label": "pos"}), ["line 61", "'text'", "NUL"]),
@@ -53,8 +53,8 @@ BAD: dict[str, tuple[str, str | bytes, list[str]]] = {
     "semicolons": ("a.csv", (HEAD + GOOD).replace(",", ";"), ["no column 'text'", "semicolons"]),
     "a column twice": ("a.csv", "text,label,text\n" + "a,pos,b\n", ["'text' is duplicated"]),
     "an empty file": ("a.csv", "", ["a.csv"]),
-    "a header only": ("a.csv", HEAD, ["holds no rows"]),
-    "a million empty lines": ("a.csv", HEAD + "\n" * 1_000_000, ["holds no rows"]),
+    "a header only": ("a.csv", HEAD, ["has no usable row"]),
+    "a million empty lines": ("a.csv", HEAD + "\n" * 1_000_000, ["has no usable row"]),
     "a million empty rows": ("a.csv", HEAD + ",\n" * 1_000_000, ["line 2", "and 999999 more"]),
     "case of a label": ("a.csv", f"{HEAD}{GOOD}fine film,Pos\n", ["line 62", "differs from 'pos' only in case"]),
     "numbers and names": ("a.csv", f"{HEAD}{GOOD}fine film,1\n", ["line 62", "label '1'", "use one kind"]),
@@ -68,7 +68,7 @@ BAD: dict[str, tuple[str, str | bytes, list[str]]] = {
     "a text that is a list": ("a.jsonl", lines({"text": ["a"], "label": "pos"}), ["line 61", "got list"]),
     "half a character": ("a.jsonl", lines({"text": "\ud800", "label": "pos"}), ["line 61", "surrogate"]),
     "a field is missing": ("a.jsonl", lines({"text": "x"}), ["line 61", "no column 'label'"]),
-    "a line that is no JSON": ("a.jsonl", lines() + "{text: x}\n", ["line 61", "not a JSON object"]),
+    "a line that is no JSON": ("a.jsonl", lines() + "{text: x}\n", ["line 61", "not valid JSON"]),
     "JSON that is no object": ("a.jsonl", lines(7), ["line 61", "JSON object with fields"]),
     "JSON nested too deeply": ("a.jsonl", lines() + "[" * 200_000 + "\n", ["line 61"]),
     "one class": ("a.csv", HEAD + "".join(f"{text},pos\n" for text in TEXTS), ["'pos'", "two classes"]),
@@ -131,7 +131,7 @@ FINE: dict[str, tuple[str, str | bytes, str]] = {
     "quotes written twice": ("a.csv", f'{HEAD}{GOOD}"a ""b"" c",pos\n', 'a "b" c'),
     "a text of two lines": ("a.csv", f'{HEAD}{GOOD}"a\nb",pos\n', "a\nb"),
     "lines end as on Windows": ("a.csv", f"{HEAD}{GOOD}fine film,pos\n".replace("\n", "\r\n"), "fine film"),
-    "Latin-1": ("a.csv", f"{HEAD}{GOOD}café,pos\n".encode("latin1"), "café"),
+    "UTF-32": ("a.csv", f"{HEAD}{GOOD}café,pos\n".encode("utf-32"), "café"),
     "UTF-16": ("a.csv", f"{HEAD}{GOOD}fine film,pos\n".encode("utf-16"), "fine film"),
     "a byte order mark": ("a.csv", b"\xef\xbb\xbf" + f"{HEAD}{GOOD}fine film,pos\n".encode(), "fine film"),
     "no line end at the end": ("a.csv", f"{HEAD}{GOOD}fine film,pos", "fine film"),
@@ -174,7 +174,7 @@ def test_an_odd_file_is_no_false_alarm(tmp_path: Path, name: str) -> None:
 def test_a_row_of_fifty_megabytes_is_a_row(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f"{HEAD}{GOOD}{'long ' * 10_000_000},pos\n")
-    assert len(read_file(path, ["text", "label"])) == len(ROWS) + 1
+    assert sum(map(len, read_tables(str(path), ["text", "label"]))) == len(ROWS) + 1
 
 
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -128,7 +128,7 @@ def test_a_typed_text_that_is_empty_is_refused_unless_asked_for(run: str, capsys
             ["--text_column", "review", "--bad_rows", "error"],
             "in.csv, line 3, column 'review': a text is needed, got ''",
         ),
-        ([], "no column 'text'; it has: id, review, note. Set --text_column"),
+        ([], "no column 'text'; it has: id, review, note. Set data.text_column and"),
         (["--text_column", "review", "--data.bad_rows", "drop"], "give --bad_rows empty or --bad_rows error"),
         (["--text_column", "review", "--data.train_rows", "5"], "--data.train_rows: predict does not use it"),
         (["--text_column", "review", "--seed_everything", "5"], "--seed_everything: predict does not use it"),
@@ -186,12 +186,12 @@ def test_a_file_in_another_encoding_is_refused_until_its_encoding_is_given(run: 
     for name, content in (("in.csv", "text\nkuća\n"), ("in.txt", "kuća\n")):
         Path(name).write_text(content, encoding="cp1250")
         assert predict(run, "--input", name, "--output", "out.csv") == 2
-        assert "'kuća' in cp1250" in (said := error(capsys)) and "Set data.encoding" in said
+        assert "byte 0xe6 is not UTF-8 text" in (said := error(capsys)) and "set data.encoding" in said
         assert predict(run, "--input", name, "--output", "out.csv", "--data.encoding", "cp1250") == 0
         assert next(csv.DictReader(io.StringIO(Path("out.csv").read_text())))["text"] == "kuća"
-        assert "read as cp1250" in capsys.readouterr().err
+        capsys.readouterr()
         assert predict(run, "--input", name, "--data.encoding", "cp-1250") == 2
-        assert "data.encoding: 'cp-1250' is none" in error(capsys)
+        assert "data.encoding: Python knows none 'cp-1250'" in error(capsys)
 
 
 LABELS = {

@@ -144,7 +144,8 @@ def test_accumulated_steps_teach_what_whole_ones_do(tiny_base: Path, reviews: Pa
             tiny_base, reviews, batch_size, adapter=AdapterOptions(), method="lora", learning_rate=1e-3, **extra
         )
         no_dropout(model)
-        data.options, data._prepared = dataclasses.replace(data.options, val_size=23), None
+        data.options = dataclasses.replace(data.options, val_size=23)
+        del data.prepared
         assert sum(data.class_counts) % 16 == 9  # the last step has two parts of 4 rows and one of 1
         trainer(accumulate_grad_batches=accumulate, max_epochs=2).fit(model, data)
         return model.state_dict()
