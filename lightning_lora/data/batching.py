@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,16 +152,19 @@ class ResumableLoader(DataLoader):
     """
 
     batch_sampler: "LengthBatchSampler"
-
-    def before_batch(self, taken: int) -> None:
-        """Called before each batch of an epoch and at its end, with the number of those that were taken; to be set."""
+    #: Called before each batch of an epoch and at its end, with the number of those that were taken.
+    before_batch: Callable[[int], None] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
-        self.before_batch(self.batch_sampler.taken)
-        for batch in batches:
+        while True:
+            if self.before_batch is not None:
+                self.before_batch(self.batch_sampler.taken)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
             yield batch
-            self.before_batch(self.batch_sampler.taken)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the epoch."""
