@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.config.lightning_cli import ConfiguredRun
+from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.errors import UserError
 from lightning_lora.export.weights import weights_labels
 from lightning_lora.files import check_writable

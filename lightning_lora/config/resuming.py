@@ -1,4 +1,4 @@
-"""How ``fit --resume`` continues a run: its words, what may be extended, and what that changes."""
+"""How ``fit --resume`` continues a run: from which state, what may be changed, and what that changes."""
 
 import sys
 from collections.abc import Mapping
@@ -7,41 +7,17 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Timer
 
-from lightning_lora.errors import UserError
+from lightning_lora.config.settings import LIMITS
+from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.models.methods import METHODS
 from lightning_lora.runs.checkpoints import ResumePoints
 from lightning_lora.runs.folder import RunFolder
-from lightning_lora.training.loggers import RUN_ARGUMENTS
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.optim import same_schedule
 
-#: How long a run trains, which may be changed when it is resumed.
-LIMITS = ("max_epochs", "max_steps", "max_time")
-
-
-def resumed_words(words: list[str], run: str) -> list[str]:
-    """The words that continue a run: its own config, and perhaps other limits.
-
-    Raises:
-        UserError: There is another option.
-    """
-    rest, names = [], [f"--trainer.{name}" for name in LIMITS]
-    left = list(words)
-    while left:
-        name, equals, _ = (word := left.pop(0)).partition("=")
-        value = [] if equals or not left else [left.pop(0)]
-        if name != "--resume":
-            if name not in names:
-                raise UserError(
-                    f"--resume: '{word}' would make it another run; only {', '.join(names)} can be given, or start a "
-                    "new run"
-                )
-            rest += [word, *value]
-    return ["--config", str(RunFolder.open(Path(run), "--resume").config), "--resume", run, *rest]
-
 
 def find_state(folder: RunFolder, record: dict[str, Any]) -> Path | None:
-    """The last state of a run that is whole; None where none was saved.
+    """Return the last state of a run that is whole; None where none was saved.
 
     Raises:
         UserError: All are damaged, or the run has finished and kept none.
@@ -53,29 +29,29 @@ def find_state(folder: RunFolder, record: dict[str, Any]) -> Path | None:
         if not finished:
             folder.write({**record, "status": "failed", "error": str(error)})
         raise
-    if damage:
-        print(f"warning: {damage}", file=sys.stderr)
+    print_warnings([damage] if damage else [])
     if finished and point is None:
         raise UserError(f"--resume: {folder.path} has no last.ckpt to continue from; start a new run")
     return point
 
 
-def extension(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The limits that are other than they were, by name: before, and now.
+def changed_limits(folder: RunFolder, trainer: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the limits that are other than they were, by name: before, and now.
 
     Args:
-        before: The trainer's settings so far.
-        now: Those asked for.
+        folder: The run's, whose config holds them as they were.
+        trainer: The trainer's settings that are asked for.
     """
-    return {f"trainer.{name}": [before[name], now[name]] for name in LIMITS if before[name] != now[name]}
+    before = folder.settings()["trainer"]
+    return {f"trainer.{name}": [before[name], trainer[name]] for name in LIMITS if before[name] != trainer[name]}
 
 
-def check_extension(method: str, trainer: Mapping[str, Any], state: Mapping[str, Any], folder: RunFolder) -> None:
-    """Refuses to resume a run by other limits that leave nothing to do, or that its method cannot change.
+def check_limits(method: str, trainer: Mapping[str, Any], state: Mapping[str, Any], folder: RunFolder) -> None:
+    """Refuse to resume a run by other limits that leave nothing to do, or that its method cannot change.
 
     Args:
         method: The run's.
-        trainer: The settings asked for.
+        trainer: The trainer's settings that are asked for.
         state: The checkpoint to continue from.
         folder: The run's folder.
 
@@ -99,7 +75,7 @@ def check_extension(method: str, trainer: Mapping[str, Any], state: Mapping[str,
 
 
 def warn_of_schedule(model: TextClassifier) -> None:
-    """Says where a run that is resumed by other limits comes to something else than one started with them."""
+    """Warn where a run that is resumed by other limits comes to another result than one started with them."""
     before, now = model.planned_before, model.planned_steps
     if before is None or now in (None, before) or same_schedule(model.schedule, model.warmup_ratio, before, now):
         return
@@ -111,7 +87,7 @@ def warn_of_schedule(model: TextClassifier) -> None:
 
 
 def warn_of_epoch(state: Mapping[str, Any]) -> None:
-    """Says where a run ended within an epoch (max_steps, max_time), as the next epoch begins then."""
+    """Warn where a run ended within an epoch (max_steps, max_time), as the next epoch begins then."""
     progress = state.get("loops", {}).get("fit_loop", {})
     epochs, batches = (progress.get(key, {}) for key in ("epoch_progress", "epoch_loop.batch_progress"))
     ended = epochs and epochs["current"]["ready"] == epochs["current"]["processed"]
@@ -121,17 +97,3 @@ def warn_of_epoch(state: Mapping[str, Any]) -> None:
             "the result differs from that of a longer run",
             file=sys.stderr,
         )
-
-
-def rejoin_loggers(trainer: Any, ids: Mapping[str, str]) -> None:
-    """Has loggers continue the runs that they began, instead of beginning others.
-
-    Args:
-        trainer: The parsed settings; changed in place.
-        ids: What the record knows: the run of each class of loggers.
-    """
-    given = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-    for logger in given:
-        name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
-        if name in ids and name in RUN_ARGUMENTS:
-            logger.init_args[RUN_ARGUMENTS[name]] = ids[name]

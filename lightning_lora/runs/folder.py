@@ -20,22 +20,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lightning_lora import __version__
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_folder, write_text
 from lightning_lora.fingerprint import code_fingerprint
 
 RECORD_FORMAT = 1
-_PACKAGES = (
-    "torch",
-    "lightning",
-    "transformers",
-    "datasets",
-    "peft",
-    "bitsandbytes",
-    "torchmetrics",
-    "jsonargparse",
-)
+_PACKAGES = ("torch", "lightning", "transformers", "datasets", "peft", "bitsandbytes", "torchmetrics", "jsonargparse")
 #: What trains: with another fingerprint of this code, results may be others.
 _TRAINS = ("training.module", "data.datamodule")
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,99}")
@@ -64,32 +57,28 @@ class RunFolder:
         Raises:
             UserError: The name is taken or not usable, or the folder cannot be made.
         """
-        if name is not None:
-            folder_name(name)
-        wanted = (
-            name or f"{re.sub(r'[^A-Za-z0-9.]+', '-', stem)[:60].strip('-.') or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
-        )
-        try:
-            logs_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--logs_dir: cannot make {logs_dir} ({error.strerror or error})") from error
-        for number in range(1000):
+        if name is None:
+            plain_stem = re.sub(r"[^A-Za-z0-9.]+", "-", stem)[:60].strip("-.") or "run"
+            wanted = f"{plain_stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        else:
+            wanted = folder_name(name)
+        for number in itertools.count():
             path = logs_dir / (f"{wanted}-{number}" if number else wanted)
             try:
-                # With its config in it from the first moment on: what a killed process leaves can be gone on with.
+                logs_dir.mkdir(parents=True, exist_ok=True)
+                # With its config in it from the first moment on: what a killed process leaves can be resumed.
                 with atomic_folder(path) as staging:
                     (staging / "config.yaml").write_text(config, encoding="utf-8")
-            except FileExistsError:
-                if name is not None:
+                break
+            except OSError as error:
+                if not path.exists():
+                    raise UserError(f"--logs_dir: cannot make {path} ({error.strerror or error})") from error
+                if name is not None:  # else a run of the same second has it
                     or_resume = f", or resume it: --resume {path}" if (path / "config.yaml").is_file() else ""
                     raise UserError(
                         f"--name: {path} exists, and a run is never overwritten; choose another name{or_resume}"
                     ) from None
-            except OSError as error:
-                raise UserError(f"--logs_dir: cannot make {path} ({error.strerror or error})") from error
-            else:
-                return cls(path)
-        raise UserError(f"--logs_dir: {logs_dir} holds a thousand runs of this second already")
+        return cls(path)
 
     @classmethod
     def open(cls, path: Path, option: str = "--run") -> "RunFolder":
@@ -107,6 +96,10 @@ class RunFolder:
         """The resolved config."""
         return self.path / "config.yaml"
 
+    def settings(self) -> dict[str, Any]:
+        """The resolved config as plain values."""
+        return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+
     @property
     def checkpoints(self) -> Path:
         """The folder of ``best.ckpt`` and ``last.ckpt``."""
@@ -120,13 +113,10 @@ class RunFolder:
         """
         path = self.checkpoints / f"{which}.ckpt" if which in ("best", "last") else Path(which)
         if not (path.is_file() or (which not in ("best", "last") and path.is_dir())):
-            status = self.read().get("status", "unfinished") if self.record.is_file() else "unfinished"
-            last = which == "best" and (self.checkpoints / "last.ckpt").is_file()
-            remedy = (
-                "no validation pass ended, so none is best; --checkpoint last takes the last state"
-                if last
-                else "an untrained model is not evaluated; run fit again"
-            )
+            status = self.read().get("status") if self.record.is_file() else "unfinished"
+            remedy = "an untrained model is not evaluated; run fit again"
+            if which == "best" and (self.checkpoints / "last.ckpt").is_file():
+                remedy = "no validation pass ended, so none is best; --checkpoint last takes the last state"
             raise UserError(f"--run: {self.path} has no checkpoint {path.name} (the run's status: {status}); {remedy}")
         return path
 
@@ -196,11 +186,11 @@ class RunFolder:
     def new_evaluation(self, split: str) -> str:
         """A name for a further evaluation of a split ("test", then "test-2", ...); none is overwritten."""
         done = self.read().get("evaluations", {}) if self.record.is_file() else {}
-        return next(
-            name
-            for name in (split if number == 1 else f"{split}-{number}" for number in itertools.count(1))
-            if name not in done and not (self.path / f"{name}.md").exists()
-        )
+        name, number = split, 1
+        while name in done or (self.path / f"{name}.md").exists():
+            number += 1
+            name = f"{split}-{number}"
+        return name
 
     def add_evaluation(self, name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
         """Adds what a later command measured (such as "test") to the record, and gives the whole."""
@@ -318,6 +308,11 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor()
+
+
+def as_yaml(settings: Mapping[str, Any]) -> str:
+    """The settings as the text of a ``config.yaml``."""
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
 
 
 def plain(value: Any) -> Any:

@@ -10,12 +10,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from lightning_lora.files import write_text
 
-#: Loggers of services whose runs have an id, and the argument that continues one.
+#: Loggers of services whose runs have an id, and the argument that resumes one.
 RUN_ARGUMENTS = {"CometLogger": "experiment_key", "MLFlowLogger": "run_id", "WandbLogger": "id"}
 
 
 def make_loggers(folder: Path, training: bool, steps: int) -> list[Logger]:
-    """The loggers of a run.
+    """Return the loggers of a run.
 
     Args:
         folder: The run's folder.
@@ -26,30 +26,34 @@ def make_loggers(folder: Path, training: bool, steps: int) -> list[Logger]:
     place: dict[str, Any] = {"save_dir": folder, "name": "", "version": "tensorboard", "default_hp_metric": False}
     if not training:
         return [EvaluationBoard(max(steps - 1, 0), **place)]
-    if steps:
-        place["purge_step"] = steps
-    board = TensorBoardLogger(**place)
-    kept = _rows_before(folder / "metrics.csv", steps) if steps else None
-    numbers = MetricsFile(folder, name="", version="")
-    if kept is not None:
-        experiment = numbers.experiment  # Lightning's writer begins by removing the file
-        experiment.metrics_keys = list(kept[0])
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\r\n").writerows(kept)
-        write_text(folder / "metrics.csv", text.getvalue())
-    return [board, numbers]
+    if not steps:
+        return [TensorBoardLogger(**place), MetricsFile(folder, name="", version="")]
+    return [TensorBoardLogger(**place, purge_step=steps), resumed_metrics(folder, steps)]
 
 
 def run_ids(loggers: Iterable[Logger]) -> dict[str, str]:
-    """The ids of the runs that loggers of ``RUN_ARGUMENTS`` have started, by class."""
+    """Return the ids of the runs that loggers of ``RUN_ARGUMENTS`` have started, by class."""
     return {type(each).__name__: str(each.version) for each in loggers if type(each).__name__ in RUN_ARGUMENTS}
+
+
+def rejoin_loggers(settings: Any, ids: Mapping[str, str]) -> None:
+    """Have loggers resume the runs that they have started, instead of starting others.
+
+    Args:
+        settings: The parsed setting ``trainer.logger``; changed in place.
+        ids: What the record knows: the run of each class of loggers.
+    """
+    for logger in settings if isinstance(settings, list) else [settings]:
+        name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
+        if name in ids:
+            logger.init_args[RUN_ARGUMENTS[name]] = ids[name]
 
 
 class MetricsFile(CSVLogger):
     """``metrics.csv`` of a run, whose settings are in ``config.yaml``."""
 
     def log_hyperparams(self, params: Any = None) -> None:
-        """Writes nothing."""
+        """Write nothing."""
 
 
 class EvaluationBoard(TensorBoardLogger):
@@ -65,16 +69,20 @@ class EvaluationBoard(TensorBoardLogger):
         self.at = at
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Logs them at the weights' step."""
+        """Log them at the weights' step."""
         super().log_metrics(metrics, self.at)
 
 
-def _rows_before(path: Path, steps: int) -> list[list[str]] | None:
-    """The header and the rows of earlier steps; a row that a kill has cut off is none."""
-    if not path.is_file():
-        return None
-    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
-    if not rows or "step" not in rows[0]:
-        return None
-    header, at = rows[0], rows[0].index("step")
-    return [header, *(r for r in rows[1:] if len(r) == len(header) and r[at].isdigit() and int(r[at]) < steps)]
+def resumed_metrics(folder: Path, steps: int) -> MetricsFile:
+    """Return the logger of a ``metrics.csv`` that keeps its whole rows of earlier steps."""
+    path = folder / "metrics.csv"
+    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+    numbers = MetricsFile(folder, name="", version="")
+    if rows and "step" in (header := rows[0]):
+        at = header.index("step")
+        kept = [r for r in rows[1:] if len(r) == len(header) and r[at].isdigit() and int(r[at]) < steps]
+        numbers.experiment.metrics_keys = list(header)  # Lightning's writer begins by removing the file
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\r\n").writerows([header, *kept])
+        write_text(path, text.getvalue())
+    return numbers

@@ -29,13 +29,23 @@ _FOLLOWER = "LIGHTNING_LORA_FOLLOWER"
 _VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
-def device_count(trainer: dict[str, Any]) -> int:
-    """The devices of all nodes that the trainer's settings ask for.
+def device_count(trainer: Any) -> int:
+    """Return the devices of all nodes that the trainer's settings ask for.
 
     Raises:
-        UserError: There are none, or not so many; or torchrun has started another number of processes.
+        UserError: This machine does not have them; or torchrun has started another number of processes.
     """
-    count = _device_count(trainer)
+    devices, nodes, accelerator = trainer["devices"], int(trainer["num_nodes"]), trainer["accelerator"]
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    try:
+        if nodes < 1:
+            raise ValueError("at least one machine is needed")
+        count = nodes * Trainer(accelerator=accelerator, devices=devices, **quiet).num_devices
+    except (MisconfigurationException, TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(
+            f"trainer.devices {devices}, num_nodes {nodes}, accelerator {accelerator}: {' '.join(str(error).split())}; "
+            "--trainer.accelerator auto takes what this machine has"
+        ) from error
     started = int(os.environ.get("WORLD_SIZE", "0"))
     if started and started != count:
         raise UserError(
@@ -43,19 +53,6 @@ def device_count(trainer: dict[str, Any]) -> int:
             "--trainer.devices (a machine) and --trainer.num_nodes as they were started"
         )
     return count
-
-
-def _device_count(trainer: dict[str, Any]) -> int:
-    devices, nodes = trainer["devices"], int(trainer["num_nodes"])
-    if nodes < 1:
-        raise UserError(f"trainer.devices, trainer.num_nodes: at least 1 machine is needed, got {nodes}")
-    if str(devices) == "1" or (isinstance(devices, list) and len(devices) == 1):
-        return nodes
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    try:
-        return nodes * Trainer(accelerator=trainer["accelerator"], devices=devices, **quiet).num_devices
-    except (MisconfigurationException, TypeError, ValueError) as error:
-        raise UserError(f"trainer.devices: {devices}: {' '.join(str(error).split())}") from error
 
 
 def strategy_for(trainer: dict[str, Any], words: Sequence[str]) -> "DataParallel | str":

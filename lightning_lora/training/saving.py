@@ -153,21 +153,18 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class EpochCheckpoint(BestCheckpoint):
-    """As ``BestCheckpoint``."""
+    """A class of its own too."""
 
 
 def checkpoint_callbacks(folder: RunFolder, keep_every_epoch: bool) -> list[Callback]:
-    """The best weights on validation, and those of each epoch; the last state is kept by ``StateSaver``."""
-    common: dict[str, Any] = {"dirpath": folder.checkpoints, "enable_version_counter": False}
-    callbacks: list[Callback] = [
-        BestCheckpoint(filename="best", monitor=MONITOR, mode="max", save_weights_only=True, save_top_k=1, **common),
-    ]
-    if keep_every_epoch:
-        # At the end of each epoch of training, whether or not a validation pass ran in it.
-        each_epoch: dict[str, Any] = {"monitor": None, "save_on_train_epoch_end": True, **common}
-        each_epoch |= {"filename": "epoch-{epoch}", "auto_insert_metric_name": False}
-        callbacks.append(EpochCheckpoint(save_top_k=-1, save_weights_only=True, **each_epoch))
-    return callbacks
+    """Return what keeps the best weights on validation, and those of each epoch."""
+    common: dict[str, Any] = {"dirpath": folder.checkpoints, "save_weights_only": True, "enable_version_counter": False}
+    best = BestCheckpoint(filename="best", monitor=MONITOR, mode="max", **common)
+    if not keep_every_epoch:
+        return [best]
+    # At the end of each epoch of training, whether or not a validation pass ran in it.
+    common |= {"filename": "epoch-{epoch}", "auto_insert_metric_name": False, "save_on_train_epoch_end": True}
+    return [best, EpochCheckpoint(save_top_k=-1, **common)]
 
 
 def place_checkpoints(callbacks: Iterable[Callback], folder: RunFolder) -> None:

@@ -123,7 +123,7 @@ def test_a_run_that_ended_within_an_epoch_is_continued_with_a_warning(config, ca
         ),
         (["--model.learning_rate", "1"], "'--model.learning_rate' would make it another run"),
         (["--config", "a.yaml"], "'--config' would make it another run"),
-        (["--trainer.max_epochs", "3", "--data.batch_size=4"], "'--data.batch_size=4' would make it another run"),
+        (["--trainer.max_epochs", "3", "--data.batch_size=4"], "'--data.batch_size' would make it another run"),
     ],
 )
 def test_other_options_and_limits_that_leave_nothing_to_do_are_refused(config, capsys, words, said: str) -> None:
