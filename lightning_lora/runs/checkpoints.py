@@ -81,18 +81,20 @@ class CheckpointIdentity:
             UserError: A trained weight is missing, there is one too many, or a shape differs.
         """
         missing, unexpected = sorted(expected - set(state)), sorted(set(state) - expected)
-        if missing or unexpected:
-            what = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which is not trained here"
-            raise UserError(
-                f"the checkpoint {what} ({len(missing)} missing, {len(unexpected)} unexpected); "
-                "model settings such as target_modules must be those it was trained with"
-            )
-        for name, value in state.items():
-            if value.shape != own[name].shape:
-                raise UserError(
-                    f"the checkpoint's {name} has shape {tuple(value.shape)}, the model's {tuple(own[name].shape)}; "
-                    "model settings such as adapter.rank must be those it was trained with"
-                )
+        other = [name for name in sorted(expected & set(state)) if state[name].shape != own[name].shape]
+        if missing:
+            what = f"lacks {missing[0]}"
+        elif unexpected:
+            what = f"holds {unexpected[0]}, which is not trained here"
+        elif other:
+            shapes = tuple(state[other[0]].shape), tuple(own[other[0]].shape)
+            what = f"holds {other[0]}, which has shape {shapes[0]} there and {shapes[1]} here"
+        else:
+            return
+        raise UserError(
+            f"the checkpoint {what} ({len(missing)} missing, {len(unexpected)} unexpected); model settings such as "
+            "adapter.rank and adapter.target_modules must be those it was trained with"
+        )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

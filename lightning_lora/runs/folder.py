@@ -43,6 +43,14 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        #: The resolved config.
+        self.config = path / "config.yaml"
+        #: The folder of ``best.ckpt`` and ``last.ckpt``.
+        self.checkpoints = path / "checkpoints"
+        #: The run record, JSON.
+        self.record = path / "run.json"
+        #: Which row of the source went to which split.
+        self.splits = path / "splits.parquet"
 
     @classmethod
     def create(cls, logs_dir: Path, name: str | None, stem: str, config: str = "") -> "RunFolder":
@@ -91,19 +99,9 @@ class RunFolder:
             raise UserError(f"{option}: {path} is no run folder (no config.yaml in it); give a folder that fit made")
         return cls(path)
 
-    @property
-    def config(self) -> Path:
-        """The resolved config."""
-        return self.path / "config.yaml"
-
     def settings(self) -> dict[str, Any]:
         """The resolved config as plain values."""
         return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of ``best.ckpt`` and ``last.ckpt``."""
-        return self.path / "checkpoints"
 
     def checkpoint(self, which: str) -> Path:
         """The checkpoint "best" or "last", or a path to a file or an exported adapter's folder.
@@ -119,11 +117,6 @@ class RunFolder:
                 remedy = "no validation pass ended, so none is best; --checkpoint last takes the last state"
             raise UserError(f"--run: {self.path} has no checkpoint {path.name} (the run's status: {status}); {remedy}")
         return path
-
-    @property
-    def record(self) -> Path:
-        """The run record, JSON."""
-        return self.path / "run.json"
 
     def read(self) -> dict[str, Any]:
         """The record.
@@ -145,11 +138,6 @@ class RunFolder:
         """Writes the record, whole; numbers that are not finite become null, which JSON has."""
         write_text(self.record, json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
-    @property
-    def splits(self) -> Path:
-        """Which row of the source went to which split."""
-        return self.path / "splits.parquet"
-
     def refuse_trained_rows(self, keys: Sequence[bytes], seen: Sequence[str]) -> None:
         """Refuse to evaluate on texts that the run has learned from or was chosen by.
 
@@ -166,13 +154,9 @@ class RunFolder:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        splits, wanted = pa.array(seen), pa.array(set(keys), pa.binary())
-        known: set[bytes] = set()
-        try:
-            with pq.ParquetFile(self.splits) as file:
-                for batch in file.iter_batches(columns=["split", "key"]):  # of millions of rows, those in question stay
-                    same = pc.and_(pc.is_in(batch["split"], splits), pc.is_in(batch["key"], wanted))
-                    known.update(batch["key"].filter(same).to_pylist())
+        wanted = pc.field("split").isin(list(seen)) & pc.field("key").isin(pa.array(set(keys), pa.binary()))
+        try:  # of millions of rows, those in question stay
+            known = set(pq.read_table(self.splits, columns=["key"], filters=wanted)["key"].to_pylist())
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{self.splits}: cannot be read ({error}); without it nobody knows what was trained on"
@@ -267,47 +251,37 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in _PACKAGES}
 
 
+@cache
 def commit() -> dict[str, Any]:
-    """The commit of this code and whether code or configs differed from it; nulls outside a git checkout.
-
-    Asked once a process, early: what is imported stays as it was when the files change. Processes that are forked
-    from one that has imported the code have its answer.
+    """Return the commit of this code and whether code or configs differed from it; nulls outside a git checkout.
 
     With them a fingerprint of the code that results come from, which a commit that changes a document leaves as it is.
+    Asked once a process, early: what is imported stays as it was when the files change. Processes that are forked
+    from one that has imported the code have its answer.
     """
-    return dict(_commit())
-
-
-@cache
-def _commit() -> dict[str, Any]:
-    here = Path(__file__).parents[2]
-    code: dict[str, Any] = {"fingerprint": code_fingerprint(*_TRAINS)}
+    here = Path(__file__)
 
     def git(*words: str) -> str | None:
+        command = ["git", "-C", str(here.parents[2]), *words]
         try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20
-            )
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
-        return done.stdout.strip()
 
-    if git("ls-files", "--error-unmatch", str(Path(__file__))) is None:
-        return {"commit": None, "dirty": None, **code}  # a copy that another repository happens to contain
-    # Data and runs of a user may lie in the same folder; they do not change what the code does.
-    changes = git("status", "--porcelain", "--", "main.py", "lightning_lora", "configs")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes), **code}
+    head = changes = None
+    if git("ls-files", "--error-unmatch", str(here)) is not None:  # no copy that another repository happens to contain
+        head = git("rev-parse", "HEAD")
+        # Data and runs of a user may lie in the same folder; they do not change what the code does.
+        changes = git("status", "--porcelain", "--", "main.py", "lightning_lora", "configs")
+    dirty = None if changes is None else bool(changes)
+    return {"commit": head, "dirty": dirty, "fingerprint": code_fingerprint(*_TRAINS)}
 
 
 def processor() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor()
+    """Return the processor's name."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return named[1] if named else platform.processor()
 
 
 def as_yaml(settings: Mapping[str, Any]) -> str:
