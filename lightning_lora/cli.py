@@ -7,6 +7,7 @@ import difflib
 import importlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from lightning_lora import __version__
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import refusal
 from lightning_lora.interrupts import Interrupted
+from lightning_lora.processes import is_leader
 
 #: For each word after ``main.py`` a line for the help page, and the ``module:function`` that takes the other words.
 COMMANDS = {
@@ -27,6 +29,8 @@ COMMANDS = {
     "report": ("the report of ablations or of any runs, without torch", "report:run"),
     "predict": ("labels and probabilities for your own texts", "predict:run"),
 }
+#: Seconds that a process waits for the one that leads it.
+PATIENCE_S = 10
 HELP = f"""usage: python main.py COMMAND [OPTIONS]
 
 Fine-tune text classifiers with LoRA on PyTorch Lightning.
@@ -69,7 +73,12 @@ def exit_status(work: Callable[[], int | None], show_traceback: bool = False) ->
         show_traceback: Print where an error comes from, too.
     """
     try:
-        return work() or 0
+        try:
+            return work() or 0
+        except (Interrupted, UserError):
+            if not is_leader():  # launchers end all once one has ended: the leader has a record to write, and says why
+                time.sleep(PATIENCE_S)
+            raise
     except Interrupted as error:
         return error.status
     except (KeyboardInterrupt, SystemExit) as error:

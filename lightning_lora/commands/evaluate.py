@@ -18,7 +18,7 @@ from lightning_lora.files import check_writable, write_text
 from lightning_lora.processes import started_to_follow
 from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, print_tables
 from lightning_lora.runs.folder import RunFolder, now
-from lightning_lora.training.parallel import device_count, end_followers, follow_the_leader
+from lightning_lora.training.parallel import device_count, follow_the_leader, run_processes
 
 
 def validate(words: list[str]) -> int:
@@ -33,48 +33,46 @@ def test(words: list[str]) -> int:
 
 def _evaluate(command: str, split: str, words: list[str]) -> int:
     cli = ConfiguredRun(command, words)
+    if (status := run_processes([command, *words], cli.config.trainer)) is not None:
+        return status
     follows = device_count(cli.config.trainer) > 1 and started_to_follow()
     if follows:  # the leader checks, prints and writes
         follow_the_leader()
-    try:
-        folder = RunFolder.open(Path(cli.config.run))
-        path = folder.checkpoint(cli.config.checkpoint)
-        cli.steps_done = trained_steps(path)
-        cli.build(folder)
-        check_weights(cli.model, path)  # before minutes are spent on it
-        int8_layers = cli.model.check_int8(str(cli.config.trainer.precision)) if cli.config.int8 else 0
-        cli.datamodule.setup(command)
-        rows = cli.datamodule.rows(split)
-        if not follows:
-            check_writable(folder.path)
-            folder.refuse_trained_rows(text_keys(rows.texts), ("train",) if split == "val" else ("train", "val"))
-        evaluation: dict[str, Any] = {
-            "measured": now(),
-            "command": shlex.join(["python", "main.py", command, *cli.words]),
-            "checkpoint": str(path),
-            "step": cli.steps_done,
-            "fingerprint": rows.fingerprint,
-        }
-        if cli.config.get("before"):
-            print(f"{split} rows before fine-tuning (base model with {cli.model.head_origin}): {len(rows):,}")
-            evaluation["before"], evaluation["before_s"] = _run_pass(cli, command, split, cli.make_trainer(None))
-        load_weights(cli.model, path)
-        print(f"{split} rows after fine-tuning ({path}): {len(rows):,}")
-        evaluation["after"], evaluation["after_s"] = _run_pass(cli, command, split, cli.trainer)
-        found = {"": cli.collector.last[split]}
-        if cli.config.int8:
-            evaluation["int8_layers"] = f"{int8_layers} of {cli.model.model.config.num_hidden_layers} layers"
-            print(f"{split} rows in int8 ({evaluation['int8_layers']}): {len(found['']):,}")
-            if not cli.config.get("before"):  # for times to compare, each shape must have been met before
-                evaluation["after_s"] = _run_pass(cli, command, split, cli.make_trainer(None))[1]
-            cli.model.int8 = True
-            evaluation["int8"], evaluation["int8_s"] = _run_pass(cli, command, split, cli.make_trainer(None))
-            found["-int8"] = cli.collector.last[split]
-        if not follows:
-            _finish(cli, folder, split, evaluation, found)
-        end_followers(well=True)
-    finally:
-        end_followers(well=False)
+    folder = RunFolder.open(Path(cli.config.run))
+    path = folder.checkpoint(cli.config.checkpoint)
+    cli.steps_done = trained_steps(path)
+    cli.build(folder)
+    check_weights(cli.model, path)  # before minutes are spent on it
+    int8_layers = cli.model.check_int8(str(cli.config.trainer.precision)) if cli.config.int8 else 0
+    cli.datamodule.setup(command)
+    rows = cli.datamodule.rows(split)
+    if not follows:
+        check_writable(folder.path)
+        folder.refuse_trained_rows(text_keys(rows.texts), ("train",) if split == "val" else ("train", "val"))
+    evaluation: dict[str, Any] = {
+        "measured": now(),
+        "command": shlex.join(["python", "main.py", command, *cli.words]),
+        "checkpoint": str(path),
+        "step": cli.steps_done,
+        "fingerprint": rows.fingerprint,
+    }
+    if cli.config.get("before"):
+        print(f"{split} rows before fine-tuning (base model with {cli.model.head_origin}): {len(rows):,}")
+        evaluation["before"], evaluation["before_s"] = _run_pass(cli, command, split, cli.make_trainer(None))
+    load_weights(cli.model, path)
+    print(f"{split} rows after fine-tuning ({path}): {len(rows):,}")
+    evaluation["after"], evaluation["after_s"] = _run_pass(cli, command, split, cli.trainer)
+    found = {"": cli.collector.last[split]}
+    if cli.config.int8:
+        evaluation["int8_layers"] = f"{int8_layers} of {cli.model.model.config.num_hidden_layers} layers"
+        print(f"{split} rows in int8 ({evaluation['int8_layers']}): {len(found['']):,}")
+        if not cli.config.get("before"):  # for times to compare, each shape must have been met before
+            evaluation["after_s"] = _run_pass(cli, command, split, cli.make_trainer(None))[1]
+        cli.model.int8 = True
+        evaluation["int8"], evaluation["int8_s"] = _run_pass(cli, command, split, cli.make_trainer(None))
+        found["-int8"] = cli.collector.last[split]
+    if not follows:
+        _finish(cli, folder, split, evaluation, found)
     return 0
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.fabric.utilities.spike import TrainingSpikeException
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -30,7 +29,7 @@ from lightning_lora.runs.folder import RunFolder, as_yaml, new_record, now
 from lightning_lora.training.guard import NotFiniteError
 from lightning_lora.training.loggers import run_ids
 from lightning_lora.training.module import TextClassifier
-from lightning_lora.training.parallel import PATIENCE_S, device_count, end_followers, follow_the_leader
+from lightning_lora.training.parallel import device_count, follow_the_leader, run_processes
 from lightning_lora.training.saving import MONITOR, StateSaver, describe_best
 from lightning_lora.units import duration
 
@@ -42,6 +41,8 @@ def run(words: list[str]) -> int:
         folder = RunFolder(Path(cli.config.logs_dir) / cli.config.name)
         if folder.config.is_file() and folder.settings() == cli.settings():
             cli = ConfiguredRun("fit", ["--resume", str(folder.path)])  # the scheduler gives the same command again
+    if (status := run_processes(["fit", *words], cli.config.trainer)) is not None:
+        return status
     if device_count(cli.config.trainer) > 1 and started_to_follow():
         follow(cli)
     elif cli.config.resume is not None:
@@ -136,17 +137,10 @@ def follow(cli: ConfiguredRun) -> None:
             return  # as the leader does
         point, _ = ResumePoints(folder.checkpoints).find()
         cli.steps_done = int(read_checkpoint(point)["global_step"]) if point is not None else 0
-    try:
-        with cli.stop_request.listening():
-            cli.build(folder)
-            cli.datamodule.setup("fit")
-            fit(cli, folder, point)
-        end_followers(well=True)  # of this machine
-    except Interrupted:
-        time.sleep(PATIENCE_S)  # launchers end all once one has ended: the leader has a record to write
-        raise
-    finally:
-        end_followers(well=False)
+    with cli.stop_request.listening():
+        cli.build(folder)
+        cli.datamodule.setup("fit")
+        fit(cli, folder, point)
 
 
 def train(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any], point: Path | None) -> None:
@@ -245,11 +239,6 @@ def fit(cli: ConfiguredRun, folder: RunFolder, point: Path | None) -> None:
             f"{error}: look at its rows ({origins}: {numbers}), lower model.learning_rate or raise "
             f"model.warmup_ratio; the weights before it are in {path}"
         ) from error
-    except TrainingSpikeException as error:
-        raise UserError(
-            f"SpikeDetection: {' '.join(str(error).split())}; look at the rows of that batch, or lower "
-            "model.learning_rate"
-        ) from error
     except (MisconfigurationException, ValueError) as error:  # of the trainer's settings, before the first step
         if cli.model.began:
             raise
@@ -294,7 +283,6 @@ def recorded(folder: RunFolder, record: dict[str, Any]) -> Iterator[None]:
     try:
         yield
         record["status"] = "finished"
-        end_followers(well=True)
     except (KeyboardInterrupt, SystemExit):
         record["status"] = "interrupted"
         raise
@@ -310,7 +298,6 @@ def recorded(folder: RunFolder, record: dict[str, Any]) -> Iterator[None]:
         record |= {"status": "failed", "error": said}
         raise
     finally:
-        end_followers(well=False)
         record |= {"ended": now(), "wall_s": before + time.perf_counter() - started}
         folder.write(record)
 

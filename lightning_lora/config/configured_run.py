@@ -90,10 +90,13 @@ class ConfiguredRun:
                 f"trainer.strategy: '{trainer.strategy}' is not one of {', '.join(STRATEGIES)}; what is trained of an "
                 "encoder with LoRA fits on each device, so it is never cut up"
             )
-        if self.command in ("predict", "export") and device_count(trainer) > 1:
+        devices = device_count(trainer)
+        if self.command in ("predict", "export") and devices > 1:
             more = "; --workers shares many files" if self.command == "predict" else ""
             raise UserError(f"trainer.devices: {self.command} runs on one device{more}")
         if self.command == "fit":
+            if (size := config.data.batch_size) < devices:
+                raise UserError(f"data.batch_size: {size} texts a step cannot be shared by {devices} devices; raise it")
             if config.resume is None:  # a resumed run keeps what it started with
                 refuse_options(trainer.as_dict())
             if config.model.method == "lora_plus" and "LearningRateFinder" in str(trainer.callbacks):
@@ -112,7 +115,6 @@ class ConfiguredRun:
                 model cannot take the texts.
         """
         keep_freed_memory()
-        device_count(self.config.trainer)
         config = self.config.clone()
         if self.command != "fit":  # callbacks and loggers of a config are for fitting only
             config.trainer.callbacks, config.trainer.logger = None, config.trainer.logger is not False
@@ -164,7 +166,7 @@ class ConfiguredRun:
             callbacks += checkpoint_callbacks(folder, self.config.keep_every_epoch)
             callbacks.append(StateSaver(ResumePoints(folder.checkpoints), self.stop_request))
         config["callbacks"] = [*callbacks, *given, *(trial_callbacks() if fits else [])]
-        config["strategy"] = strategy_for(config, [self.command, *self.words])
+        config["strategy"] = strategy_for(config)
         config["plugins"] = [AtomicCheckpointIO(), *as_list(config["plugins"])]
         if folder is not None:
             config["default_root_dir"] = str(folder.path)
@@ -179,10 +181,6 @@ class ConfiguredRun:
             raise UserError(
                 f"trainer.precision: this machine cannot compute in {asked}, and {used} would be used instead; give "
                 f"--trainer.precision {used}"
-            )
-        if fits and (size := self.config.data.batch_size) < trainer.world_size:
-            raise UserError(
-                f"data.batch_size: {size} texts a step cannot be shared by {trainer.world_size} devices; raise it"
             )
         return trainer
 

@@ -204,8 +204,8 @@ def test_training_without_a_number_of_steps_ends_by_time_with_a_constant_rate(fi
 
 def test_a_spike_of_the_loss_ends_training_in_one_line(fit: Fit, capsys) -> None:
     words = ["--model.learning_rate", "5", "--trainer.gradient_clip_val", "null", "--trainer.max_epochs", "20"]
-    assert fit(named("SpikeDetection", window=2, warmup=1, atol=0.01, rtol=0.1), *words) == 2
-    assert "error: SpikeDetection: " in capsys.readouterr().err
+    assert fit(named("SpikeDetection", window=2, warmup=1, atol=0.01, rtol=0.1), *words) == 1
+    assert "error: TrainingSpikeException: Training spike detected" in capsys.readouterr().err
     assert json.loads(Path("logs/run/run.json").read_text())["status"] == "failed"
 
 
