@@ -36,7 +36,7 @@ from lightning_lora.training.module import AUTOCAST, TextClassifier
 from lightning_lora.training.parallel import STRATEGIES, device_count, strategy_for
 from lightning_lora.training.pruning import trial_callbacks
 from lightning_lora.training.refused import check_monitors, refuse_options
-from lightning_lora.training.saving import StateSaver, checkpoint_callbacks, place_checkpoints
+from lightning_lora.training.saving import StateSaver, best_checkpoint, place_checkpoints
 from lightning_lora.training.tensorboard import TensorBoardPages
 
 
@@ -104,8 +104,6 @@ class ConfiguredRun:
                     "trainer.callbacks: LearningRateFinder: it tries one rate for all weights, and lora_plus has two; "
                     "search with model.method lora, or leave it out"
                 )
-            if config.keep_every_epoch and trainer.enable_checkpointing is False:
-                raise UserError("keep_every_epoch: trainer.enable_checkpointing is off; leave one of the two out")
 
     def build(self, folder: RunFolder) -> None:
         """Make the data module, the model and the trainer, which writes into the folder.
@@ -163,8 +161,7 @@ class ConfiguredRun:
             if fits and not any(isinstance(c, LearningRateMonitor) for c in given):
                 callbacks.append(LearningRateMonitor(logging_interval="step"))
         if folder and saves:
-            callbacks += checkpoint_callbacks(folder, self.config.keep_every_epoch)
-            callbacks.append(StateSaver(ResumePoints(folder.checkpoints), self.stop_request))
+            callbacks += [best_checkpoint(folder), StateSaver(ResumePoints(folder.checkpoints), self.stop_request)]
         config["callbacks"] = [*callbacks, *given, *(trial_callbacks() if fits else [])]
         config["strategy"] = strategy_for(config)
         config["plugins"] = [AtomicCheckpointIO(), *as_list(config["plugins"])]

@@ -60,8 +60,6 @@ COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
 }
 #: Options that belong to one command and not to what is trained; they are left out of ``config.yaml``.
 COMMAND_KEYS = frozenset({"config", "texts", *(name for options in COMMAND_OPTIONS.values() for name in options)})
-#: Settings of a run that are in no group.
-RUN_SETTINGS = ("seed_everything", "keep_every_epoch")
 #: Settings of a run that ``predict`` uses; it refuses all others, which would be accepted and ignored.
 PREDICT_SETTINGS = (
     *("data.max_length", "data.truncation", "data.window_overlap", "data.padding", "data.eval_batch_size"),
@@ -76,7 +74,7 @@ COMMON_SETTINGS = (
     *("data.max_length", "data.truncation", "data.batch_size", "data.bad_rows", "model.method", "model.learning_rate"),
     *("model.adapter.rank", "model.adapter.alpha", "model.adapter.dropout", "model.adapter.target_modules"),
     *("model.quantization.bits", "trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.precision"),
-    *RUN_SETTINGS,
+    "seed_everything",
 )
 #: What the help of each command shows first.
 EXAMPLES = {
@@ -133,6 +131,6 @@ def refuse_unused(keys: Iterable[str]) -> None:
     """
     for key in keys:
         in_use = any(f"{key}.".startswith(f"{setting}.") for setting in PREDICT_SETTINGS)
-        if not in_use and ("." in key or key in RUN_SETTINGS):
+        if not in_use and ("." in key or key == "seed_everything"):
             hint = "give --bad_rows empty or --bad_rows error" if key == "data.bad_rows" else "leave it out"
             raise UserError(f"--{key}: predict does not use it; {hint}")

@@ -1,15 +1,11 @@
 """How ``fit --resume`` continues a run: from which state, what may be changed, and what that changes."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import Timer
-
 from lightning_lora.config.settings import LIMITS
 from lightning_lora.errors import UserError, print_warnings
-from lightning_lora.models.methods import METHODS
 from lightning_lora.runs.checkpoints import ResumePoints
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training.module import TextClassifier
@@ -60,18 +56,10 @@ def check_limits(method: str, trainer: Mapping[str, Any], state: Mapping[str, An
     """
     if method == "adalora":
         raise UserError(f"--resume: {folder.path} has laid adalora's ranks out over its steps; start a new run")
-    if not METHODS[method].trains:
-        raise UserError(f"--resume: method {method} trains nothing, so it cannot train longer")
     for name, done in (("max_epochs", int(state["epoch"])), ("max_steps", int(state["global_step"]))):
         limit = trainer[name]
         if limit is not None and 0 <= limit <= done:
             raise UserError(f"--trainer.{name}: {limit}, but {folder.path} has done {done} already; give more")
-    if trainer["max_epochs"] is None and trainer["max_steps"] == -1:
-        raise UserError("--trainer.max_epochs: null without trainer.max_steps; give one of the two, or -1 for no limit")
-    timer = state.get("callbacks", {}).get("Timer", {}).get("time_elapsed", {})
-    limit = trainer["max_time"]
-    if limit is not None and Timer(limit).time_remaining() <= (elapsed := timer.get("train", 0.0)):
-        raise UserError(f"--trainer.max_time: {limit}, but {folder.path} has trained for {elapsed:.0f} s; give more")
 
 
 def warn_of_schedule(model: TextClassifier) -> None:
@@ -79,11 +67,9 @@ def warn_of_schedule(model: TextClassifier) -> None:
     before, now = model.planned_before, model.planned_steps
     if before is None or now in (None, before) or same_schedule(model.schedule, model.warmup_ratio, before, now):
         return
-    print(
-        f"warning: the learning rate ({model.schedule}, warm-up {model.warmup_ratio:g}) was planned for {before} steps "
-        f"and is planned for {now} from here on; the result differs from that of a run started with {now}",
-        file=sys.stderr,
-    )
+    plan = f"the learning rate ({model.schedule}, warm-up {model.warmup_ratio:g}) was planned for {before} steps"
+    then = f"and is planned for {now} from here on; the result differs from that of a run started with {now}"
+    print_warnings([f"{plan} {then}"])
 
 
 def warn_of_epoch(state: Mapping[str, Any]) -> None:
@@ -92,8 +78,5 @@ def warn_of_epoch(state: Mapping[str, Any]) -> None:
     epochs, batches = (progress.get(key, {}) for key in ("epoch_progress", "epoch_loop.batch_progress"))
     ended = epochs and epochs["current"]["ready"] == epochs["current"]["processed"]
     if ended and not batches["is_last_batch"]:
-        print(
-            f"warning: the run ended {batches['current']['ready']} batches into an epoch, and the next one begins now; "
-            "the result differs from that of a longer run",
-            file=sys.stderr,
-        )
+        where = f"the run ended {batches['current']['ready']} batches into an epoch, and the next one begins now"
+        print_warnings([f"{where}; the result differs from that of a longer run"])

@@ -61,8 +61,6 @@ def make_parser(command: str) -> SettingsParser:
     parser.add_argument("-c", "--config", action=jsonargparse.ActionConfigFile, help=config)
     seed = "Seed of head, adapter, order and dropout."
     parser.add_argument("--seed_everything", type=int, default=DEFAULT_SEED, help=seed)
-    keep = "Also keep a checkpoint of each epoch."
-    parser.add_argument("--keep_every_epoch", type=bool, default=False, help=keep)
     for name, (kind, default, told) in COMMAND_OPTIONS[command].items():
         parser.add_argument(f"--{name}", type=kind, default=default, help=told)
     if command == "predict":

@@ -152,19 +152,10 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict({**state_dict, "dirpath": self.dirpath, "best_k_models": best})
 
 
-class EpochCheckpoint(BestCheckpoint):
-    """A class of its own too."""
-
-
-def checkpoint_callbacks(folder: RunFolder, keep_every_epoch: bool) -> list[Callback]:
-    """Return what keeps the best weights on validation, and those of each epoch."""
-    common: dict[str, Any] = {"dirpath": folder.checkpoints, "save_weights_only": True, "enable_version_counter": False}
-    best = BestCheckpoint(filename="best", monitor=MONITOR, mode="max", **common)
-    if not keep_every_epoch:
-        return [best]
-    # At the end of each epoch of training, whether or not a validation pass ran in it.
-    common |= {"filename": "epoch-{epoch}", "auto_insert_metric_name": False, "save_on_train_epoch_end": True}
-    return [best, EpochCheckpoint(save_top_k=-1, **common)]
+def best_checkpoint(folder: RunFolder) -> BestCheckpoint:
+    """Return what keeps the best weights on validation; the last state is kept by ``StateSaver``."""
+    where: dict[str, Any] = {"dirpath": folder.checkpoints, "filename": "best", "enable_version_counter": False}
+    return BestCheckpoint(monitor=MONITOR, mode="max", save_weights_only=True, **where)
 
 
 def place_checkpoints(callbacks: Iterable[Callback], folder: RunFolder) -> None:

@@ -201,17 +201,3 @@ def test_reports_do_not_take_an_evaluation_of_earlier_weights(config: Path) -> N
     assert main(["report", "logs/run", "--output", "after"]) == 0
     (arm,) = json.loads(Path("after/report.json").read_text())["arms"]
     assert arm["values"]["accuracy"] == pytest.approx(second)
-
-
-def test_a_limit_that_is_reached_already_is_refused(config: Path, capsys) -> None:
-    assert fit(config, "run", "--trainer.max_epochs", "1000", "--trainer.max_time", "00:00:00:01") == 0
-    record = Path("logs/run/run.json").read_text()
-    for words, said in (
-        (["--trainer.max_time", "00:00:00:00"], "--trainer.max_time: "),
-        (["--trainer.max_epochs", "2000"], "has trained for"),
-        (["--trainer.max_epochs", "null", "--trainer.max_time", "null"], "null without trainer.max_steps"),
-    ):
-        capsys.readouterr()
-        assert main(["fit", "--resume", "logs/run", *words]) == 2
-        assert said in capsys.readouterr().err
-        assert Path("logs/run/run.json").read_text() == record
