@@ -22,12 +22,12 @@ from lightning_lora.training.parallel import device_count, follow_the_leader, ru
 
 
 def validate(words: list[str]) -> int:
-    """Metrics on the validation rows."""
+    """Measure a run on its validation rows."""
     return _evaluate("validate", "val", words)
 
 
 def test(words: list[str]) -> int:
-    """Metrics on the test rows, before and after fine-tuning."""
+    """Measure a run on its test rows, before and after fine-tuning."""
     return _evaluate("test", "test", words)
 
 
@@ -100,8 +100,8 @@ def _finish(
     evaluation |= {"rows": len(predictions), **peak_memory_mb()}
     if predictions.labels is not None:
         evaluation["after_interval"] = intervals(predictions.logits, predictions.labels)
-    train_labels = cli.datamodule.rows("train").labels
-    evaluation["majority_accuracy"] = majority_accuracy(train_labels, rows.labels[predictions.rows])
+    majority = np.bincount(cli.datamodule.rows("train").labels).argmax()  # the most frequent class in training
+    evaluation["majority_accuracy"] = float((rows.labels[predictions.rows] == majority).mean())
     if (int8 := found.get("-int8")) is not None:
         evaluation["int8_flipped"] = int((int8.classes != predictions.classes).sum())
         if predictions.labels is not None and len(predictions) > 1:
@@ -122,8 +122,3 @@ def _finish(
     if (folder.path / "tensorboard").is_dir():
         print(f"curves:        tensorboard --logdir {folder.path.parent}")
     print(f"your own text: python main.py predict --run {folder.path} '{EXAMPLE_TEXT}'")
-
-
-def majority_accuracy(train_labels: np.ndarray, labels: np.ndarray) -> float:
-    """Return the accuracy of always answering the most frequent class of the training rows."""
-    return float((labels == np.bincount(train_labels).argmax()).mean())

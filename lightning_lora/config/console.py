@@ -24,7 +24,7 @@ _EXPECTED = (
 
 
 def quiet_libraries() -> None:
-    """Holds back what libraries say about themselves."""
+    """Silence what libraries say about themselves."""
     for message in _EXPECTED:
         warnings.filterwarnings("ignore", message=message)
     # Device, precision and sizes are printed by the commands themselves, on lines of their own.
@@ -40,7 +40,7 @@ class Progress(RichProgressBar):
         super().__init__(refresh_rate=4, console_kwargs={"stderr": True})
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The metrics beside the bar; a version number would say nothing here."""
+        """Return the metrics beside the bar; a version number would say nothing here."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics

@@ -51,7 +51,7 @@ COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
         "text_column": (str | list[str] | None, None, "Of --input; of several, as [title,body], the texts are joined."),
         "bad_rows": (Literal["empty", "error"] | None, None, _BAD_ROWS),
         "output": (str | None, None, "A .csv, .jsonl or .parquet file; of many input files a folder."),
-        "format": (str, "table", "What to print without --output: table, csv or jsonl."),
+        "format": (Literal["table", "csv", "jsonl"], "table", "What to print without --output: table, csv or jsonl."),
         "workers": (int | None, None, "Of many input files: processes; by default 1, with Ray one a GPU or CPU."),
         "executor": (str | None, None, "Of many input files: local (default), or ray (needs the extra 'scale')."),
         "address": (str | None, None, "Of the Ray cluster; without one a cluster of this machine is made."),

@@ -75,7 +75,7 @@ class CheckpointIdentity:
 
     @staticmethod
     def check_keys(state: Mapping[str, Tensor], expected: set[str], own: Mapping[str, Tensor]) -> None:
-        """Refuses weights that are not exactly the trained ones of this model.
+        """Refuse weights that are not exactly the trained ones of this model.
 
         Raises:
             UserError: A trained weight is missing, there is one too many, or a shape differs.
@@ -101,7 +101,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, flushes it to disk and renames it; failures are raised."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes the checkpoint; when that fails, an earlier one at this path is as it was."""
+        """Write the checkpoint; when that fails, an earlier one at this path is as it was."""
         del storage_options
         tensors: list[Tensor] = [value for value in tree_leaves(checkpoint) if isinstance(value, Tensor)]
         # Through a file of Python's: where there is no room, torch's own writer says only that a write failed.
@@ -117,13 +117,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """The content of a checkpoint that is whole; nothing in it is run, whatever ``weights_only`` says."""
+        """Return the content of a checkpoint that is whole; nothing in it is run, whatever ``weights_only`` says."""
         del map_location, weights_only
         return read_checkpoint(Path(path))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint; tensors and plain values only, nothing in it is run.
+    """Return the content of a checkpoint; tensors and plain values only, nothing in it is run.
 
     Raises:
         UserError: It is missing, damaged, or no checkpoint.
@@ -159,18 +159,18 @@ class ResumePoints:
         self.next = folder / "last-next.ckpt"
 
     def rotate(self) -> None:
-        """Makes what is at ``next`` the newest, and the newest the one before."""
+        """Make what is at ``next`` the newest, and the newest the one before."""
         if self.newest.exists():
             self.newest.replace(self.before)
         self.next.replace(self.newest)
 
     def tidy(self) -> None:
-        """Removes what the newest state makes superfluous."""
+        """Remove what the newest state makes superfluous."""
         self.before.unlink(missing_ok=True)
         self.next.unlink(missing_ok=True)
 
     def find(self) -> tuple[Path | None, str | None]:
-        """The newest state that is whole (None where there never was one), and a warning about a damaged one.
+        """Return the newest state that is whole (None where there never was one), and a warning about a damaged one.
 
         Raises:
             UserError: There are some, and all are damaged.

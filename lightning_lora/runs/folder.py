@@ -54,7 +54,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, logs_dir: Path, name: str | None, stem: str, config: str = "") -> "RunFolder":
-        """A new folder; one that exists is never used again.
+        """Make a new folder; one that exists is never used again.
 
         Args:
             logs_dir: The folder of all runs.
@@ -90,7 +90,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, option: str = "--run") -> "RunFolder":
-        """The folder of an earlier run, which was given with this option.
+        """Return the folder of an earlier run, which was given with this option.
 
         Raises:
             UserError: It does not exist or is none.
@@ -100,11 +100,11 @@ class RunFolder:
         return cls(path)
 
     def settings(self) -> dict[str, Any]:
-        """The resolved config as plain values."""
+        """Return the resolved config as plain values."""
         return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
 
     def checkpoint(self, which: str) -> Path:
-        """The checkpoint "best" or "last", or a path to a file or an exported adapter's folder.
+        """Return the checkpoint "best" or "last", or a path to a file or an exported adapter's folder.
 
         Raises:
             UserError: It does not exist; the reason is looked up in the record.
@@ -119,7 +119,7 @@ class RunFolder:
         return path
 
     def read(self) -> dict[str, Any]:
-        """The record.
+        """Return the record.
 
         Raises:
             UserError: It is missing or damaged.
@@ -135,7 +135,7 @@ class RunFolder:
         return record
 
     def write(self, record: dict[str, Any]) -> None:
-        """Writes the record, whole; numbers that are not finite become null, which JSON has."""
+        """Write the record, whole; numbers that are not finite become null, which JSON has."""
         write_text(self.record, json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def refuse_trained_rows(self, keys: Sequence[bytes], seen: Sequence[str]) -> None:
@@ -168,7 +168,7 @@ class RunFolder:
             )
 
     def new_evaluation(self, split: str) -> str:
-        """A name for a further evaluation of a split ("test", then "test-2", ...); none is overwritten."""
+        """Return a name for a further evaluation of a split ("test", then "test-2", ...); none is overwritten."""
         done = self.read().get("evaluations", {}) if self.record.is_file() else {}
         name, number = split, 1
         while name in done or (self.path / f"{name}.md").exists():
@@ -177,7 +177,7 @@ class RunFolder:
         return name
 
     def add_evaluation(self, name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
-        """Adds what a later command measured (such as "test") to the record, and gives the whole."""
+        """Add what a later command measured (such as "test") to the record; return the whole."""
         killed: dict[str, Any] = {"format": RECORD_FORMAT, "name": self.path.name, "status": "unfinished"}
         record = self.read() if self.record.is_file() else killed
         record.setdefault("evaluations", {})[name] = evaluation
@@ -186,7 +186,7 @@ class RunFolder:
 
 
 def kept_evaluation(record: Mapping[str, Any], split: str) -> str | None:
-    """The first evaluation of a split ("val", "test") by the weights that are the best checkpoint now, or None.
+    """Return the first evaluation of a split ("val", "test") by the weights that are the best checkpoint now, or None.
 
     A run that was trained for longer may have kept other weights since; evaluations of the earlier ones do not count.
     """
@@ -200,12 +200,12 @@ def kept_evaluation(record: Mapping[str, Any], split: str) -> str | None:
 
 
 def kept_predictions(place: Path, name: str) -> Path:
-    """The file with the predictions of an evaluation; "val.parquet" is what the last pass of ``fit`` gave."""
+    """Return the file with the predictions of an evaluation; "val.parquet" is what the last pass of ``fit`` gave."""
     return place / "predictions" / ("val-best.parquet" if name == "val" else f"{name}.parquet")
 
 
 def kept_metrics(record: Mapping[str, Any], split: str) -> Mapping[str, float]:
-    """Metrics of the kept weights on a split; of validation rows those of ``fit``, where it was not run by itself."""
+    """Return the metrics of the kept weights on a split; of validation rows those of ``fit`` without ``validate``."""
     name = kept_evaluation(record, split)
     if name is not None:
         return dict(record["evaluations"][name].get("after", {}))
@@ -214,7 +214,7 @@ def kept_metrics(record: Mapping[str, Any], split: str) -> Mapping[str, float]:
 
 
 def folder_name(name: str, key: str = "--name") -> str:
-    """The name, if a folder may be called so.
+    """Return the name, if a folder may be called so.
 
     Args:
         name: What is asked for.
@@ -229,7 +229,7 @@ def folder_name(name: str, key: str = "--name") -> str:
 
 
 def new_record(command: list[str], seed: int) -> dict[str, Any]:
-    """The part of a record that is known at the start: command, seed, versions, commit, machine."""
+    """Return the part of a record that is known at the start: command, seed, versions, commit, machine."""
     return {
         "format": RECORD_FORMAT,
         "started": now(),
@@ -242,12 +242,12 @@ def new_record(command: list[str], seed: int) -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601."""
+    """Return the time in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that results depend on."""
+    """Return the installed versions of the packages that results depend on."""
     return {name: metadata.version(name) for name in _PACKAGES}
 
 
@@ -285,12 +285,12 @@ def processor() -> str:
 
 
 def as_yaml(settings: Mapping[str, Any]) -> str:
-    """The settings as the text of a ``config.yaml``."""
+    """Return the settings as the text of a ``config.yaml``."""
     return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: keys as text, tuples as lists, numbers that are not finite as None."""
+    """Return the value as JSON can hold it: keys as text, tuples as lists, numbers that are not finite as None."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -90,7 +90,7 @@ def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture) -> None:
         ("fit", "--data.colum", "--data.text_column or --data.label_column"),
         ("fit", "--learning_rate", "--model.learning_rate"),
         ("fit", "--data.rank", "--model.adapter.rank"),
-        ("fit", "--epochs", "--trainer.max_epochs or --trainer.min_epochs"),
+        ("fit", "--epochs", "--trainer.min_epochs or --trainer.max_epochs"),
         ("predict", "--ouput", "--output"),
         ("export", "--format", "--formats"),
         ("compare", "--arm", "--arms"),

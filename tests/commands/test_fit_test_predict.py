@@ -375,7 +375,10 @@ def test_an_interrupted_run_leaves_a_record(tiny_base: Path, reviews: Path, monk
         (["test", "--run", "nowhere"], "nowhere is no run folder"),
         (["predict", "--run", "RUN", "--input", "nowhere.csv"], "--input: no file 'nowhere.csv'"),
         (["predict", "--run", "RUN", "x", "--output", "out.xlsx"], "must end in one of"),
-        (["predict", "--run", "RUN", "x", "--format", "xml"], "not one of table, csv, jsonl"),
+        (
+            ["predict", "--run", "RUN", "x", "--format", "xml"],
+            "format: expected one of 'table', 'csv', 'jsonl', got 'xml'",
+        ),
         (["predict", "--run", "RUN", ""], "command line, text 1, column 'text': a text is needed"),
         (["test", "--run", "RUN", "--checkpoint", "x.ckpt"], "has no checkpoint x.ckpt"),
         (["test", "--run", "RUN", "--model.adapter.rank", "4"], "such as adapter.rank"),
