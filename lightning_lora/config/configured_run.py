@@ -31,13 +31,12 @@ from lightning_lora.processes import is_leader
 from lightning_lora.runs.checkpoints import AtomicCheckpointIO, ResumePoints
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.tokenizer import ordinary_ids
-from lightning_lora.training.loggers import make_loggers, rejoin_loggers
+from lightning_lora.training.loggers import TensorBoardPages, make_loggers, rejoin_loggers
 from lightning_lora.training.module import AUTOCAST, TextClassifier
 from lightning_lora.training.parallel import STRATEGIES, device_count, strategy_for
 from lightning_lora.training.pruning import trial_callbacks
 from lightning_lora.training.refused import check_monitors, refuse_options
 from lightning_lora.training.saving import StateSaver, best_checkpoint, place_checkpoints
-from lightning_lora.training.tensorboard import TensorBoardPages
 
 
 class ConfiguredRun:
