@@ -18,7 +18,7 @@ from lightning_lora.files import check_writable, write_text
 from lightning_lora.processes import started_to_follow
 from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, print_tables
 from lightning_lora.runs.folder import RunFolder, now
-from lightning_lora.training.parallel import device_count, follow_the_leader, run_processes
+from lightning_lora.training.parallel import follow_the_leader, run_processes
 
 
 def validate(words: list[str]) -> int:
@@ -33,9 +33,10 @@ def test(words: list[str]) -> int:
 
 def _evaluate(command: str, split: str, words: list[str]) -> int:
     cli = ConfiguredRun(command, words)
-    if (status := run_processes([command, *words], cli.config.trainer)) is not None:
+    count = cli.count_devices()
+    if (status := run_processes([command, *words], count, cli.config.trainer.num_nodes)) is not None:
         return status
-    follows = device_count(cli.config.trainer) > 1 and started_to_follow()
+    follows = count > 1 and started_to_follow()
     if follows:  # the leader checks, prints and writes
         follow_the_leader()
     folder = RunFolder.open(Path(cli.config.run))

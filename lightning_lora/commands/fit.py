@@ -29,7 +29,7 @@ from lightning_lora.runs.folder import RunFolder, as_yaml, new_record, now
 from lightning_lora.training.guard import NotFiniteError
 from lightning_lora.training.loggers import run_ids
 from lightning_lora.training.module import TextClassifier
-from lightning_lora.training.parallel import device_count, follow_the_leader, run_processes
+from lightning_lora.training.parallel import follow_the_leader, run_processes
 from lightning_lora.training.saving import MONITOR, StateSaver, describe_best
 from lightning_lora.units import duration
 
@@ -41,9 +41,10 @@ def run(words: list[str]) -> int:
         folder = RunFolder(Path(cli.config.logs_dir) / cli.config.name)
         if folder.config.is_file() and folder.settings() == cli.settings():
             cli = ConfiguredRun("fit", ["--resume", str(folder.path)])  # the scheduler gives the same command again
-    if (status := run_processes(["fit", *words], cli.config.trainer)) is not None:
+    count = cli.count_devices()
+    if (status := run_processes(["fit", *words], count, cli.config.trainer.num_nodes)) is not None:
         return status
-    if device_count(cli.config.trainer) > 1 and started_to_follow():
+    if count > 1 and started_to_follow():
         follow(cli)
     elif cli.config.resume is not None:
         resume(cli, words)

@@ -33,7 +33,7 @@ from lightning_lora.runs.folder import RunFolder
 from lightning_lora.tokenizer import ordinary_ids
 from lightning_lora.training.loggers import TensorBoardPages, make_loggers, rejoin_loggers
 from lightning_lora.training.module import AUTOCAST, TextClassifier
-from lightning_lora.training.parallel import STRATEGIES, device_count, strategy_for
+from lightning_lora.training.parallel import STRATEGIES, data_parallel, device_count
 from lightning_lora.training.pruning import trial_callbacks
 from lightning_lora.training.refused import check_monitors, refuse_options
 from lightning_lora.training.saving import StateSaver, best_checkpoint, place_checkpoints
@@ -89,13 +89,7 @@ class ConfiguredRun:
                 f"trainer.strategy: '{trainer.strategy}' is not one of {', '.join(STRATEGIES)}; what is trained of an "
                 "encoder with LoRA fits on each device, so it is never cut up"
             )
-        devices = device_count(trainer)
-        if self.command in ("predict", "export") and devices > 1:
-            more = "; --workers shares many files" if self.command == "predict" else ""
-            raise UserError(f"trainer.devices: {self.command} runs on one device{more}")
         if self.command == "fit":
-            if (size := config.data.batch_size) < devices:
-                raise UserError(f"data.batch_size: {size} texts a step cannot be shared by {devices} devices; raise it")
             if config.resume is None:  # a resumed run keeps what it started with
                 refuse_options(trainer.as_dict())
             if config.model.method == "lora_plus" and "LearningRateFinder" in str(trainer.callbacks):
@@ -103,6 +97,20 @@ class ConfiguredRun:
                     "trainer.callbacks: LearningRateFinder: it tries one rate for all weights, and lora_plus has two; "
                     "search with model.method lora, or leave it out"
                 )
+
+    def count_devices(self) -> int:
+        """Return the number of devices that run the command.
+
+        Raises:
+            UserError: This machine does not have them, or the command cannot share its work among them.
+        """
+        count = device_count(self.config.trainer)
+        if self.command in ("predict", "export") and count > 1:
+            more = "; --workers shares many files" if self.command == "predict" else ""
+            raise UserError(f"trainer.devices: {self.command} runs on one device{more}")
+        if self.command == "fit" and (size := self.config.data.batch_size) < count:
+            raise UserError(f"data.batch_size: {size} texts a step cannot be shared by {count} devices; raise it")
+        return count
 
     def build(self, folder: RunFolder) -> None:
         """Make the data module, the model and the trainer, which writes into the folder.
@@ -162,7 +170,7 @@ class ConfiguredRun:
         if folder and saves:
             callbacks += [best_checkpoint(folder), StateSaver(ResumePoints(folder.checkpoints), self.stop_request)]
         config["callbacks"] = [*callbacks, *given, *(trial_callbacks() if fits else [])]
-        config["strategy"] = strategy_for(config)
+        config["strategy"] = data_parallel(config["strategy"]) if self.count_devices() > 1 else "auto"
         config["plugins"] = [AtomicCheckpointIO(), *as_list(config["plugins"])]
         if folder is not None:
             config["default_root_dir"] = str(folder.path)

@@ -14,7 +14,6 @@ _EXPECTED = (
     r".*Experiment logs directory .* exists and is not empty.*",  # the run folder, made a moment before
     r".*Checkpoint directory .* exists and is not empty.*",  # the same, where a run resumes
     r".*does not have many workers.*",  # batches are cut from arrays in memory: see data/datamodule.py
-    r".*LightningCLI's args parameter is intended.*",
     r".*You are using a custom batch sampler.*",  # it gives every row once: see data/batching.py
     r".*It is recommended to use `self.log\(.*sync_dist=True\)` when logging.*",  # the metrics are of all processes
     r".*The number of training batches .* is smaller than the logging interval.*",

@@ -52,23 +52,22 @@ def device_count(trainer: Any) -> int:
     return count
 
 
-def strategy_for(trainer: Any) -> DDPStrategy | str:
-    """Return the strategy for a trainer's settings, of which one of ``STRATEGIES`` is the strategy."""
-    if device_count(trainer) == 1:
-        return "auto"
-    find_unused = trainer["strategy"] == "ddp_find_unused_parameters_true"
+def data_parallel(strategy: str) -> DDPStrategy:
+    """Return Lightning's strategy for several devices, by one of ``STRATEGIES``."""
+    find_unused = strategy == "ddp_find_unused_parameters_true"
     # No module here has buffers that change in training, so none have to be sent before each step.
     return DDPStrategy(find_unused_parameters=find_unused, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
-def run_processes(words: Sequence[str], trainer: Any) -> int | None:
+def run_processes(words: Sequence[str], count: int, num_nodes: int) -> int | None:
     """Run a command in a process for each device, where neither torchrun nor SLURM has started these.
 
     All end when one of them fails, and a signal to this process is passed on.
 
     Args:
         words: The command and its options.
-        trainer: The trainer's settings.
+        count: The devices of all machines.
+        num_nodes: The machines.
 
     Returns:
         The exit status; None where the command is to run in this process.
@@ -76,13 +75,12 @@ def run_processes(words: Sequence[str], trainer: Any) -> int | None:
     Raises:
         UserError: Several machines are asked for.
     """
-    count = device_count(trainer)
     if count == 1:
         return None
     if "WORLD_SIZE" in os.environ or SLURMEnvironment.detect():
         threading.Thread(target=_end_with_launcher, daemon=True).start()
         return None
-    if int(trainer["num_nodes"]) > 1:
+    if num_nodes > 1:
         raise UserError("trainer.num_nodes: several machines need a launcher: torchrun, or SLURM's srun")
     here = str(Path(lightning_lora.__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
