@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lightning_lora.config.lightning_cli import ConfiguredRun
-from lightning_lora.config.run_options import COMMAND_KEYS
+from lightning_lora.config.configured_run import ConfiguredRun
+from lightning_lora.config.options import COMMAND_KEYS
 
 HEAD = """# Every setting of `python main.py fit` with its help and its default (null: by method, source or machine).
 # Written by `python docs/make_reference.py`. Settings under `trainer` are those of lightning.Trainer.

@@ -1,51 +1,44 @@
 """The command table and the border where errors become one line.
 
-A command is one entry here and one module in ``commands/``. Nothing heavy is imported before a command is
-chosen.
+A command is one entry here and one module in ``commands/``. Nothing heavy is imported before a command is chosen.
 """
 
 import difflib
 import importlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from lightning_lora import __version__
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import refusal
 from lightning_lora.interrupts import Interrupted
+from lightning_lora.processes import is_leader
 
-
-@dataclass(frozen=True)
-class Command:
-    """One word after ``main.py``.
-
-    Args:
-        summary: One line for the help page.
-        target: ``module:function``; the function takes the remaining words.
-    """
-
-    summary: str
-    target: str
-
-
-COMMANDS: dict[str, Command] = {
-    "fit": Command("train; without --config the embedded default", "lightning_lora.commands.fit:run"),
-    "validate": Command("metrics of a run on its validation rows", "lightning_lora.commands.evaluate:validate"),
-    "test": Command("metrics before and after, on the test rows", "lightning_lora.commands.evaluate:test"),
-    "compare": Command(
-        "train and test several arms on the same rows: one table", "lightning_lora.commands.compare:run"
-    ),
-    "export": Command("adapter, merged model and ONNX for other software", "lightning_lora.commands.export:run"),
-    "sample": Command("random test rows with truth and prediction", "lightning_lora.commands.sample:run"),
-    "ablate": Command("an ablation: axes, seeds, sound comparison, report", "lightning_lora.commands.ablate:run"),
-    "report": Command("the report of ablations or of any runs, without torch", "lightning_lora.commands.report:run"),
-    "predict": Command("labels and probabilities for your own texts", "lightning_lora.commands.predict:run"),
+#: For each word after ``main.py`` a line for the help page, and the ``module:function`` that takes the other words.
+COMMANDS = {
+    "fit": ("train; without --config the embedded default", "fit:run"),
+    "validate": ("metrics of a run on its validation rows", "evaluate:validate"),
+    "test": ("metrics before and after, on the test rows", "evaluate:test"),
+    "compare": ("train and test several arms on the same rows: one table", "compare:run"),
+    "export": ("adapter, merged model and ONNX for other software", "export:run"),
+    "sample": ("random test rows with truth and prediction", "sample:run"),
+    "ablate": ("an ablation: axes, seeds, sound comparison, report", "ablate:run"),
+    "report": ("the report of ablations or of any runs, without torch", "report:run"),
+    "predict": ("labels and probabilities for your own texts", "predict:run"),
 }
+#: Seconds that a process waits for the one that leads it.
+PATIENCE_S = 10
+HELP = f"""usage: python main.py COMMAND [OPTIONS]
 
-USAGE = "usage: python main.py COMMAND [OPTIONS]"
+Fine-tune text classifiers with LoRA on PyTorch Lightning.
+
+{chr(10).join(f"  {name:<8}  {summary}" for name, (summary, _) in COMMANDS.items())}
+
+Each command has its own --help; --print_config shows every setting with its value.
+Errors are one line; --traceback (or LIGHTNING_LORA_TRACEBACK=1) shows where they come from."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,21 +49,20 @@ def main(argv: list[str] | None = None) -> int:
     show_traceback = "--traceback" in words or bool(os.environ.get("LIGHTNING_LORA_TRACEBACK"))
     words = [word for word in words if word != "--traceback"]
     if not words or words[0] in ("-h", "--help"):
-        print(help_page())
+        print(HELP)
         return 0 if words else 2
     if words[0] == "--version":
         print(f"lightning_lora {__version__}")
         return 0
-    return exit_status(lambda: _run_command(words), show_traceback)
+    return exit_status(lambda: _run_command(*words), show_traceback)
 
 
-def _run_command(words: list[str]) -> int | None:
-    if words[0] not in COMMANDS:
-        meant = difflib.get_close_matches(words[0], COMMANDS, 1)
-        hint = f"did you mean {meant[0]}? There" if meant else "there"
-        raise UserError(f"no command '{words[0]}'; {hint} are {', '.join(COMMANDS)}")
-    module, _, function = COMMANDS[words[0]].target.partition(":")
-    return getattr(importlib.import_module(module), function)(words[1:])
+def _run_command(command: str, *words: str) -> int | None:
+    if command not in COMMANDS:
+        meant = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(command, COMMANDS, 1))
+        raise UserError(f"no command '{command}'{meant}; there are {', '.join(COMMANDS)}")
+    module, _, function = COMMANDS[command][1].partition(":")
+    return getattr(importlib.import_module(f"lightning_lora.commands.{module}"), function)(list(words))
 
 
 def exit_status(work: Callable[[], int | None], show_traceback: bool = False) -> int:
@@ -81,12 +73,12 @@ def exit_status(work: Callable[[], int | None], show_traceback: bool = False) ->
         show_traceback: Print where an error comes from, too.
     """
     try:
-        return work() or 0
-    except UserError as error:
-        if show_traceback:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
+        try:
+            return work() or 0
+        except (Interrupted, UserError):
+            if not is_leader():  # launchers end all once one has ended: the leader has a record to write, and says why
+                time.sleep(PATIENCE_S)
+            raise
     except Interrupted as error:
         return error.status
     except (KeyboardInterrupt, SystemExit) as error:
@@ -98,30 +90,13 @@ def exit_status(work: Callable[[], int | None], show_traceback: bool = False) ->
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, OSError) and (said := refusal(error)) is not None:
-            print(f"error: {said}", file=sys.stderr)
-            return 2
-        # Not foreseen: a fault of this program, or of the machine; still one line, and the record has it too.
         if show_traceback:
             traceback.print_exc()
-        first = (str(error).strip().splitlines() or [""])[0]
-        print(f"error: {type(error).__name__}: {first} (--traceback shows where it comes from)", file=sys.stderr)
+        refused = refusal(error) if isinstance(error, OSError) else None
+        if isinstance(error, UserError) or refused is not None:
+            print(f"error: {refused or error}", file=sys.stderr)
+            return error.status if isinstance(error, UserError) else 2
+        # Not foreseen: a fault of this program, or of the machine; still one line, and the record has it too.
+        said = f"{type(error).__name__}: {first_line(error)}"
+        print(f"error: {said} (--traceback shows where it comes from)", file=sys.stderr)
         return 1
-
-
-def help_page() -> str:
-    """What ``main.py --help`` prints."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            USAGE,
-            "",
-            "Fine-tune text classifiers with LoRA on PyTorch Lightning.",
-            "",
-            *lines,
-            "",
-            "Each command has its own --help; --print_config shows every setting with its value.",
-            "Errors are one line; --traceback (or LIGHTNING_LORA_TRACEBACK=1) shows where they come from.",
-        ]
-    )

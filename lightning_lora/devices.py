@@ -14,13 +14,13 @@ def has_bf16(device: str) -> bool:
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The number format in which a matrix product with the tensor is computed: autocast's, or its own."""
+    """Return the number format in which a matrix product with the tensor is computed: autocast's, or its own."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def keep_freed_memory() -> bool:
-    """Lets the C library keep the memory that a step frees for the next step; whether it could be told so.
+    """Let the C library keep the memory that a step frees for the next step; return whether it can.
 
     By default glibc gives blocks back to the system and takes them anew, a page fault for every 4 KiB of activations.
     """

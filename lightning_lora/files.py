@@ -24,7 +24,7 @@ _PARTIAL = re.compile(r"\.partial-(?P<host>[\w\-]+)-(?P<pid>\d+)-")
 
 @contextmanager
 def atomic_path(path: Path, needed: int | None = None) -> Iterator[Path]:
-    """A path to write to; when the block ends well the file is flushed to disk and takes ``path``'s place.
+    """Yield a path to write to; when the block ends well the file is flushed to disk and takes ``path``'s place.
 
     It is staged in the same folder, so that the last step is a rename within one filesystem. When the
     block fails, what stood at ``path`` before still stands there.
@@ -36,29 +36,18 @@ def atomic_path(path: Path, needed: int | None = None) -> Iterator[Path]:
     Raises:
         UserError: There is no room for it, or no right to write there.
     """
-    staging = _staging_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _staging(path, needed) as staging:
         staging.touch(exist_ok=False)
         yield staging
+        staging.chmod(0o666 & ~_umask())  # some libraries make files for their owner only
         with staging.open("rb+") as file:
             os.fsync(file.fileno())
-        staging.chmod(0o666 & ~_umask())  # some libraries make files for their owner only
         staging.replace(path)
-        _flush(path.parent)
-    except OSError as error:
-        if error.errno not in _REFUSED:
-            raise
-        written = staging.stat().st_size if staging.exists() else 0
-        raise UserError(_cannot_write(path, error, needed, written)) from error
-    finally:
-        with contextlib.suppress(OSError):
-            staging.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill; when the block ends well it takes ``path``'s place in one step.
+    """Yield a folder to fill; when the block ends well it takes ``path``'s place in one step.
 
     What killed processes of this machine have left half-filled beside it is removed.
 
@@ -66,15 +55,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         FileExistsError: It is there, or another process was first.
         UserError: There is no room for it, or no right to write there.
     """
-    staging = _staging_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _staging(path, None) as staging:
         remove_partial(path.parent)
         if path.exists():
             raise FileExistsError(str(path))  # an empty folder would be replaced
         staging.mkdir()
         yield staging
-        for part in staging.rglob("*"):  # some libraries make files for their owner only
+        for part in staging.rglob("*"):
             part.chmod((0o777 if part.is_dir() else 0o666) & ~_umask())
             if part.is_file():
                 _flush(part)
@@ -82,29 +69,47 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             staging.rename(path)
         except OSError as error:
             raise FileExistsError(str(path)) if path.exists() else error from None
+
+
+@contextmanager
+def _staging(path: Path, needed: int | None) -> Iterator[Path]:
+    """Yield where a file or folder is written before it takes its place; nothing is left there.
+
+    The path is known before anything is made, so that a signal at that moment leaves nothing.
+    """
+    name = f".partial-{_host()}-{os.getpid()}-{path.name[:60]}-{uuid.uuid4().hex[:8]}{path.suffix}"
+    staging = path.with_name(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield staging
         _flush(path.parent)
     except OSError as error:
         if error.errno not in _REFUSED:
             raise
-        written = sum(p.stat().st_size for p in staging.rglob("*") if p.is_file()) if staging.exists() else 0
-        raise UserError(_cannot_write(path, error, None, written)) from error
+        parts = [staging, *staging.rglob("*")] if staging.exists() else []
+        written = sum(part.stat().st_size for part in parts if part.is_file())
+        raise UserError(_cannot_write(path, error, needed, written)) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging)
 
 
 def remove_partial(folder: Path, any_host: bool = False) -> None:
-    """Removes what killed processes of this machine have left half-written in a folder.
+    """Remove what killed processes of this machine have left half-written in a folder.
 
     Args:
         folder: The folder.
         any_host: Those of other machines too: for a folder that only this process may write to.
     """
     for path in folder.glob(".partial-*"):
-        found = _PARTIAL.match(path.name)
-        if found is None or (found["host"] == _host() and psutil.pid_exists(int(found["pid"]))):
+        if (found := _PARTIAL.match(path.name)) is None:
             continue
-        if found["host"] != _host() and not any_host:
-            continue
+        here = found["host"] == _host()
+        if not psutil.pid_exists(int(found["pid"])) if here else any_host:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -113,7 +118,7 @@ def remove_partial(folder: Path, any_host: bool = False) -> None:
 
 @contextmanager
 def locked_folder(folder: Path, message: str | None) -> Iterator[None]:
-    """Holds a folder for this process; a lock that a killed process held is free again.
+    """Hold a folder for this process; a lock that a killed process held is free again.
 
     Args:
         folder: The folder.
@@ -141,37 +146,37 @@ def locked_folder(folder: Path, message: str | None) -> Iterator[None]:
 
 
 def check_writable(folder: Path) -> None:
-    """Refuses a folder that takes no files, before time is spent on what is to be written there.
+    """Refuse a folder that takes no files, before time is spent on what is to be written there.
 
     Raises:
         UserError: As said.
     """
     with atomic_path(folder / "writable") as staging:
         staging.write_text("x")
-    (folder / "writable").unlink(missing_ok=True)  # another process may look at the same time
+    (folder / "writable").unlink(missing_ok=True)  # another process may check at the same time
 
 
 def refusal(error: OSError) -> str | None:
-    """What to say of a place that could not take a file, when a library wrote it; None for other faults."""
+    """Return what to say of a place that could not take a file, when a library wrote it; None for other faults."""
     if error.errno not in _REFUSED or error.filename is None:
         return None
     return _cannot_write(Path(os.fsdecode(error.filename)), error, None, 0)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file."""
+    """Write a whole text file."""
     content = text.encode()
     with atomic_path(path, len(content)) as staging:
         staging.write_bytes(content)
 
 
 def size_text(count: float) -> str:
-    """A number of bytes for people: "1.4 GiB"."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
+    """Return a number of bytes for people: "1.4 GiB"."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1024
-    raise AssertionError
+    return f"{count:.1f} GiB"
 
 
 def _cannot_write(path: Path, error: OSError, needed: int | None, written: int) -> str:
@@ -182,17 +187,12 @@ def _cannot_write(path: Path, error: OSError, needed: int | None, written: int) 
     return f"{path} cannot be written: {error.strerror or error} ({wanted}{room}); earlier files are as they were"
 
 
-def _staging_path(path: Path) -> Path:
-    """Where a file or folder is written: known before it is made, so that a signal at that moment leaves nothing."""
-    return path.with_name(f".partial-{_host()}-{os.getpid()}-{path.name[:60]}-{uuid.uuid4().hex[:8]}{path.suffix}")
-
-
 def _host() -> str:
     return re.sub(r"[^\w\-]", "_", socket.gethostname())[:40] or "host"
 
 
 def _flush(path: Path) -> None:
-    """Makes a file, or a rename in a folder, outlive a power failure, where the system can."""
+    """Make a file, or a rename in a folder, outlive a power failure, where the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
         try:

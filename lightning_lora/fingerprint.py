@@ -11,27 +11,23 @@ _PACKAGE = "lightning_lora"
 
 @cache
 def code_fingerprint(*modules: str) -> str:
-    """SHA-256 over the syntax trees of the modules and of all modules of this package that they import.
+    """Return a SHA-256 over the syntax trees of the modules and of all modules of this package that they import.
 
-    Docstrings, comments and layout do not count: results do not depend on them. C sources of this package in the
-    folders of these modules count as they are.
+    Docstrings, comments and layout do not count: results do not depend on them.
 
     Args:
         modules: Dotted names within the package, such as "training.module".
     """
     root = Path(__file__).parent
-    paths = import_closure(*modules)
     digest = hashlib.sha256()
-    for path in paths:
+    for path in import_closure(*modules):
         tree = ast.dump(_without_docstrings(ast.parse(path.read_bytes())))
         digest.update(f"{path.relative_to(root)}\0{tree}\0".encode())
-    for source in sorted({source for path in paths for source in path.parent.glob("*.c")}):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
 def import_closure(*modules: str) -> list[Path]:
-    """The files of the modules and of all modules of this package that they import, anywhere in a file; sorted."""
+    """Return the files of the modules and of all modules of this package that they import, anywhere in a file."""
     root = Path(__file__).parent
     found: set[Path] = set()
     waiting = [_file(root, name.split(".")) for name in modules]
@@ -44,20 +40,19 @@ def import_closure(*modules: str) -> list[Path]:
 
 
 def _file(root: Path, parts: list[str]) -> Path | None:
-    """The file of a module; None where the parts name something else, such as a function."""
+    """Return the file of a module; None where the parts name something else, such as a function."""
     path = root.joinpath(*parts)
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if parts and p.is_file()), None)
 
 
 def _imports(tree: ast.Module) -> Iterator[list[str]]:
-    """Dotted names within the package that a file imports; the last part may be a module, a function or a class."""
+    """Yield dotted names within the package that a file imports; the last part may be a module, function or class."""
     for node in ast.walk(tree):
+        names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
         for name in names:
             package, *parts = name.split(".")
             if package == _PACKAGE:
@@ -67,11 +62,5 @@ def _imports(tree: ast.Module) -> Iterator[list[str]]:
 def _without_docstrings(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = node.body[1:]
+            node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
     return tree

@@ -1,4 +1,4 @@
-"""Signals: a wish to stop, which training grants at the end of its step."""
+"""Signals that ask a run to stop, which training obeys at the end of its step; SLURM's requeue."""
 
 import os
 import re
@@ -10,9 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-#: What asks a run to stop: Ctrl-C, an end that the system asks for, and a scheduler's warning that time is up.
-SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1")
-
 
 class Interrupted(BaseException):
     """The run was asked to stop, and has; not an error, so not an ``Exception``.
@@ -23,12 +20,8 @@ class Interrupted(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
-        self.number = number
-
-    @property
-    def status(self) -> int:
-        """The exit status that shells give a process ended by this signal: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 128 + self.number
+        #: The exit status that shells give a process ended by this signal: 130 for Ctrl-C, 143 for SIGTERM.
+        self.status = 128 + number
 
 
 class StopRequest:
@@ -46,14 +39,12 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals within the block."""
-        known = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        # Only a scheduler's warning is a wish to stop; elsewhere SIGUSR1 means what it always means.
-        taken = [number for number in known if number != getattr(signal, "SIGUSR1", None) or job_id() is not None]
-        if threading.current_thread() is not threading.main_thread():
-            taken = []  # only the main thread may take signals
-        before = {number: signal.getsignal(number) for number in taken}
-        self._taken = taken
+        """Take the signals within the block: Ctrl-C, SIGTERM, and a scheduler's warning that time is up."""
+        if threading.current_thread() is threading.main_thread():  # no other may take signals
+            self._taken = [signal.SIGINT, signal.SIGTERM]
+            if job_id() is not None:  # elsewhere SIGUSR1 means what it always means
+                self._taken.append(signal.SIGUSR1)
+        before = {number: signal.getsignal(number) for number in self._taken}
         self.install()
         try:
             yield
@@ -62,12 +53,12 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def install(self) -> None:
-        """Takes the signals (again: Lightning puts its own handlers in place when training begins)."""
+        """Take the signals (again: Lightning puts its own handlers in place when training begins)."""
         for number in self._taken:
             signal.signal(number, self._handle)
 
     def grant(self, number: int) -> None:
-        """Ends the run, if it was asked to by this signal; 0 for none.
+        """End the run, if it was asked to by this signal; 0 for none.
 
         Raises:
             Interrupted: As said.
@@ -87,7 +78,7 @@ class StopRequest:
 
 
 def job_id() -> str | None:
-    """The SLURM job that this process belongs to, as ``scontrol`` names it."""
+    """Return the SLURM job that this process belongs to, as ``scontrol`` names it."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
     return job if job and re.fullmatch(r"\d+(_\d+)?", job) else None
@@ -99,9 +90,8 @@ def requeued() -> bool:
 
 
 def requeue() -> str:
-    """Puts this SLURM job back into the queue; what was done, in words."""
-    job = job_id()
-    assert job is not None
+    """Put this SLURM job back into the queue; return what was done, in words."""
+    job = str(job_id())
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

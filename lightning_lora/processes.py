@@ -1,4 +1,4 @@
-"""Several processes that train one model: which of them writes, and what they tell each other.
+"""Several processes that train one model: which of them writes, and what they agree on.
 
 All of it does nothing, and costs nothing, where there is one process. Imports no torch before there are several.
 """
@@ -6,6 +6,7 @@ All of it does nothing, and costs nothing, where there is one process. Imports n
 import os
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,26 +39,26 @@ def is_leader() -> bool:
 
 
 def count() -> int:
-    """Processes that have met; 1 before."""
-    if not _met():
+    """Return the number of processes that are connected; 1 before."""
+    if "torch" not in sys.modules:
         return 1
     import torch.distributed as dist
 
-    return dist.get_world_size()
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def agreed(*numbers: float) -> list[float]:
-    """The largest of each number over all processes, which must all ask at the same point."""
+    """Return the largest of each number over all processes, which must all ask at the same point."""
     return _reduced(numbers, "MAX")
 
 
 def total(*numbers: float) -> list[float]:
-    """The sum of each number over all processes, which must all ask at the same point."""
+    """Return the sum of each number over all processes, which must all ask at the same point."""
     return _reduced(numbers, "SUM")
 
 
 def mean(value: "Tensor") -> "Tensor":
-    """The mean of a tensor over all processes, which must all ask at the same point; does not wait for a GPU."""
+    """Return the mean of a tensor over all processes, which must all ask at the same point; needs no wait for a GPU."""
     if count() == 1:
         return value
     import torch.distributed as dist
@@ -68,22 +69,13 @@ def mean(value: "Tensor") -> "Tensor":
 
 
 def gathered(value: Any) -> list[Any]:
-    """The value of each process, in the order of their ranks, for all of them."""
-    if count() == 1:
-        return [value]
-    import torch.distributed as dist
+    """Return the value of each process, in the order of their ranks, for all of them."""
+    values: list[Any] = [value] * count()
+    if len(values) > 1:
+        import torch.distributed as dist
 
-    values: list[Any] = [None] * count()
-    dist.all_gather_object(values, value, group=_group())
+        dist.all_gather_object(values, value, group=_cpu_group(dist.group.WORLD))
     return values
-
-
-def _met() -> bool:
-    if "torch" not in sys.modules:
-        return False
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_initialized()
 
 
 def _reduced(numbers: Sequence[float], how: str) -> list[float]:
@@ -93,20 +85,13 @@ def _reduced(numbers: Sequence[float], how: str) -> list[float]:
     import torch.distributed as dist
 
     values = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(values, getattr(dist.ReduceOp, how), group=_group())
+    dist.all_reduce(values, getattr(dist.ReduceOp, how), group=_cpu_group(dist.group.WORLD))
     return values.tolist()
 
 
-_groups: dict[Any, Any] = {}
-
-
-def _group() -> Any:
-    """A group that talks through the CPU: a word between steps must not wait for a GPU's queue."""
+@cache
+def _cpu_group(world: Any) -> Any:
+    """Return a group that communicates through the CPU, so that a number between steps does not wait for a GPU."""
     import torch.distributed as dist
 
-    world = dist.group.WORLD
-    if dist.get_backend() == "gloo":
-        return world
-    if world not in _groups:
-        _groups[world] = dist.new_group(backend="gloo")
-    return _groups[world]
+    return world if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")

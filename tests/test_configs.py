@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lightning_lora.cli import main
 from lightning_lora.commands.compare import choose_arms
-from lightning_lora.config.lightning_cli import ConfiguredRun
+from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.evaluation.costs import parameter_counts
 from lightning_lora.experiments.runner import resolve
 from lightning_lora.models.architectures import ARCHITECTURES

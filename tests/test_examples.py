@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from lightning_lora.config.lightning_cli import ConfiguredRun
+from lightning_lora.config.configured_run import ConfiguredRun
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 write_first_layers = runpy.run_path(str(EXAMPLES / "first_layers.py"))["write_first_layers"]

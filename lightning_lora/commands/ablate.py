@@ -5,8 +5,7 @@ from pathlib import Path
 
 from lightning_lora.commands.report import write_ablation_report
 from lightning_lora.config.argument_parser import OptionParser
-from lightning_lora.config.lightning_cli import DEFAULT_CONFIG
-from lightning_lora.config.yaml_files import read_config
+from lightning_lora.config.settings import DEFAULT_CONFIG, read_config
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.plan_config import make_plan
 from lightning_lora.experiments.runner import add_options, run_experiment

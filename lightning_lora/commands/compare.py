@@ -10,8 +10,7 @@ from typing import Any
 
 from lightning_lora.commands.report import write_ablation_report
 from lightning_lora.config.argument_parser import OptionParser
-from lightning_lora.config.lightning_cli import DEFAULT_CONFIG, DEFAULT_SEED
-from lightning_lora.config.yaml_files import read_config
+from lightning_lora.config.settings import DEFAULT_CONFIG, DEFAULT_SEED, read_config
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.plan import ARM
 from lightning_lora.experiments.plan_config import make_plan

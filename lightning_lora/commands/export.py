@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.config.lightning_cli import ConfiguredRun
+from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.specs import find_spec
 from lightning_lora.errors import UserError, first_line

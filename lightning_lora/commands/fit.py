@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning import Trainer
-from lightning.fabric.utilities.spike import TrainingSpikeException
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_lora.config.lightning_cli import ConfiguredRun, row_columns
-from lightning_lora.config.resuming import check_extension, extension, find_state, warn_of_epoch, warn_of_schedule
+from lightning_lora.config.configured_run import ConfiguredRun, row_columns
+from lightning_lora.config.resuming import changed_limits, check_limits, find_state, warn_of_epoch, warn_of_schedule
 from lightning_lora.data.labels import few
 from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
@@ -27,77 +25,93 @@ from lightning_lora.interrupts import Interrupted, requeue, requeued
 from lightning_lora.models.methods import find_method
 from lightning_lora.processes import started_to_follow
 from lightning_lora.runs.checkpoints import ResumePoints, read_checkpoint
-from lightning_lora.runs.folder import RunFolder, new_record, now
+from lightning_lora.runs.folder import RunFolder, as_yaml, new_record, now
 from lightning_lora.training.guard import NotFiniteError
 from lightning_lora.training.loggers import run_ids
 from lightning_lora.training.module import TextClassifier
-from lightning_lora.training.parallel import PATIENCE_S, device_count, end_followers, follow_the_leader
+from lightning_lora.training.parallel import follow_the_leader, run_processes
 from lightning_lora.training.saving import MONITOR, StateSaver, describe_best
 from lightning_lora.units import duration
 
 
 def run(words: list[str]) -> int:
-    """Trains one run, or resumes one; once its first step has started, a record is left whatever happens."""
+    """Train one run, or resume one; once its first step has started, a record is left whatever happens."""
     cli = ConfiguredRun("fit", words)
     if cli.config.resume is None and cli.config.name and requeued():
-        place = Path(cli.config.logs_dir) / cli.config.name
-        if (place / "config.yaml").is_file() and yaml.safe_load((place / "config.yaml").read_text()) == cli.settings():
-            cli = ConfiguredRun("fit", ["--resume", str(place)])  # the scheduler gives the same command again
-    if device_count(cli.config.trainer) > 1 and started_to_follow():
+        folder = RunFolder(Path(cli.config.logs_dir) / cli.config.name)
+        if folder.config.is_file() and folder.settings() == cli.settings():
+            cli = ConfiguredRun("fit", ["--resume", str(folder.path)])  # the scheduler gives the same command again
+    count = cli.count_devices()
+    if (status := run_processes(["fit", *words], count, cli.config.trainer.num_nodes)) is not None:
+        return status
+    if count > 1 and started_to_follow():
         follow(cli)
-        return 0
-    if cli.config.resume is not None:
-        return resume(cli, words)
-    settings = cli.settings()
-    config = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    folder = RunFolder.create(Path(cli.config.logs_dir), cli.config.name, automatic_name(cli), config)
+    elif cli.config.resume is not None:
+        resume(cli, words)
+    else:
+        start(cli, words)
+    return 0
+
+
+def start(cli: ConfiguredRun, words: list[str]) -> None:
+    """Train a new run; where no step was started, its folder is removed, so that its name is free again."""
+    source = cli.config.data.source
+    stem = f"{Path(source).stem if isinstance(source, str) else 'files'}-{cli.config.model.method}"
+    folder = RunFolder.create(Path(cli.config.logs_dir), cli.config.name, stem, as_yaml(cli.settings()))
     try:
         with locked(folder):
-            record = new_record(["python", "main.py", "fit", *words], cli.config.seed_everything)
-            record |= {"name": folder.path.name, "base_model": cli.config.model.base_model}
-            record |= {"method": cli.config.model.method, "config": settings}
             print(f"run: {folder.path}")
-            train(cli, folder, record, None)
+            train(cli, folder, first_record(cli, folder, words), None)
     except Exception:
         if not (has_begun(cli) or any(folder.checkpoints.glob("*.ckpt"))):
-            shutil.rmtree(folder.path, ignore_errors=True)  # its name is free again
+            shutil.rmtree(folder.path, ignore_errors=True)
         raise
-    return 0
+
+
+def first_record(cli: ConfiguredRun, folder: RunFolder, words: list[str]) -> dict[str, Any]:
+    """Return what a record begins with."""
+    record = new_record(["python", "main.py", "fit", *words], cli.config.seed_everything)
+    model = cli.config.model
+    return record | {
+        "name": folder.path.name,
+        "base_model": model.base_model,
+        "method": model.method,
+        "config": cli.settings(),
+    }
 
 
 def has_begun(cli: ConfiguredRun) -> bool:
     """Whether a first step has started."""
-    model = getattr(cli, "model", None)
-    return model is not None and model.began
+    return hasattr(cli, "model") and cli.model.began
 
 
-def resume(cli: ConfiguredRun, words: list[str]) -> int:
-    """Continues a run from its last state that is whole, perhaps for longer than planned; without one, restarts it."""
+def locked(folder: RunFolder) -> AbstractContextManager[None]:
+    """Hold the run for this process."""
+    return locked_folder(folder.path, f"{folder.path} is being trained by another process")
+
+
+def resume(cli: ConfiguredRun, words: list[str]) -> None:
+    """Resume a run from its last state that is whole, perhaps for longer than planned; without one, restart it."""
     folder = RunFolder(Path(cli.config.resume))
     with locked(folder):
-        record = folder.read() if folder.record.is_file() else {}
-        settings = cli.settings()
-        changed = extension(yaml.safe_load(folder.config.read_text(encoding="utf-8"))["trainer"], settings["trainer"])
+        fresh = first_record(cli, folder, words)
+        record = folder.read() if folder.record.is_file() else fresh  # killed before it was written
+        changed = changed_limits(folder, cli.settings()["trainer"])
         finished = record.get("status") == "finished"
         if finished and not changed:
             print(f"{folder.path} has finished already; to train longer, give --trainer.max_epochs N too")
-            return 0
+            return
         for place in (folder.path, folder.checkpoints, folder.path / "predictions"):
             remove_partial(place, any_host=True)  # the run is held by this process alone
-        fresh = new_record(["python", "main.py", "fit", *words], cli.config.seed_everything)
-        if not record:  # killed before it was written
-            record = fresh | {"name": folder.path.name, "base_model": cli.config.model.base_model}
-            record |= {"method": cli.config.model.method, "config": settings}
         for key in ("versions", "code"):
             if record[key] != fresh[key]:
-                print(f"warning: {key} were {record[key]}, now {fresh[key]}: the rest may differ", file=sys.stderr)
+                print_warnings([f"{key} were {record[key]}, now {fresh[key]}: the rest may differ"])
         point = find_state(folder, record)
         state = read_checkpoint(point) if point is not None else {"global_step": 0, "epoch": 0}
         if changed:
-            check_extension(record["method"], settings["trainer"], state, folder)
+            check_limits(record["method"], cli.settings()["trainer"], state, folder)
             warn_of_epoch(state)
-        cli.steps_done = int(state["global_step"])
-        cli.logger_ids = record.get("loggers", {})
+        cli.steps_done, cli.logger_ids = int(state["global_step"]), record.get("loggers", {})
         where = f"{cli.steps_done} steps" if point else "the start: no state was saved"
         print(f"run: {folder.path}, continued from {where}")
         before = copy.deepcopy(record)
@@ -111,105 +125,107 @@ def resume(cli: ConfiguredRun, words: list[str]) -> int:
             raise
         other = (record.get("best") or {}).get("step") != (before.get("best") or {}).get("step")
         if finished and other and (stale := ", ".join(record.get("evaluations", {}))):
-            print(f"warning: {stale} in run.json are of the weights before; evaluate again", file=sys.stderr)
-    return 0
+            print_warnings([f"{stale} in run.json are of the weights before; evaluate again"])
 
 
 def follow(cli: ConfiguredRun) -> None:
-    """Trains as one of several processes that is not their leader, which keeps the record and writes all files."""
+    """Train as one of several processes that is not their leader, which keeps the record and writes all files."""
     follow_the_leader()
     folder, point = RunFolder(Path(cli.config.resume or cli.config.logs_dir)), None
     if cli.config.resume is not None:
-        changed = extension(yaml.safe_load(folder.config.read_text(encoding="utf-8"))["trainer"], cli.config.trainer)
-        if folder.record.is_file() and folder.read().get("status") == "finished" and not changed:
+        finished = folder.record.is_file() and folder.read().get("status") == "finished"
+        if finished and not changed_limits(folder, cli.settings()["trainer"]):
             return  # as the leader does
         point, _ = ResumePoints(folder.checkpoints).find()
         cli.steps_done = int(read_checkpoint(point)["global_step"]) if point is not None else 0
-    try:
-        with cli.stop_request.listening():
-            cli.build(folder)
-            cli.datamodule.setup("fit")
-            if find_method(cli.config.model.method).trains:
-                fit(cli, folder, point)
-            else:
-                cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
-                cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)
-        end_followers(well=True)  # of this machine
-    except Interrupted:
-        time.sleep(PATIENCE_S)  # launchers end all once one has ended: the leader has a record to write
-        raise
-    finally:
-        end_followers(well=False)
-
-
-def locked(folder: RunFolder) -> AbstractContextManager[None]:
-    """Holds the run for this process."""
-    return locked_folder(folder.path, f"{folder.path} is being trained by another process")
-
-
-def automatic_name(cli: ConfiguredRun) -> str:
-    """A name for a run from its data and method."""
-    source = cli.config.data.source
-    return f"{Path(str(source)).stem if isinstance(source, str) else 'files'}-{cli.config.model.method}"
+    with cli.stop_request.listening():
+        cli.build(folder)
+        cli.datamodule.setup("fit")
+        fit(cli, folder, point)
 
 
 def train(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any], point: Path | None) -> None:
-    """Trains, from the start or from a saved state, and fills the record."""
-    config = cli.config
+    """Make data, model and trainer; train, from the start or from a saved state; and fill the record."""
     with cli.stop_request.listening(), recorded(folder, record):
         cli.build(folder)
-        model: TextClassifier = cli.model
         cli.datamodule.setup("fit")
-        data = cli.datamodule.describe()
-        refuse_changed_data(record.get("data"), data, folder)
-        record["data"] = data
-        if not folder.splits.is_file():
-            cli.datamodule.prepared.write_parquet(folder.splits)
-        record["costs"] = parameter_counts(model.model)
-        record["model"] = {
-            "architecture": model.model.config.model_type,
-            "base_fingerprint": model.identity.base_fingerprint,
-            "target_modules": model.target_modules,
-            "head": model.head_origin,
-            "head_modules": model.head_modules,
-            "learning_rate": model.learning_rate,
-            "quantization": model.identity.quantization,
-        }
-        record["speed"] = speed_choices(model, cli.trainer)
-        describe_run(record, cli.trainer)
+        describe_data(cli, folder, record)
+        describe_model(cli, record)
+        print_run(record, cli.trainer)
         folder.write(record)
         cli.at_start = lambda: record_start(cli, folder, record)
-        rows = cli.datamodule.rows("val")
-        named = row_columns(rows)
-        file = folder.path / "predictions" / "val.parquet"
+        named, file = row_columns(cli.datamodule.rows("val")), folder.path / "predictions" / "val.parquet"
         cli.collector.keep = lambda split, predictions: predictions.write_parquet(file, **named)
         started = time.perf_counter()
-        if find_method(config.model.method).trains:
-            fit(cli, folder, point)
-            record["speed"] |= model.how_steps_ran()
-        else:  # what the fresh head says is kept as it is, so that it is tested like any other
-            cli.trainer.validate(model, datamodule=cli.datamodule, verbose=False)
-            cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)
+        fit(cli, folder, point)
         record["costs"] |= {"fit_s": time.perf_counter() - started, **cli.costs.costs(), **peak_memory_mb()}
-        record["steps"] = cli.trainer.global_step
-        record["epochs"] = cli.trainer.current_epoch
-        record["stopped_by"] = stopped_by(cli.trainer)
-        if best := describe_best(folder):
-            record["best"] = best
-        saved = [callback.metrics for callback in cli.trainer.checkpoint_callbacks if isinstance(callback, StateSaver)]
-        metrics: dict[str, Any] = {**(saved[0] if saved else {}), **cli.trainer.callback_metrics}
-        record["metrics"] = {name: float(value) for name, value in metrics.items()}
-        for which in ("best", "last"):
-            path = folder.checkpoints / f"{which}.ckpt"
-            if path.is_file():
-                key = "checkpoint_bytes" if which == "best" else f"checkpoint_{which}_bytes"
-                record["costs"][key] = path.stat().st_size
+        describe_result(cli, folder, record)
         ResumePoints(folder.checkpoints).tidy()
-    finish(folder, record)
+    print_result(folder, record)
+
+
+def describe_data(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any]) -> None:
+    """Add the data to the record, and write which row went where.
+
+    Raises:
+        UserError: The run is resumed with other rows than it was started with.
+    """
+    before, record["data"] = record.get("data", {}).get("splits"), cli.datamodule.describe()
+    for split, report in record["data"]["splits"].items():
+        if before and before.get(split, {}).get("fingerprint") != report["fingerprint"]:
+            raise UserError(
+                f"--resume: the {split} rows are not those that {folder.path} was started with; bring the data back as "
+                "it was, or start a new run"
+            )
+    if not folder.splits.is_file():
+        cli.datamodule.prepared.write_parquet(folder.splits)
+
+
+def describe_model(cli: ConfiguredRun, record: dict[str, Any]) -> None:
+    """Add to the record what is trained, and how."""
+    model: TextClassifier = cli.model
+    record["costs"] = parameter_counts(model.model)
+    record["model"] = {
+        "architecture": model.model.config.model_type,
+        "base_fingerprint": model.identity.base_fingerprint,
+        "target_modules": model.target_modules,
+        "head": model.head_origin,
+        "head_modules": model.head_modules,
+        "learning_rate": model.learning_rate,
+        "quantization": model.identity.quantization,
+    }
+    record["speed"] = {
+        "choices": model.speed_choices(cli.trainer),
+        "precision": str(cli.trainer.precision),
+        "threads": torch.get_num_threads(),
+        "processes": cli.trainer.world_size,
+        "nodes": cli.trainer.num_nodes,
+    }
+
+
+def describe_result(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any]) -> None:
+    """Add to the record what training came to."""
+    trainer = cli.trainer
+    if cli.model.began:
+        record["speed"] |= cli.model.how_steps_ran()
+    record |= {"steps": trainer.global_step, "epochs": trainer.current_epoch, "stopped_by": stopped_by(trainer)}
+    if best := describe_best(folder):
+        record["best"] = best
+    metrics: dict[str, Any] = {}
+    for callback in trainer.checkpoint_callbacks:
+        metrics |= callback.metrics if isinstance(callback, StateSaver) else {}
+    record["metrics"] = {name: float(value) for name, value in {**metrics, **trainer.callback_metrics}.items()}
+    for which, key in (("best", "checkpoint_bytes"), ("last", "checkpoint_last_bytes")):
+        if (path := folder.checkpoints / f"{which}.ckpt").is_file():
+            record["costs"][key] = path.stat().st_size
 
 
 def fit(cli: ConfiguredRun, folder: RunFolder, point: Path | None) -> None:
-    """Lightning's fit, whose faults that a user can mend say how."""
+    """Call Lightning's fit; errors that a user can mend say how."""
+    if not find_method(cli.config.model.method).trains:  # what the fresh head says is kept, to be tested like any other
+        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+        cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)
+        return
     gc.freeze()  # looking for garbage among all that was imported takes 0.2 s each time, within a step
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=point)
@@ -224,23 +240,19 @@ def fit(cli: ConfiguredRun, folder: RunFolder, point: Path | None) -> None:
             f"{error}: look at its rows ({origins}: {numbers}), lower model.learning_rate or raise "
             f"model.warmup_ratio; the weights before it are in {path}"
         ) from error
-    except TrainingSpikeException as error:
-        raise UserError(
-            f"SpikeDetection: {' '.join(str(error).split())}; look at the rows of that batch, or lower "
-            "model.learning_rate"
-        ) from error
     except (MisconfigurationException, ValueError) as error:  # of the trainer's settings, before the first step
         if cli.model.began:
             raise
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except RuntimeError as error:
+        # On a GPU, or on the CPU, whose allocator says so in words only.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         accumulate, size = cli.trainer.accumulate_grad_batches, cli.datamodule.batch_size
         remedy = (
             f"the same steps with less: --data.batch_size {size // 2} --trainer.accumulate_grad_batches "
             f"{accumulate * 2}; or --model.gradient_checkpointing true"
-            if size > 1 and size % 2 == 0
+            if size % 2 == 0
             else "give --model.gradient_checkpointing true, or a smaller data.max_length"
         )
         raise UserError(f"out of memory with {size} texts a batch; {remedy}") from error
@@ -248,45 +260,23 @@ def fit(cli: ConfiguredRun, folder: RunFolder, point: Path | None) -> None:
         gc.unfreeze()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the CPU, whose allocator says so in words only."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def refuse_changed_data(before: dict[str, Any] | None, now: dict[str, Any], folder: RunFolder) -> None:
-    """Refuses to resume with other rows than the run was started with.
-
-    Raises:
-        UserError: The rows of a split have changed.
-    """
-    if before is None:
-        return
-    for split, report in now["splits"].items():
-        if before["splits"].get(split, {}).get("fingerprint") != report["fingerprint"]:
-            raise UserError(
-                f"--resume: the {split} rows are not those that {folder.path} was started with; bring the data back as "
-                "it was, or start a new run"
-            )
-
-
 def record_start(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any]) -> None:
-    """Records what is known only right before training: a learning rate that was searched for, the loggers' runs."""
+    """Record what is known only right before training: a learning rate that was searched for, the loggers' runs."""
     found = cli.model.learning_rate
     if found != record["model"]["learning_rate"]:
         print(f"learning rate found by LearningRateFinder: {found:g}", flush=True)
         record["model"]["learning_rate"] = cli.config.model.learning_rate = found
     warn_of_schedule(cli.model)
-    settings, ids = cli.settings(), run_ids(cli.trainer.loggers)
-    if settings == record["config"] and ids == record.get("loggers", {}):
-        return
-    write_text(folder.config, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    record |= {"config": settings, "loggers": ids}
-    folder.write(record)
+    known = {"config": cli.settings(), "loggers": run_ids(cli.trainer.loggers)}
+    if known != {"config": record["config"], "loggers": record.get("loggers", {})}:
+        write_text(folder.config, as_yaml(known["config"]))
+        record |= known
+        folder.write(record)
 
 
 @contextmanager
 def recorded(folder: RunFolder, record: dict[str, Any]) -> Iterator[None]:
-    """Writes the record: at the start with status running, at the end with finished, interrupted or failed."""
+    """Write the record: at the start with status running, at the end with finished, interrupted or failed."""
     started, before = time.perf_counter(), record.get("wall_s", 0.0)
     record.pop("error", None)
     record["status"] = "running"
@@ -294,42 +284,28 @@ def recorded(folder: RunFolder, record: dict[str, Any]) -> Iterator[None]:
     try:
         yield
         record["status"] = "finished"
-        end_followers(well=True)
-    except (KeyboardInterrupt, SystemExit, Interrupted) as error:
+    except (KeyboardInterrupt, SystemExit):
         record["status"] = "interrupted"
-        if isinstance(error, Interrupted):
-            tell_interrupted(folder, record, error)
+        raise
+    except Interrupted as error:
+        record |= {"status": "interrupted", "interrupted_by": str(error)}
+        if str(error) == "SIGUSR1":  # the scheduler's warning
+            record["requeue"] = requeue()
+            print(record["requeue"], file=sys.stderr)
+        print(f"{error}: resume with: python main.py fit --resume {folder.path}", file=sys.stderr)
         raise
     except BaseException as error:
-        record["status"] = "failed"
-        record["error"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        record |= {"status": "failed", "error": said}
         raise
     finally:
-        end_followers(well=False)
-        record["ended"] = now()
-        record["wall_s"] = before + time.perf_counter() - started
+        record |= {"ended": now(), "wall_s": before + time.perf_counter() - started}
         folder.write(record)
 
 
-def tell_interrupted(folder: RunFolder, record: dict[str, Any], error: Interrupted) -> None:
-    """Says how to resume, and where the scheduler warned, has the job queued again."""
-    record["interrupted_by"] = str(error)
-    if str(error) == "SIGUSR1":
-        record["requeue"] = requeue()
-        print(record["requeue"], file=sys.stderr)
-    print(f"{error}: resume with: python main.py fit --resume {folder.path}", file=sys.stderr)
-
-
-def speed_choices(model: TextClassifier, trainer: Trainer) -> dict[str, Any]:
-    """What was chosen for speed, in words, and the threads."""
-    choices = model.speed_choices(trainer)
-    chosen = {"choices": choices, "precision": str(trainer.precision), "threads": torch.get_num_threads()}
-    return chosen | {"processes": trainer.world_size, "nodes": trainer.num_nodes}
-
-
-def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
-    """Prints what is about to be done: data, model, device."""
-    data, model, costs = record["data"], record["model"], record["costs"]
+def print_run(record: dict[str, Any], trainer: Trainer) -> None:
+    """Print what is about to be done: data, model, device."""
+    data, model, costs, speed = record["data"], record["model"], record["costs"], record["speed"]
     for split, report in data["splits"].items():
         cut = f", {report['truncated_share']:.0%} cut at {data['max_length']} tokens" if "tokens" in report else ""
         cached = ", tokens from the cache" if report.get("from_cache") else ""
@@ -339,7 +315,11 @@ def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
         print(f"duplicates removed: {what}")
     if data["bad_rows_dropped"]:
         print(f"rows without text or label left out: {data['bad_rows_dropped']}")
-    print(f"labels: {few([labelled(name, data['label_values'][name]) for name in data['label_names']], 30)}")
+    labels = []
+    for name in data["label_names"]:
+        values = data["label_values"][name]  # what the data says for the class
+        labels.append(name if values in ([], [name]) else f"{name} ({', '.join(values)})")
+    print(f"labels: {few(labels, 30)}")
     print_warnings(data["warnings"])
     stored = "" if model["quantization"] == "none" else f", stored as {model['quantization']}"
     print(f"base model: {record['base_model']} ({model['architecture']}{stored}), method {record['method']}")
@@ -349,27 +329,20 @@ def describe_run(record: dict[str, Any], trainer: Trainer) -> None:
         print(f"adapted: {len(targets)} layers ({', '.join(kinds)}); trained whole: {', '.join(model['head_modules'])}")
     share = costs["trainable_params"] / costs["total_params"]
     print(f"trainable parameters: {costs['trainable_params']:,} of {costs['total_params']:,} ({share:.2%})")
-    device = type(trainer.accelerator).__name__.removesuffix("Accelerator")
     if find_method(record["method"]).frozen_encoder and not record["config"]["model"]["frozen_dropout"]:
         print("dropout: off in the frozen encoder (model.frozen_dropout), on in head and adapter as configured")
+    device = type(trainer.accelerator).__name__.removesuffix("Accelerator")
     print(f"learning rate {model['learning_rate']:g}, {device}, precision {trainer.precision}")
-    speed = record["speed"]
     print(f"speed: {', '.join(speed['choices'])}; {speed['threads']} threads")
     if trainer.world_size > 1:
         where = f" on {trainer.num_nodes} machines" if trainer.num_nodes > 1 else ""
-        print(
-            f"{trainer.world_size} processes{where} share the {record['config']['data']['batch_size']} texts of a batch"
-        )
+        size = record["config"]["data"]["batch_size"]
+        print(f"{trainer.world_size} processes{where} share the {size} texts of a batch")
     sys.stdout.flush()
 
 
-def labelled(name: str, values: list[str]) -> str:
-    """A class, and what the data says for it where that is something else."""
-    return name if values in ([], [name]) else f"{name} ({', '.join(values)})"
-
-
 def stopped_by(trainer: Trainer) -> str | None:
-    """Why training ended before its last epoch and step, or None."""
+    """Return why training ended before its last epoch and step, or None."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # a list, which Lightning hides
         if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
             return f"EarlyStopping: {callback.monitor} did not improve in {callback.patience} validations"
@@ -378,8 +351,8 @@ def stopped_by(trainer: Trainer) -> str | None:
     return None
 
 
-def finish(folder: RunFolder, record: dict[str, Any]) -> None:
-    """Prints what came out and what to type next."""
+def print_result(folder: RunFolder, record: dict[str, Any]) -> None:
+    """Print what training came to, and what to type next."""
     took, best, last = record["costs"]["train_s"], record.get("best"), record["metrics"]
     done = f"trained in {duration(took)}: {record['epochs']} epochs, {record['steps']} steps"
     print(f"\n{done if took else 'nothing to train'}")
@@ -400,5 +373,5 @@ def finish(folder: RunFolder, record: dict[str, Any]) -> None:
 
 
 def shown(metrics: Mapping[str, float]) -> str:
-    """The validation metrics that people look at first."""
+    """Return the validation metrics that people look at first."""
     return ", ".join(f"{name} {metrics[name]:.4f}" for name in ("val/accuracy", MONITOR, "val/loss") if name in metrics)

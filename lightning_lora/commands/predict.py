@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.config.lightning_cli import ConfiguredRun
+from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.errors import UserError
 from lightning_lora.export.weights import weights_labels
 from lightning_lora.files import check_writable
@@ -20,7 +20,6 @@ from lightning_lora.inference.input_rows import (
 from lightning_lora.inference.many_files import is_many
 from lightning_lora.inference.output import (
     OUTPUTS,
-    PRINTED_FORMATS,
     as_csv,
     as_jsonl,
     checked_columns,
@@ -35,7 +34,7 @@ from lightning_lora.runs.folder import RunFolder
 
 
 def run(words: list[str]) -> int:
-    """Classifies texts in the order given and prints or writes a row for each."""
+    """Classify texts in the order given and print or write a row for each."""
     cli = ConfiguredRun("predict", words)
     config = cli.config
     output = Path(config.output) if config.output else None
@@ -76,7 +75,7 @@ def run(words: list[str]) -> int:
 
 
 def check_options(config: Any, output: Path | None) -> None:
-    """Refuses options that do not go with texts or a single file.
+    """Refuse options that do not go with texts or a single file.
 
     Raises:
         UserError: There is one.
@@ -86,8 +85,6 @@ def check_options(config: Any, output: Path | None) -> None:
             raise UserError(f"--{option}: only for many input files: --input FOLDER, or --input 'FOLDER/*.parquet'")
     if output and output.suffix.lower() not in OUTPUTS:
         raise UserError(f"--output: '{output.name}' must end in one of {', '.join(OUTPUTS)}")
-    if config.format not in PRINTED_FORMATS:
-        raise UserError(f"--format: '{config.format}' is not one of {', '.join(PRINTED_FORMATS)}")
     if output and config.format != "table":
         raise UserError("--format: the format of --output is that of its ending; leave --format out")
     if config.text_column and (config.texts or config.input in (None, "-")):
@@ -95,7 +92,7 @@ def check_options(config: Any, output: Path | None) -> None:
 
 
 def gather_rows(config: Any) -> InputRows:
-    """The rows of the command line, of standard input or of a file.
+    """Return the rows of the command line, of standard input or of a file.
 
     Raises:
         UserError: There are none, or both kinds; or a row has no text, and that is to be refused.

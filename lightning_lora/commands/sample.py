@@ -1,13 +1,14 @@
-"""``main.py sample``: some texts with truth and prediction, to look at what a model gets right and wrong.
+"""``main.py sample``: some texts with truth and prediction, to see what a model gets right and wrong.
 
 Needs no torch: it reads what ``test`` (or ``fit``) has written.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import yaml
 
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.data.cache import default_cache_dir
@@ -15,79 +16,85 @@ from lightning_lora.data.prepare import SourceOptions, prepare
 from lightning_lora.errors import UserError
 from lightning_lora.runs.folder import RunFolder
 
-SHOWN = ("all", "hits", "misses")
+_COLUMNS = ["label", "prediction", "probability", "origin", "row", "key"]
 
 
 def run(words: list[str]) -> int:
-    """Prints random rows of a split, hits and misses marked, and what share is right."""
-    options = _parser().parse_args(words)
+    """Print random rows of a split, hits and misses marked, and what share is right."""
+    parser = OptionParser("sample", description="Random rows with truth and prediction.")
+    parser.add_argument("--run", required=True, help="The run folder, such as logs/NAME.")
+    parser.add_argument("--n", type=int, default=10, help="How many rows.")
+    parser.add_argument("--split", choices=("test", "val"), default="test", help="Of which rows.")
+    parser.add_argument("--only", choices=("all", "hits", "misses"), default="all", help="Hits, misses, or both.")
+    parser.add_argument("--seed", type=int, default=0, help="Another seed shows other rows.")
+    parser.add_argument("--chars", type=int, default=300, help="Characters of a text that are shown.")
+    options = parser.parse_args(words)
     folder = RunFolder.open(Path(options.run))
-    predictions = read_predictions(folder, options.split)
-    hit = predictions["label"] == predictions["prediction"]
-    candidates = {"all": np.arange(len(hit)), "hits": np.flatnonzero(hit), "misses": np.flatnonzero(~hit)}
-    pool = candidates[options.only]
+    rows = read_predictions(folder, options.split)
+    hit = np.array([row["label"] == row["prediction"] for row in rows])
+    pool = np.flatnonzero({"all": hit | ~hit, "hits": hit, "misses": ~hit}[options.only])
     if options.n < 1:
         raise UserError(f"--n: a number of at least 1 is needed, got {options.n}")
     if not len(pool):
         raise UserError(f"--only: there are no {options.only} among the {len(hit)} rows")
     chosen = np.sort(np.random.default_rng(options.seed).permutation(pool)[: options.n])
-    texts = texts_of(folder, options.split, predictions, chosen)
-    _print(texts, {name: column[chosen] for name, column in predictions.items()}, options.chars)
+    shown = [rows[i] for i in chosen]
+    print_rows(shown, texts_of(folder, options.split, shown), options.chars)
     if options.only == "all":
         print(f"{hit[chosen].sum()} of these {len(chosen)} are right ({hit[chosen].mean():.1%})", end="; ")
     print(f"of all {len(hit):,} {options.split} rows {hit.sum():,} are right ({hit.mean():.2%})")
     return 0
 
 
-def read_predictions(folder: RunFolder, split: str) -> dict[str, np.ndarray]:
-    """Columns label, prediction, probability, origin, row and key of the test or validation rows.
+def read_predictions(folder: RunFolder, split: str) -> list[dict[str, Any]]:
+    """Return label, prediction, probability, origin, row and key of each test or validation row.
 
-    Of the validation rows what the best checkpoint said where ``validate`` was run, else fit's last pass.
+    Of the validation rows what the best checkpoint predicted where ``validate`` was run, else fit's last pass.
 
     Raises:
-        UserError: There is none.
+        UserError: There are none.
     """
     import pyarrow.parquet as pq
 
-    files = {name: folder.path / "predictions" / f"{name}.parquet" for name in ("test", "val", "val-best")}
-    file = files["val-best"] if split == "val" and files["val-best"].is_file() else files[split]
+    file, command = folder.path / "predictions" / f"{split}.parquet", "test"
+    if split == "val":
+        best, command = file.with_name("val-best.parquet"), "validate"
+        file = best if best.is_file() else file
     if not file.is_file():
-        raise UserError(f"--split: {file} is not there; run first: python main.py {_maker(split)} --run {folder.path}")
+        raise UserError(f"--split: {file} is not there; run first: python main.py {command} --run {folder.path}")
     try:
-        table = pq.read_table(file, columns=["label", "prediction", "probability", "origin", "row", "key"])
+        return pq.read_table(file, columns=_COLUMNS).to_pylist()
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from error
-    return {name: np.asarray(table.column(name).to_pylist(), dtype=object) for name in table.column_names}
 
 
-def texts_of(folder: RunFolder, split: str, predictions: dict[str, np.ndarray], chosen: np.ndarray) -> list[str]:
-    """The texts of the chosen rows, from the run's source.
+def texts_of(folder: RunFolder, split: str, shown: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the texts of evaluated rows, from the run's source.
 
     Raises:
         UserError: The source is not what it was.
     """
-    settings = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-    config = settings["data"]
-    known = {field.name for field in fields(SourceOptions)}
-    options = SourceOptions(**{key: value for key, value in config.items() if key in known})
+    config = folder.settings()["data"]
+    options = SourceOptions(**{field.name: config[field.name] for field in fields(SourceOptions)})
     cache = Path(config["cache_dir"]).expanduser() if config.get("cache_dir") else default_cache_dir()
     prepared = prepare(options, cache)
     rows = prepared.splits[split]
-    place = {where: i for i, where in enumerate(zip(rows.origins, rows.numbers.tolist(), strict=True))}
+    places = {where: i for i, where in enumerate(zip(rows.origins, rows.numbers.tolist(), strict=True))}
     texts = []
-    for i in chosen:
-        found = place.get((str(predictions["origin"][i]), int(predictions["row"][i])))
-        same = found is not None and rows.keys[found] == predictions["key"][i]
-        if found is None or not same or prepared.label_names[rows.labels[found]] != predictions["label"][i]:
+    for row in shown:
+        found = places.get((row["origin"], row["row"]))
+        same = found is not None and rows.keys[found] == row["key"]
+        if found is None or not same or prepared.label_names[rows.labels[found]] != row["label"]:
             raise UserError(
-                f"{predictions['origin'][i]}, row {predictions['row'][i]}: not the row that was evaluated; the source "
-                "has changed since, or it was evaluated with other data settings than the run's"
+                f"{row['origin']}, row {row['row']}: not the row that was evaluated; the source has changed since, or "
+                "it was evaluated with other data settings than the run's"
             )
         texts.append(rows.texts[found])
     return texts
 
 
-def _print(texts: list[str], columns: dict[str, np.ndarray], chars: int) -> None:
+def print_rows(shown: Sequence[dict[str, Any]], texts: Sequence[str], chars: int) -> None:
+    """Print a table of rows with their texts, each cut to so many characters."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -96,30 +103,9 @@ def _print(texts: list[str], columns: dict[str, np.ndarray], chars: int) -> None
     for heading in ("", "truth", "prediction", "probability"):
         table.add_column(heading, no_wrap=True, justify="right" if heading == "probability" else "left")
     table.add_column("text", ratio=1, overflow="fold")
-    for i, text in enumerate(texts):
-        right = columns["label"][i] == columns["prediction"][i]
+    for row, text in zip(shown, texts, strict=True):
+        mark = Text("✓ hit", "green") if row["label"] == row["prediction"] else Text("✗ miss", "bold red")
         words = " ".join(text.split())
         cut = words if len(words) <= chars else f"{words[:chars]} ..."
-        table.add_row(
-            Text("✓ hit" if right else "✗ miss", style="green" if right else "bold red"),
-            Text(str(columns["label"][i])),
-            Text(str(columns["prediction"][i])),
-            f"{columns['probability'][i]:.3f}",
-            Text(cut),
-        )
+        table.add_row(mark, Text(row["label"]), Text(row["prediction"]), f"{row['probability']:.3f}", Text(cut))
     Console().print(table)
-
-
-def _maker(split: str) -> str:
-    return "validate" if split == "val" else "test"
-
-
-def _parser() -> OptionParser:
-    parser = OptionParser("sample", description="Random rows with truth and prediction.")
-    parser.add_argument("--run", required=True, help="The run folder, such as logs/NAME.")
-    parser.add_argument("--n", type=int, default=10, help="How many rows.")
-    parser.add_argument("--split", choices=("test", "val"), default="test", help="Of which rows.")
-    parser.add_argument("--only", choices=SHOWN, default="all", help="Hits, misses, or both.")
-    parser.add_argument("--seed", type=int, default=0, help="Another seed shows other rows.")
-    parser.add_argument("--chars", type=int, default=300, help="Characters of a text that are shown.")
-    return parser

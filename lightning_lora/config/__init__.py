@@ -1,1 +1,1 @@
-"""Settings: the LightningCLI, its options, YAML files, help and error messages."""
+"""Settings: options, YAML files, help and error messages, and the objects that they describe."""

@@ -7,36 +7,22 @@ from typing import Any, NoReturn
 
 from lightning_lora.errors import UserError
 
-#: How alike a word and a name must be (difflib's ratio) for the name to be proposed, and to be named beside a better.
-_ALIKE, _AS_GOOD = 0.7, 0.9
-
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """The names that a misspelt word is most like, as the end of a message; empty where none is.
+    """Return the names that a misspelt word is most like, as the end of a message; empty where none is.
 
     Of dotted names the last part counts too: ``--learning_rate`` is ``--model.learning_rate``.
     """
-
-    def likeness(name: str) -> float:
-        whole = _ratio(word, name)
-        return max(whole, _ratio(_last(word), _last(name)) - 0.05 if "." in name else 0.0)
-
-    scores = {name: likeness(name) for name in dict.fromkeys(names)}
-    best = max(scores.values(), default=0.0)
-    found = sorted((n for n, s in scores.items() if s >= max(_ALIKE, _AS_GOOD * best)), key=lambda n: -scores[n])
-    return f"; did you mean {' or '.join(found[:2])}?" if found else ""
-
-
-def _ratio(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one.strip("-").replace("-", "_").lower(), other.strip("-").lower()).ratio()
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
+    names = list(dict.fromkeys(names))
+    by_last = {name.rpartition(".")[2].lstrip("-"): name for name in names}
+    last = word.rpartition(".")[2].lstrip("-")
+    close = [by_last[each] for each in difflib.get_close_matches(last, by_last, 2, 0.75)]
+    close = close or difflib.get_close_matches(word, names, 2, 0.7)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def unknown_options(words: Sequence[str], names: Iterable[str]) -> str:
-    """What to say of words that a parser did not recognize."""
+    """Return what to say of words that a parser did not recognize."""
     options = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not options:
         return f"'{words[0]}' belongs to no option; a text with spaces needs quotes"
@@ -57,7 +43,7 @@ class OptionParser(argparse.ArgumentParser):
         super().__init__(prog=f"main.py {command}", allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Says what is wrong.
+        """Say what is wrong.
 
         Raises:
             UserError: Always.
@@ -68,7 +54,7 @@ class OptionParser(argparse.ArgumentParser):
         )
 
     def refuse_misspelt(self, words: Iterable[str]) -> None:
-        """Refuses options of another parser that are most likely misspelt ones of this.
+        """Refuse options of another parser that are most likely misspelt ones of this.
 
         Raises:
             UserError: There is one.

@@ -14,7 +14,6 @@ _EXPECTED = (
     r".*Experiment logs directory .* exists and is not empty.*",  # the run folder, made a moment before
     r".*Checkpoint directory .* exists and is not empty.*",  # the same, where a run resumes
     r".*does not have many workers.*",  # batches are cut from arrays in memory: see data/datamodule.py
-    r".*LightningCLI's args parameter is intended.*",
     r".*You are using a custom batch sampler.*",  # it gives every row once: see data/batching.py
     r".*It is recommended to use `self.log\(.*sync_dist=True\)` when logging.*",  # the metrics are of all processes
     r".*The number of training batches .* is smaller than the logging interval.*",
@@ -24,7 +23,7 @@ _EXPECTED = (
 
 
 def quiet_libraries() -> None:
-    """Holds back what libraries say about themselves."""
+    """Silence what libraries say about themselves."""
     for message in _EXPECTED:
         warnings.filterwarnings("ignore", message=message)
     # Device, precision and sizes are printed by the commands themselves, on lines of their own.
@@ -40,7 +39,7 @@ class Progress(RichProgressBar):
         super().__init__(refresh_rate=4, console_kwargs={"stderr": True})
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """The metrics beside the bar; a version number would say nothing here."""
+        """Return the metrics beside the bar; a version number would say nothing here."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics

@@ -1,47 +1,19 @@
-"""How ``fit --resume`` continues a run: its words, what may be extended, and what that changes."""
+"""How ``fit --resume`` continues a run: from which state, what may be changed, and what that changes."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import Timer
-
-from lightning_lora.errors import UserError
-from lightning_lora.models.methods import METHODS
+from lightning_lora.config.settings import LIMITS
+from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.runs.checkpoints import ResumePoints
 from lightning_lora.runs.folder import RunFolder
-from lightning_lora.training.loggers import RUN_ARGUMENTS
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.optim import same_schedule
 
-#: How long a run trains, which may be changed when it is resumed.
-LIMITS = ("max_epochs", "max_steps", "max_time")
-
-
-def resumed_words(words: list[str], run: str) -> list[str]:
-    """The words that continue a run: its own config, and perhaps other limits.
-
-    Raises:
-        UserError: There is another option.
-    """
-    rest, names = [], [f"--trainer.{name}" for name in LIMITS]
-    left = list(words)
-    while left:
-        name, equals, _ = (word := left.pop(0)).partition("=")
-        value = [] if equals or not left else [left.pop(0)]
-        if name != "--resume":
-            if name not in names:
-                raise UserError(
-                    f"--resume: '{word}' would make it another run; only {', '.join(names)} can be given, or start a "
-                    "new run"
-                )
-            rest += [word, *value]
-    return ["--config", str(RunFolder.open(Path(run), "--resume").config), "--resume", run, *rest]
-
 
 def find_state(folder: RunFolder, record: dict[str, Any]) -> Path | None:
-    """The last state of a run that is whole; None where none was saved.
+    """Return the last state of a run that is whole; None where none was saved.
 
     Raises:
         UserError: All are damaged, or the run has finished and kept none.
@@ -53,29 +25,29 @@ def find_state(folder: RunFolder, record: dict[str, Any]) -> Path | None:
         if not finished:
             folder.write({**record, "status": "failed", "error": str(error)})
         raise
-    if damage:
-        print(f"warning: {damage}", file=sys.stderr)
+    print_warnings([damage] if damage else [])
     if finished and point is None:
         raise UserError(f"--resume: {folder.path} has no last.ckpt to continue from; start a new run")
     return point
 
 
-def extension(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The limits that are other than they were, by name: before, and now.
+def changed_limits(folder: RunFolder, trainer: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the limits that are other than they were, by name: before, and now.
 
     Args:
-        before: The trainer's settings so far.
-        now: Those asked for.
+        folder: The run's, whose config holds them as they were.
+        trainer: The trainer's settings that are asked for.
     """
-    return {f"trainer.{name}": [before[name], now[name]] for name in LIMITS if before[name] != now[name]}
+    before = folder.settings()["trainer"]
+    return {f"trainer.{name}": [before[name], trainer[name]] for name in LIMITS if before[name] != trainer[name]}
 
 
-def check_extension(method: str, trainer: Mapping[str, Any], state: Mapping[str, Any], folder: RunFolder) -> None:
-    """Refuses to resume a run by other limits that leave nothing to do, or that its method cannot change.
+def check_limits(method: str, trainer: Mapping[str, Any], state: Mapping[str, Any], folder: RunFolder) -> None:
+    """Refuse to resume a run by other limits that leave nothing to do, or that its method cannot change.
 
     Args:
         method: The run's.
-        trainer: The settings asked for.
+        trainer: The trainer's settings that are asked for.
         state: The checkpoint to continue from.
         folder: The run's folder.
 
@@ -84,54 +56,27 @@ def check_extension(method: str, trainer: Mapping[str, Any], state: Mapping[str,
     """
     if method == "adalora":
         raise UserError(f"--resume: {folder.path} has laid adalora's ranks out over its steps; start a new run")
-    if not METHODS[method].trains:
-        raise UserError(f"--resume: method {method} trains nothing, so it cannot train longer")
     for name, done in (("max_epochs", int(state["epoch"])), ("max_steps", int(state["global_step"]))):
         limit = trainer[name]
         if limit is not None and 0 <= limit <= done:
             raise UserError(f"--trainer.{name}: {limit}, but {folder.path} has done {done} already; give more")
-    if trainer["max_epochs"] is None and trainer["max_steps"] == -1:
-        raise UserError("--trainer.max_epochs: null without trainer.max_steps; give one of the two, or -1 for no limit")
-    timer = state.get("callbacks", {}).get("Timer", {}).get("time_elapsed", {})
-    limit = trainer["max_time"]
-    if limit is not None and Timer(limit).time_remaining() <= (elapsed := timer.get("train", 0.0)):
-        raise UserError(f"--trainer.max_time: {limit}, but {folder.path} has trained for {elapsed:.0f} s; give more")
 
 
 def warn_of_schedule(model: TextClassifier) -> None:
-    """Says where a run that is resumed by other limits comes to something else than one started with them."""
+    """Warn where a run that is resumed by other limits comes to another result than one started with them."""
     before, now = model.planned_before, model.planned_steps
     if before is None or now in (None, before) or same_schedule(model.schedule, model.warmup_ratio, before, now):
         return
-    print(
-        f"warning: the learning rate ({model.schedule}, warm-up {model.warmup_ratio:g}) was planned for {before} steps "
-        f"and is planned for {now} from here on; the result differs from that of a run started with {now}",
-        file=sys.stderr,
-    )
+    plan = f"the learning rate ({model.schedule}, warm-up {model.warmup_ratio:g}) was planned for {before} steps"
+    then = f"and is planned for {now} from here on; the result differs from that of a run started with {now}"
+    print_warnings([f"{plan} {then}"])
 
 
 def warn_of_epoch(state: Mapping[str, Any]) -> None:
-    """Says where a run ended within an epoch (max_steps, max_time), as the next epoch begins then."""
+    """Warn where a run ended within an epoch (max_steps, max_time), as the next epoch begins then."""
     progress = state.get("loops", {}).get("fit_loop", {})
     epochs, batches = (progress.get(key, {}) for key in ("epoch_progress", "epoch_loop.batch_progress"))
     ended = epochs and epochs["current"]["ready"] == epochs["current"]["processed"]
     if ended and not batches["is_last_batch"]:
-        print(
-            f"warning: the run ended {batches['current']['ready']} batches into an epoch, and the next one begins now; "
-            "the result differs from that of a longer run",
-            file=sys.stderr,
-        )
-
-
-def rejoin_loggers(trainer: Any, ids: Mapping[str, str]) -> None:
-    """Has loggers continue the runs that they began, instead of beginning others.
-
-    Args:
-        trainer: The parsed settings; changed in place.
-        ids: What the record knows: the run of each class of loggers.
-    """
-    given = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-    for logger in given:
-        name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
-        if name in ids and name in RUN_ARGUMENTS:
-            logger.init_args[RUN_ARGUMENTS[name]] = ids[name]
+        where = f"the run ended {batches['current']['ready']} batches into an epoch, and the next one begins now"
+        print_warnings([f"{where}; the result differs from that of a longer run"])

@@ -12,7 +12,7 @@ from lightning_lora.experiments.results import Answers, Arm, CellResult, one_cla
 
 #: Settings that change nothing of what comes out.
 _OUTSIDE = {
-    *("data.cache_dir", "keep_every_epoch", "seed_everything"),
+    *("data.cache_dir", "seed_everything"),
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps"),
 }
 _SHORT = {"learning_rate": "lr"}

@@ -21,7 +21,8 @@ import yaml
 
 from lightning_lora.children import run_child
 from lightning_lora.config.argument_parser import OptionParser
-from lightning_lora.config.lightning_cli import ConfiguredRun, flat
+from lightning_lora.config.configured_run import ConfiguredRun
+from lightning_lora.config.settings import flat
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.confounders import Change, changes, second_differences
 from lightning_lora.experiments.plan import Plan, arm_label, with_found

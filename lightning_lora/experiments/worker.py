@@ -16,7 +16,7 @@ import yaml
 
 from lightning_lora.children import last_error, run_child
 from lightning_lora.claims import claimed, share_tasks
-from lightning_lora.config.lightning_cli import flat
+from lightning_lora.config.settings import flat
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import BusyError, UserError

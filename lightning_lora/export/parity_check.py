@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_lora.config.lightning_cli import ConfiguredRun
+from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.data.batching import TokenDataset
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.rows import Rows

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning import Callback
 
-from lightning_lora.config.lightning_cli import ConfiguredRun, check_base
-from lightning_lora.config.resolved import option_value
+from lightning_lora.config.configured_run import ConfiguredRun, check_base
 from lightning_lora.data.batching import TokenDataset
 from lightning_lora.data.reading import Table
 from lightning_lora.errors import UserError
@@ -87,7 +86,7 @@ def load_for(cli: ConfiguredRun, checkpoint: Path, labels: Sequence[str]) -> Loa
     if config.int8:
         found.model.check_int8(str(config.trainer.precision))
         found.model.int8 = True
-    if option_value(cli.words, "--data.max_length") is not None:
+    if any(word.partition("=")[0] == "--data.max_length" for word in cli.words):
         check_base(found.model, found, None)
     return found
 

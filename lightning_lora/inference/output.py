@@ -18,7 +18,6 @@ from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import atomic_path
 
 OUTPUTS = (".csv", ".jsonl", ".parquet")
-PRINTED_FORMATS = ("table", "csv", "jsonl")
 #: Classes whose probabilities the printed table shows, at most.
 SHOWN_CLASSES = 4
 #: Columns of the terminal that the text needs; where the table would leave fewer, each row is a paragraph.

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from lightning_lora.claims import share_tasks
-from lightning_lora.config.lightning_cli import ConfiguredRun
+from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.errors import UserError
 from lightning_lora.export.weights import weights_labels
 from lightning_lora.files import check_writable, remove_partial

@@ -17,6 +17,12 @@ from lightning_lora.files import atomic_path
 
 CHECKPOINT_FORMAT = 1
 _KEY = "lightning_lora"
+#: Parts of an identity that must be equal, and why.
+_MUST_BE_EQUAL = {
+    "label_names": "names and order must be the same",
+    "method": "other weights are trained by another method",
+    "quantization": "the same adapter gives other results on other weights",
+}
 
 
 @dataclass(frozen=True)
@@ -40,18 +46,16 @@ class CheckpointIdentity:
     adapter: dict[str, Any] = field(default_factory=dict)
 
     def write_to(self, checkpoint: dict[str, Any]) -> None:
-        """Stores the identity in a checkpoint."""
+        """Store the identity in a checkpoint."""
         checkpoint[_KEY] = {"format": CHECKPOINT_FORMAT, **asdict(self)}
 
     def check(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint that belongs to something else.
+        """Refuse a checkpoint that belongs to something else.
 
         Raises:
             UserError: It is of another program, format, base model, method, or of other label names.
         """
-        stored = checkpoint.get(_KEY)
-        if not isinstance(stored, dict):
-            raise UserError("the checkpoint was not written by lightning_lora: it does not say what it belongs to")
+        stored = _identity(checkpoint)
         if stored["format"] != CHECKPOINT_FORMAT:
             raise UserError(f"the checkpoint has format {stored['format']}; this version reads {CHECKPOINT_FORMAT}")
         if stored["base_fingerprint"] != self.base_fingerprint:
@@ -59,19 +63,10 @@ class CheckpointIdentity:
                 f"the checkpoint was trained on base model '{stored['base_model']}' with other weights than "
                 f"'{self.base_model}' has; use the base model it was trained on"
             )
-        if stored["label_names"] != self.label_names:
-            raise UserError(
-                f"the checkpoint's labels are {stored['label_names']}, but the data's are {self.label_names}; "
-                "names and order must be the same"
-            )
-        if stored["method"] != self.method:
-            raise UserError(f"the checkpoint was trained with method '{stored['method']}', not '{self.method}'")
-        if stored.get("quantization", "none") != self.quantization:
-            raise UserError(
-                f"the checkpoint was trained on a base model stored as '{stored.get('quantization', 'none')}', "
-                f"not '{self.quantization}'; the same adapter says other things on other weights"
-            )
-        for name, value in stored.get("adapter", {}).items():
+        for name, why in _MUST_BE_EQUAL.items():
+            if (found := stored[name]) != (own := getattr(self, name)):
+                raise UserError(f"the checkpoint was trained with {name} {found!r}, not {own!r}; {why}")
+        for name, value in stored["adapter"].items():
             if self.adapter.get(name) != value:
                 raise UserError(
                     f"the checkpoint was trained with adapter.{name} {value}, not {self.adapter.get(name)}: its "
@@ -80,31 +75,33 @@ class CheckpointIdentity:
 
     @staticmethod
     def check_keys(state: Mapping[str, Tensor], expected: set[str], own: Mapping[str, Tensor]) -> None:
-        """Refuses weights that are not exactly the trained ones of this model.
+        """Refuse weights that are not exactly the trained ones of this model.
 
         Raises:
             UserError: A trained weight is missing, there is one too many, or a shape differs.
         """
         missing, unexpected = sorted(expected - set(state)), sorted(set(state) - expected)
-        if missing or unexpected:
-            what = f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}, which is not trained here"
-            raise UserError(
-                f"the checkpoint {what} ({len(missing)} missing, {len(unexpected)} unexpected); "
-                "model settings such as target_modules must be those it was trained with"
-            )
-        for name, value in state.items():
-            if value.shape != own[name].shape:
-                raise UserError(
-                    f"the checkpoint's {name} has shape {tuple(value.shape)}, the model's {tuple(own[name].shape)}; "
-                    "model settings such as adapter.rank must be those it was trained with"
-                )
+        other = [name for name in sorted(expected & set(state)) if state[name].shape != own[name].shape]
+        if missing:
+            what = f"lacks {missing[0]}"
+        elif unexpected:
+            what = f"holds {unexpected[0]}, which is not trained here"
+        elif other:
+            shapes = tuple(state[other[0]].shape), tuple(own[other[0]].shape)
+            what = f"holds {other[0]}, which has shape {shapes[0]} there and {shapes[1]} here"
+        else:
+            return
+        raise UserError(
+            f"the checkpoint {what} ({len(missing)} missing, {len(unexpected)} unexpected); model settings such as "
+            "adapter.rank and adapter.target_modules must be those it was trained with"
+        )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place, flushes it to disk and renames it; failures are raised."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes the checkpoint; when that fails, an earlier one at this path is as it was."""
+        """Write the checkpoint; when that fails, an earlier one at this path is as it was."""
         del storage_options
         tensors: list[Tensor] = [value for value in tree_leaves(checkpoint) if isinstance(value, Tensor)]
         # Through a file of Python's: where there is no room, torch's own writer says only that a write failed.
@@ -120,13 +117,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """The content of a checkpoint that is whole; nothing in it is run, whatever ``weights_only`` says."""
+        """Return the content of a checkpoint that is whole; nothing in it is run, whatever ``weights_only`` says."""
         del map_location, weights_only
         return read_checkpoint(Path(path))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint; tensors and plain values only, nothing in it is run.
+    """Return the content of a checkpoint; tensors and plain values only, nothing in it is run.
 
     Raises:
         UserError: It is missing, damaged, or no checkpoint.
@@ -147,44 +144,33 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-@dataclass(frozen=True)
 class ResumePoints:
-    """The last states of a training run, from which it can go on: the newest, and the one before.
+    """The last states of a training run, from which it can be resumed: the newest, and the one before.
 
     Args:
         folder: The run's folder of checkpoints.
     """
 
-    folder: Path
-
-    @property
-    def newest(self) -> Path:
-        """The newest state."""
-        return self.folder / "last.ckpt"
-
-    @property
-    def before(self) -> Path:
-        """The one before, while the run has not ended."""
-        return self.folder / "last-before.ckpt"
-
-    @property
-    def next(self) -> Path:
-        """Where a new one is written before it takes the place of the newest."""
-        return self.folder / "last-next.ckpt"
+    def __init__(self, folder: Path) -> None:
+        self.newest = folder / "last.ckpt"
+        #: While the run has not ended.
+        self.before = folder / "last-before.ckpt"
+        #: Where a new state is written before it takes the place of the newest.
+        self.next = folder / "last-next.ckpt"
 
     def rotate(self) -> None:
-        """Makes what is at ``next`` the newest, and the newest the one before."""
+        """Make what is at ``next`` the newest, and the newest the one before."""
         if self.newest.exists():
             self.newest.replace(self.before)
         self.next.replace(self.newest)
 
     def tidy(self) -> None:
-        """Removes what the newest state makes superfluous."""
+        """Remove what the newest state makes superfluous."""
         self.before.unlink(missing_ok=True)
         self.next.unlink(missing_ok=True)
 
     def find(self) -> tuple[Path | None, str | None]:
-        """The newest state that is whole (None where there never was one), and a warning about a damaged one.
+        """Return the newest state that is whole (None where there never was one), and a warning about a damaged one.
 
         Raises:
             UserError: There are some, and all are damaged.
@@ -205,7 +191,7 @@ class ResumePoints:
 
 
 def load_checkpoint(module: LightningModule, path: Path, any_quantization: bool = False) -> None:
-    """Puts the trained weights of a checkpoint into a module that was built alike.
+    """Put the trained weights of a checkpoint into a module that was built alike.
 
     Args:
         module: The module.
@@ -215,23 +201,19 @@ def load_checkpoint(module: LightningModule, path: Path, any_quantization: bool 
     Raises:
         UserError: The checkpoint is damaged or does not belong to the module.
     """
-    checkpoint = read_checkpoint(path)
-    if any_quantization and isinstance(checkpoint.get(_KEY), dict):
-        checkpoint[_KEY]["quantization"] = module.identity.quantization  # type: ignore[union-attr]
-    module.load_state_dict(_checked(module, checkpoint, path)["state_dict"], strict=False)
+    module.load_state_dict(checked_checkpoint(module, path, any_quantization)["state_dict"], strict=False)
 
 
-def checked_checkpoint(module: LightningModule, path: Path) -> dict[str, Any]:
-    """The content of a checkpoint that belongs to the module, which is left as it is.
+def checked_checkpoint(module: LightningModule, path: Path, any_quantization: bool = False) -> dict[str, Any]:
+    """Return the content of a checkpoint that belongs to the module, whose weights are left as they are.
 
     Raises:
         UserError: The checkpoint is damaged or does not belong to the module.
     """
-    return _checked(module, read_checkpoint(path), path)
-
-
-def _checked(module: LightningModule, checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    checkpoint = read_checkpoint(path)
     try:
+        if any_quantization:
+            _identity(checkpoint)["quantization"] = module.identity.quantization  # type: ignore[union-attr]
         module.on_load_checkpoint(checkpoint)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -239,8 +221,16 @@ def _checked(module: LightningModule, checkpoint: dict[str, Any], path: Path) ->
 
 
 def stored_labels(checkpoint: Mapping[str, Any], path: Path) -> Sequence[str]:
-    """The label names that a checkpoint was trained with."""
+    """Return the label names that a checkpoint was trained with."""
+    try:
+        return _identity(checkpoint)["label_names"]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _identity(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says that it belongs to."""
     stored = checkpoint.get(_KEY)
     if not isinstance(stored, dict):
-        raise UserError(f"{path}: not written by lightning_lora; it holds no label names")
-    return stored["label_names"]
+        raise UserError("the checkpoint was not written by lightning_lora: it does not say what it belongs to")
+    return stored

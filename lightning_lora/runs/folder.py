@@ -20,22 +20,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lightning_lora import __version__
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_folder, write_text
 from lightning_lora.fingerprint import code_fingerprint
 
 RECORD_FORMAT = 1
-_PACKAGES = (
-    "torch",
-    "lightning",
-    "transformers",
-    "datasets",
-    "peft",
-    "bitsandbytes",
-    "torchmetrics",
-    "jsonargparse",
-)
+_PACKAGES = ("torch", "lightning", "transformers", "datasets", "peft", "bitsandbytes", "torchmetrics", "jsonargparse")
 #: What trains: with another fingerprint of this code, results may be others.
 _TRAINS = ("training.module", "data.datamodule")
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,99}")
@@ -50,10 +43,18 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        #: The resolved config.
+        self.config = path / "config.yaml"
+        #: The folder of ``best.ckpt`` and ``last.ckpt``.
+        self.checkpoints = path / "checkpoints"
+        #: The run record, JSON.
+        self.record = path / "run.json"
+        #: Which row of the source went to which split.
+        self.splits = path / "splits.parquet"
 
     @classmethod
     def create(cls, logs_dir: Path, name: str | None, stem: str, config: str = "") -> "RunFolder":
-        """A new folder; one that exists is never used again.
+        """Make a new folder; one that exists is never used again.
 
         Args:
             logs_dir: The folder of all runs.
@@ -64,36 +65,32 @@ class RunFolder:
         Raises:
             UserError: The name is taken or not usable, or the folder cannot be made.
         """
-        if name is not None:
-            folder_name(name)
-        wanted = (
-            name or f"{re.sub(r'[^A-Za-z0-9.]+', '-', stem)[:60].strip('-.') or 'run'}-{datetime.now():%Y%m%d-%H%M%S}"
-        )
-        try:
-            logs_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--logs_dir: cannot make {logs_dir} ({error.strerror or error})") from error
-        for number in range(1000):
+        if name is None:
+            plain_stem = re.sub(r"[^A-Za-z0-9.]+", "-", stem)[:60].strip("-.") or "run"
+            wanted = f"{plain_stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        else:
+            wanted = folder_name(name)
+        for number in itertools.count():
             path = logs_dir / (f"{wanted}-{number}" if number else wanted)
             try:
-                # With its config in it from the first moment on: what a killed process leaves can be gone on with.
+                logs_dir.mkdir(parents=True, exist_ok=True)
+                # With its config in it from the first moment on: what a killed process leaves can be resumed.
                 with atomic_folder(path) as staging:
                     (staging / "config.yaml").write_text(config, encoding="utf-8")
-            except FileExistsError:
-                if name is not None:
+                break
+            except OSError as error:
+                if not path.exists():
+                    raise UserError(f"--logs_dir: cannot make {path} ({error.strerror or error})") from error
+                if name is not None:  # else a run of the same second has it
                     or_resume = f", or resume it: --resume {path}" if (path / "config.yaml").is_file() else ""
                     raise UserError(
                         f"--name: {path} exists, and a run is never overwritten; choose another name{or_resume}"
                     ) from None
-            except OSError as error:
-                raise UserError(f"--logs_dir: cannot make {path} ({error.strerror or error})") from error
-            else:
-                return cls(path)
-        raise UserError(f"--logs_dir: {logs_dir} holds a thousand runs of this second already")
+        return cls(path)
 
     @classmethod
     def open(cls, path: Path, option: str = "--run") -> "RunFolder":
-        """The folder of an earlier run, which was given with this option.
+        """Return the folder of an earlier run, which was given with this option.
 
         Raises:
             UserError: It does not exist or is none.
@@ -102,41 +99,27 @@ class RunFolder:
             raise UserError(f"{option}: {path} is no run folder (no config.yaml in it); give a folder that fit made")
         return cls(path)
 
-    @property
-    def config(self) -> Path:
-        """The resolved config."""
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of ``best.ckpt`` and ``last.ckpt``."""
-        return self.path / "checkpoints"
+    def settings(self) -> dict[str, Any]:
+        """Return the resolved config as plain values."""
+        return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
 
     def checkpoint(self, which: str) -> Path:
-        """The checkpoint "best" or "last", or a path to a file or an exported adapter's folder.
+        """Return the checkpoint "best" or "last", or a path to a file or an exported adapter's folder.
 
         Raises:
             UserError: It does not exist; the reason is looked up in the record.
         """
         path = self.checkpoints / f"{which}.ckpt" if which in ("best", "last") else Path(which)
         if not (path.is_file() or (which not in ("best", "last") and path.is_dir())):
-            status = self.read().get("status", "unfinished") if self.record.is_file() else "unfinished"
-            last = which == "best" and (self.checkpoints / "last.ckpt").is_file()
-            remedy = (
-                "no validation pass ended, so none is best; --checkpoint last takes the last state"
-                if last
-                else "an untrained model is not evaluated; run fit again"
-            )
+            status = self.read().get("status") if self.record.is_file() else "unfinished"
+            remedy = "an untrained model is not evaluated; run fit again"
+            if which == "best" and (self.checkpoints / "last.ckpt").is_file():
+                remedy = "no validation pass ended, so none is best; --checkpoint last takes the last state"
             raise UserError(f"--run: {self.path} has no checkpoint {path.name} (the run's status: {status}); {remedy}")
         return path
 
-    @property
-    def record(self) -> Path:
-        """The run record, JSON."""
-        return self.path / "run.json"
-
     def read(self) -> dict[str, Any]:
-        """The record.
+        """Return the record.
 
         Raises:
             UserError: It is missing or damaged.
@@ -152,13 +135,8 @@ class RunFolder:
         return record
 
     def write(self, record: dict[str, Any]) -> None:
-        """Writes the record, whole; numbers that are not finite become null, which JSON has."""
+        """Write the record, whole; numbers that are not finite become null, which JSON has."""
         write_text(self.record, json.dumps(plain(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-    @property
-    def splits(self) -> Path:
-        """Which row of the source went to which split."""
-        return self.path / "splits.parquet"
 
     def refuse_trained_rows(self, keys: Sequence[bytes], seen: Sequence[str]) -> None:
         """Refuse to evaluate on texts that the run has learned from or was chosen by.
@@ -176,13 +154,9 @@ class RunFolder:
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
 
-        splits, wanted = pa.array(seen), pa.array(set(keys), pa.binary())
-        known: set[bytes] = set()
-        try:
-            with pq.ParquetFile(self.splits) as file:
-                for batch in file.iter_batches(columns=["split", "key"]):  # of millions of rows, those in question stay
-                    same = pc.and_(pc.is_in(batch["split"], splits), pc.is_in(batch["key"], wanted))
-                    known.update(batch["key"].filter(same).to_pylist())
+        wanted = pc.field("split").isin(list(seen)) & pc.field("key").isin(pa.array(set(keys), pa.binary()))
+        try:  # of millions of rows, those in question stay
+            known = set(pq.read_table(self.splits, columns=["key"], filters=wanted)["key"].to_pylist())
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{self.splits}: cannot be read ({error}); without it nobody knows what was trained on"
@@ -194,16 +168,16 @@ class RunFolder:
             )
 
     def new_evaluation(self, split: str) -> str:
-        """A name for a further evaluation of a split ("test", then "test-2", ...); none is overwritten."""
+        """Return a name for a further evaluation of a split ("test", then "test-2", ...); none is overwritten."""
         done = self.read().get("evaluations", {}) if self.record.is_file() else {}
-        return next(
-            name
-            for name in (split if number == 1 else f"{split}-{number}" for number in itertools.count(1))
-            if name not in done and not (self.path / f"{name}.md").exists()
-        )
+        name, number = split, 1
+        while name in done or (self.path / f"{name}.md").exists():
+            number += 1
+            name = f"{split}-{number}"
+        return name
 
     def add_evaluation(self, name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
-        """Adds what a later command measured (such as "test") to the record, and gives the whole."""
+        """Add what a later command measured (such as "test") to the record; return the whole."""
         killed: dict[str, Any] = {"format": RECORD_FORMAT, "name": self.path.name, "status": "unfinished"}
         record = self.read() if self.record.is_file() else killed
         record.setdefault("evaluations", {})[name] = evaluation
@@ -212,7 +186,7 @@ class RunFolder:
 
 
 def kept_evaluation(record: Mapping[str, Any], split: str) -> str | None:
-    """The first evaluation of a split ("val", "test") by the weights that are the best checkpoint now, or None.
+    """Return the first evaluation of a split ("val", "test") by the weights that are the best checkpoint now, or None.
 
     A run that was trained for longer may have kept other weights since; evaluations of the earlier ones do not count.
     """
@@ -226,12 +200,12 @@ def kept_evaluation(record: Mapping[str, Any], split: str) -> str | None:
 
 
 def kept_predictions(place: Path, name: str) -> Path:
-    """The file with the predictions of an evaluation; "val.parquet" is what the last pass of ``fit`` gave."""
+    """Return the file with the predictions of an evaluation; "val.parquet" is what the last pass of ``fit`` gave."""
     return place / "predictions" / ("val-best.parquet" if name == "val" else f"{name}.parquet")
 
 
 def kept_metrics(record: Mapping[str, Any], split: str) -> Mapping[str, float]:
-    """Metrics of the kept weights on a split; of validation rows those of ``fit``, where it was not run by itself."""
+    """Return the metrics of the kept weights on a split; of validation rows those of ``fit`` without ``validate``."""
     name = kept_evaluation(record, split)
     if name is not None:
         return dict(record["evaluations"][name].get("after", {}))
@@ -240,7 +214,7 @@ def kept_metrics(record: Mapping[str, Any], split: str) -> Mapping[str, float]:
 
 
 def folder_name(name: str, key: str = "--name") -> str:
-    """The name, if a folder may be called so.
+    """Return the name, if a folder may be called so.
 
     Args:
         name: What is asked for.
@@ -255,7 +229,7 @@ def folder_name(name: str, key: str = "--name") -> str:
 
 
 def new_record(command: list[str], seed: int) -> dict[str, Any]:
-    """The part of a record that is known at the start: command, seed, versions, commit, machine."""
+    """Return the part of a record that is known at the start: command, seed, versions, commit, machine."""
     return {
         "format": RECORD_FORMAT,
         "started": now(),
@@ -268,60 +242,55 @@ def new_record(command: list[str], seed: int) -> dict[str, Any]:
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601."""
+    """Return the time in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that results depend on."""
+    """Return the installed versions of the packages that results depend on."""
     return {name: metadata.version(name) for name in _PACKAGES}
 
 
+@cache
 def commit() -> dict[str, Any]:
-    """The commit of this code and whether code or configs differed from it; nulls outside a git checkout.
-
-    Asked once a process, early: what is imported stays as it was when the files change. Processes that are forked
-    from one that has imported the code have its answer.
+    """Return the commit of this code and whether code or configs differed from it; nulls outside a git checkout.
 
     With them a fingerprint of the code that results come from, which a commit that changes a document leaves as it is.
+    Asked once a process, early: what is imported stays as it was when the files change. Processes that are forked
+    from one that has imported the code have its answer.
     """
-    return dict(_commit())
-
-
-@cache
-def _commit() -> dict[str, Any]:
-    here = Path(__file__).parents[2]
-    code: dict[str, Any] = {"fingerprint": code_fingerprint(*_TRAINS)}
+    here = Path(__file__)
 
     def git(*words: str) -> str | None:
+        command = ["git", "-C", str(here.parents[2]), *words]
         try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20
-            )
+            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
-        return done.stdout.strip()
 
-    if git("ls-files", "--error-unmatch", str(Path(__file__))) is None:
-        return {"commit": None, "dirty": None, **code}  # a copy that another repository happens to contain
-    # Data and runs of a user may lie in the same folder; they do not change what the code does.
-    changes = git("status", "--porcelain", "--", "main.py", "lightning_lora", "configs")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes), **code}
+    head = changes = None
+    if git("ls-files", "--error-unmatch", str(here)) is not None:  # no copy that another repository happens to contain
+        head = git("rev-parse", "HEAD")
+        # Data and runs of a user may lie in the same folder; they do not change what the code does.
+        changes = git("status", "--porcelain", "--", "main.py", "lightning_lora", "configs")
+    dirty = None if changes is None else bool(changes)
+    return {"commit": head, "dirty": dirty, "fingerprint": code_fingerprint(*_TRAINS)}
 
 
 def processor() -> str:
-    """The processor's name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor()
+    """Return the processor's name."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.*)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return named[1] if named else platform.processor()
+
+
+def as_yaml(settings: Mapping[str, Any]) -> str:
+    """Return the settings as the text of a ``config.yaml``."""
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: keys as text, tuples as lists, numbers that are not finite as None."""
+    """Return the value as JSON can hold it: keys as text, tuples as lists, numbers that are not finite as None."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,21 +1,32 @@
-"""Where a run's numbers go: TensorBoard and ``metrics.csv``, each step once, also when training is resumed."""
+"""Where a run's numbers go: TensorBoard and ``metrics.csv``, each step once, also when training is resumed.
+
+Beside the curves TensorBoard shows confusion matrices, precision-recall curves and hyperparameters.
+"""
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+from torchmetrics.utilities.plot import plot_confusion_matrix
 
+from lightning_lora.evaluation.metrics import label_tags
+from lightning_lora.evaluation.predictions import PredictionCollector, Predictions
 from lightning_lora.files import write_text
 
-#: Loggers of services whose runs have an id, and the argument that continues one.
+#: Loggers of services whose runs have an id, and the argument that resumes one.
 RUN_ARGUMENTS = {"CometLogger": "experiment_key", "MLFlowLogger": "run_id", "WandbLogger": "id"}
+_SHOWN_CLASSES = 30  # a matrix of more is no readable picture
 
 
 def make_loggers(folder: Path, training: bool, steps: int) -> list[Logger]:
-    """The loggers of a run.
+    """Return the loggers of a run.
 
     Args:
         folder: The run's folder.
@@ -26,30 +37,34 @@ def make_loggers(folder: Path, training: bool, steps: int) -> list[Logger]:
     place: dict[str, Any] = {"save_dir": folder, "name": "", "version": "tensorboard", "default_hp_metric": False}
     if not training:
         return [EvaluationBoard(max(steps - 1, 0), **place)]
-    if steps:
-        place["purge_step"] = steps
-    board = TensorBoardLogger(**place)
-    kept = _rows_before(folder / "metrics.csv", steps) if steps else None
-    numbers = MetricsFile(folder, name="", version="")
-    if kept is not None:
-        experiment = numbers.experiment  # Lightning's writer begins by removing the file
-        experiment.metrics_keys = list(kept[0])
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\r\n").writerows(kept)
-        write_text(folder / "metrics.csv", text.getvalue())
-    return [board, numbers]
+    if not steps:
+        return [TensorBoardLogger(**place), MetricsFile(folder, name="", version="")]
+    return [TensorBoardLogger(**place, purge_step=steps), resumed_metrics(folder, steps)]
 
 
 def run_ids(loggers: Iterable[Logger]) -> dict[str, str]:
-    """The ids of the runs that loggers of ``RUN_ARGUMENTS`` have started, by class."""
+    """Return the ids of the runs that loggers of ``RUN_ARGUMENTS`` have started, by class."""
     return {type(each).__name__: str(each.version) for each in loggers if type(each).__name__ in RUN_ARGUMENTS}
+
+
+def rejoin_loggers(settings: Any, ids: Mapping[str, str]) -> None:
+    """Have loggers resume the runs that they have started, instead of starting others.
+
+    Args:
+        settings: The parsed setting ``trainer.logger``; changed in place.
+        ids: What the record knows: the run of each class of loggers.
+    """
+    for logger in settings if isinstance(settings, list) else [settings]:
+        name = str(getattr(logger, "class_path", "")).rpartition(".")[2]
+        if name in ids:
+            logger.init_args[RUN_ARGUMENTS[name]] = ids[name]
 
 
 class MetricsFile(CSVLogger):
     """``metrics.csv`` of a run, whose settings are in ``config.yaml``."""
 
     def log_hyperparams(self, params: Any = None) -> None:
-        """Writes nothing."""
+        """Write nothing."""
 
 
 class EvaluationBoard(TensorBoardLogger):
@@ -65,16 +80,100 @@ class EvaluationBoard(TensorBoardLogger):
         self.at = at
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Logs them at the weights' step."""
+        """Log them at the weights' step."""
         super().log_metrics(metrics, self.at)
 
 
-def _rows_before(path: Path, steps: int) -> list[list[str]] | None:
-    """The header and the rows of earlier steps; a row that a kill has cut off is none."""
-    if not path.is_file():
-        return None
-    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
-    if not rows or "step" not in rows[0]:
-        return None
-    header, at = rows[0], rows[0].index("step")
-    return [header, *(r for r in rows[1:] if len(r) == len(header) and r[at].isdigit() and int(r[at]) < steps)]
+def resumed_metrics(folder: Path, steps: int) -> MetricsFile:
+    """Return the logger of a ``metrics.csv`` that keeps its whole rows of earlier steps."""
+    path = folder / "metrics.csv"
+    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
+    numbers = MetricsFile(folder, name="", version="")
+    if rows and "step" in (header := rows[0]):
+        at = header.index("step")
+        kept = [r for r in rows[1:] if len(r) == len(header) and r[at].isdigit() and int(r[at]) < steps]
+        numbers.experiment.metrics_keys = list(header)  # Lightning's writer begins by removing the file
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\r\n").writerows([header, *kept])
+        write_text(path, text.getvalue())
+    return numbers
+
+
+class TensorBoardPages(Callback):
+    """Writes the pages after each validation and test pass.
+
+    Args:
+        collector: Where the logits of the pass are.
+        hyperparameters: Gives the flat settings of the run, for the HPARAMS page and for other loggers; None where
+            they are not logged.
+        steps: Steps that the weights have been trained for before.
+    """
+
+    def __init__(
+        self, collector: PredictionCollector, hyperparameters: Callable[[], Mapping[str, Any]] | None, steps: int = 0
+    ) -> None:
+        self.collector = collector
+        self.hyperparameters = hyperparameters
+        self.steps = steps
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Log the hyperparameters of a method that trains nothing."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self.on_fit_start(trainer, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the hyperparameters, as they are once a learning rate has been searched for.
+
+        Without TensorBoard's list of an experiment's metrics, which holds for all sessions and is that of the first: it
+        then reads all of them itself, and so finds which settings differ and what was measured later.
+        """
+        if self.hyperparameters is None or not trainer.is_global_zero:
+            return
+        from torch.utils.tensorboard.summary import hparams  # not before it is needed: it takes half a second
+
+        settings = dict(self.hyperparameters())
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(settings)  # hparams.yaml
+                session = hparams(settings, {})[1]
+                logger.experiment._get_file_writer().add_summary(session)  # as SummaryWriter.add_hparams does
+            elif not self.steps:  # a service keeps those of a run that is resumed
+                logger.log_hyperparams(settings)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the pages of the validation split."""
+        if not trainer.sanity_checking:
+            self._write(trainer, "val")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the pages of the test split."""
+        self._write(trainer, "test")
+
+    def _write(self, trainer: Trainer, split: str) -> None:
+        predictions = self.collector.last.get(split)
+        if predictions is None or predictions.labels is None:
+            return
+        # As Lightning counts the metrics of an epoch: the step that was done last.
+        step = max((trainer.global_step or self.steps) - 1, 0)
+        for logger in trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger):
+                continue
+            if len(predictions.label_names) <= _SHOWN_CLASSES:
+                logger.experiment.add_figure(f"{split}/confusion_matrix", confusion_figure(predictions), step)
+            for i, tag in enumerate(label_tags(predictions.label_names)[:_SHOWN_CLASSES]):
+                scores = predictions.probabilities[:, i]
+                logger.experiment.add_pr_curve(f"{split}_pr/{tag}", predictions.labels == i, scores, step)
+
+
+def confusion_figure(predictions: Predictions) -> Any:
+    """Return a picture of the confusion matrix: rows are the truth, with shares within each row."""
+    from matplotlib.figure import Figure
+
+    count = len(predictions.label_names)
+    preds, target = torch.as_tensor(predictions.classes), torch.as_tensor(predictions.labels)
+    counts = multiclass_confusion_matrix(preds, target, count)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    side = 2.5 + 0.8 * count
+    figure = Figure(figsize=(side, side), layout="compressed")
+    plot_confusion_matrix(shares, ax=figure.subplots(), labels=list(predictions.label_names), cmap="Blues")
+    return figure

@@ -5,13 +5,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning import Callback
-from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metrics import OF_EVALUATION, metric_names
 
-_NOTHING = "does nothing by itself; name one of its subclasses, or leave it out"
+_ABSTRACT = "does nothing by itself; name one of its subclasses, or leave it out"
 _AVERAGED = "what is validated and what is kept as the best checkpoint would be different weights; leave it out"
 #: Callbacks of Lightning (2.6) that are refused, and the reason.
 CALLBACKS: Mapping[str, str] = {
@@ -19,16 +18,16 @@ CALLBACKS: Mapping[str, str] = {
     "BaseFinetuning": "model.method says which weights are trained; leave it out",
     "BasePredictionWriter": "fit predicts nothing; use: python main.py predict --run RUN --output FILE",
     "BatchSizeFinder": "it would train with another data.batch_size than the run records; set data.batch_size",
-    "Callback": _NOTHING,
-    "Checkpoint": _NOTHING,
+    "Callback": _ABSTRACT,
+    "Checkpoint": _ABSTRACT,
     "EMAWeightAveraging": _AVERAGED,
     "GradientAccumulationScheduler": "the schedule needs to know the number of steps; "
     "set trainer.accumulate_grad_batches",
     "LambdaCallback": "a config cannot hold functions; write a callback class, and allow its package by "
     "LIGHTNING_LORA_ALLOW",
     "ModelPruning": "checkpoints and exports hold no pruning masks; leave it out",
-    "OnExceptionCheckpoint": "the last state is always kept; continue with: python main.py fit --resume RUN",
-    "ProgressBar": _NOTHING,
+    "OnExceptionCheckpoint": "the last state is always kept; resume with: python main.py fit --resume RUN",
+    "ProgressBar": _ABSTRACT,
     "StochasticWeightAveraging": _AVERAGED,
     "ThroughputMonitor": "it needs a function, which a config cannot hold; run.json has train_tokens_per_s",
     "WeightAveraging": _AVERAGED,
@@ -36,6 +35,7 @@ CALLBACKS: Mapping[str, str] = {
 #: Trainer options of which only one value is allowed: the value, and the reason.
 OPTIONS: Mapping[str, tuple[Any, str]] = {
     "barebones": (False, "such a run logs and keeps nothing; leave it out"),
+    "default_root_dir": (None, "a run writes into its own folder only; use --logs_dir and --name"),
     "model_registry": (None, "a run is kept in its own folder; use export --push_to_hub"),
     "overfit_batches": (0.0, "it validates on training rows; set data.train_rows to train on a few rows"),
     "reload_dataloaders_every_n_epochs": (0, "every epoch has an order of its own already; leave it out"),
@@ -52,40 +52,8 @@ _LOWEST: Mapping[str, tuple[float, tuple[Any, ...]]] = {
 }
 
 
-def refuse_callbacks(settings: Any) -> None:
-    """Refuses callbacks and plugins of a trainer's settings that cannot work here.
-
-    Args:
-        settings: The trainer's settings, as in the YAML file or as parsed.
-
-    Raises:
-        UserError: One of them is in ``CALLBACKS``, or a plugin of Lightning's is named.
-    """
-    if not isinstance(settings, Mapping):
-        return
-    callbacks = settings.get("callbacks")
-    for callback in callbacks if isinstance(callbacks, list | tuple) else [callbacks]:
-        if isinstance(callback, Mapping) and "class_path" not in callback:
-            raise UserError(
-                f"trainer.callbacks: {dict(callback)} does not name a class; write "
-                "{class_path: EarlyStopping, init_args: {monitor: val/loss}}"
-            )
-    for path, arguments in _classes(callbacks):
-        room, _, name = path.rpartition(".")
-        if name in CALLBACKS and (not room or room.startswith("lightning.")):
-            raise UserError(f"trainer.callbacks: {name}: {CALLBACKS[name]}")
-        if name == "LearningRateFinder":
-            _check_finder(arguments)
-    for path, _ in _classes(settings.get("plugins")):
-        if "." not in path or path.startswith("lightning."):
-            raise UserError(
-                f"trainer.plugins: {path}: precision is set by trainer.precision, and checkpoints and clusters are "
-                "taken care of; leave it out"
-            )
-
-
 def refuse_options(trainer: Mapping[str, Any]) -> None:
-    """Refuses values of trainer options that would be ignored, or would do something else than they say.
+    """Refuse values of trainer options that would be ignored, or would do something else than they say.
 
     Raises:
         UserError: There is one.
@@ -102,10 +70,6 @@ def refuse_options(trainer: Mapping[str, Any]) -> None:
         raise UserError("trainer.limit_train_batches: 0 leaves nothing to train on; model.method none trains nothing")
     if trainer["max_epochs"] is None and trainer["max_steps"] == -1:
         raise UserError("trainer.max_epochs: null without trainer.max_steps; give one of the two, or -1 for no limit")
-    for unit in ("epochs", "steps"):
-        low, high = trainer[f"min_{unit}"], trainer[f"max_{unit}"]
-        if low is not None and high not in (None, -1) and low > high:
-            raise UserError(f"trainer.min_{unit}: {low}, but trainer.max_{unit} is {high}")
     if trainer["gradient_clip_algorithm"] not in (None, "norm") and not trainer["gradient_clip_val"]:
         raise UserError("trainer.gradient_clip_algorithm: nothing is clipped without trainer.gradient_clip_val")
     if not isinstance(trainer["val_check_interval"], int | float | None):
@@ -116,7 +80,7 @@ def refuse_options(trainer: Mapping[str, Any]) -> None:
 
 
 def check_monitors(callbacks: Iterable[Callback], label_names: list[str], validates: bool) -> None:
-    """Refuses a callback that monitors what is never logged, or in the wrong direction.
+    """Refuse a callback that monitors what is never logged, or in the wrong direction.
 
     Args:
         callbacks: The callbacks of a config.
@@ -133,11 +97,9 @@ def check_monitors(callbacks: Iterable[Callback], label_names: list[str], valida
         monitor = getattr(callback, "monitor", None)
         if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None:
             continue
-        if re.fullmatch(r"lr-AdamW(/pg\d+)?", monitor):
+        if re.fullmatch(r"lr-AdamW(/pg\d+)?|epoch|step", monitor):
             continue
         kind = type(callback).__name__
-        if isinstance(callback, ModelCheckpoint) and monitor in ("epoch", "step"):
-            continue
         if monitor not in logged:
             raise UserError(f"trainer.callbacks: {kind}: no metric '{monitor}'; there are {', '.join(logged)}")
         better = "min" if monitor.rpartition("/")[2] in ("loss", "loss_step", "calibration_error") else "max"
@@ -146,49 +108,3 @@ def check_monitors(callbacks: Iterable[Callback], label_names: list[str], valida
                 f"trainer.callbacks: {kind}: with mode {callback.mode} a worse {monitor} counts as better; "
                 f"give mode: {better}"
             )
-
-
-def class_fault(error: Exception) -> str | None:
-    """What to say of a class in a config that cannot be made; None where the error is about something else."""
-    found = re.search(r"\nErrors:\s+- (?P<why>.*?)\n  - .*\nGiven value: (?P<value>.*)", str(error), re.DOTALL)
-    if found is None:
-        return None
-    names = ", ".join(path.rpartition(".")[2] for path in re.findall(r"class_path='([^']+)'", found["value"]))
-    why = re.sub(r"Problem with given class_path '[^']+': ", "", " ".join(found["why"].split()))
-    cause: BaseException | None = error
-    while cause is not None:
-        if (package := re.search(r"(?:Requirement|No module named) '([\w\-]+)", str(cause))) is not None:
-            return f"{names} needs a package that is missing: pip install {package[1]}"
-        cause = cause.__cause__ or cause.__context__
-    return f"{names}: {why}"
-
-
-def check_accelerator(name: str) -> None:
-    """Refuses an accelerator that this machine does not have.
-
-    Raises:
-        UserError: There is none, or none of that name exists.
-    """
-    known = AcceleratorRegistry.available_accelerators()
-    there = [each for each in sorted(known) if AcceleratorRegistry[each]["accelerator"].is_available()]
-    wanted = {"gpu": {"cuda", "mps"}, "auto": set(there)}.get(name.lower(), {name.lower()})
-    if not wanted & set(there):
-        raise UserError(
-            f"trainer.accelerator: there is no '{name}' here, only {', '.join(there)}; give --trainer.accelerator auto"
-        )
-
-
-def _check_finder(arguments: Mapping[str, Any]) -> None:
-    """Refuses a search for a learning rate that would not be used."""
-    if arguments.get("update_attr") is False or arguments.get("attr_name") not in (None, "", "learning_rate"):
-        raise UserError(
-            "trainer.callbacks: LearningRateFinder: the rate found is model.learning_rate; leave update_attr and "
-            "attr_name out"
-        )
-
-
-def _classes(value: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    """The class paths of a setting that holds one class or several, each with its arguments."""
-    several = value if isinstance(value, list | tuple) else [value]
-    found = [(v.get("class_path"), v.get("init_args") or {}) if isinstance(v, Mapping) else (v, {}) for v in several]
-    return [(path, arguments) for path, arguments in found if isinstance(path, str)]

@@ -28,7 +28,7 @@ class StateSaver(Checkpoint):
     Between steps means before the next batch is taken: all of the step before is done then, also what it logs, which
     no hook of Lightning's comes after. Never between the parts of an accumulated step, whose gradients no checkpoint
     holds, and neither at the beginning of an epoch nor right after a validation pass, from where Lightning (2.6.6) does
-    not go on as it would have: the steps before and after are saved instead.
+    not continue as it would have: the steps before and after are saved instead.
 
     Args:
         points: Where the states lie.
@@ -46,7 +46,7 @@ class StateSaver(Checkpoint):
         self._took = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Resumes with the batches that are left of the epoch; from here on signals wait for the end of a step."""
+        """Resume with the batches that are left of the epoch; from here on signals wait for the end of a step."""
         self._first = True
         loader: Any = trainer.train_dataloader
         if self._loader:
@@ -64,23 +64,23 @@ class StateSaver(Checkpoint):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """A validation pass is not waited for; it is run again from the state before it."""
+        """Stop within a validation pass where that was asked for; it is run again from the state before it."""
         self._grant()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A pass may have taken long: the next chance to save is taken."""
+        """Save at the next chance, as the pass may have taken long."""
         self._saved_at = 0.0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the last state."""
+        """Save the last state."""
         self.save(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """From here on signals end the run at once."""
+        """Let signals end the run at once from here on."""
         self.request.deferred = False
 
     def _between_batches(self, trainer: Trainer, taken: int) -> None:
-        """Saves where it is due or the last chance before a validation pass, and stops where that was asked for."""
+        """Save where it is due or the last chance before a validation pass, and stop where that was asked for."""
         steps = trainer.accumulate_grad_batches
         if taken % steps:
             return
@@ -95,20 +95,20 @@ class StateSaver(Checkpoint):
             self._grant()
 
     def _grant(self) -> None:
-        """Ends the run if one of its processes was asked to, in all of them."""
+        """End the run if one of its processes was asked to, in all of them."""
         (asked,) = processes.agreed(self.request.number or 0)
         self.request.grant(int(asked))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader is, and the metrics, for a run that was killed behind its last step."""
+        """Return where the loader is, and the metrics, for a run that was killed behind its last step."""
         return {"metrics": self.metrics, "loader": self._loader}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes them again."""
+        """Restore them."""
         self.metrics, self._loader = state_dict["metrics"], state_dict["loader"]
 
     def save(self, trainer: Trainer) -> None:
-        """Saves the state; the newest before it becomes the one before."""
+        """Save the state; the newest before it becomes the one before."""
         started = time.perf_counter()
         for logger in trainer.loggers:  # what was logged until here is not logged again
             if isinstance(logger, TensorBoardLogger):
@@ -143,7 +143,7 @@ class BestCheckpoint(ModelCheckpoint):
     """A class of its own, so that its state cannot be taken for that of a checkpoint callback in a config."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps comparing with the best so far, also where the run's folder has been moved."""
+        """Keep comparing with the best so far, also where the run's folder has been moved."""
         here = self.dirpath or ""
         for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
             if state_dict.get(key):
@@ -152,26 +152,14 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict({**state_dict, "dirpath": self.dirpath, "best_k_models": best})
 
 
-class EpochCheckpoint(BestCheckpoint):
-    """As ``BestCheckpoint``."""
-
-
-def checkpoint_callbacks(folder: RunFolder, keep_every_epoch: bool) -> list[Callback]:
-    """The best weights on validation, and those of each epoch; the last state is kept by ``StateSaver``."""
-    common: dict[str, Any] = {"dirpath": folder.checkpoints, "enable_version_counter": False}
-    callbacks: list[Callback] = [
-        BestCheckpoint(filename="best", monitor=MONITOR, mode="max", save_weights_only=True, save_top_k=1, **common),
-    ]
-    if keep_every_epoch:
-        # At the end of each epoch of training, whether or not a validation pass ran in it.
-        each_epoch: dict[str, Any] = {"monitor": None, "save_on_train_epoch_end": True, **common}
-        each_epoch |= {"filename": "epoch-{epoch}", "auto_insert_metric_name": False}
-        callbacks.append(EpochCheckpoint(save_top_k=-1, save_weights_only=True, **each_epoch))
-    return callbacks
+def best_checkpoint(folder: RunFolder) -> BestCheckpoint:
+    """Return what keeps the best weights on validation; the last state is kept by ``StateSaver``."""
+    where: dict[str, Any] = {"dirpath": folder.checkpoints, "filename": "best", "enable_version_counter": False}
+    return BestCheckpoint(monitor=MONITOR, mode="max", save_weights_only=True, **where)
 
 
 def place_checkpoints(callbacks: Iterable[Callback], folder: RunFolder) -> None:
-    """Gives checkpoint callbacks of a config a folder of their own in the run.
+    """Give checkpoint callbacks of a config a folder of their own in the run.
 
     Raises:
         UserError: One of them names that of the run's own checkpoints.
@@ -187,7 +175,7 @@ def place_checkpoints(callbacks: Iterable[Callback], folder: RunFolder) -> None:
 
 
 def describe_best(folder: RunFolder) -> dict[str, Any] | None:
-    """Where in training the best checkpoint is from, by which metric, and its validation metrics; None without one."""
+    """Return where in training the best checkpoint is from, and its validation metrics; None without one."""
     path = folder.checkpoints / "best.ckpt"
     if not path.is_file():
         return None

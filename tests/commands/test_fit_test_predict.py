@@ -134,7 +134,7 @@ def test_tensorboard_shows_curves_metrics_settings_pictures_and_texts(fitted: Ru
     assert any(tag.startswith("lr-AdamW") for tag in scalars)
     assert {"val/confusion_matrix", "test/confusion_matrix"} <= set(events.Tags()["images"])
     tensors = set(events.Tags()["tensors"])
-    assert {"test_pr/pos", "test/wrong_texts/text_summary"} <= tensors
+    assert "test_pr/pos" in tensors
     assert any("hparams" in tag for tag in events.summary_metadata)
 
 
@@ -297,7 +297,7 @@ def test_its_own_config_does_a_run_again(fitted: RunFolder) -> None:
 
 
 def test_checkpoints_are_written_by_the_atomic_writer_and_gradients_are_clipped(fitted: RunFolder) -> None:
-    from lightning_lora.config.lightning_cli import ConfiguredRun
+    from lightning_lora.config.configured_run import ConfiguredRun
     from lightning_lora.runs.checkpoints import AtomicCheckpointIO
 
     run = ConfiguredRun("fit", ["--config", str(fitted.config)])
@@ -375,7 +375,10 @@ def test_an_interrupted_run_leaves_a_record(tiny_base: Path, reviews: Path, monk
         (["test", "--run", "nowhere"], "nowhere is no run folder"),
         (["predict", "--run", "RUN", "--input", "nowhere.csv"], "--input: no file 'nowhere.csv'"),
         (["predict", "--run", "RUN", "x", "--output", "out.xlsx"], "must end in one of"),
-        (["predict", "--run", "RUN", "x", "--format", "xml"], "not one of table, csv, jsonl"),
+        (
+            ["predict", "--run", "RUN", "x", "--format", "xml"],
+            "format: expected one of 'table', 'csv', 'jsonl', got 'xml'",
+        ),
         (["predict", "--run", "RUN", ""], "command line, text 1, column 'text': a text is needed"),
         (["test", "--run", "RUN", "--checkpoint", "x.ckpt"], "has no checkpoint x.ckpt"),
         (["test", "--run", "RUN", "--model.adapter.rank", "4"], "such as adapter.rank"),

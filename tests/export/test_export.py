@@ -199,7 +199,7 @@ def test_an_adapter_of_something_else_is_refused_with_the_reason(exported, make_
         said = "other weights"
     elif change == "labels":
         identity["label_names"] = ["a", "b", "c"]
-        said = "labels are ['a', 'b', 'c']"
+        said = "label_names ['a', 'b', 'c']"
     elif change == "order":
         identity["label_names"] = ["pos", "neg", "mixed"]
         said = "names and order must be the same"

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_lora.cli import main
-from lightning_lora.config.yaml_files import read_config
+from lightning_lora.config.settings import read_config
 from lightning_lora.data.prepare import SourceOptions, prepare
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metrics import label_tags

@@ -192,17 +192,23 @@ def test_a_run_begins_and_ends_its_own_processes(place: Path, tmp_path: Path) ->
     """One command, no torchrun: stopped, killed, gone on with; nothing is left running."""
     given = words(place, "run", tmp_path, "--trainer.devices", "2")
     states = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif os.environ['SLOW'] != '0':\n    from lightning_lora.training import saving\n"
+        "    from tests.faults.processes import slow_steps\n    saving.SHARE = 1e9\n    slow_steps(100)\n"
+    )
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
     for attempt, chosen in enumerate((signal.SIGTERM, signal.SIGKILL, None)):
         current = given if not attempt else ["fit", "--resume", str(tmp_path / "run")]
-        run = Run(current, tmp_path / f"{attempt}.txt", hook=slow_steps, argument=100 if chosen else 0)
+        environment["SLOW"] = "1" if chosen else "0"
+        run = Run(current, tmp_path / f"{attempt}.txt", environment=environment)
         begun = states.stat().st_mtime_ns if attempt else 0
         run.wait_for(lambda begun=begun: states.exists() and states.stat().st_mtime_ns > begun, 120)
-        followers = psutil.Process(run.process.pid).children(recursive=True)
-        assert len(followers) == 1
+        begun_processes = psutil.Process(run.process.pid).children(recursive=True)
+        assert len(begun_processes) == 2
         if chosen:
             run.signal(chosen)
         assert run.wait() == {signal.SIGTERM: 143, signal.SIGKILL: -9, None: 0}[chosen], run.text()
-        assert not psutil.wait_procs(followers, timeout=30)[1]
+        assert not psutil.wait_procs(begun_processes, timeout=30)[1]
     alike(tmp_path / "run", place / "one")
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as ARCHITECTURES
 
-from lightning_lora.config.lightning_cli import check_base
+from lightning_lora.config.configured_run import check_base
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError
 from lightning_lora.models.methods import merged

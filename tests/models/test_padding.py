@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from lightning_lora.config.lightning_cli import check_base
+from lightning_lora.config.configured_run import check_base
 from lightning_lora.data.batching import TokenDataset
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.tokens import load_tokenizer, tokenize

@@ -98,7 +98,7 @@ def test_training_goes_on_after_an_evaluation(base_path: Path, kind: str) -> Non
 def test_a_checkpoint_of_a_quantized_base_is_refused_on_another(base_path: Path, tmp_path: Path) -> None:
     path = save(TextClassifier(str(base_path), LABELS, quantization=KINDS["nf4"]), tmp_path / "a.ckpt")
     for other, name in ((Quantization(), "none"), (KINDS["int8"], "int8")):
-        with pytest.raises(UserError, match=f"stored as 'nf4', not '{name}'"):
+        with pytest.raises(UserError, match=f"trained with quantization 'nf4', not '{name}'"):
             load_checkpoint(TextClassifier(str(base_path), LABELS, quantization=other), path)
 
 

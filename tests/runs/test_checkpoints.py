@@ -64,7 +64,7 @@ def test_an_adapter_checkpoint_is_small(make_base, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"labels": ("pos", "neg")}, "labels are .'neg', 'pos'., but the data's are .'pos', 'neg'."),
+        ({"labels": ("pos", "neg")}, "trained with label_names .'neg', 'pos'., not .'pos', 'neg'."),
         ({"labels": ("neg", "pos", "mixed")}, "names and order must be the same"),
         ({"method": "head"}, "trained with method 'lora', not 'head'"),
         ({"adapter": AdapterOptions(rank=4)}, "has shape .* such as adapter.rank"),

@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import yaml
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_lora.cli import main
+from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.training import loggers
 from tests.conftest import make_rows, write_csv
 
@@ -110,5 +112,13 @@ def test_a_missing_package_is_named_with_what_installs_it(words: list[str], caps
         Path("b.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
         assert main([*words, "--config", "b.yaml"]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith(f"error: {name}") and error.endswith(f"that is missing: pip install {package}")
+        assert error.startswith("error: a class that the config") and error.endswith(f"missing: pip install {package}")
         assert not list(Path("logs").iterdir())
+
+
+def test_the_confusion_matrix_has_the_truth_in_rows() -> None:
+    logits, labels = np.eye(3, dtype=np.float32)[[0, 0, 1]], np.array([0, 0, 2])
+    figure = loggers.confusion_figure(Predictions(logits, labels, ["a", "b", "c"], np.arange(3)))
+    shares = np.asarray(figure.axes[0].images[0].get_array())
+    np.testing.assert_array_equal(shares, [[1, 0, 0], [0, 0, 0], [0, 1, 0]])
+    assert figure.axes[0].get_ylabel() == "True class"

@@ -1,0 +1,240 @@
+"""A command that is configured like a run: its settings, and the data module, model and trainer that they describe."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor, ProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_lora.config.console import Progress, quiet_libraries
+from lightning_lora.config.options import COMMAND_KEYS
+from lightning_lora.config.parse_errors import root_cause
+from lightning_lora.config.settings import flat, make_parser, parse_settings, places
+from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.data.rows import Rows
+from lightning_lora.data.splits import text_keys
+from lightning_lora.devices import keep_freed_memory
+from lightning_lora.errors import UserError
+from lightning_lora.evaluation.costs import CostMeter
+from lightning_lora.evaluation.predictions import PredictionCollector
+from lightning_lora.interrupts import StopRequest
+from lightning_lora.models.check_base import BaseCheck, Inputs
+from lightning_lora.models.speedups import lower_frozen
+from lightning_lora.processes import is_leader
+from lightning_lora.runs.checkpoints import AtomicCheckpointIO, ResumePoints
+from lightning_lora.runs.folder import RunFolder
+from lightning_lora.tokenizer import ordinary_ids
+from lightning_lora.training.loggers import TensorBoardPages, make_loggers, rejoin_loggers
+from lightning_lora.training.module import AUTOCAST, TextClassifier
+from lightning_lora.training.parallel import STRATEGIES, data_parallel, device_count
+from lightning_lora.training.pruning import trial_callbacks
+from lightning_lora.training.refused import check_monitors, refuse_options
+from lightning_lora.training.saving import StateSaver, best_checkpoint, place_checkpoints
+
+
+class ConfiguredRun:
+    """One parsed command line; ``build`` makes the objects, once there is a run folder for them.
+
+    Args:
+        command: "fit", "validate", "test", "predict" or "export".
+        words: What stands after the command.
+    """
+
+    datamodule: TextDataModule
+    model: TextClassifier
+    trainer: Trainer
+
+    def __init__(self, command: str, words: list[str]) -> None:
+        quiet_libraries()
+        self.command = command
+        self.words = words
+        self.collector = PredictionCollector()
+        self.costs = CostMeter()
+        self.stop_request = StopRequest()
+        #: Steps that were done before, where a run resumes; or those that the weights to evaluate were trained for.
+        self.steps_done = 0
+        #: The runs that loggers began, by their class, where training is resumed.
+        self.logger_ids: dict[str, str] = {}
+        #: Called right before training, when all that it uses is known.
+        self.at_start: Callable[[], None] = lambda: None
+        self.parser = make_parser(command)
+        self.config = parse_settings(self.parser, command, words)
+        self._check_settings()
+        seed_everything(self.config.seed_everything, workers=True, verbose=False)
+        #: The trainer's settings with the callbacks, loggers and profiler that they name, once they are made.
+        self.trainer_settings: dict[str, Any] = vars(self.config.trainer)
+
+    def _check_settings(self) -> None:
+        """Refuse settings that the parser lets through.
+
+        Raises:
+            UserError: There is one.
+        """
+        config, trainer = self.config, self.config.trainer
+        if not 0 <= config.seed_everything < 2**32:
+            raise UserError(f"seed_everything: a number from 0 to 2^32 - 1 is needed, got {config.seed_everything}")
+        folders = [Path.cwd(), Path(config.get("logs_dir") or "logs").resolve()]
+        for place in places(trainer.as_dict()):
+            if not any(Path(place).expanduser().resolve().is_relative_to(folder) for folder in folders):
+                raise UserError(f"trainer: {place} lies outside the working folder and --logs_dir")
+        if trainer.strategy not in STRATEGIES:
+            raise UserError(
+                f"trainer.strategy: '{trainer.strategy}' is not one of {', '.join(STRATEGIES)}; what is trained of an "
+                "encoder with LoRA fits on each device, so it is never cut up"
+            )
+        if self.command == "fit":
+            if config.resume is None:  # a resumed run keeps what it started with
+                refuse_options(trainer.as_dict())
+            if config.model.method == "lora_plus" and "LearningRateFinder" in str(trainer.callbacks):
+                raise UserError(
+                    "trainer.callbacks: LearningRateFinder: it tries one rate for all weights, and lora_plus has two; "
+                    "search with model.method lora, or leave it out"
+                )
+
+    def count_devices(self) -> int:
+        """Return the number of devices that run the command.
+
+        Raises:
+            UserError: This machine does not have them, or the command cannot share its work among them.
+        """
+        count = device_count(self.config.trainer)
+        if self.command in ("predict", "export") and count > 1:
+            more = "; --workers shares many files" if self.command == "predict" else ""
+            raise UserError(f"trainer.devices: {self.command} runs on one device{more}")
+        if self.command == "fit" and (size := self.config.data.batch_size) < count:
+            raise UserError(f"data.batch_size: {size} texts a step cannot be shared by {count} devices; raise it")
+        return count
+
+    def build(self, folder: RunFolder) -> None:
+        """Make the data module, the model and the trainer, which writes into the folder.
+
+        Raises:
+            UserError: The machine lacks what is asked for, a class that the config names cannot be made, or the base
+                model cannot take the texts.
+        """
+        keep_freed_memory()
+        config = self.config.clone()
+        if self.command != "fit":  # callbacks and loggers of a config are for fitting only
+            config.trainer.callbacks, config.trainer.logger = None, config.trainer.logger is not False
+        elif self.steps_done and config.trainer.callbacks:  # the rate that was found stands in the run's config
+            several = as_list(config.trainer.callbacks)
+            config.trainer.callbacks = [each for each in several if "LearningRateFinder" not in str(each)]
+        rejoin_loggers(config.trainer.logger, self.logger_ids)
+        try:
+            made = self.parser.instantiate_classes(config)
+        except (ValueError, TypeError, ImportError, AttributeError) as error:
+            if "class_path" not in str(error):
+                raise
+            raise UserError(f"a class that the config names cannot be made: {root_cause(error)}") from error
+        self.datamodule, self.model, self.trainer_settings = made.data, made.model, vars(made.trainer)
+        self.trainer = self.make_trainer(folder)
+        # On the CPU that the model still is on; what a GPU cannot compute in is another matter.
+        trains_here = self.command == "fit" and isinstance(self.trainer.accelerator, CPUAccelerator)
+        check_base(self.model, self.datamodule, str(self.trainer.precision) if trains_here else None)
+
+    def make_trainer(self, folder: RunFolder | None) -> Trainer:
+        """Return the trainer of the config; without a folder it logs and saves nothing.
+
+        Raises:
+            UserError: There is none with such settings.
+        """
+        config, fits = dict(self.trainer_settings), self.command == "fit"
+        if self.command == "predict":  # whose config is not instantiated
+            config |= {"plugins": None, "profiler": None, "limit_predict_batches": None, "fast_dev_run": False}
+        given: list[Callback] = as_list(config["callbacks"]) if fits else []
+        callbacks: list[Callback] = [self.collector, self.costs]
+        if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
+            callbacks.append(Progress())
+        added = [each for each in as_list(config["logger"]) if isinstance(each, Logger)]
+        logs = folder is not None and is_leader() and config["logger"] is not False
+        config["logger"] = [*make_loggers(folder.path, fits, self.steps_done), *added] if folder and logs else False
+        saves = bool(folder and fits and config["enable_checkpointing"] is not False and not config["fast_dev_run"])
+        config["enable_checkpointing"] = saves
+        if folder and fits:
+            check_monitors(given, self.model.label_names, config["limit_val_batches"] != 0)
+            place_checkpoints(given, folder)
+            # After those of the config, one of which may search for the learning rate.
+            given.append(LambdaCallback(on_fit_start=lambda *_: self.at_start()))
+        if logs:
+            settings = self.hyperparameters if fits and config["enable_autolog_hparams"] else None
+            given.append(TensorBoardPages(self.collector, settings, self.steps_done))
+            if fits and not any(isinstance(c, LearningRateMonitor) for c in given):
+                callbacks.append(LearningRateMonitor(logging_interval="step"))
+        if folder and saves:
+            callbacks += [best_checkpoint(folder), StateSaver(ResumePoints(folder.checkpoints), self.stop_request)]
+        config["callbacks"] = [*callbacks, *given, *(trial_callbacks() if fits else [])]
+        config["strategy"] = data_parallel(config["strategy"]) if self.count_devices() > 1 else "auto"
+        config["plugins"] = [AtomicCheckpointIO(), *as_list(config["plugins"])]
+        if folder is not None:
+            config["default_root_dir"] = str(folder.path)
+            kind: Any = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}.get(str(config["profiler"]))
+            if kind is not None:
+                config["profiler"] = kind(dirpath=folder.path, filename="profiler")
+        try:
+            trainer = Trainer(**config)
+        except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        if fits and (used := str(trainer.precision)) != (asked := str(self.config.trainer.precision)):
+            raise UserError(
+                f"trainer.precision: this machine cannot compute in {asked}, and {used} would be used instead; give "
+                f"--trainer.precision {used}"
+            )
+        return trainer
+
+    def settings(self) -> dict[str, Any]:
+        """Return the resolved settings as plain values, without the command's own options and linked copies."""
+        text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
+        return {k: v for k, v in yaml.safe_load(text).items() if k not in COMMAND_KEYS}
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return flat settings of model and data, and of the trainer what differs from Lightning's defaults."""
+        settings = self.settings()
+        defaults = inspect.signature(Trainer.__init__).parameters
+        given = {k: v for k, v in settings["trainer"].items() if k != "logger"}  # which may hold a key to a service
+        settings["trainer"] = {k: v for k, v in given.items() if v != defaults[k].default}
+        return flat(settings)
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return the value of a setting that is one of something, several or none as a new list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def row_columns(rows: Rows) -> dict[str, Any]:
+    """Return what stands beside the predictions of each row: where it comes from, its key, its length."""
+    characters = [len(text) for text in rows.texts]
+    return {"row": rows.numbers, "origin": rows.origins, "key": text_keys(rows.texts), "characters": characters}
+
+
+def check_base(model: TextClassifier, texts: Any, precision: str | None) -> None:
+    """Refuse a base model that cannot take the texts as they will be given to it.
+
+    Args:
+        model: The model.
+        texts: How texts are given to it: has ``frame``, ``tokenizer`` and ``padding``.
+        precision: What is to be trained in on the CPU; None where nothing is.
+
+    Raises:
+        UserError: What the base model cannot, and what works.
+    """
+    frame, words = texts.frame, ordinary_ids(texts.tokenizer)
+    inputs = Inputs(
+        frame.prefix, frame.suffix, words, frame.pad_id, frame.max_length, pad_to_max=texts.padding == "max_length"
+    )
+    config = model.model.config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    check = BaseCheck(model, config.model_type, inputs, positions if positions and positions > 0 else None)
+    check.check(padding=model.identity.quantization == "none")
+    if precision in AUTOCAST:
+        if model.lowers_frozen(precision):
+            lower_frozen(model.model, AUTOCAST[precision])  # as ``TextClassifier.setup`` will
+        check.check_precision(precision, AUTOCAST[precision])

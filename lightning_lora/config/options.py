@@ -1,0 +1,136 @@
+"""The options of each command beside the settings of a run, and its help page. Imports no torch."""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from lightning_lora.errors import UserError
+
+#: A text that the model of the default config is sure of.
+EXAMPLE_TEXT = "A beautiful film, wonderfully acted."
+_RUN: dict[str, tuple[Any, Any, str]] = {
+    "run": (str, None, "The run folder, such as logs/NAME."),
+    "checkpoint": (str, "best", "'best', 'last', a file, or an exported adapter folder."),
+}
+_INT8 = {"int8": (bool, False, "Also evaluate in int8 (CPUs with AMX), and say how it compares.")}
+_INPUT = (
+    "A .txt, .csv, .tsv, .jsonl or .parquet file, or - for standard input (a text a line); or many files: a folder of "
+    ".parquet files, or a quoted pattern such as 'in/*.parquet'."
+)
+_BAD_ROWS = (
+    "Rows without a text: keep them with 'empty' cells (default; typed texts are refused), or stop with an 'error' "
+    "before anything is predicted."
+)
+#: For each command its options, each with its type, default and help.
+COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
+    "fit": {
+        "name": (str | None, None, "Name of the run folder; it must be new."),
+        "logs_dir": (str, "logs", "The folder of all runs."),
+        "resume": (str | None, None, "Resume an interrupted run: its folder."),
+    },
+    "validate": {**_RUN, **_INT8},
+    "test": {**_RUN, **_INT8, "before": (bool, True, "Also test the model as it was before training.")},
+    "export": {
+        **_RUN,
+        "output": (str | None, None, "A new folder; by default RUN/export, RUN/export-2, ..."),
+        "formats": (
+            list[str] | str | None,
+            None,
+            "Of adapter, merged, onnx, onnx-int8; by default all of the method's.",
+        ),
+        "rows": (int, 1000, "Test rows that the formats are compared on."),
+        "license": (str | None, None, "License for the card; by default that of the base model's card."),
+        "base_model_id": (str | None, None, "Name on the Hub of a base model that was loaded from elsewhere."),
+        "push_to_hub": (str | None, None, "Upload as NAME or OWNER/NAME."),
+        "private": (bool, True, "Whether a new repository on the Hub is private."),
+    },
+    "predict": {
+        **_RUN,
+        "input": (str | None, None, _INPUT),
+        "text_column": (str | list[str] | None, None, "Of --input; of several, as [title,body], the texts are joined."),
+        "bad_rows": (Literal["empty", "error"] | None, None, _BAD_ROWS),
+        "output": (str | None, None, "A .csv, .jsonl or .parquet file; of many input files a folder."),
+        "format": (Literal["table", "csv", "jsonl"], "table", "What to print without --output: table, csv or jsonl."),
+        "workers": (int | None, None, "Of many input files: processes; by default 1, with Ray one a GPU or CPU."),
+        "executor": (str | None, None, "Of many input files: local (default), or ray (needs the extra 'scale')."),
+        "address": (str | None, None, "Of the Ray cluster; without one a cluster of this machine is made."),
+        "int8": (bool, False, "Compute in int8 (CPUs with AMX); `test --int8 true` says how exact it is."),
+    },
+}
+#: Options that belong to one command and not to what is trained; they are left out of ``config.yaml``.
+COMMAND_KEYS = frozenset({"config", "texts", *(name for options in COMMAND_OPTIONS.values() for name in options)})
+#: Settings of a run that ``predict`` uses; it refuses all others, which would be accepted and ignored.
+PREDICT_SETTINGS = (
+    *("data.max_length", "data.truncation", "data.window_overlap", "data.padding", "data.eval_batch_size"),
+    *("data.text_column", "data.encoding", "model.base_model", "model.method", "model.adapter", "model.quantization"),
+    *("model.attention", "model.speedups", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
+    *("trainer.strategy", "trainer.precision", "trainer.enable_progress_bar", "trainer.deterministic"),
+    *("trainer.benchmark", "trainer.inference_mode"),
+)
+#: Settings that the short help of ``fit`` shows.
+COMMON_SETTINGS = (
+    *("model.base_model", "data.source", "data.text_column", "data.label_column", "data.label_names"),
+    *("data.max_length", "data.truncation", "data.batch_size", "data.bad_rows", "model.method", "model.learning_rate"),
+    *("model.adapter.rank", "model.adapter.alpha", "model.adapter.dropout", "model.adapter.target_modules"),
+    *("model.quantization.bits", "trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.precision"),
+    "seed_everything",
+)
+#: What the help of each command shows first.
+EXAMPLES = {
+    "fit": (
+        "python main.py fit --name reviews",
+        "python main.py fit --data.source rows.csv --data.text_column review --data.label_column verdict",
+        "python main.py fit --config configs/experiment/own_csv.yaml --model.adapter.rank 16",
+        "python main.py fit --resume logs/reviews",
+    ),
+    "validate": ("python main.py validate --run logs/reviews",),
+    "test": ("python main.py test --run logs/reviews", "python main.py test --run logs/reviews --before false"),
+    "predict": (
+        f"python main.py predict --run logs/reviews '{EXAMPLE_TEXT}'",
+        "python main.py predict --run logs/reviews --input rows.csv --text_column review --output labels.csv",
+        "cat reviews.txt | python main.py predict --run logs/reviews --format csv",
+        "python main.py predict --run logs/reviews --input folder/ --output labels/ --workers 4",
+    ),
+    "export": (
+        "python main.py export --run logs/reviews",
+        "python main.py export logs/reviews --formats [adapter,onnx]",
+    ),
+}
+
+
+def show_help(command: str, parser: Any, words: Iterable[str]) -> None:
+    """Print the help page that the words ask for, if any, and end the process.
+
+    ``--help`` shows the options of the command, and for ``fit`` the settings that are changed most; ``--help_all``
+    shows every setting.
+    """
+    if not {"-h", "--help", "--help_all"} & set(words):
+        return
+    if "--help_all" not in words:
+        shown = {*COMMAND_OPTIONS[command], "config", "texts", "help", *(COMMON_SETTINGS if command == "fit" else ())}
+        for action in parser._actions:
+            if action.dest not in shown:
+                action.help = argparse.SUPPRESS
+        examples = "\n  ".join(EXAMPLES[command])
+        positional = " ['TEXT' ...]" if command == "predict" else ""
+        parser.usage = f"{parser.prog} [OPTIONS]{positional}\n\nexamples:\n  {examples}"
+        parser.epilog = "Every setting of a run is an option too: --help_all lists them, --print_config their values."
+    parser.print_help()
+    sys.exit(0)
+
+
+def refuse_unused(keys: Iterable[str]) -> None:
+    """Refuse settings that ``predict`` does not use.
+
+    Args:
+        keys: The settings that were given, such as "data.bad_rows".
+
+    Raises:
+        UserError: There is one.
+    """
+    for key in keys:
+        in_use = any(f"{key}.".startswith(f"{setting}.") for setting in PREDICT_SETTINGS)
+        if not in_use and ("." in key or key == "seed_everything"):
+            hint = "give --bad_rows empty or --bad_rows error" if key == "data.bad_rows" else "leave it out"
+            raise UserError(f"--{key}: predict does not use it; {hint}")

@@ -1,0 +1,264 @@
+"""The settings of a run: read from YAML files and options, and filled in where they are left open."""
+
+import argparse
+import enum
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+from jsonargparse import Namespace
+from lightning import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_lora.config.options import COMMAND_OPTIONS, refuse_unused, show_help
+from lightning_lora.config.parse_errors import explained
+from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.data.order import evaluated_together
+from lightning_lora.data.prepare import SourceOptions, columns_of
+from lightning_lora.errors import UserError
+from lightning_lora.models.methods import METHODS
+from lightning_lora.runs.folder import RunFolder
+from lightning_lora.training.module import TextClassifier
+from lightning_lora.training.precision import auto_precision, full_name
+from lightning_lora.training.refused import CALLBACKS
+
+DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "default.yaml"
+DEFAULT_SEED = 42
+#: Where this project's defaults differ from Lightning's.
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 1,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "devices": 1,
+    "use_distributed_sampler": False,  # batches are shared out by LengthBatchSampler
+}
+#: How long a run trains, which may be changed when it is resumed.
+LIMITS = ("max_epochs", "max_steps", "max_time")
+#: From where a config may name classes (``class_path``); more by ``LIGHTNING_LORA_ALLOW``, which no config can set.
+ALLOWED = tuple(f"lightning.pytorch.{room}" for room in ("callbacks", "loggers", "profilers"))
+ALLOW_VARIABLE = "LIGHTNING_LORA_ALLOW"
+#: Settings of such classes that say where they write.
+_PLACES = ("dirpath", "save_dir", "root_dir", "log_dir", "directory")
+
+
+class SettingsParser(LightningArgumentParser):
+    """A parser that shows what is used where a config leaves it open."""
+
+    def dump(self, cfg: Namespace, *args: Any, **kwargs: Any) -> str:
+        """Return the settings that are used as YAML, for ``config.yaml`` and ``--print_config``."""
+        return super().dump(resolved(cfg), *args, **kwargs)
+
+
+def make_parser(command: str) -> SettingsParser:
+    """Return the parser of a command that is configured like a run: its own options, trainer, model and data."""
+    parser = SettingsParser(prog=f"main.py {command}", description="", exit_on_error=False, allow_abbrev=False)
+    config = "A YAML file of settings; may be repeated."
+    parser.add_argument("-c", "--config", action=jsonargparse.ActionConfigFile, help=config)
+    seed = "Seed of head, adapter, order and dropout."
+    parser.add_argument("--seed_everything", type=int, default=DEFAULT_SEED, help=seed)
+    for name, (kind, default, told) in COMMAND_OPTIONS[command].items():
+        parser.add_argument(f"--{name}", type=kind, default=default, help=told)
+    if command == "predict":
+        parser.add_argument("texts", nargs="*", type=str, help="Texts to classify.")
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
+    parser.add_lightning_class_args(TextClassifier, "model")
+    parser.add_lightning_class_args(TextDataModule, "data")
+    # What is typed once.
+    parser.link_arguments("model.base_model", "data.base_model")
+    parser.link_arguments("seed_everything", "model.seed")
+    parser.link_arguments("seed_everything", "data.seed")
+    parser.link_arguments("data.label_names", "model.label_names", apply_on="instantiate")
+    return parser
+
+
+def parse_settings(parser: SettingsParser, command: str, words: Sequence[str]) -> Namespace:
+    """Return the settings that a command line gives, with what it leaves open filled in.
+
+    Args:
+        parser: Of the command.
+        command: The word after ``main.py``.
+        words: What stands after it.
+
+    Raises:
+        UserError: There is a fault in them.
+    """
+    restrict_imports()
+    show_help(command, parser, words)
+    try:
+        configs, rest = _split_words(command, words)
+        given = [word for config in configs for word in ("--config", yaml.safe_dump(config, allow_unicode=True))]
+        return resolved(parser.parse_args([*given, *rest]))
+    except (argparse.ArgumentError, TypeError) as error:
+        raise UserError(explained(str(error), parser)) from error
+
+
+def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the configs that a command line begins with, each with priority over those before, and all other words."""
+    words = list(words)
+    if command not in ("fit", "predict") and words and not words[0].startswith("-"):
+        words = ["--run", *words]  # the folder alone is clear enough where no texts are given
+    end = words.index("--") if "--" in words else len(words)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("-c", "--config", action="append", default=[])
+    finder.add_argument("--resume" if command == "fit" else "--run", dest="run")
+    given, rest = finder.parse_known_args(words[:end])
+    options = [word.partition("=")[0].rstrip("+") for word in rest if word.startswith("--")]
+    configs = []
+    if command != "fit" and given.run is None:
+        raise UserError(f"{command} needs a trained run: --run logs/NAME (a folder that fit made)")
+    if given.run is not None:
+        option = "--resume" if command == "fit" else "--run"
+        configs = [read_config(RunFolder.open(Path(given.run), option).config, as_base=False)]
+        if command != "fit":  # the machine that evaluates is not always the one that trained
+            trainer = configs[0].setdefault("trainer", {})
+            devices = trainer.get("devices")
+            one = devices[:1] if isinstance(devices, list) else 1
+            configs[0]["trainer"] = {**trainer, "devices": one, "num_nodes": 1, "strategy": "auto"}
+        rest += [option, given.run]
+    elif not given.config:
+        configs = [read_config(DEFAULT_CONFIG)]
+    more = [read_config(Path(path)) for path in given.config]
+    limits = [f"--trainer.{name}" for name in LIMITS]
+    if command == "fit" and given.run is not None:
+        for option in [*options, *(["--config"] if more else [])]:
+            if option not in limits:
+                raise UserError(
+                    f"--resume: '{option}' would make it another run; only {', '.join(limits)} can be given, or start "
+                    "a new run"
+                )
+    if any("arms" in config for config in more):
+        raise UserError("the config describes arms, which are for: python main.py compare --config FILE")
+    if command == "predict":
+        refuse_unused([*(option[2:] for option in options), *(key for config in more for key in flat(config))])
+    return [*configs, *more], [*rest, *words[end:]]
+
+
+def restrict_imports() -> None:
+    """Let configs name classes of ``ALLOWED`` only, without those of ``CALLBACKS``; naming another imports nothing.
+
+    Raises:
+        UserError: The variable ``LIGHTNING_LORA_ALLOW`` holds what is no import path.
+    """
+    more = [name.strip() for name in os.environ.get(ALLOW_VARIABLE, "").split(",") if name.strip()]
+    denied = ["*", *(f"lightning.pytorch.callbacks.{name}" for name in CALLBACKS)]
+    try:
+        jsonargparse.set_parsing_settings(import_path_denylist=denied, import_path_allowlist=[*ALLOWED, *more])
+    except ValueError as error:
+        raise UserError(f"{ALLOW_VARIABLE}: import paths separated by commas are needed ({error})") from error
+
+
+class _ConfigLoader(yaml.SafeLoader):
+    """Refuses duplicate keys, of which YAML keeps the last, and aliases, which can stand for any number of values."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not supported", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{name}' is a duplicate key", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def read_config(path: Path, as_base: bool = True) -> dict[str, Any]:
+    """Return the settings in a YAML file.
+
+    Args:
+        path: The file.
+        as_base: Whether other settings may be built on them: those of a run then leave open what its method gave as
+            default, so that another method has its own.
+
+    Raises:
+        UserError: It cannot be read, is no YAML, or holds something else than settings, or one twice.
+    """
+    try:
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=_ConfigLoader)  # a safe loader
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"--config: cannot read {path} ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--config: {path} holds no settings")
+    if as_base and path.with_name("run.json").is_file():
+        model = config["model"]
+        defaults = method_defaults(model["method"])
+        for place, name in ((model, "learning_rate"), (model["adapter"], "rank")):
+            if place[name] == defaults[name]:
+                place[name] = None
+    return config
+
+
+def method_defaults(name: str) -> dict[str, float | None]:
+    """Return the learning rate and the rank that a method has by default; None where it takes none."""
+    method = METHODS.get(name)
+    if method is None:  # refused later, with the names that there are
+        return {"learning_rate": None, "rank": None}
+    return {"learning_rate": method.learning_rate, "rank": method.rank if "rank" in method.options else None}
+
+
+def resolved(config: Namespace) -> Namespace:
+    """Return a copy of parsed settings in which what depends on the method, source or machine is filled in.
+
+    What depends on the rows stays open: ``data.val_size`` and ``data.test_size`` are used only where the source has no
+    such split, and the run record says what was carved.
+    """
+    config = config.clone()
+    if "model.method" in config:
+        defaults = method_defaults(config["model.method"])
+        for key in ("model.learning_rate", "model.adapter.rank"):
+            if config.get(key) is None:
+                config[key] = defaults[key.rpartition(".")[2]]
+    if (source := config.get("data.source")) is not None:
+        given = (config.get("data.text_column"), config.get("data.label_column"))
+        texts, label = columns_of(SourceOptions(source, *given))
+        config["data.text_column"] = given[0] or (texts if len(texts) > 1 else texts[0])
+        config["data.label_column"] = label
+    if "data.eval_batch_size" in config:
+        config["data.eval_batch_size"] = evaluated_together(config["data.eval_batch_size"])
+    if "trainer.precision" in config:
+        precision = config["trainer.precision"]
+        automatic = auto_precision(str(config["trainer.accelerator"])) if precision is None else precision
+        config["trainer.precision"] = full_name(automatic)
+        config["trainer"] = _plain(config["trainer"])
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """Return the value with members of enumerations, which YAML cannot hold, as what they stand for."""
+    if isinstance(value, Namespace):
+        return Namespace(**{key: _plain(each) for key, each in vars(value).items()})
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def places(settings: Any) -> Iterator[str]:
+    """Yield where the classes that settings name would write."""
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            if name in _PLACES and isinstance(value, str):
+                yield value
+            yield from places(value)
+    elif isinstance(settings, list):
+        for each in settings:
+            yield from places(each)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as ``{"model.adapter.rank": 8}``; lists as text."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            result |= flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            result[f"{prefix}{key}"] = value if isinstance(value, str | int | float | bool) else str(value)
+    return result
