@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.callbacks import Timer
 
 from lightning_lora.config.lightning_cli import ConfiguredRun, row_columns
 from lightning_lora.config.run_options import EXAMPLE_TEXT
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.costs import PassClock, peak_memory_mb
-from lightning_lora.evaluation.intervals import RowSums, difference_interval, intervals
+from lightning_lora.evaluation.costs import peak_memory_mb
+from lightning_lora.evaluation.intervals import difference_interval, intervals
 from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.export.weights import check_weights, load_weights, trained_steps
 from lightning_lora.files import check_writable, write_text
@@ -114,11 +115,12 @@ def _lead(cli: ConfiguredRun, command: str, split: str) -> None:
 
 
 def _run_pass(cli: ConfiguredRun, command: str, split: str, trainer: Any) -> tuple[dict[str, float], float]:
-    clock = PassClock.on(trainer)
+    timer = Timer()
+    trainer.callbacks.insert(0, timer)  # before what others do with the metrics
     results = getattr(trainer, command)(cli.model, datamodule=cli.datamodule, verbose=False)
     if not results:
         raise UserError(f"the {command} pass was interrupted")
-    return {name.removeprefix(f"{split}/"): value for name, value in results[0].items()}, clock.seconds
+    return {name.removeprefix(f"{split}/"): value for name, value in results[0].items()}, timer.time_elapsed(command)
 
 
 def _evaluate_int8(
@@ -132,8 +134,8 @@ def _evaluate_int8(
     again = cli.collector.last[split]
     evaluation["int8_flipped"] = int((again.classes != plain.classes).sum())
     if plain.labels is not None and len(plain) > 1:
-        sums = [RowSums(found.logits, plain.labels) for found in (again, plain)]
-        evaluation["int8_accuracy_difference"] = list(difference_interval(sums[0], sums[1], "accuracy"))
+        bounds = difference_interval(again.logits, plain.logits, plain.labels, "accuracy")
+        evaluation["int8_accuracy_difference"] = bounds
     return again
 
 

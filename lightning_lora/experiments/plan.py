@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.evaluation.metric_table import METRICS
 from lightning_lora.experiments.search_space import Arm, Found, Search
 
-#: The metrics that can be chosen and compared by, and whether more of each is better.
-HIGHER_IS_BETTER = {"accuracy": True, "loss": False}
 #: The axis of arms that are named one by one.
 ARM = "arm"
 
@@ -73,7 +72,7 @@ class Plan:
         axes: What is varied.
         baseline: The arm that the others are compared with.
         seeds: Of every arm.
-        metric: What is chosen and compared by; a key of ``HIGHER_IS_BETTER``.
+        metric: What is chosen and compared by; one of ``row_metrics``.
         margin: Differences under this count as none.
         cells: In the order in which they are run: seed by seed, so that early stops leave whole comparisons.
         search: What is searched for each arm before it is compared, or None.
@@ -110,7 +109,7 @@ class Plan:
     @property
     def higher_is_better(self) -> bool:
         """Whether more of the metric is better."""
-        return HIGHER_IS_BETTER[self.metric]
+        return METRICS[self.metric].higher_is_better
 
 
 def trial_cell(plan: Plan, arm: Arm, number: int | None, settings: Mapping[str, Any], seed: int | None = None) -> Cell:

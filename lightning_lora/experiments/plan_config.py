@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import UserError
-from lightning_lora.experiments.plan import ARM, HIGHER_IS_BETTER, Axis, Cell, Plan
+from lightning_lora.evaluation.metric_table import row_metrics
+from lightning_lora.experiments.plan import ARM, Axis, Cell, Plan
 from lightning_lora.experiments.search_space import Search, make_search
 
 MOST_CELLS = 10_000
@@ -139,8 +140,8 @@ def _aim(content: Mapping[str, Any]) -> tuple[str, str, float]:
     if not question:
         raise UserError("question: say in a sentence what the ablation asks")
     metric = str(content.get("metric", "accuracy"))
-    if metric not in HIGHER_IS_BETTER:
-        raise UserError(f"metric: '{metric}' is none of {', '.join(HIGHER_IS_BETTER)}")
+    if metric not in row_metrics():
+        raise UserError(f"metric: '{metric}' is none of {', '.join(row_metrics())}")
     margin = content.get("margin", 0.01)
     if type(margin) not in (int, float) or not 0 < margin < 1:
         raise UserError(f"margin: a number between 0 and 1 is needed, got {margin}")

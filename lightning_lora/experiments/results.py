@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 
 from lightning_lora.errors import UserError
+from lightning_lora.evaluation.intervals import row_values
 from lightning_lora.evaluation.significance import Difference, Estimate, corrected, difference, estimate
 from lightning_lora.experiments.plan import Cell, Plan, arm_label
 from lightning_lora.experiments.search_space import Arm, Found
@@ -37,14 +37,9 @@ class Answers:
         """1.0 where the largest logit is the label's, else 0.0; (N,)."""
         return (self.logits.argmax(axis=1) == self.labels).astype(float)
 
-    @property
-    def loss(self) -> NDArray:
-        """Cross-entropy of each row, (N,)."""
-        return -log_softmax(self.logits.astype(float), axis=1)[np.arange(len(self.labels)), self.labels]
-
     def values(self, metric: str) -> NDArray:
-        """The metric's value of each row, (N,): its mean is the metric."""
-        return self.right if metric == "accuracy" else self.loss
+        """Return the metric's value of each row, (N,): its mean is the metric."""
+        return row_values(self.logits, self.labels)[metric][:, 0]
 
 
 @dataclass(frozen=True)

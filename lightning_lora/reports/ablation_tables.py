@@ -13,7 +13,7 @@ from lightning_lora.evaluation.intervals import LEVEL
 from lightning_lora.experiments.plan import arm_label
 from lightning_lora.experiments.results import Answers, ArmResult
 from lightning_lora.reports.ablation import Report, interval_text, number_text
-from lightning_lora.reports.tables import RESULT_COLUMNS, Column
+from lightning_lora.reports.tables import COST_COLUMNS, Column, metric_columns
 from lightning_lora.runs.folder import kept_evaluation, kept_metrics
 
 TextTable = list[list[str]]
@@ -61,7 +61,8 @@ def measured(report: Report, arm: ArmResult, column: Column) -> tuple[float, lis
 
 def metric_table(report: Report) -> TextTable:
     """Return metrics and costs of each arm, without the columns that no arm has."""
-    found = {column: [measured(report, arm, column) for arm in report.arms] for column in RESULT_COLUMNS}
+    columns = [*metric_columns(), *COST_COLUMNS]
+    found = {column: [measured(report, arm, column) for arm in report.arms] for column in columns}
     found = {column: values for column, values in found.items() if not all(math.isnan(value) for value, _ in values)}
     rows = [["arm", *(column.heading for column in found)]]
     for i, arm in enumerate(report.arms):
@@ -78,7 +79,7 @@ def as_document(report: Report) -> dict[str, Any]:
     """Return the arms, their metrics, costs and differences from the baseline as plain values."""
     arms = []
     for arm in report.arms:
-        values = {column.key: measured(report, arm, column) for column in RESULT_COLUMNS}
+        values = {column.key: measured(report, arm, column) for column in (*metric_columns(), *COST_COLUMNS)}
         against = None if arm.against is None else {**asdict(arm.against), "verdict": arm.against.verdict}
         arms.append(
             {

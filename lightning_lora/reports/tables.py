@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_lora.evaluation.metric_table import METRICS
 from lightning_lora.units import duration
 
 
@@ -26,13 +27,7 @@ class Column:
     digits: int = 0
 
 
-RESULT_COLUMNS: tuple[Column, ...] = (
-    Column("accuracy", "accuracy", True, digits=4),
-    Column("f1_macro", "F1 (macro)", True, digits=4),
-    Column("precision_macro", "precision (macro)", True, digits=4),
-    Column("recall_macro", "recall (macro)", True, digits=4),
-    Column("loss", "loss", True, digits=4),
-    Column("calibration_error", "calibration error", True, digits=4),
+COST_COLUMNS = (
     Column("trainable_params", "trainable parameters"),
     Column("train_s", "training s", digits=1),
     Column("train_tokens_per_s", "tokens/s"),
@@ -40,15 +35,20 @@ RESULT_COLUMNS: tuple[Column, ...] = (
     Column("peak_gpu_memory_mb", "peak GPU memory MiB"),
     Column("checkpoint_bytes", "checkpoint MB", scale=1e6, digits=2),
 )
-METRIC_COLUMNS = tuple(column for column in RESULT_COLUMNS if column.is_metric)
+
+
+def metric_columns() -> list[Column]:
+    """Return a column for each metric that has a heading."""
+    return [Column(name, spec.heading, True, digits=4) for name, spec in METRICS.items() if spec.heading]
 
 
 def metric_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """The table's rows, heading first: before (where measured), after fine-tuning with its interval, and in int8."""
-    rows = [["", *(column.heading for column in METRIC_COLUMNS)]]
+    """Return the table's rows, header first: before (where measured), after fine-tuning with its interval, in int8."""
+    columns = metric_columns()
+    rows = [["", *(column.heading for column in columns)]]
     for key, title in (("before", "before"), ("after", "after"), ("after_interval", "95% interval"), ("int8", "int8")):
         if values := evaluation.get(key):
-            rows.append([title, *(_cell(values.get(column.key)) for column in METRIC_COLUMNS)])
+            rows.append([title, *(_cell(values.get(column.key)) for column in columns)])
     return rows
 
 
