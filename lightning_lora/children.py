@@ -1,4 +1,4 @@
-"""Child processes that start at once, as they are forked from one that has imported this program."""
+"""Child processes that start fast, as they are forked from one that has imported this program."""
 
 import multiprocessing
 import os

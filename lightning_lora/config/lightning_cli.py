@@ -40,7 +40,6 @@ from lightning_lora.tokenizer import ordinary_ids
 from lightning_lora.training.loggers import make_loggers
 from lightning_lora.training.module import AUTOCAST, TextClassifier
 from lightning_lora.training.parallel import STRATEGIES, strategy_for
-from lightning_lora.training.pruning import trial_callbacks
 from lightning_lora.training.refused import (
     check_accelerator,
     check_monitors,
@@ -290,7 +289,7 @@ class ConfiguredRun(LightningCLI):
         if checkpointing and folder is not None:
             own += checkpoint_callbacks(folder, self.config.keep_every_epoch)
             own.append(StateSaver(ResumePoints(folder.checkpoints), self.stop_request))
-        config["callbacks"] = own + extra + (trial_callbacks() if fits else [])
+        config["callbacks"] = own + extra
         if self.command == "predict":  # whose config is not instantiated
             config |= {"plugins": None, "profiler": None, "limit_predict_batches": None, "fast_dev_run": False}
         config["enable_checkpointing"] = checkpointing
