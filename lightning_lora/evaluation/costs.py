@@ -105,26 +105,18 @@ class CostMeter(Callback):
         """Return what was counted until now."""
         self._add()
         seconds = self.train_s + time.perf_counter() - self._mark if self._training else self.train_s
-        return {
-            "train_s": seconds,
-            "train_tokens": self.train_tokens,
-            "train_rows": self.train_rows,
-            "startup_s": self.startup_s,
-        }
+        return {**self._counted(), "train_s": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue counting from a saved state."""
         vars(self).update(state_dict)
 
+    def _counted(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("train_s", "train_tokens", "train_rows", "startup_s")}
+
     def costs(self) -> dict[str, float]:
         """Return seconds of training, tokens (without padding) and rows, their rates, and seconds to the first step."""
-        costs: dict[str, float] = {
-            "train_s": self.train_s,
-            "train_tokens": self.train_tokens,
-            "train_rows": self.train_rows,
-        }
-        if self.startup_s is not None:
-            costs["startup_s"] = self.startup_s
+        costs = {name: value for name, value in self._counted().items() if value is not None}
         if self.train_s > 0:
             costs["train_tokens_per_s"] = self.train_tokens / self.train_s
             costs["train_rows_per_s"] = self.train_rows / self.train_s

@@ -9,19 +9,18 @@ heartbeat, which is no storage for a network's filesystem), and several processe
 """
 
 import hashlib
+import itertools
 import json
 import time
-from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.claims import claimed
-from lightning_lora.errors import BusyError, UserError, first_line
+from lightning_lora.claims import share_tasks
+from lightning_lora.errors import UserError, first_line
 from lightning_lora.experiments.plan import Cell, Plan
 from lightning_lora.experiments.search_space import SAMPLERS, Found, at_edge, import_optuna
-from lightning_lora.files import POLL_S, locked_folder
+from lightning_lora.files import locked_folder
 from lightning_lora.runs.folder import RunFolder, kept_metrics
 
 JOURNAL = "optuna.log"
@@ -33,7 +32,7 @@ class Searcher:
     Args:
         plan: The plan, which has a search.
         folder: The ablation's folder.
-        train: Trains a cell of these settings, or resumes it, while this process holds it.
+        train: Trains a cell, or resumes it.
         determines: Gives what the trials of an arm, by its label, depend on beside their settings.
     """
 
@@ -48,17 +47,15 @@ class Searcher:
         self.determines = determines
         self.optuna = import_optuna()
         self.storage = open_journal(folder / JOURNAL)
-        #: How often each trial's process has ended without a result.
-        self.ended: Counter[str] = Counter()
+        self.studies = {arm: self._study(arm) for arm in plan.arms}
 
     def run(self) -> dict[str, Found]:
         """Run the trials that are left, waiting for those of other processes; return what was found by arm."""
-        studies = {arm: self._study(arm) for arm in self.plan.arms}
-        for arm, study in studies.items():
-            while (state := self._run_trial(study, arm)) != "done":
-                if state == "busy":
-                    time.sleep(POLL_S)
-        return {arm: _found(self.plan, arm, study) for arm, study in studies.items()}
+        trials = list(itertools.product(self.studies, range(self.search.trials)))
+        share_tasks(
+            trials, self.folder, lambda trial: self.plan.trial_cell(trial[0], trial[1], {}).name, self._run_trial
+        )
+        return {arm: _found(self.plan, arm, study) for arm, study in self.studies.items()}
 
     def _study(self, arm: str) -> Any:
         space = self.search.for_arm(self.plan.arms[arm].values)
@@ -74,50 +71,34 @@ class Searcher:
         study.set_user_attr("opened", time.time())  # of several of one arm the last one is the report's
         return study
 
-    def _run_trial(self, study: Any, arm: str) -> str:
-        """Run a trial that is new or that a killed process has left.
-
-        Returns:
-            "ran", "busy" where other processes run the rest, or "done".
-        """
-        with ExitStack() as held:
-            with locked_folder(self.folder, None):
-                trial, state = self._take(study, arm, held)
-            if trial is None:
-                return state
-            shown = {key.rsplit(".", 1)[-1]: value for key, value in trial.params.items()}
-            tried = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
-            print(f"{arm}, trial {trial.number + 1} of {self.search.trials}: {tried}", flush=True)
-            cell = self._cell(arm, trial)
-            try:
-                self.train(cell)
-            except BusyError:  # the run of a killed process is still alive
-                return "busy"
-            self._tell(study, trial, cell)
-        return "ran"
-
-    def _cell(self, arm: str, trial: Any) -> Cell:
-        return self.plan.trial_cell(arm, trial.number, trial.params)
-
-    def _hold(self, arm: str, trial: Any) -> AbstractContextManager[None]:
-        return claimed(self.folder, self._cell(arm, trial).name)
-
-    def _take(self, study: Any, arm: str, held: ExitStack) -> tuple[Any, str]:
-        """Return a trial whose cell this process now holds; else None and why there is none."""
-        trials = study.get_trials(deepcopy=False)
-        running = [trial for trial in trials if not trial.state.is_finished()]
-        for trial in running:
-            try:
-                held.enter_context(self._hold(arm, trial))
-            except BusyError:
-                continue
-            return trial, ""
-        if len(trials) >= self.search.trials:
-            return None, "busy" if running else "done"
-        study.add_trial(self._propose(arm, trials))
-        trial = study.get_trials(deepcopy=False)[-1]
-        held.enter_context(self._hold(arm, trial))
-        return trial, ""
+    def _run_trial(self, arm_and_number: tuple[str, int]) -> None:
+        """Run a trial that this process holds, or resume what a killed process has left of it."""
+        arm, number = arm_and_number
+        study = self.studies[arm]
+        with locked_folder(self.folder, None):
+            while len(trials := study.get_trials(deepcopy=False)) <= number:
+                study.add_trial(self._propose(arm, trials))
+        trial = trials[number]
+        if trial.state.is_finished():
+            return
+        shown = {key.rsplit(".", 1)[-1]: value for key, value in trial.params.items()}
+        tried = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+        print(f"{arm}, trial {number + 1} of {self.search.trials}: {tried}", flush=True)
+        cell = self.plan.trial_cell(arm, number, trial.params)
+        place = self.folder / "cells" / cell.name
+        record: dict[str, Any] = {}
+        for _ in range(2):  # one whose process was killed has not failed: it is resumed, once
+            self.train(cell)
+            record = RunFolder(place).read() if (place / "run.json").is_file() else {}
+            value = kept_metrics(record, "val").get(self.plan.metric)
+            if record.get("status") == "finished" and value is not None:
+                study.tell(number, value, skip_if_finished=True)
+                return
+            if record.get("status") == "failed":
+                break
+        reason = str(record.get("error") or f"its process was ended ({record.get('status')})")
+        self.storage.set_trial_user_attr(trial._trial_id, "reason", reason)  # Optuna has no public way
+        study.tell(number, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
     def _propose(self, arm: str, trials: list[Any]) -> Any:
         """Return a new trial, proposed in a copy of the study: a kill between two settings leaves no half of a trial.
@@ -130,25 +111,9 @@ class Searcher:
         copy = self.optuna.create_study(direction=direction, sampler=sampler)
         copy.add_trials(trials)
         proposed = copy.ask(self.search.for_arm(self.plan.arms[arm].values))
-        states = self.optuna.trial.TrialState
-        return self.optuna.trial.create_trial(
-            state=states.RUNNING, params=proposed.params, distributions=proposed.distributions
-        )
-
-    def _tell(self, study: Any, trial: Any, cell: Cell) -> None:
-        """Tell Optuna the result of a trial."""
-        place = self.folder / "cells" / cell.name
-        record = RunFolder(place).read() if (place / "run.json").is_file() else {}
-        value = kept_metrics(record, "val").get(self.plan.metric)
-        if record.get("status") == "finished" and value is not None:
-            study.tell(trial.number, value, skip_if_finished=True)
-            return
-        # One whose process was killed has not failed: it is resumed, once.
-        self.ended[cell.name] += 1
-        if record.get("status") == "failed" or self.ended[cell.name] > 1:
-            reason = str(record.get("error") or f"its process was ended ({record.get('status')})")
-            self.storage.set_trial_user_attr(trial._trial_id, "reason", reason)  # Optuna has no public way
-            study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
+        running = self.optuna.trial.TrialState.RUNNING
+        create = self.optuna.trial.create_trial
+        return create(state=running, params=proposed.params, distributions=proposed.distributions)
 
 
 def open_journal(path: Path) -> Any:

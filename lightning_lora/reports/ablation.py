@@ -66,23 +66,6 @@ def answer(report: Report) -> str:
         return f"{start}. No other arm has finished with a seed that the baseline has."
     if own.seeds < 2:
         return f"{start}. With one seed nothing can be called better or worse."
-    found: dict[str, list[str]] = {
-        "better": [],
-        "worse": [],
-        "equivalent": [],
-        "inconclusive": [],
-        "same predictions": [],
-        "one seed": [],
-        "no seed": [],
-        "not tested": [],
-        "nothing": [],
-    }
-    for arm in report.arms:
-        if arm.against is not None:
-            found[arm.against.verdict].append(_with_effect(arm, metric))
-        elif arm is not base:
-            missing = "not tested" if "val" in arm.estimates else "nothing"
-            found[missing if arm.own is None else "no seed"].append(arm.label)
     phrases = {
         "better": "Better than it: {}",
         "worse": "Worse than it: {}",
@@ -94,8 +77,15 @@ def answer(report: Report) -> str:
         "not tested": "Not tested, as not all their seeds have finished: {}",
         "nothing": "Without a finished cell: {}",
     }
-    said = [phrase.format(", ".join(found[verdict])) for verdict, phrase in phrases.items() if found[verdict]]
-    return f"{'. '.join([start, *said])}."
+    found: dict[str, list[str]] = {verdict: [] for verdict in phrases}
+    for arm in report.arms:
+        if arm.against is not None:
+            found[arm.against.verdict].append(_with_effect(arm, metric))
+        elif arm is not base:
+            missing = "not tested" if "val" in arm.estimates else "nothing"
+            found[missing if arm.own is None else "no seed"].append(arm.label)
+    sentences = [phrases[verdict].format(", ".join(arms)) for verdict, arms in found.items() if arms]
+    return f"{'. '.join([start, *sentences])}."
 
 
 def _with_effect(arm: ArmResult, metric: str) -> str:
@@ -159,8 +149,8 @@ def _cautions(report: Report) -> list[str]:
     for label, changes in report.changes.items():
         found += [f"warning: {label} also differs from the baseline in {each}" for each in changes if not each.named]
     finished = [cell for cell in report.cells if cell.status == "finished"]
-    for what, key in (("by different code", "code"), ("with different versions", "versions"),
-                      ("on different machines", "machine")):  # fmt: skip
+    made_by = {"code": "by different code", "versions": "with different versions", "machine": "on different machines"}
+    for key, what in made_by.items():
         made = [cell.record.get(key) or {} for cell in finished]
         made = [value.get("fingerprint") for value in made] if key == "code" else made
         if odd := [cell for cell, value in zip(finished, made, strict=True) if value != made[0]]:

@@ -26,7 +26,7 @@ from tests.conftest import make_rows, write_csv
 ARMS = ["none", "head", "lora", "full"]
 
 
-def run_here(commands: list[list[str]], output: Path, environment: object = None) -> int:
+def run_here(commands: list[list[str]], output: Path) -> int:
     """Run commands in this process instead of one of their own; what they say of errors goes to the output."""
     with output.open("a") as file, contextlib.redirect_stderr(file):
         return next((status for status in map(main, commands) if status), 0)
@@ -37,7 +37,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands that were run."""
     found: list[list[str]] = []
 
-    def run(commands: list[list[str]], output: Path, environment: object = None) -> int:
+    def run(commands: list[list[str]], output: Path) -> int:
         found.extend(commands)
         return run_here(commands, output)
 
