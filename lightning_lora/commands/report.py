@@ -141,9 +141,9 @@ def write_runs_report(runs: Sequence[GivenRun], baseline: GivenRun, output: Path
                 "number of rows) and cannot be compared; report them apart"
             )
     tests = [sum(name.startswith("test") for name in run.record.get("evaluations", {})) for run in runs]
-    said = ["Nothing was chosen by this report: all runs that were given are in it.", *remarks(runs)]
+    notes = ["Nothing was chosen by this report: all runs that were given are in it.", *remarks(runs)]
     counts = sum(tests), sum(map(bool, tests))
-    write_report(Report(output.name, plan, command, arms, cells, counts, changes, said), output)
+    write_report(Report(output.name, plan, command, arms, cells, counts, changes, notes), output)
 
 
 def write_report(report: Report, folder: Path) -> None:

@@ -151,28 +151,28 @@ def change_table(report: Report) -> TextTable:
 
 
 def by_class(report: Report) -> dict[str, NDArray]:
-    """Return which of the baseline's rows, (N,), are of each class."""
-    return {name: rows.labels == i for rows in _baseline_rows(report) for i, name in enumerate(rows.label_names)}
+    """Return which of the compared rows, (N,), are of each class."""
+    rows = _compared_rows(report)
+    return {} if rows is None else {name: rows.labels == i for i, name in enumerate(rows.label_names)}
 
 
 def by_length(report: Report) -> dict[str, NDArray]:
-    """Return which of the baseline's rows are of each third of the texts' lengths, where these were kept and differ."""
-    rows = next(iter(_baseline_rows(report)), None)
+    """Return which of the compared rows are of each third of the texts' lengths, where these were kept and differ."""
+    rows = _compared_rows(report)
     if rows is None or rows.lengths is None:
         return {}
     longest = int(rows.lengths.max())
     edges = {int(edge) for edge in np.quantile(rows.lengths, [1 / 3, 2 / 3], method="lower")} - {longest}
-    bounds = [-1, *sorted(edges), longest] if edges else []
-    return {
-        f"{low + 1:,} to {high:,}" if low >= 0 else f"up to {high:,} characters": (rows.lengths > low)
-        & (rows.lengths <= high)
-        for low, high in itertools.pairwise(bounds)
-    }
+    groups = {}
+    for low, high in itertools.pairwise([-1, *sorted(edges), longest] if edges else []):
+        name = f"{low + 1:,} to {high:,}" if low >= 0 else f"up to {high:,} characters"
+        groups[name] = (rows.lengths > low) & (rows.lengths <= high)
+    return groups
 
 
-def _baseline_rows(report: Report) -> list[Answers]:
-    """The baseline's answers, if any, of its first seed that has some."""
-    return [answers for cell in report.baseline.cells if (answers := report.answers(cell)) is not None][:1]
+def _compared_rows(report: Report) -> Answers | None:
+    """The answers of one cell of the baseline: all that are compared are to the same rows."""
+    return next((answers for cell in report.baseline.cells if (answers := report.answers(cell)) is not None), None)
 
 
 def fixed_and_broken(report: Report, groups: Mapping[str, NDArray]) -> TextTable:

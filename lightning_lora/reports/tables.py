@@ -53,7 +53,7 @@ def metric_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
 
 
 def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """What the run took, one line each."""
+    """Return what the run cost, one line each."""
     costs: Mapping[str, Any] = record.get("costs") or {}
     data = record.get("data") or {}
     rows = [["base model", str(record.get("base_model", "-"))], ["method", str(record.get("method", "-"))]]
@@ -69,12 +69,12 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
     if seconds := evaluation.get("after_s"):
         rows.append(["test time", f"{duration(seconds)} ({evaluation['rows'] / seconds:.1f} texts/s)"])
     if seconds := evaluation.get("int8_s"):
-        said = f"{evaluation['rows'] / seconds:.1f} texts/s, {evaluation['int8_layers']}"
-        rows.append(["in int8", f"{duration(seconds)} ({said})"])
-        said = f"{evaluation['int8_flipped']:,} labels"
+        rate = f"{evaluation['rows'] / seconds:.1f} texts/s, {evaluation['int8_layers']}"
+        rows.append(["in int8", f"{duration(seconds)} ({rate})"])
+        changed = f"{evaluation['int8_flipped']:,} labels"
         if bounds := evaluation.get("int8_accuracy_difference"):
-            said += ", accuracy {:+.4f} to {:+.4f} (95% interval)".format(*bounds)
-        rows.append(["int8 changes", said])
+            changed += ", accuracy {:+.4f} to {:+.4f} (95% interval)".format(*bounds)
+        rows.append(["int8 changes", changed])
     if "peak_gpu_memory_mb" in costs:
         rows.append(["peak GPU memory", f"{costs['peak_gpu_memory_mb']:,.0f} MiB"])
     if "peak_memory_mb" in costs:
