@@ -1,4 +1,4 @@
-"""Child processes that start at once, as they are forked from one that has imported this program."""
+"""Child processes that start fast, as they are forked from one that has imported this program."""
 
 import multiprocessing
 import os
@@ -18,18 +18,17 @@ from lightning_lora.files import POLL_S
 SAVING_PATIENCE_S = 30
 
 
-def run_child(commands: list[list[str]], output: Path, environment: Mapping[str, str] | None = None) -> int:
+def run_child(commands: list[list[str]], output: Path) -> int:
     """Run commands of this program one after another in one process until one fails; return its exit status, or 0.
 
     Args:
         commands: The words of each.
         output: What they print is added to this file.
-        environment: Added to the process's environment.
 
     Raises:
         KeyboardInterrupt: It was interrupted; the process has ended by itself and left its record.
     """
-    (status,) = join_children([start_child(partial(_run_commands, commands), output, environment)])
+    (status,) = join_children([start_child(partial(_run_commands, commands), output)])
     if status in (128 + signal.SIGINT, -signal.SIGINT):
         raise KeyboardInterrupt
     return status

@@ -1,7 +1,7 @@
 """Worker processes, on this machine or on a Ray cluster, that do the same work: they share its tasks by ``claims``.
 
-On Ray the nodes must see the tasks' folder and the data at the same paths and have this package. Ray says which node a
-worker runs on and starts it again where its node is lost; what the lost one held is done by whoever gets its lock.
+On Ray the nodes must see the tasks' folder and the data at the same paths and have this package. Ray chooses the node
+of a worker and starts it again where its node is lost; what the lost one held is done by whoever gets its lock.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ class Workers:
         return not self.on_ray and (self.count or 1) == 1
 
     def run(self, work: Callable[[], int | None], tasks: int, watch: Callable[[], None]) -> list[str]:
-        """Have each worker call a function; return what those that failed have said, a line each.
+        """Have each worker call a function; return the errors of those that failed.
 
         Args:
             work: The function, which can be pickled; it takes the tasks that it does from ``share_tasks``.
@@ -83,10 +83,9 @@ class Workers:
         if not self.on_ray:
             return _run_here(work, min(self.count or 1, tasks), self.one_gpu_each, watch)
         with ray_cluster(self.address) as ray:
-            nodes = ray.nodes()
             gpus = self.gpus if self.gpus is not None else float("GPU" in ray.cluster_resources())
+            room = room_for(ray.nodes(), self.cpus, gpus)
             needs = {"num_cpus": self.cpus, "num_gpus": gpus}
-            room = room_for(nodes, needs)
             return _run_on_ray(ray, work, int(min(tasks, self.count or room)), needs, watch)
 
 
@@ -95,12 +94,12 @@ def _run_here(work: Callable[[], int | None], count: int, one_gpu_each: bool, wa
 
     threads = max(1, torch.get_num_threads() // count)
     gpus = torch.cuda.device_count() if one_gpu_each else 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    visible = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / f"{number}.txt" for number in range(count)]
         processes = []
         for number, output in enumerate(outputs):
-            own = {"CUDA_VISIBLE_DEVICES": visible.split(",")[number % gpus]} if gpus > 1 else {}
+            own = {"CUDA_VISIBLE_DEVICES": visible[number % gpus]} if gpus > 1 else {}
             processes.append(start_child(partial(work_with_threads, work, threads), output, own))
         statuses = join_children(processes, watch)
         texts = [output.read_text(encoding="utf-8") if output.exists() else "" for output in outputs]
@@ -147,26 +146,24 @@ def _run_on_ray(
 
 
 def _failure(status: int, text: str) -> str:
-    said = last_error(text, status)
-    return f"a worker {said}" if said.startswith("ended with") else said
+    error = last_error(text, status)
+    return f"a worker {error}" if error.startswith("ended with") else error
 
 
-def room_for(nodes: Sequence[Mapping[str, Any]], needs: Mapping[str, float]) -> float:
+def room_for(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> float:
     """Return how many workers the nodes of a Ray cluster have room for.
 
     Raises:
         UserError: They have none, for which Ray would wait for ever, or the needs are no numbers from 0 on.
     """
-    if not all(0 <= count < math.inf for count in needs.values()):
-        raise UserError(f"--cell_cpus, --cell_gpus: numbers from 0 on are needed, got {[*needs.values()]}")
-    names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+    if not all(0 <= count < math.inf for count in (cpus, gpus)):
+        raise UserError(f"--cell_cpus, --cell_gpus: numbers from 0 on are needed, got {cpus} and {gpus}")
     alive = [node.get("Resources", {}) for node in nodes if node.get("Alive")]
-    counts = {names[key]: count for key, count in needs.items() if count}
-    room = sum(min((node.get(name, 0) // count for name, count in counts.items()), default=math.inf) for node in alive)
+    needs = {name: count for name, count in {"CPU": cpus, "GPU": gpus}.items() if count}
+    room = sum(min((node.get(name, 0) // count for name, count in needs.items()), default=math.inf) for node in alive)
     if not room:
-        wanted = ", ".join(f"{count:g} {names[key]}" for key, count in needs.items())
         largest = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in alive)
-        raise UserError(f"--executor ray: a worker needs {wanted}, but the nodes have {largest}")
+        raise UserError(f"--executor ray: a worker needs {cpus:g} CPU, {gpus:g} GPU, but the nodes have {largest}")
     return room
 
 
@@ -201,8 +198,7 @@ def ray_cluster(address: str | None) -> Iterator[Any]:
             # "local", as without an address Ray would join any cluster that it finds.
             ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            said = " ".join(str(error).split())[:200]
-            raise UserError(f"--address: no Ray cluster at '{address}' ({said})") from error
+            raise UserError(f"--address: no Ray cluster at '{address}' ({first_line(error)})") from error
     try:
         yield ray
     finally:

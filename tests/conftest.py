@@ -60,13 +60,20 @@ def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] =
     return path
 
 
-def fit_tiny(place: Path, base: Path, rows: int = 120, epochs: int = 2, precision: str = "32-true") -> Path:
+def fit_tiny(
+    place: Path,
+    base: Path,
+    rows: int = 120,
+    epochs: int = 2,
+    precision: str = "32-true",
+    labels: tuple[str, ...] = ("neg", "pos"),
+) -> Path:
     """A run ``place/run`` by ``fit``, of made-up rows, on the CPU; its folder."""
     import yaml
 
     from lightning_lora.cli import main
 
-    write_csv(place / "rows.csv", make_rows(rows))
+    write_csv(place / "rows.csv", make_rows(rows, labels))
     config = {
         "model": {"base_model": str(base), "learning_rate": 5e-3},
         "data": {"source": str(place / "rows.csv"), "max_length": 32, "cache_dir": str(place / "cache")},

@@ -13,7 +13,7 @@ from lightning_lora.cli import main
 from lightning_lora.commands.compare import choose_arms
 from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.evaluation.costs import parameter_counts
-from lightning_lora.experiments.runner import resolve
+from lightning_lora.experiments.resolving import resolve
 from lightning_lora.models.architectures import ARCHITECTURES
 from lightning_lora.models.base import Base
 from lightning_lora.models.methods import METHODS, AdapterOptions, tune

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lora.cli import main
-from lightning_lora.experiments import runner, worker
+from lightning_lora.experiments import runner
 from tests.conftest import make_rows, write_csv
 
 ROOT = Path(__file__).parents[1]
@@ -73,8 +73,7 @@ def test_the_python_commands_run(tiny_base: Path, tmp_path: Path, monkeypatch: p
     Path("reviews.txt").write_text("a fine film\na dull one\n")
     ran = 0
     # In this process, which is faster; that arms have processes of their own is tested by itself.
-    for module in (runner, worker):
-        monkeypatch.setattr(module, "run_child", lambda each, *_: next((s for s in map(main, each) if s), 0))
+    monkeypatch.setattr(runner, "run_child", lambda each, *_: next((s for s in map(main, each) if s), 0))
     for command in COMMANDS:
         words = shlex.split(command.split(" | ")[-1].replace("path/to/", "./"))
         if words[:1] != ["python"]:

@@ -1,45 +1,34 @@
 """``main.py ablate``: an experiment that a config describes, and its report."""
 
-import shlex
 from pathlib import Path
 
 from lightning_lora.commands.report import write_ablation_report
 from lightning_lora.config.argument_parser import OptionParser
-from lightning_lora.config.settings import DEFAULT_CONFIG, read_config
+from lightning_lora.config.settings import read_config
 from lightning_lora.errors import UserError
-from lightning_lora.experiments.plan_config import make_plan
 from lightning_lora.experiments.runner import add_options, run_experiment
 from lightning_lora.runs.folder import folder_name
 
 
 def run(words: list[str]) -> int:
     """Run what is missing of an ablation and write its report; return 1 if a cell failed."""
-    parser = _parser()
-    options, overrides = parser.parse_known_args(words)
-    parser.refuse_misspelt(overrides)
-    path = Path(options.config)
-    content = read_config(path)
-    plan = make_plan(content, path, options.small)
-    if any(word.startswith("--seed_everything") for word in overrides):
-        raise UserError("--seed_everything: the seeds of an ablation are those of its config")
-    name = f"ablation-{path.stem}{'-small' if options.small else ''}"
-    folder = Path(options.logs_dir) / (folder_name(options.name) if options.name else name)
-    asked = {"config": content, "path": str(path), "small": options.small}
-    asked["command"] = shlex.join(["python", "main.py", "ablate", *words])
-    status = run_experiment(plan, [read_config(plan.base or DEFAULT_CONFIG)], overrides, folder, asked, options)
-    if not options.plan:
-        write_ablation_report(folder)
-    return status
-
-
-def _parser() -> OptionParser:
     parser = OptionParser(
         "ablate",
-        description="Trains the cells of an ablation, tests once, and writes the report. The same command again goes "
-        "on. Every other option is one of fit's, for all cells.",
+        description="Trains the cells of an ablation, tests once, and writes the report. The same command again "
+        "resumes. Every other option is one of fit's, for all cells.",
     )
     parser.add_argument("-c", "--config", required=True, help="The ablation; see configs/ablation.")
     parser.add_argument("--small", action="store_true", help="The small size that the config describes.")
     parser.add_argument("--name", help="The folder under --logs_dir; by default ablation-CONFIG.")
     add_options(parser)
-    return parser
+    options, overrides = parser.parse_known_args(words)
+    parser.refuse_misspelt(overrides)
+    if any(word.startswith("--seed_everything") for word in overrides):
+        raise UserError("--seed_everything: the seeds of an ablation are those of its config")
+    path = Path(options.config)
+    name = f"ablation-{path.stem}{'-small' if options.small else ''}"
+    folder = Path(options.logs_dir) / (folder_name(options.name) if options.name else name)
+    status = run_experiment(read_config(path), path, folder, options, overrides, ["ablate", *words])
+    if not options.plan:
+        write_ablation_report(folder)
+    return status

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +12,6 @@ from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.settings import DEFAULT_CONFIG, DEFAULT_SEED, read_config
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.plan import ARM
-from lightning_lora.experiments.plan_config import make_plan
 from lightning_lora.experiments.runner import add_options, run_experiment
 from lightning_lora.models.methods import METHODS, AdapterOptions
 from lightning_lora.models.quantization import Quantization
@@ -27,7 +25,6 @@ STORED: dict[str, dict[str, Any]] = {
     "nf4": {"bits": 4},
     "fp4": {"bits": 4, "quant_type": "fp4"},
 }
-QUESTION = "How do {} compare on the same rows, in the same order, from the same head?"
 
 
 def run(words: list[str]) -> int:
@@ -43,23 +40,20 @@ def run(words: list[str]) -> int:
     key = hashlib.sha256(json.dumps([configs, overrides], sort_keys=True, default=str).encode()).hexdigest()[:8]
     folder = Path(options.logs_dir) / (folder_name(options.name) if options.name else f"compare-{paths[-1].stem}-{key}")
     content = {
-        "question": QUESTION.format(", ".join(arms)),
+        "question": f"How do {', '.join(arms)} compare on the same rows, in the same order, from the same head?",
         "arms": arms,
         "baseline": {ARM: options.baseline or next(iter(arms))},
         "seeds": options.seed_everything or seeds[-1:] or [DEFAULT_SEED],
     }
     path = folder / "comparison.yaml"
-    options.retry_failed = True  # what made an arm fail may have been fixed
-    asked = {"config": content, "path": str(path), "small": False}
-    asked["command"] = shlex.join(["python", "main.py", "compare", *words])
-    status = run_experiment(make_plan(content, path), configs, overrides, folder, asked, options)
+    status = run_experiment(content, path, folder, options, overrides, ["compare", *words], configs)
     if not options.plan:
         write_ablation_report(folder)
     return status
 
 
 def choose_arms(names: Sequence[str] | None, described: Any) -> dict[str, dict[str, Any]]:
-    """The settings in which each arm differs from the config, by name.
+    """Return the settings in which each arm differs from the config, by name.
 
     Args:
         names: Of the command line: keys of ``described``, or METHOD, METHOD-int8, METHOD-nf4, METHOD-fp4;
@@ -92,7 +86,7 @@ def choose_arms(names: Sequence[str] | None, described: Any) -> dict[str, dict[s
 
 
 def method_settings(method: str, quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that make any config one of a method: what the method does not take has its default."""
+    """Return the settings that make any config one of a method: what the method does not take has its default."""
     entry = METHODS[method]
     settings: dict[str, Any] = {"method": method}
     if reset := {option.name: option.default for option in fields(AdapterOptions) if option.name not in entry.options}:
@@ -119,4 +113,5 @@ def _parser() -> OptionParser:
     parser.add_argument("--seed_everything", nargs="+", type=int, help="Seeds; with several, differences are judged.")
     parser.add_argument("--name", help="The folder under --logs_dir; by default made from the settings.")
     add_options(parser)
+    parser.set_defaults(small=False)
     return parser

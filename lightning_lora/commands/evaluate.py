@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.callbacks import Timer
 
 from lightning_lora.config.configured_run import ConfiguredRun, row_columns
 from lightning_lora.config.options import EXAMPLE_TEXT
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.costs import PassClock, peak_memory_mb
-from lightning_lora.evaluation.intervals import RowSums, difference_interval, intervals
+from lightning_lora.evaluation.costs import peak_memory_mb
+from lightning_lora.evaluation.intervals import difference_interval, intervals
 from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.export.weights import check_weights, load_weights, trained_steps
 from lightning_lora.files import check_writable, write_text
@@ -78,11 +79,12 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
 
 
 def _run_pass(cli: ConfiguredRun, command: str, split: str, trainer: Any) -> tuple[dict[str, float], float]:
-    clock = PassClock.on(trainer)
+    timer = Timer()
+    trainer.callbacks.insert(0, timer)  # before what others do with the metrics
     results = getattr(trainer, command)(cli.model, datamodule=cli.datamodule, verbose=False)
     if not results:
         raise UserError(f"the {command} pass was interrupted")
-    return {name.removeprefix(f"{split}/"): value for name, value in results[0].items()}, clock.seconds
+    return {name.removeprefix(f"{split}/"): value for name, value in results[0].items()}, timer.time_elapsed(command)
 
 
 def _finish(
@@ -106,8 +108,8 @@ def _finish(
     if (int8 := found.get("-int8")) is not None:
         evaluation["int8_flipped"] = int((int8.classes != predictions.classes).sum())
         if predictions.labels is not None and len(predictions) > 1:
-            sums = [RowSums(each.logits, predictions.labels) for each in (int8, predictions)]
-            evaluation["int8_accuracy_difference"] = list(difference_interval(sums[0], sums[1], "accuracy"))
+            bounds = difference_interval(int8.logits, predictions.logits, predictions.labels, "accuracy")
+            evaluation["int8_accuracy_difference"] = bounds
     name = folder.new_evaluation(split)
     stem = "val-best" if name == "val" else name  # val.parquet holds what fit's last pass gave
     for suffix, each in found.items():

@@ -34,7 +34,6 @@ from lightning_lora.tokenizer import ordinary_ids
 from lightning_lora.training.loggers import TensorBoardPages, make_loggers, rejoin_loggers
 from lightning_lora.training.module import AUTOCAST, TextClassifier
 from lightning_lora.training.parallel import STRATEGIES, data_parallel, device_count
-from lightning_lora.training.pruning import trial_callbacks
 from lightning_lora.training.refused import check_monitors, refuse_options
 from lightning_lora.training.saving import StateSaver, best_checkpoint, place_checkpoints
 
@@ -169,7 +168,7 @@ class ConfiguredRun:
                 callbacks.append(LearningRateMonitor(logging_interval="step"))
         if folder and saves:
             callbacks += [best_checkpoint(folder), StateSaver(ResumePoints(folder.checkpoints), self.stop_request)]
-        config["callbacks"] = [*callbacks, *given, *(trial_callbacks() if fits else [])]
+        config["callbacks"] = [*callbacks, *given]
         config["strategy"] = data_parallel(config["strategy"]) if self.count_devices() > 1 else "auto"
         config["plugins"] = [AtomicCheckpointIO(), *as_list(config["plugins"])]
         if folder is not None:

@@ -13,7 +13,7 @@ from lightning_lora import processes
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Trainable parameters, and all that the model is made of.
+    """Count the trainable parameters, and all that the model is made of.
 
     PEFT keeps an untouched copy of each module that it saves whole (the head); these copies are not part
     of the model and not counted. Weights of 4 bits are counted as the weights that they stand for.
@@ -32,7 +32,7 @@ def _weights(parameter: nn.Parameter) -> int:
 
 
 def peak_memory_mb() -> dict[str, float]:
-    """The process's peak resident memory so far, and the peak of each CUDA device in use, in MiB."""
+    """Return the process's peak resident memory so far, and that of a CUDA device in use, in MiB."""
     peaks: dict[str, float] = {}
     try:
         import resource
@@ -46,39 +46,14 @@ def peak_memory_mb() -> dict[str, float]:
     return peaks
 
 
-class PassClock(Callback):
-    """Seconds of an evaluation from its first batch to its metrics; what others do with them comes after it."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._started = 0.0
-
-    @classmethod
-    def on(cls, trainer: Any) -> "PassClock":
-        """A clock before all other callbacks of the trainer."""
-        clock = cls()
-        trainer.callbacks.insert(0, clock)
-        return clock
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
-        self._started = time.perf_counter()
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops it."""
-        self.seconds = time.perf_counter() - self._started
-
-    on_validation_start, on_validation_end = on_test_start, on_test_end
-
-
 class CostMeter(Callback):
-    """Counts seconds and tokens of training apart from validation, without asking the device."""
+    """Counts seconds and tokens of training apart from validation, without synchronizing the device."""
 
     def __init__(self) -> None:
         self.train_s = 0.0
         self.train_tokens = 0
         self.train_rows = 0
-        #: Of this process, since the others were last asked.
+        #: Of this process, since the counts of all were last added up.
         self._own_tokens = 0
         self._own_rows = 0
         self.startup_s: float | None = None
@@ -86,14 +61,14 @@ class CostMeter(Callback):
         self._training = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Starts the clock with the first step; what comes before is the start."""
+        """Start the clock with the first step; what comes before is the startup."""
         if not self._training:
             self._mark, self._training = time.perf_counter(), True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts what the batch held."""
+        """Count what the batch held."""
         if self.startup_s is None:
             self.startup_s = time.time() - psutil.Process().create_time()
         if batch["share"]:
@@ -101,49 +76,47 @@ class CostMeter(Callback):
             self._own_rows += len(batch["rows"])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clock while validating."""
-        if self._training and not trainer.sanity_checking:
-            self.train_s += time.perf_counter() - self._mark
-            self._training = False
+        """Stop the clock while validating."""
+        if not trainer.sanity_checking:
+            self._stop()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes on, where a step was done before."""
+        """Start the clock again, where a step was done before."""
         self._mark, self._training = time.perf_counter(), trainer.state.fn == "fit" and self.startup_s is not None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clock."""
+        """Stop the clock."""
+        self._stop()
+        self._add()
+
+    def _stop(self) -> None:
         if self._training:
             self.train_s += time.perf_counter() - self._mark
             self._training = False
-        self._add()
 
     def _add(self) -> None:
-        """Adds what all processes have counted."""
+        """Add what all processes have counted."""
         tokens, rows = processes.total(self._own_tokens, self._own_rows)
         self.train_tokens += int(tokens)
         self.train_rows += int(rows)
         self._own_tokens = self._own_rows = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What was counted until now."""
+        """Return what was counted until now."""
         self._add()
         seconds = self.train_s + time.perf_counter() - self._mark if self._training else self.train_s
-        counted = {"train_tokens": self.train_tokens, "train_rows": self.train_rows, "startup_s": self.startup_s}
-        return {"train_s": seconds, **counted}
+        return {**self._counted(), "train_s": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on counting where a state was saved."""
+        """Continue counting from a saved state."""
         vars(self).update(state_dict)
 
+    def _counted(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("train_s", "train_tokens", "train_rows", "startup_s")}
+
     def costs(self) -> dict[str, float]:
-        """Seconds of training, tokens (padding not counted) and rows, their rates, and seconds to the first step."""
-        costs: dict[str, float] = {
-            "train_s": self.train_s,
-            "train_tokens": self.train_tokens,
-            "train_rows": self.train_rows,
-        }
-        if self.startup_s is not None:
-            costs["startup_s"] = self.startup_s
+        """Return seconds of training, tokens (without padding) and rows, their rates, and seconds to the first step."""
+        costs = {name: value for name, value in self._counted().items() if value is not None}
         if self.train_s > 0:
             costs["train_tokens_per_s"] = self.train_tokens / self.train_s
             costs["train_rows_per_s"] = self.train_rows / self.train_s

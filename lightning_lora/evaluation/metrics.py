@@ -1,45 +1,18 @@
-"""The metrics, all of torchmetrics. A new metric is one entry in ``METRICS``."""
+"""Counts the metrics of ``metric_table.py`` in training and evaluation, by torchmetrics."""
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassF1Score,
-    MulticlassPrecision,
-    MulticlassRecall,
-)
+from torchmetrics import MeanMetric, MetricCollection, classification
 
 from lightning_lora import processes
 from lightning_lora.evaluation.documents import wide
+from lightning_lora.evaluation.metric_table import METRICS
 
-CALIBRATION_BINS = 15
-
-#: Metric by name, as a function of the number of classes. The average is part of the name.
-#: "_per_class" gives one value for each label, logged as "<metric>/<label>".
-METRICS: dict[str, Callable[[int], Metric]] = {
-    "accuracy": lambda c: MulticlassAccuracy(c, average="micro"),
-    "f1_macro": lambda c: MulticlassF1Score(c, average="macro"),
-    "precision_macro": lambda c: MulticlassPrecision(c, average="macro"),
-    "recall_macro": lambda c: MulticlassRecall(c, average="macro"),
-    # Naeini et al. 2015: 15 bins of equal width over the probability of the predicted class.
-    "calibration_error": lambda c: MulticlassCalibrationError(c, n_bins=CALIBRATION_BINS, norm="l1"),
-    "f1_per_class": lambda c: MulticlassF1Score(c, average="none"),
-    "precision_per_class": lambda c: MulticlassPrecision(c, average="none"),
-    "recall_per_class": lambda c: MulticlassRecall(c, average="none"),
-}
-#: Metrics that only two classes have, taken of class 1 (the convention of scikit-learn's pos_label).
-BINARY = ("f1", "precision", "recall")
 PER_CLASS = "_per_class"
-
-
-#: Those that take more than the predicted classes, or keep every row until the epoch's end: not of training rows.
-OF_EVALUATION = ("calibration_error",)
 #: Training rows whose classes are counted together at the end of an epoch.
 _AT_ONCE = 2**20
 
@@ -49,11 +22,14 @@ def make_metrics(num_classes: int, training: bool = False) -> MetricCollection:
 
     Args:
         num_classes: C.
-        training: Leave out ``OF_EVALUATION``; the others take predicted classes (B,) too.
+        training: Leave out those that training rows do not have; the others take predicted classes (B,) too.
     """
-    names = [name for name in METRICS if not (training and name in OF_EVALUATION)]
-    metrics = {name: METRICS[name](num_classes) for name in names}
-    return MetricCollection(metrics, compute_groups=True)  # type: ignore[arg-type]
+    metrics = {
+        name: spec.torch_metric(classification, num_classes)
+        for name, spec in METRICS.items()
+        if spec.torch_metric is not None and (spec.of_training or not training)
+    }
+    return MetricCollection(metrics, compute_groups=True)
 
 
 class EvaluationCounter(nn.Module):
@@ -182,7 +158,7 @@ def metric_values(computed: dict[str, Tensor], label_names: Sequence[str]) -> di
         kind = name.removesuffix(PER_CLASS)
         per_class = value.tolist()
         values |= {f"{kind}/{tag}": number for tag, number in zip(tags, per_class, strict=True)}
-        if len(per_class) == 2 and kind in BINARY:
+        if len(per_class) == 2:
             values[f"{kind}_binary"] = per_class[1]
     return values
 

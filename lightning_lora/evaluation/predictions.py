@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
+from scipy.special import softmax
 
 from lightning_lora import processes
 from lightning_lora.files import atomic_path
@@ -15,7 +17,7 @@ from lightning_lora.files import atomic_path
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model said of some rows.
+    """What a model predicts for some rows.
 
     Args:
         logits: float32, shape (rows, C).
@@ -36,9 +38,7 @@ class Predictions:
     @property
     def probabilities(self) -> np.ndarray:
         """Softmax of the logits, float64, shape (rows, C)."""
-        shifted = self.logits.astype(np.float64) - self.logits.max(axis=1, keepdims=True)
-        exponent = np.exp(shifted)
-        return exponent / exponent.sum(axis=1, keepdims=True)
+        return softmax(self.logits.astype(np.float64), axis=1)
 
     @property
     def classes(self) -> np.ndarray:
@@ -51,7 +51,7 @@ class Predictions:
         return [self.label_names[i] for i in self.classes]
 
     def columns(self) -> dict[str, Any]:
-        """Columns for a table: label (if known), prediction, probability of the prediction and of each class."""
+        """Return columns for a table: label (if known), prediction, probability of the prediction and of each class."""
         probabilities, classes = self.probabilities, self.classes
         columns: dict[str, Any] = {}
         if self.labels is not None:
@@ -63,7 +63,7 @@ class Predictions:
         return columns
 
     def write_parquet(self, path: Path, **extra: Any) -> None:
-        """Writes the columns and the logits, whole or not at all; extra columns are of the whole split."""
+        """Write the columns and the logits, whole or not at all; extra columns are of the whole split."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -74,7 +74,7 @@ class Predictions:
 
 
 def in_row_order(batches: Sequence[dict[str, torch.Tensor]], label_names: Sequence[str]) -> Predictions:
-    """The predictions of all batches, sorted by each batch's ``rows``."""
+    """Return the predictions of all batches, sorted by each batch's ``rows``."""
     rows = torch.cat([batch["rows"] for batch in batches]).numpy()
     order = np.argsort(rows, kind="stable")
     logits = torch.cat([batch["logits"] for batch in batches]).float().cpu().numpy()[order]
@@ -95,13 +95,13 @@ class PredictionCollector(Callback):
         self._batches: list[dict[str, torch.Tensor]] = []
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets the pass before."""
+        """Forget the pass before."""
         self._batches = []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """Keeps the batch's logits, where they are: taking them to the CPU waits for a GPU."""
+        """Keep the batch's logits, where they are: taking them to the CPU waits for a GPU."""
         if not batch["share"]:
             return
         values = {"logits": outputs["logits"], **{name: batch[name] for name in ("rows", "labels") if name in batch}}
@@ -111,22 +111,15 @@ class PredictionCollector(Callback):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]  # *args takes dataloader_idx
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the rows in order."""
-        self._finish("val", pl_module)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the rows in order."""
-        self._finish("test", pl_module)
-
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the rows in order."""
-        self._finish("predict", pl_module)
-
-    def _finish(self, split: str, module: Any) -> None:
+        """Put the rows of the pass in order."""
         own = [{name: value.cpu() for name, value in batch.items()} for batch in self._batches]
         batches = [batch for each in processes.gathered(own) for batch in each]
+        self._batches = []
         if batches:
-            self.last[split] = in_row_order(batches, module.label_names)
+            stage, label_names = trainer.state.stage, cast(Sequence[str], pl_module.label_names)
+            split = {RunningStage.TESTING: "test", RunningStage.PREDICTING: "predict"}.get(cast(Any, stage), "val")
+            self.last[split] = in_row_order(batches, label_names)
             if self.keep is not None and processes.is_leader():
                 self.keep(split, self.last[split])
-        self._batches = []
+
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end

@@ -9,6 +9,7 @@ of the rows, and call differences that are none in up to one of ten (docs/LOG.md
 distribution that gives this interval.
 """
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -57,7 +58,6 @@ class Difference:
         estimate: The mean difference, arm minus baseline.
         p: Two-sided p-value of no difference.
         p_corrected: The same, corrected for the number of comparisons (Holm); ``corrected`` sets it.
-        margin: Differences under this count as none.
         p_equivalent: p-value of a difference of at least the margin (the larger of two one-sided tests).
         p_equivalent_corrected: The same, corrected like ``p``.
         detectable: The smallest true difference that ``POWER`` of such experiments would have found.
@@ -69,7 +69,6 @@ class Difference:
     estimate: Estimate
     p: float
     p_corrected: float
-    margin: float
     p_equivalent: float
     p_equivalent_corrected: float
     detectable: float
@@ -92,7 +91,7 @@ class Difference:
 
 
 def estimate(values: NDArray) -> Estimate:
-    """The mean of values of shape (seeds, rows), with an interval over both."""
+    """Return the mean of values of shape (seeds, rows), with an interval over both."""
     seeds, rows = values.shape
     seed_means, row_means = values.mean(axis=1), values.mean(axis=0)
     of_rows = float(row_means.var(ddof=1)) / rows if rows > 1 else 0.0
@@ -105,7 +104,7 @@ def estimate(values: NDArray) -> Estimate:
 
 
 def degrees_of_freedom(of_seeds: float, seeds: int, of_rows: float, rows: int) -> float:
-    """Of the t distribution whose interval is that of both parts of the variance together: see above."""
+    """Return those of the t distribution whose interval is that of both parts of the variance together: see above."""
     if of_seeds + of_rows == 0:
         return math.inf
     if of_seeds == 0 or seeds < 2:
@@ -126,7 +125,7 @@ def _t(df: float) -> float:
 
 
 def difference(arm: NDArray, baseline: NDArray, margin: float, higher_is_better: bool = True) -> Difference:
-    """An arm's values against the baseline's, both (seeds, rows) with the same seeds and rows in the same order.
+    """Compare an arm's values with the baseline's, both (seeds, rows) with the same seeds and rows in the same order.
 
     Args:
         arm: The arm's values.
@@ -136,38 +135,27 @@ def difference(arm: NDArray, baseline: NDArray, margin: float, higher_is_better:
     """
     if arm.shape != baseline.shape:
         raise ValueError(f"shapes differ: {arm.shape} and {baseline.shape}; compare the seeds that both have")
-    sign = 1.0 if higher_is_better else -1.0
-    paired = sign * (arm.astype(float) - baseline.astype(float))
+    paired = (1.0 if higher_is_better else -1.0) * (arm.astype(float) - baseline.astype(float))
     found = estimate(paired)
     if found.se == 0:
-        p = 1.0 if found.mean == 0 else 0.0
-        p_equivalent = 0.0 if abs(found.mean) < margin else 1.0
+        p, p_equivalent = float(found.mean == 0), float(abs(found.mean) >= margin)
     else:
         p = float(2 * stdtr(found.df, -abs(found.mean) / found.se))
         p_equivalent = float(stdtr(found.df, (abs(found.mean) - margin) / found.se))  # the larger of both sides
-    binary = bool(np.isin(arm, (0, 1)).all() and np.isin(baseline, (0, 1)).all())
+    binary = bool(np.isin([arm, baseline], (0, 1)).all())
     per_seed = [mcnemar_p(one, other) for one, other in zip(arm, baseline, strict=True)] if binary else []
-    return Difference(
-        found,
-        p,
-        p,
-        margin,
-        p_equivalent,
-        p_equivalent,
-        detectable(found.se, found.df),
-        seeds_needed(paired),
-        per_seed,
-    )
+    least = detectable(found.se, found.df)
+    return Difference(found, p, p, p_equivalent, p_equivalent, least, seeds_needed(paired), per_seed)
 
 
 def mcnemar_p(arm: NDArray, baseline: NDArray) -> float:
-    """The exact p-value of McNemar's test: of the rows that one of the two has right, is it either as often?"""
+    """Return the exact p-value of McNemar's test: of the rows that one of the two has right, is it either as often?"""
     only_arm, only_baseline = int((arm > baseline).sum()), int((arm < baseline).sum())
     return min(1.0, 2 * float(bdtr(min(only_arm, only_baseline), only_arm + only_baseline, 0.5)))
 
 
 def corrected(differences: Sequence[Difference]) -> list[Difference]:
-    """The same differences with p-values corrected for their number, those of a difference and those of equivalence.
+    """Return the differences with p-values corrected for their number, those of a difference and of equivalence.
 
     A claim of either kind that is wrong then stands in at most 1 - ``LEVEL`` of such families of comparisons.
     """
@@ -180,7 +168,7 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979).
+    """Return p-values corrected for their number (Holm 1979).
 
     Four lines instead of statsmodels' ``multipletests``, with which a test compares them: importing it takes longer
     than writing a report.
@@ -188,12 +176,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     p = np.array(p_values, dtype=float)
     order = np.argsort(p)
     stepped = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
-    adjusted = np.minimum(stepped, 1.0)[np.argsort(order)]
-    return [float(value) for value in adjusted]
+    return np.minimum(stepped, 1.0)[np.argsort(order)].tolist()
 
 
 def detectable(se: float, df: float) -> float:
-    """The smallest true difference that a test with this standard error finds with ``POWER``, on the right side."""
+    """Return the smallest true difference that a test with this standard error finds with ``POWER``."""
     if se == 0:
         return 0.0
     if df > 1e5:  # the noncentral t is a normal by then
@@ -202,7 +189,7 @@ def detectable(se: float, df: float) -> float:
 
 
 def seeds_needed(differences: NDArray) -> int | None:
-    """Seeds at which a difference as large as this one would be found with ``POWER`` on these rows.
+    """Return the seeds at which a difference as large as this one would be found with ``POWER`` on these rows.
 
     Args:
         differences: Paired differences, shape (seeds, rows).
@@ -228,12 +215,5 @@ def seeds_needed(differences: NDArray) -> int | None:
         df = degrees_of_freedom(of_seeds, count, of_rows, rows)
         return detectable(math.sqrt(of_seeds + of_rows), df) <= mean
 
-    if not enough(MOST_SEEDS):
-        return None
-    low, high = seeds, MOST_SEEDS
-    if enough(low):
-        return low
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    found = bisect.bisect_left(range(seeds, MOST_SEEDS + 1), True, key=enough) + seeds
+    return found if found <= MOST_SEEDS else None

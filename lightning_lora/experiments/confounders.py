@@ -1,6 +1,6 @@
-"""In what every arm differs from the baseline, and what differs beside what its axis names."""
+"""In what an arm differs from the baseline, beside what its axis names. Imports no torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ class Change:
         key: The setting, such as ``model.adapter.rank``, or what follows, such as "alpha / rank".
         baseline: Its value in the baseline.
         arm: Its value in the arm.
-        named: Whether an axis of the ablation names it.
+        named: Whether an axis names it; else it is a confounder, whose effect a reader would take for the axis's.
     """
 
     key: str
@@ -28,7 +28,7 @@ class Change:
         return f"{self.key}: {_shown(self.baseline)} -> {_shown(self.arm)}"
 
 
-def changes(baseline: Mapping[str, Any], arm: Mapping[str, Any], named: Sequence[str]) -> list[Change]:
+def changes(baseline: Mapping[str, Any], arm: Mapping[str, Any], named: Collection[str]) -> list[Change]:
     """Return what differs.
 
     Args:
@@ -37,14 +37,8 @@ def changes(baseline: Mapping[str, Any], arm: Mapping[str, Any], named: Sequence
         arm: The arm's.
         named: Keys that the axes name.
     """
-    keys = [key for key in {**baseline, **arm} if key not in _OF_SEEDS]
-    pairs = {key: (baseline.get(key), arm.get(key)) for key in keys}
-    return [Change(key, one, other, key in named) for key, (one, other) in pairs.items() if one != other]
-
-
-def second_differences(found: Sequence[Change]) -> list[Change]:
-    """Return what differs although no axis names it: a reader would take its effect for that of the axis."""
-    return [change for change in found if not change.named]
+    keys = [key for key in {**baseline, **arm} if key not in _OF_SEEDS and baseline.get(key) != arm.get(key)]
+    return [Change(key, baseline.get(key), arm.get(key), key in named) for key in keys]
 
 
 def _shown(value: Any) -> str:

@@ -1,21 +1,24 @@
-"""Runs that were not planned together, as the arms of an ablation: those that differ by their seed only are one arm."""
+"""Runs that were not planned together, as the arms of an ablation: those that differ by their seed only are one arm.
+
+Imports no torch.
+"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import UserError
-from lightning_lora.experiments.confounders import changes
-from lightning_lora.experiments.plan import ARM, Axis, Cell, Plan
-from lightning_lora.experiments.plan_config import flatten
-from lightning_lora.experiments.results import Answers, Arm, CellResult, one_class
+from lightning_lora.experiments.confounders import Change, changes
+from lightning_lora.experiments.plan import ARM, Axis, Cell, Plan, flatten
+from lightning_lora.experiments.results import Answers, CellResult, one_class, read_answers, read_run_answers
+from lightning_lora.runs.folder import RunFolder, kept_evaluation
 
-#: Settings that change nothing of what comes out.
+#: Settings that change nothing in a result.
 _OUTSIDE = {
     *("data.cache_dir", "seed_everything"),
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps"),
 }
-_SHORT = {"learning_rate": "lr"}
 #: A longer label is no name: the arm is then called like its first run.
 _LONGEST_LABEL = 60
 
@@ -25,26 +28,23 @@ class GivenRun:
     """A finished run.
 
     Args:
-        name: Its folder's name.
+        place: Its folder.
         record: Its run record.
-        val: Its answers on validation rows, None where there are none.
-        test: Its answers on test rows, None where there are none.
-        label_names: Names of the classes.
-        val_of: The weights that ``val`` is of: "best" or "last".
-        fingerprints: Of the rows of each split.
+        answers: Its answers by split; of validation rows those of the last weights where the best were not validated.
     """
 
-    name: str
+    place: Path
     record: Mapping[str, Any]
-    val: Answers | None
-    test: Answers | None
-    label_names: Sequence[str]
-    val_of: str
-    fingerprints: Mapping[str, str]
+    answers: Mapping[str, Answers]
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return self.place.name
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Flat settings that what comes out depends on, without the seed."""
+        """Flat settings that the result depends on, without the seed."""
         flat = flatten(self.record["config"])
         return {key: value for key, value in flat.items() if key not in _OUTSIDE and value not in (None, {})}
 
@@ -53,139 +53,114 @@ class GivenRun:
         """The run's seed."""
         return int(self.record["seed"])
 
+    def fingerprint(self, split: str) -> str | None:
+        """Return the fingerprint of the rows of a split: of those that were evaluated, where they were."""
+        tested = kept_evaluation(self.record, "test") if split == "test" else None
+        if tested is not None:
+            return str(self.record["evaluations"][tested]["fingerprint"])
+        splits = (self.record.get("data") or {}).get("splits", {})
+        return splits.get(split, {}).get("fingerprint")
 
-def as_ablation(
-    runs: Sequence[GivenRun], baseline: str, metric: str = "accuracy", margin: float = 0.01
-) -> tuple[Plan, list[CellResult]]:
-    """The runs as a plan and its cells, on test rows where all have answered them, else on validation rows.
 
-    Args:
-        runs: The runs, in the order of the table.
-        baseline: Name of the run whose arm the others are compared with.
-        metric: What is compared by.
-        margin: Differences under this count as none.
+def read_run(place: Path) -> GivenRun:
+    """Read a run with its answers.
 
     Raises:
-        UserError: Two runs have other rows, or are the same settings with the same seed.
+        UserError: It has not finished, or a file is damaged.
     """
-    split = "test" if all(run.test is not None for run in runs) else "val"
-    check_rows(runs, split)
-    labels = arm_labels(runs)
+    record = RunFolder(place).read()
+    if (status := record.get("status")) != "finished":
+        raise UserError(f"report: {place} has not finished ({status}); resume it, or leave it out")
+    answers = read_run_answers(place, record)
+    last = read_answers(place / "predictions" / "val.parquet") if "val" not in answers else None
+    return GivenRun(place, record, answers if last is None else {**answers, "val": last})
+
+
+def as_ablation(runs: Sequence[GivenRun], baseline: GivenRun) -> tuple[Plan, list[CellResult], dict[str, list[Change]]]:
+    """Return the runs as a plan and its cells, and in what each arm differs from the baseline, by its label.
+
+    They are compared on test rows where all have answered them, else on validation rows.
+
+    Raises:
+        UserError: Two runs have the same settings and seed.
+    """
+    keys = differing(runs)
+    labels = arm_labels(runs, keys)
+    firsts: dict[str, GivenRun] = {}
     taken: dict[tuple[str, int], str] = {}
+    cells = []
+    tested = all("test" in run.answers for run in runs)
     for run in runs:
-        other = taken.setdefault((labels[run.name], run.seed), run.name)
+        label = labels[run.place]
+        firsts.setdefault(label, run)
+        other = taken.setdefault((label, run.seed), run.name)
         if other != run.name:
             raise UserError(f"report: {other} and {run.name} have the same settings and seed; leave one of them out")
-    arms: dict[str, Arm] = {label: ((ARM, label),) for label in dict.fromkeys(labels.values())}
-    changed = {labels[run.name]: run.settings for run in reversed(runs)}
-    plan = Plan(
-        question=question(runs),
-        base=None,
-        settings={},
-        axes=[Axis(ARM, {label: changed[label] for label in arms}, chosen=False, numbers=False)],
-        baseline=arms[labels[baseline]],
-        seeds=sorted({run.seed for run in runs}),
-        metric=metric,
-        margin=margin,
-    )
-    cells = []
-    for run in runs:
-        cell = Cell(arms[labels[run.name]], (), run.seed, {})
-        plan.cells.append(cell)
+        cell = Cell(label, "", {ARM: label}, run.seed, run.settings)
         # Where only some have answered the test rows, none of those answers is shown beside the others'.
-        test = run.test if split == "test" else None
-        reason = one_class(test or run.val) if run.val is not None else "no predictions of validation rows"
-        cells.append(CellResult(cell, "finished", reason, run.record, run.val, test, run.label_names))
-    return plan, cells
-
-
-def check_rows(runs: Sequence[GivenRun], split: str) -> None:
-    """Refuses runs of other rows, naming two of them.
-
-    Raises:
-        UserError: As said.
-    """
-    for run in runs[1:]:
-        if run.fingerprints.get(split) != runs[0].fingerprints.get(split):
-            named = "test" if split == "test" else "validation"
-            raise UserError(
-                f"report: {runs[0].name} and {run.name} have different {named} rows (another source, split_seed or "
-                "number of rows) and cannot be compared; report them apart"
-            )
+        answers = {split: each for split, each in run.answers.items() if split == "val" or tested}
+        judged = answers.get("test", answers.get("val"))
+        reason = one_class(judged) if judged and "val" in answers else "no predictions of validation rows"
+        cells.append(CellResult(cell, "finished", reason, run.record, answers))
+    base = firsts[labels[baseline.place]]
+    plan = Plan(
+        question=f"{len(runs)} runs that differ in {', '.join(keys) or 'nothing'}: which are better, and by how much?",
+        base=None,
+        axes=[Axis(ARM, {label: run.settings for label, run in firsts.items()}, chosen=False, numbers=False)],
+        baseline=labels[baseline.place],
+        seeds=sorted({run.seed for run in runs}),
+        metric="accuracy",
+        margin=0.01,
+        cells=[result.cell for result in cells],
+    )
+    own = {label: {**run.settings, **_follows(run)} for label, run in firsts.items()}
+    found = {
+        label: changes(own[plan.baseline], own[label], own[label].keys() | own[plan.baseline].keys()) for label in own
+    }
+    return plan, cells, {label: each for label, each in found.items() if firsts[label] is not base}
 
 
 def differing(runs: Sequence[GivenRun]) -> list[str]:
-    """The settings in which the runs differ, in the order of a config."""
+    """Return the settings in which the runs differ, in the order of a config."""
     settings = [run.settings for run in runs]
     keys = dict.fromkeys(key for each in settings for key in each)
     return [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
 
 
-def arm_labels(runs: Sequence[GivenRun]) -> dict[str, str]:
-    """The arm of each run, by the settings in which the runs differ: "rank 8, lr 0.0005"."""
-    keys = differing(runs)
-    last = [key.split(".")[-1] for key in keys]
-    short = {
-        key: _SHORT.get(name, name) if last.count(name) == 1 else " ".join(key.split(".")[-2:])
-        for key, name in zip(keys, last, strict=True)
-    }
+def arm_labels(runs: Sequence[GivenRun], keys: Sequence[str]) -> dict[Path, str]:
+    """Return the arm of each run, by the settings in which the runs differ: "rank 8, learning_rate 0.0005"."""
     labels: dict[str, str] = {}
-    known: dict[str, str] = {}
+    found = {}
     for run in runs:
         values = {key: run.settings.get(key) for key in keys}
-        if str(values) in known:
-            labels[run.name] = known[str(values)]
-            continue
-        label = ", ".join(f"{short[key]} {_value(value)}" for key, value in values.items()) or "all runs"
-        if len(label) > _LONGEST_LABEL or label in known.values():
-            label = run.name
-        labels[run.name] = known[str(values)] = label
-    return labels
-
-
-def question(runs: Sequence[GivenRun]) -> str:
-    """What the runs can answer."""
-    keys = differing(runs)
-    if not keys:
-        return f"{len(runs)} runs of the same settings: what do they come to?"
-    more = f" and {len(keys) - 6} more settings" if len(keys) > 6 else ""
-    return f"{len(runs)} runs that differ in {', '.join(keys[:6])}{more}: which are better, and by how much?"
-
-
-def differences(runs: Sequence[GivenRun], plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    """In what each arm differs from the baseline, by its label, with what follows from the settings."""
-    labels = arm_labels(runs)
-    first = {label: next(run for run in runs if labels[run.name] == label) for label in labels.values()}
-    base = first[dict(plan.baseline)[ARM]]
-    found = {}
-    for label, run in first.items():
-        if run is base:
-            continue
-        one, other = ({**each.settings, **_follows(each)} for each in (base, run))
-        found[label] = [asdict(change) for change in changes(one, other, [*one, *other])]
+        if str(values) not in labels:
+            label = ", ".join(f"{key.split('.')[-1]} {_value(value)}" for key, value in values.items()) or "all runs"
+            labels[str(values)] = run.name if len(label) > _LONGEST_LABEL or label in labels.values() else label
+        found[run.place] = labels[str(values)]
     return found
 
 
 def remarks(runs: Sequence[GivenRun]) -> list[str]:
-    """What a reader should know of these runs: what differs beside their settings."""
-    said = []
-    untested = [run.name for run in runs if run.test is None]
+    """Return what a reader should know of these runs: what differs beside their settings."""
+    found = []
+    untested = [run.name for run in runs if "test" not in run.answers]
     if untested and len(untested) < len(runs):
-        said.append(f"warning: validation rows are compared, as not all runs were tested ({', '.join(untested)} not)")
-    last = [run.name for run in runs if run.val is not None and run.val_of == "last"]
+        found.append(f"warning: validation rows are compared, as not all runs were tested ({', '.join(untested)} not)")
+    last = [run.name for run in runs if "val" in run.answers and kept_evaluation(run.record, "val") is None]
     if last:
-        said.append(f"Validation predictions are of the last weights, not of the best ones, in {', '.join(last)}.")
-    first = runs[0]
-    for run in runs[1:]:
-        same = all(run.settings.get(key) == first.settings.get(key) for key in differing(runs) if key[:5] == "data.")
-        if same and run.fingerprints.get("train") != first.fingerprints.get("train"):
-            said.append(f"warning: {first.name} and {run.name} were trained on different rows; the source has changed")
+        found.append(f"Validation predictions are of the last weights, not of the best ones, in {', '.join(last)}.")
+    trained: dict[str, GivenRun] = {}
+    for run in runs:
+        data = str({key: value for key, value in run.settings.items() if key.startswith("data.")})
+        first = trained.setdefault(data, run)
+        if run.fingerprint("train") != first.fingerprint("train"):
+            found.append(f"warning: {first.name} and {run.name} were trained on different rows; the source has changed")
             break
-    return said
+    return found
 
 
 def _follows(run: GivenRun) -> dict[str, Any]:
-    """What settings come to without saying so: the method's own learning rate, and a ratio."""
+    """What follows from settings that do not show it: the method's own learning rate, and a ratio."""
     follows: dict[str, Any] = {}
     settings, model = run.settings, run.record.get("model") or {}
     if "model.learning_rate" not in settings and "learning_rate" in model:

@@ -1,35 +1,47 @@
-"""What the cells of an ablation say: every one a row, also those that failed; and the arms, compared."""
+"""What the cells of an ablation say: every one a row, also those that failed; and the arms, compared.
 
+The sole reader of cells. Imports no torch.
+"""
+
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 
 from lightning_lora.errors import UserError
+from lightning_lora.evaluation.intervals import row_values
 from lightning_lora.evaluation.significance import Difference, Estimate, corrected, difference, estimate
-from lightning_lora.experiments.plan import Cell, Plan, arm_label
-from lightning_lora.experiments.search_space import Arm, Found
+from lightning_lora.experiments.plan import Cell, Plan, make_plan
+from lightning_lora.experiments.search_space import Found
+from lightning_lora.experiments.searcher import read_found
+from lightning_lora.runs.folder import RunFolder, kept_evaluation, kept_predictions
+
+#: Many configs are read; libyaml takes a tenth of the time.
+_YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model said of the rows of a split, in the order of their keys.
+    """What a model predicts for the rows of a split, in the order of their keys.
 
     Args:
         keys: Fingerprint of each row's text and its place, shape (N,).
         labels: True class numbers, (N,).
         logits: float32, (N, C).
+        label_names: Names of the C classes.
         lengths: Characters of each text, (N,); None where they were not kept.
     """
 
     keys: NDArray
     labels: NDArray
     logits: NDArray
+    label_names: Sequence[str]
     lengths: NDArray | None = None
 
     @property
@@ -37,40 +49,31 @@ class Answers:
         """1.0 where the largest logit is the label's, else 0.0; (N,)."""
         return (self.logits.argmax(axis=1) == self.labels).astype(float)
 
-    @property
-    def loss(self) -> NDArray:
-        """Cross-entropy of each row, (N,)."""
-        return -log_softmax(self.logits.astype(float), axis=1)[np.arange(len(self.labels)), self.labels]
-
     def values(self, metric: str) -> NDArray:
-        """The metric's value of each row, (N,): its mean is the metric."""
-        return self.right if metric == "accuracy" else self.loss
+        """Return the metric's value of each row, (N,): its mean is the metric."""
+        return row_values(self.logits, self.labels)[metric][:, 0]
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """One cell's row.
+    """One cell with what lies in its folder.
 
     Args:
         cell: The cell.
-        status: "finished", "running", "interrupted", "failed", or "missing".
+        status: "finished", "running", "interrupted", "failed", "stale", or "missing".
         reason: Why it is not finished, or what is odd about it; empty where all is well.
         record: Its run record.
-        val: Its answers on validation rows, where it has finished.
-        test: Its answers on test rows, where they were evaluated.
-        label_names: Names of the classes.
+        answers: Its answers by split: "val" where it has finished, "test" where it was tested.
     """
 
     cell: Cell
     status: str
     reason: str
-    record: Mapping[str, Any]
-    val: Answers | None
-    test: Answers | None
-    label_names: Sequence[str] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+    answers: Mapping[str, Answers] = field(default_factory=dict)
 
     def cost(self, name: str) -> float:
-        """A cost from the record, NaN where it has none."""
+        """Return a cost from the record, NaN where it has none."""
         return float((self.record.get("costs") or {}).get(name, math.nan))
 
 
@@ -79,53 +82,101 @@ class ArmResult:
     """An arm over its seeds.
 
     Args:
-        arm: Its values.
+        label: The arm's.
         variant: The variant that is best on validation rows.
         tried: How many variants had the chance.
         edges: Chosen axes whose best value is the first or last of its numbers.
         cells: Of the chosen variant, one a seed.
-        val: The metric on validation rows; None where no seed has finished.
-        test: The metric on test rows; None where they were not evaluated.
+        estimates: The metric by split, over the seeds that have answers of it.
         split: What all arms are compared on: "test" where the baseline and every arm that is complete were tested,
             else "val".
         against: Against the baseline, on the rows of the split.
         seeds: Seeds that ``against`` is over.
     """
 
-    arm: Arm
-    variant: Arm
+    label: str
+    variant: str
     tried: int
-    edges: list[str]
-    cells: list[CellResult]
-    val: Estimate | None
-    test: Estimate | None
+    edges: Sequence[str]
+    cells: Sequence[CellResult]
+    estimates: Mapping[str, Estimate]
     split: str = "val"
     against: Difference | None = None
-    seeds: list[int] = field(default_factory=list)
+    seeds: Sequence[int] = ()
 
     @property
     def own(self) -> Estimate | None:
         """The metric on the rows that the arms are compared on."""
-        return self.test if self.split == "test" else self.val
+        return self.estimates.get(self.split)
 
     @property
     def complete(self) -> bool:
         """Whether every seed of the chosen variant has finished."""
-        return all(cell.val is not None for cell in self.cells)
-
-    @property
-    def label(self) -> str:
-        """The arm in words."""
-        return arm_label(self.arm)
+        return all("val" in cell.answers for cell in self.cells)
 
     def mean_cost(self, name: str) -> float:
-        """A cost's mean over the finished seeds."""
+        """Return a cost's mean over the finished seeds."""
         values = [c.cost(name) for c in self.cells if c.status == "finished" and not math.isnan(c.cost(name))]
         return float(np.mean(values)) if values else math.nan
 
 
-def read_answers(path: Path) -> tuple[Answers, list[str]] | None:
-    """The answers in a run's predictions file and the label names, or None where there is none.
+def read_plan(folder: Path) -> tuple[dict[str, Any], Plan]:
+    """Read what was asked of an ablation, and its plan.
+
+    Raises:
+        UserError: The folder is none of an ablation, or what it says is damaged.
+    """
+    path = folder / "ablation.json"
+    try:
+        asked = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(asked["config"], dict) or not isinstance(asked["command"], str):
+            raise TypeError("its config is a tree and its command are words")
+        plan = make_plan(asked["config"], Path(asked["path"]), asked["small"])
+        return asked, plan.with_found(read_found(plan, folder))
+    except FileNotFoundError:
+        raise UserError(f"report: {folder} is no ablation's folder (no ablation.json in it)") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def read_cells(plan: Plan, folder: Path) -> list[CellResult]:
+    """Read every cell of the plan."""
+    return [_read_cell(cell, folder / "cells" / cell.name) for cell in plan.cells]
+
+
+def _read_cell(cell: Cell, place: Path) -> CellResult:
+    if not cell.searched:
+        return CellResult(cell, "missing", "no trial of the search has finished")
+    if not (place / "run.json").is_file():
+        return CellResult(cell, "missing", "not started")
+    record = RunFolder(place).read()
+    status = str(record.get("status"))
+    if status != "finished":
+        running = "running, or killed" if status == "running" else status
+        return CellResult(cell, status, str(record.get("error") or running), record)
+    settings = yaml.load((place / "config.yaml").read_text(encoding="utf-8"), Loader=_YAML)
+    if (found := first_difference(settings, {**cell.change, "seed_everything": cell.seed})) is not None:
+        key, value, wanted = found
+        return CellResult(cell, "stale", f"trained with other settings: {key} {value} instead of {wanted}", record)
+    answers = read_run_answers(place, record)
+    if "val" not in answers:
+        return CellResult(cell, "interrupted", "trained, but not validated", record)
+    return CellResult(cell, status, one_class(answers["val"]), record, answers)
+
+
+def read_run_answers(place: Path, record: Mapping[str, Any]) -> dict[str, Answers]:
+    """Read the answers by the best weights of a run, by split.
+
+    Raises:
+        UserError: A file is damaged.
+    """
+    names = {split: kept_evaluation(record, split) for split in ("val", "test")}
+    found = {split: read_answers(kept_predictions(place, name)) for split, name in names.items() if name is not None}
+    return {split: answers for split, answers in found.items() if answers is not None}
+
+
+def read_answers(path: Path) -> Answers | None:
+    """Read the answers in a run's predictions file; None where there is none.
 
     Raises:
         UserError: The file is damaged.
@@ -137,100 +188,120 @@ def read_answers(path: Path) -> tuple[Answers, list[str]] | None:
 
     try:
         with pq.ParquetFile(path) as file:
-            table = file.read()
-        names = [name[6:-1] for name in table.column_names if name.startswith("logit(")]
-        logits = np.column_stack([np.asarray(table.column(f"logit({name})").to_pylist(), np.float32) for name in names])
-        number = {name: i for i, name in enumerate(names)}
-        labels = np.array([number[label] for label in table.column("label").to_pylist()])
+            table = file.read().to_pydict()
+        names = [name[6:-1] for name in table if name.startswith("logit(")]
+        logits = np.array([table[f"logit({name})"] for name in names], np.float32).T
+        labels = np.array([names.index(label) for label in table["label"]])
         keys = [
             f"{key}\0{origin}\0{row}"
-            for key, origin, row in zip(*(table.column(c).to_pylist() for c in ("key", "origin", "row")), strict=True)
+            for key, origin, row in zip(table["key"], table["origin"], table["row"], strict=True)
         ]
-        lengths = np.array(table.column("characters").to_pylist()) if "characters" in table.column_names else None
+        lengths = np.array(table["characters"]) if "characters" in table else None
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable file of predictions ({error})") from error
     order = np.argsort(keys, kind="stable")
-    lengths = None if lengths is None else lengths[order]
-    return Answers(np.array(keys)[order], labels[order], logits[order], lengths), names
+    return Answers(
+        np.array(keys)[order], labels[order], logits[order], names, None if lengths is None else lengths[order]
+    )
+
+
+def first_difference(settings: Any, wanted: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first flat key that a tree of settings has otherwise, its value there, and the one that is wanted."""
+    for key, value in wanted.items():
+        here = settings
+        for part in key.split("."):
+            here = here.get(part) if isinstance(here, dict) else None
+        if not _same(here, value):
+            return key, here, value
+    return None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two settings are the same, however they are written (1 and 1.0, 1e-4 and "1e-4")."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    try:
+        return one == other or float(one) == float(other)
+    except (TypeError, ValueError):
+        return str(one) == str(other)
+
+
+def count_tests(folder: Path) -> tuple[int, int]:
+    """Count evaluations of test rows, also of stale cells and by hand, and the cells they are of."""
+    tests: dict[str, int] = {}
+    for path in [*folder.glob("cells/*/run.json"), *folder.glob("stale/*/run.json")]:
+        name = path.parent.name if path.parts[-3] == "cells" else path.parent.name.rpartition(".")[0]
+        count = sum(each.startswith("test") for each in RunFolder(path.parent).read().get("evaluations", {}))
+        tests[name] = tests.get(name, 0) + count
+    return sum(tests.values()), sum(map(bool, tests.values()))
 
 
 def compare_arms(plan: Plan, cells: Sequence[CellResult]) -> list[ArmResult]:
-    """The arms in the plan's order: each with its best variant by validation, then compared with the baseline."""
-    arms = {arm: _best_variant(plan, arm, [c for c in cells if c.cell.arm == arm]) for arm in plan.arms}
-    base = arms[plan.baseline]
-    complete = [result for result in arms.values() if result.complete]
+    """Compare the arms, in the plan's order: each with its best variant by validation, against the baseline.
+
+    Raises:
+        UserError: Cells have answers to other rows.
+    """
+    arms = [_best_variant(plan, label, [c for c in cells if c.cell.arm == label]) for label in plan.arms]
+    base = next(arm for arm in arms if arm.label == plan.baseline)
     # An arm that is not complete is never tested: the others are compared without it.
-    tested = [arm.test is not None and all(cell.test is not None for cell in arm.cells) for arm in complete]
-    split = "test" if base.complete and all(tested) else "val"
-    found: dict[Arm, tuple[Difference, list[int]]] = {}
-    for arm, result in arms.items():
-        if arm != plan.baseline and (paired := _paired(plan, result, base, split)) is not None:
-            found[arm] = paired
-    holm = dict(zip(found, corrected([each for each, _ in found.values()]), strict=True))
-    return [
-        ArmResult(
-            **{**vars(result), "split": split, "against": holm.get(arm), "seeds": found[arm][1] if arm in found else []}
-        )
-        for arm, result in arms.items()
-    ]
+    tested = all("test" in cell.answers for arm in arms if arm.complete for cell in arm.cells)
+    split = "test" if base.complete and tested else "val"
+    pairs = {arm.label: _paired(plan, arm, base, split) for arm in arms if arm is not base}
+    found = {label: pair for label, pair in pairs.items() if pair is not None}
+    against = dict(zip(found, corrected([difference for difference, _ in found.values()]), strict=True))
+    seeds = {label: seeds for label, (_, seeds) in found.items()}
+    return [replace(arm, split=split, against=against.get(arm.label), seeds=seeds.get(arm.label, ())) for arm in arms]
 
 
-def _best_variant(plan: Plan, arm: Arm, cells: Sequence[CellResult]) -> ArmResult:
-    variants = list(dict.fromkeys(c.cell.variant for c in cells))
-    sign = 1 if plan.higher_is_better else -1
+def _best_variant(plan: Plan, label: str, cells: Sequence[CellResult]) -> ArmResult:
+    variants: dict[str, list[CellResult]] = {}
+    for cell in cells:
+        variants.setdefault(cell.cell.variant, []).append(cell)
 
-    def score(variant: Arm) -> float:
-        """Mean over the seeds; a variant that has not finished with all of them cannot be the best."""
-        own = [c for c in cells if c.cell.variant == variant]
-        if any(c.val is None for c in own):
-            return -math.inf
-        return sign * float(np.mean([c.val.values(plan.metric).mean() for c in own if c.val is not None]))
+    def score(variant: str) -> tuple[float, int]:
+        """Mean over the seeds; without all of them it cannot be the best, and then what there is most of is taken."""
+        values = [c.answers["val"].values(plan.metric).mean() for c in variants[variant] if "val" in c.answers]
+        complete = len(values) == len(variants[variant])
+        sign = 1 if plan.higher_is_better else -1
+        return (sign * float(np.mean(values)) if complete else -math.inf), len(values)
 
     best = max(variants, key=score)
-    if score(best) == -math.inf:  # none is complete: what there is most of
-        best = max(variants, key=lambda v: sum(c.val is not None for c in cells if c.cell.variant == v))
-    own = [c for c in cells if c.cell.variant == best]
-    edges = []
+    own, tried, edges = variants[best], len(variants), []
     for axis in plan.axes:
         names = list(axis.values)
-        if axis.chosen and axis.numbers and len(names) > 1 and dict(best)[axis.name] in (names[0], names[-1]):
-            edges.append(f"{axis.name} {dict(best)[axis.name]}")
-    stacked = {split: _stack(plan, own, split) for split in ("val", "test")}
-    estimates = {split: estimate(values) if values is not None else None for split, values in stacked.items()}
-    tried = len(variants)
+        if axis.chosen and axis.numbers and len(names) > 1:
+            name = own[0].cell.values[axis.name]
+            edges += [f"{axis.name} {name}"] if name in (names[0], names[-1]) else []
     if plan.search is not None:
-        found = plan.found.get(arm, Found())
+        found = plan.found.get(label, Found())
         tried, edges = len(found.trials), list(found.edges)
-    return ArmResult(arm, best, tried, edges, own, estimates["val"], estimates["test"])
+    stacks = {split: _stack(plan, [c for c in own if split in c.answers], split) for split in ("val", "test")}
+    estimates = {split: estimate(values) for split, values in stacks.items() if len(values)}
+    return ArmResult(label, best, tried, edges, own, estimates)
 
 
-def _stack(plan: Plan, cells: Sequence[CellResult], split: str) -> NDArray | None:
-    """Values (seeds, rows) of the cells that have answers of the split."""
-    having = [(c, getattr(c, split)) for c in cells if getattr(c, split) is not None]
-    if not having:
-        return None
-    for cell, answers in having[1:]:
-        if not np.array_equal(answers.keys, having[0][1].keys):
-            raise UserError(f"{cell.cell.name}: its {split} rows are not those of {having[0][0].cell.name}")
-    return np.stack([a.values(plan.metric) for _, a in having])
+def _stack(plan: Plan, cells: Sequence[CellResult], split: str) -> NDArray:
+    """The metric of each row of the split, (cells, rows)."""
+    for cell in cells:
+        # Arms of other data or lengths are still tested on the same texts, or they cannot be paired.
+        if not np.array_equal(cell.answers[split].keys, cells[0].answers[split].keys):
+            names = f"{cell.cell.name}: its {split} rows are not those of {cells[0].cell.name}"
+            raise UserError(f"{names}; they cannot be compared")
+    return np.array([cell.answers[split].values(plan.metric) for cell in cells])
 
 
 def _paired(plan: Plan, arm: ArmResult, base: ArmResult, split: str) -> tuple[Difference, list[int]] | None:
     """The arm against the baseline over the seeds that both have, each with its own; and these seeds."""
-    one, other = (
-        {c.cell.seed: getattr(c, split) for c in r.cells if getattr(c, split) is not None} for r in (arm, base)
-    )
+    one, other = ({c.cell.seed: c for c in each.cells if split in c.answers} for each in (base, arm))
     seeds = [seed for seed in plan.seeds if seed in one and seed in other]
     if not seeds:
         return None
-    if any(not np.array_equal(one[seed].keys, other[seed].keys) for seed in seeds):
-        # Arms of other data or lengths are still tested on the same texts, or they cannot be paired.
-        raise UserError(f"{arm.label}: its {split} rows are not those of the baseline; they cannot be compared")
-    values, base_values = (np.stack([side[seed].values(plan.metric) for seed in seeds]) for side in (one, other))
-    return difference(values, base_values, plan.margin, plan.higher_is_better), seeds
+    values = _stack(plan, [each[seed] for each in (one, other) for seed in seeds], split)
+    return difference(values[len(seeds) :], values[: len(seeds)], plan.margin, plan.higher_is_better), seeds
 
 
 def one_class(answers: Answers) -> str:
-    """What is odd about answers that are all the same class; empty where they are not."""
+    """Return what is odd about answers that are all the same class; empty where they are not."""
     classes = np.unique(answers.logits.argmax(axis=1))
     return "predicts one class only" if len(classes) == 1 and len(np.unique(answers.labels)) > 1 else ""

@@ -1,308 +1,348 @@
 """Runs an experiment: the cells of a plan, each trained once; then the test rows, once.
 
-An ablation lies in ``logs/NAME``: ``ablation.json`` (what was asked), ``cells/`` (a run folder each), ``stale/`` (cells
-of other settings, code, versions or data: kept, never mixed in), ``test_looks.jsonl`` (every look at test rows) and the
-report. Several processes may work on one: a cell is held by a lock that dies with its holder.
+An ablation lies in ``logs/NAME``: ``ablation.json`` (what was asked), ``cells/`` (a run folder each, trained by ``fit``
+and validated as a process of its own), ``stale/`` (cells of other settings, code, versions or data: kept, never mixed
+in) and the report. Several processes may work on one: a cell is held by a lock that dies with its holder.
 """
 
-import itertools
+import contextlib
 import json
-import os
+import shlex
 import sys
 import tempfile
+import time
 from argparse import Namespace
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lightning_lora.children import run_child
+from lightning_lora.children import last_error, run_child
+from lightning_lora.claims import claimed, share_tasks
 from lightning_lora.config.argument_parser import OptionParser
-from lightning_lora.config.configured_run import ConfiguredRun
-from lightning_lora.config.settings import flat
-from lightning_lora.errors import UserError
-from lightning_lora.experiments.confounders import Change, changes, second_differences
-from lightning_lora.experiments.plan import Plan, arm_label, with_found
-from lightning_lora.experiments.records import gather_cells, same_value, value_at
-from lightning_lora.experiments.results import compare_arms
-from lightning_lora.experiments.searcher import read_found
-from lightning_lora.experiments.worker import Worker
-from lightning_lora.files import locked_folder, write_text
+from lightning_lora.config.settings import DEFAULT_CONFIG, flat, read_config
+from lightning_lora.data.augment import Augmentation
+from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.errors import BusyError, UserError
+from lightning_lora.experiments.confounders import Change
+from lightning_lora.experiments.plan import Cell, Plan, make_plan
+from lightning_lora.experiments.resolving import find_changes, resolve_cells
+from lightning_lora.experiments.results import compare_arms, read_cells
+from lightning_lora.experiments.searcher import Searcher, read_found
+from lightning_lora.files import atomic_folder, locked_folder, write_text
 from lightning_lora.interrupts import StopRequest
-from lightning_lora.locations import check_model
-from lightning_lora.models.methods import AdapterOptions, check_options, find_method
-from lightning_lora.models.quantization import Quantization, check_quantization
-from lightning_lora.runs.folder import now
+from lightning_lora.runs.folder import RECORD_FORMAT, RunFolder, commit, kept_metrics, now, versions
 from lightning_lora.units import duration
 from lightning_lora.workers import EXECUTORS, Workers
 
-LEDGER = "test_looks.jsonl"
-
 
 def run_experiment(
-    plan: Plan,
-    base: Sequence[Mapping[str, Any]],
-    overrides: Sequence[str],
+    config: Mapping[str, Any],
+    path: Path,
     folder: Path,
-    asked: dict[str, Any],
     options: Namespace,
+    overrides: Sequence[str],
+    words: Sequence[str],
+    base: Sequence[Mapping[str, Any]] = (),
 ) -> int:
     """Train what is missing of an experiment and test once; return 1 if a cell failed.
 
     Args:
-        plan: The plan.
-        base: Configs of the base recipe, each with priority over those before.
-        overrides: Options of ``fit`` for all cells.
+        config: What ``make_plan`` makes the plan of.
+        path: Its path.
         folder: The experiment's folder.
-        asked: What ``report`` reads the plan from: "config", "path", "small", "command".
         options: Of ``add_options``.
+        overrides: Options of ``fit`` for all cells.
+        words: The command.
+        base: Configs of the base recipe, each with priority over those before; by default the one that the plan names.
     """
-    settings = resolve_cells(plan, base, overrides)
+    plan = make_plan(config, path, options.small)
+    resolve = partial(resolve_cells, base=base or [read_config(plan.base or DEFAULT_CONFIG)], overrides=overrides)
+    settings = resolve(plan)
     if (folder / "config.yaml").exists():
         raise UserError(f"--name: {folder} is the folder of a run; choose another name")
-    warned = lint(plan, settings)
+    changes = find_changes(plan, settings)
     needs = (options.cell_cpus, options.cell_gpus)
     one_gpu_each = all(each["trainer"]["devices"] == 1 for each in settings.values())
     workers = Workers(options.workers, options.executor, options.address, *needs, one_gpu_each)
-    worker = Worker(plan, folder, partial(resolve_cells, base=base, overrides=overrides), options.retry_failed)
-    show_plan(with_found(plan, read_found(plan, folder)), folder, warned, worker.stale_cells())
+    worker = Worker(plan, folder, resolve)
+    show_plan(plan.with_found(read_found(plan, folder)), folder, changes, worker.stale_cells())
     if options.plan:
         return 0
-    done = {cell.cell.name for cell in gather_cells(plan, folder) if cell.status == "finished"}
-    check_bases({name: each for name, each in settings.items() if name not in done})
-    differences = {arm: [asdict(change) for change in found] for arm, found in warned.items()}
-    document = json.dumps({"format": 1, **asked, "differences": differences}, indent=2, ensure_ascii=False) + "\n"
+    asked = {"config": config, "path": str(path), "small": options.small}
+    asked["command"] = shlex.join(["python", "main.py", *words])
+    asked["differences"] = {arm: [asdict(change) for change in found] for arm, found in changes.items()}
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     with StopRequest().listening():
-        worker.set_stale_aside()  # before anything says what the cells are about
-        write_text(folder / "ablation.json", document)
+        worker.move_stale()  # before ablation.json changes what the cells are about
+        write_text(folder / "ablation.json", json.dumps({"format": 1, **asked}, indent=2, ensure_ascii=False) + "\n")
         if workers.alone:
             worker.run()
         else:
-            for failure in workers.run(worker.run, len(plan.cells), worker.progress()):
+            for failure in workers.run(worker.run, len(plan.cells), worker.watch()):
                 print(f"warning: {failure}", file=sys.stderr)
-        plan = with_found(plan, read_found(plan, folder))
-        tested = options.no_test or look_at_test(plan, folder)
-    return int(not tested or any(cell.status != "finished" for cell in gather_cells(plan, folder)))
+        plan = plan.with_found(read_found(plan, folder))
+        tested = options.no_test or evaluate_test_rows(plan, folder)
+    return int(not tested or any(cell.status != "finished" for cell in read_cells(plan, folder)))
 
 
-def resolve_cells(plan: Plan, base: Sequence[Mapping[str, Any]], overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """All settings of each cell, by its name; cells that differ in their seed are parsed once.
-
-    Raises:
-        UserError: They cannot be parsed, a method cannot do what is asked, or two arms have the same settings.
-    """
-    known: dict[str, dict[str, Any]] = {}
-    found = {}
-    for cell in plan.cells:
-        key = json.dumps(cell.change, sort_keys=True, default=str)
-        if key not in known:
-            try:
-                known[key] = resolve(base, overrides, nested(cell.change))
-            except UserError as error:
-                raise UserError(f"{arm_label((*cell.arm, *cell.variant))}: {error}") from error
-        for name, value in cell.change.items():
-            if not same_value(here := value_at(known[key], name), value):
-                raise UserError(f"{name}: an option gives {here} to every cell, but {cell.name} is about {value}")
-        found[cell.name] = {**known[key], "seed_everything": cell.seed}
-    firsts = {arm: found[next(cell for cell in plan.cells if cell.arm == arm).name] for arm in plan.arms}
-    for one, other in itertools.combinations(firsts, 2):
-        if plan.search is None and plan.tried == 1 and firsts[one] == firsts[other]:
-            raise UserError(f"arms {arm_label(one)} and {arm_label(other)} have the same settings")
-    return found
-
-
-def check_bases(settings: Mapping[str, dict[str, Any]]) -> None:
-    """Refuse a base model that does not exist before any cell is trained.
-
-    Args:
-        settings: All settings of each cell that is still to be trained, by its name.
-
-    Raises:
-        UserError: One does not exist; the cell is named.
-    """
-    checked: set[str] = set()
-    for name, each in settings.items():
-        if (base := each["model"]["base_model"]) not in checked:
-            try:
-                check_model(base, "model.base_model")
-            except UserError as error:
-                raise UserError(f"cell {name}: {error}") from error
-            checked.add(base)
-
-
-def resolve(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], change: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a cell: the base's, its own, the command line's, each with priority over those before.
-
-    Raises:
-        UserError: They cannot be parsed, or its method cannot do what is asked.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        words: list[str] = []
-        for number, content in enumerate([*base, change]):
-            file = Path(directory) / f"{number}.yaml"
-            file.write_text(yaml.safe_dump(dict(content)), encoding="utf-8")
-            words += ["--config", str(file)]
-        settings = ConfiguredRun("fit", [*words, *overrides]).settings()
-    model = settings["model"]
-    entry = find_method(model["method"])
-    check_options(model["method"], AdapterOptions(**model["adapter"]))
-    check_quantization(Quantization(**model["quantization"]), model["method"], entry.bits, entry.cpu_bits)
-    return settings
-
-
-def nested(change: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat keys as the tree that a config is."""
-    tree: dict[str, Any] = {}
-    for key, value in change.items():
-        *path, last = key.split(".")
-        place = tree
-        for name in path:
-            place = place.setdefault(name, {})
-        place[last] = value
-    return tree
-
-
-def lint(plan: Plan, settings: Mapping[str, dict[str, Any]]) -> dict[str, list[Change]]:
-    """In what each arm differs from the baseline."""
-    named = sorted({key for axis in plan.axes for change in axis.values.values() for key in change})
-    named += list(plan.search.space) if plan.search is not None else []
-    first = {arm: next(cell for cell in plan.cells if cell.arm == arm) for arm in plan.arms}
-    base = settings[first[plan.baseline].name]
-    found = {}
-    for arm, cell in first.items():
-        if arm != plan.baseline:
-            other = settings[cell.name]
-            follows = what_follows(base, named), what_follows(other, named)
-            both = follows[0].keys() & follows[1].keys()
-            one, two = (_shared(*sides, named) for sides in ((base, other), (other, base)))
-            one |= {name: follows[0][name] for name in both}
-            two |= {name: follows[1][name] for name in both}
-            found[arm_label(arm)] = changes(one, two, named)
-    return found
-
-
-def _shared(settings: Mapping[str, Any], other: Mapping[str, Any], named: Sequence[str]) -> dict[str, Any]:
-    """Flat settings without the adapter's options that only one of two methods takes: the method implies them."""
-    one, two = (set(find_method(each["model"]["method"]).options) for each in (settings, other))
-    left_out = {f"model.adapter.{name}" for name in one ^ two} - set(named)
-    return {key: value for key, value in flat(dict(settings)).items() if key not in left_out}
-
-
-def what_follows(settings: Mapping[str, Any], named: Sequence[str]) -> dict[str, Any]:
-    """What settings come to without saying so, such as ratios.
-
-    Args:
-        settings: Of an arm's first cell.
-        named: Keys that the axes and the search name.
-    """
-    model = settings["model"]
-    method, adapter = find_method(model["method"]), model["adapter"]
-    follows: dict[str, Any] = {}
-    if adapter["rank"] and "alpha" in method.options:
-        follows["alpha / rank"] = adapter["alpha"] / adapter["rank"]
-    lowered = model["speedups"]["frozen_weights"] == "auto" and settings["trainer"]["precision"] == "bf16-mixed"
-    number = "bfloat16" if method.frozen_encoder and lowered else "float32"
-    if "model.quantization.bits" not in named:  # else the axis is about it
-        follows["weights of the encoder"] = number if not model["quantization"]["bits"] else "quantized"
-    follows["the encoder multiplies in"] = multiplies_in(settings)
-    return follows
-
-
-def multiplies_in(settings: Mapping[str, Any]) -> str:
-    """The number format of the encoder's matrix products, by all settings of a cell."""
-    quantization, precision = settings["model"]["quantization"], str(settings["trainer"]["precision"])
-    if quantization["bits"] == 8:
-        return "int8"
-    if quantization["bits"] == 4 and quantization["compute_dtype"] != "auto":
-        return str(quantization["compute_dtype"])
-    return {"bf16": "bfloat16", "16": "float16"}.get(precision.partition("-")[0], "float32")
-
-
-def show_plan(plan: Plan, folder: Path, warned: Mapping[str, Sequence[Change]], stale: Collection[str]) -> None:
-    """Prints what will be done, and what a reader would hold against it.
+def show_plan(plan: Plan, folder: Path, changes: Mapping[str, Sequence[Change]], stale: Collection[str]) -> None:
+    """Print what will be done, and which confounders there are.
 
     Args:
         plan: The plan.
         folder: The ablation's.
-        warned: In what each arm differs from the baseline.
-        stale: Names of cells that are of something else, and will be trained again.
+        changes: In what each arm differs from the baseline.
+        stale: Names of stale cells, which will be trained again.
     """
-    cells = gather_cells(plan, folder) if folder.exists() else []
-    cells = [cell for cell in cells if cell.cell.name not in stale]
-    states = [cell.status for cell in cells]
+    cells = [cell for cell in read_cells(plan, folder) if cell.cell.name not in stale]
     took = [float(cell.record.get("wall_s", 0)) for cell in cells if cell.status == "finished"]
     left = len(plan.cells) - len(took)
-    about = f", about {duration(sum(took) / len(took) * left)} for the others" if took and left else ""
-    print(f"{plan.question}\n")
-    print(f"ablation: {folder}")
-    print(f"arms: {', '.join(arm_label(arm) for arm in plan.arms)} (baseline {arm_label(plan.baseline)})")
+    print(f"{plan.question}\n\nablation: {folder}\narms: {', '.join(plan.arms)} (baseline {plan.baseline})")
     variants = f" x {plan.tried} variants, the best on validation taken" if plan.tried > 1 else ""
-    if plan.search is not None:
+    if (search := plan.search) is not None:
         variants = ""
-        how = f"{plan.search.sampler}, seed {plan.search.seed}, chosen by validation {plan.metric}"
-        tried = sum(trial.state.is_finished() for found in plan.found.values() for trial in found.trials)
+        done = sum(trial.state.is_finished() for found in plan.found.values() for trial in found.trials)
         print(
-            f"search: {plan.tried} trials of each arm ({how}), over {', '.join(plan.search.space)}; "
-            f"{tried} of {plan.tried * len(plan.arms)} are done"
+            f"search: {plan.tried} trials of each arm ({search.sampler}, seed {search.seed}, chosen by validation "
+            f"{plan.metric}), over {', '.join(search.space)}; {done} of {plan.tried * len(plan.arms)} are done"
         )
-    print(
-        f"cells: {len(plan.arms)} arms{variants} x {len(plan.seeds)} seeds = {len(plan.cells)}; "
-        f"{states.count('finished')} are finished{about}"
-        + (f"; {len(stale)} are of other code, settings or data and will be set aside" if stale else "")
-    )
-    for arm, found in warned.items():
-        print(f"{arm} against {arm_label(plan.baseline)}: {'; '.join(map(str, found)) or 'no difference'}")
-        for change in second_differences(found):
-            print(f"  warning: confounder: {change} is named by no axis; its effect cannot be told from the axis's")
+    about = f", about {duration(sum(took) / len(took) * left)} for the others" if took and left else ""
+    again = f"; {len(stale)} are of other code, settings or data and will be trained again" if stale else ""
+    count = f"{len(plan.arms)} arms{variants} x {len(plan.seeds)} seeds = {len(plan.cells)}"
+    print(f"cells: {count}; {len(took)} are finished{about}{again}")
+    for arm, found in changes.items():
+        print(f"{arm} against {plan.baseline}: {'; '.join(map(str, found)) or 'no difference'}")
+        for change in found:
+            if not change.named:
+                print(f"  warning: confounder: {change} is named by no axis; its effect cannot be told from the axis's")
     if len(plan.seeds) < 2:
         print("warning: one seed; nothing can be called better")
     print(flush=True)
 
 
-def look_at_test(plan: Plan, folder: Path) -> bool:
-    """Tests each arm's best variant that was not tested yet, once all its seeds are there; every look is written down.
+def evaluate_test_rows(plan: Plan, folder: Path) -> bool:
+    """Test each arm's best variant that was not tested yet, once all its seeds are there.
 
-    What is tested was chosen before, by validation rows only. Gives whether all of it went well.
+    What is tested was chosen before, by validation rows only. Returns whether all of it went well.
     """
-    with locked_folder(folder, None):
-        return _look_at_test(plan, folder)
-
-
-def _look_at_test(plan: Plan, folder: Path) -> bool:
     well = True
-    for arm in compare_arms(plan, gather_cells(plan, folder)):
-        if not arm.complete:
-            print(f"{arm.label}: not tested, as not all its seeds have finished")
-            continue
-        for result in arm.cells:
-            if result.test is not None:
+    with locked_folder(folder, None):
+        for arm in compare_arms(plan, read_cells(plan, folder)):
+            if not arm.complete:
+                print(f"{arm.label}: not tested, as not all its seeds have finished")
                 continue
-            entry = {"time": now(), "cell": result.cell.name, "process": os.getpid()}
-            with (folder / LEDGER).open("a", encoding="utf-8") as ledger:  # before the look, not after
-                ledger.write(json.dumps(entry) + "\n")
-                ledger.flush()
-                os.fsync(ledger.fileno())
-            print(f"{result.cell.name}: test rows", flush=True)
-            words = ["test", "--run", str(folder / "cells" / result.cell.name), "--before", "false"]
-            if status := run_child([words], folder / "cells" / f"{result.cell.name}.txt"):
-                print(f"{result.cell.name}: the test ended with status {status}", file=sys.stderr)
-                well = False
+            for name in [result.cell.name for result in arm.cells if "test" not in result.answers]:
+                print(f"{name}: test rows", flush=True)
+                words = ["test", "--run", str(folder / "cells" / name), "--before", "false"]
+                if status := run_child([words], folder / "cells" / f"{name}.txt"):
+                    print(f"{name}: the test ended with status {status}", file=sys.stderr)
+                    well = False
     return well
 
 
 def add_options(parser: OptionParser) -> None:
-    """Add what all experiments can be told about how they are run."""
+    """Add the options of how an experiment is run."""
     parser.add_argument("--logs_dir", default="logs", help="The folder of all runs.")
     parser.add_argument("--plan", action="store_true", help="Show the plan and stop.")
-    parser.add_argument("--no_test", action="store_true", help="Leave the test rows closed.")
-    parser.add_argument("--retry_failed", action="store_true", help="Try cells again that failed.")
+    parser.add_argument("--no_test", action="store_true", help="Do not evaluate test rows.")
     workers = "Processes that share the cells; by default 1, with Ray as many as the cluster has room for."
     parser.add_argument("--workers", type=int, help=workers)
     parser.add_argument("--executor", choices=EXECUTORS, default="local", help="Where the workers run.")
     parser.add_argument("--address", help="Of a Ray cluster; by default one is started on this machine.")
     parser.add_argument("--cell_cpus", type=float, default=1, help="CPUs that a worker takes of its Ray node.")
     parser.add_argument("--cell_gpus", type=float, default=0, help="GPUs that a worker takes of its Ray node.")
+
+
+class Worker:
+    """Trains the cells that nobody has trained or is training.
+
+    Args:
+        plan: The plan.
+        folder: The ablation's folder.
+        resolve: Gives all settings of each cell of a plan, by the cell's name.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, resolve: Callable[[Plan], dict[str, dict[str, Any]]]) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.cells = folder / "cells"
+        self.resolve = resolve
+        self.settings = resolve(plan)
+        #: A cell that failed before is trained again: once, whichever of several workers does it.
+        self.started = time.time()
+        self.code = commit()["fingerprint"]
+        self.versions = versions()
+        self._data: dict[str, dict[str, str]] = {}
+
+    def run(self) -> None:
+        """Search, where the plan asks for it, and train the cells, each unless another process does."""
+        if self.plan.search is not None:
+            self._search()
+        cells = [cell for cell in self.plan.cells if cell.searched]
+        self._tokenize([cell for cell in cells if self._status(self.cells / cell.name) == "missing"])
+        took: list[float] = []
+
+        def train(cell: Cell) -> None:
+            started = time.perf_counter()
+            if self.train(cell):
+                took.append(time.perf_counter() - started)
+                left = sum(self._status(self.cells / c.name) not in ("done", "failed") for c in cells)
+                about = duration(sum(took) / len(took) * left)
+                print(f"  {duration(took[-1])}; {left} cells left, about {about}", flush=True)
+
+        share_tasks(cells, self.folder, lambda cell: cell.name, train)
+
+    def _tokenize(self, cells: Sequence[Cell]) -> None:
+        """Read, split and tokenize once, so that no cell's time or memory contains it; errors are left to the cell."""
+        for data in {self._data_key(self.settings[cell.name]) for cell in cells}:
+            with contextlib.suppress(UserError):
+                module = _data_module(data)
+                module.setup("fit")
+                module.setup("test")
+
+    def _search(self) -> None:
+        """Search what the plan asks for; from here on the plan is that of what was found."""
+        plan, settings = self.plan, self.settings
+
+        def train(cell: Cell) -> None:
+            self.settings = {**settings, **self.resolve(replace(plan, cells=[cell]))}
+            if self.train(cell):
+                print()
+
+        def determines(arm: str) -> Any:
+            own = settings[plan.arms[arm].name]
+            return [own, self._fingerprints(own), self.code, self.versions]
+
+        self.plan = plan.with_found(Searcher(plan, self.folder, train, determines).run())
+        self.settings = self.resolve(self.plan)
+        self.move_stale()
+
+    def train(self, cell: Cell) -> bool:
+        """Train a cell, which this process holds, or resume it; return whether there was anything to do."""
+        place, output = self.cells / cell.name, self.cells / f"{cell.name}.txt"
+        if (why := self._why_stale(cell)) is not None:
+            self._move(place, why)
+        status = self._status(place)
+        if status == "failed" and (place / "run.json").stat().st_mtime < self.started:
+            self._move(place, "failed, tried again")
+        elif status in ("done", "failed"):
+            return False
+        print(cell.name, flush=True)
+        with tempfile.TemporaryDirectory() as directory:
+            if (place / "config.yaml").is_file():  # a finished one is left as it is
+                words = ["fit", "--resume", str(place)]
+            else:
+                config = Path(directory) / "cell.yaml"
+                config.write_text(yaml.safe_dump(self.settings[cell.name], sort_keys=False, allow_unicode=True))
+                words = ["fit", "--config", str(config), "--logs_dir", str(self.cells), "--name", cell.name]
+            # The answers of the best weights, not of the last, are what is chosen by.
+            exit_status = run_child([words, ["validate", "--run", str(place)]], output)
+        if exit_status == BusyError.status:
+            raise BusyError("another process trains this cell")
+        if not (place / "run.json").is_file():  # it did not get as far as a folder: leave one that says why
+            error = last_error(output.read_text(encoding="utf-8"), exit_status)
+            record = {"format": RECORD_FORMAT, "status": "failed", "error": error, "name": place.name}
+            with contextlib.suppress(FileExistsError), atomic_folder(place) as staging:
+                RunFolder(staging).write({**record, "code": commit(), "versions": versions()})
+        print(self._outcome(place), end="")
+        return True
+
+    def watch(self) -> Callable[[], None]:
+        """Return a function that prints a line for each cell or trial that other processes have finished since."""
+
+        def ended() -> list[Path]:
+            places = sorted(path.parent for path in self.cells.glob("*/run.json"))
+            return [place for place in places if self._status(place) in ("done", "failed")]
+
+        shown = set(ended())
+
+        def show() -> None:
+            for place in ended():
+                if place not in shown:
+                    shown.add(place)
+                    print(f"{place.name}{self._outcome(place)}", flush=True)
+
+        return show
+
+    def _outcome(self, place: Path) -> str:
+        """The end of a cell, in a line."""
+        record = RunFolder(place).read()
+        value = kept_metrics(record, "val").get(self.plan.metric)
+        if record.get("status") == "finished" and value is not None:
+            return f"  validation {self.plan.metric} {value:.4f}"
+        return f"  {record.get('status')}: {record.get('error', 'its process was ended')}"
+
+    @staticmethod
+    def _status(place: Path) -> str:
+        """The status of a cell's run, or "missing"; "done" where it has been validated too."""
+        if not (place / "run.json").is_file():
+            return "missing"
+        status = str(RunFolder(place).read().get("status"))
+        validated = (place / "predictions" / "val-best.parquet").is_file()
+        return "done" if status == "finished" and validated else status
+
+    def stale_cells(self) -> dict[str, str]:
+        """Return the names of stale cells, and why each is stale."""
+        found = {cell.name: self._why_stale(cell) for cell in self.plan.cells}
+        return {name: why for name, why in found.items() if why is not None}
+
+    def move_stale(self) -> None:
+        """Move stale cells to ``stale/``, but for those that another process holds."""
+        for name, why in self.stale_cells().items():
+            with contextlib.suppress(BusyError), claimed(self.folder, name):
+                self._move(self.cells / name, why)
+
+    def _why_stale(self, cell: Cell) -> str | None:
+        """What has changed since a cell was started; None where nothing has, or there is no such cell."""
+        place = self.cells / cell.name
+        if not (place / "run.json").is_file():
+            return None
+        record, settings = RunFolder(place).read(), self.settings[cell.name]
+        if record.get("code", {}).get("fingerprint") != self.code:
+            return "the code has changed"
+        if changed := [n for n, v in self.versions.items() if record.get("versions", {}).get(n) != v]:
+            return f"the version of {', '.join(changed)} has changed"
+        if (place / "config.yaml").is_file():  # it did not fail before it had one
+            done, wanted = flat(yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))), flat(settings)
+            if different := sorted(key for key in {*done, *wanted} if done.get(key) != wanted.get(key)):
+                return f"other settings: {', '.join(different)}"
+        then = {name: split["fingerprint"] for name, split in (record.get("data") or {}).get("splits", {}).items()}
+        if then and (today := self._fingerprints(settings)) and then != today:
+            return "the data has changed"
+        return None
+
+    def _fingerprints(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Fingerprints of the splits as the data is now; empty where it cannot be read, which fit will say."""
+        data = self._data_key(settings)
+        if data not in self._data:
+            self._data[data] = {}
+            with contextlib.suppress(UserError):
+                splits = _data_module(data).prepared.describe()["splits"]
+                self._data[data] = {name: split["fingerprint"] for name, split in splits.items()}
+        return self._data[data]
+
+    @staticmethod
+    def _data_key(settings: Mapping[str, Any]) -> str:
+        """What the data of a cell depends on, as JSON."""
+        return json.dumps({**settings["data"], "base_model": settings["model"]["base_model"]}, sort_keys=True)
+
+    def _move(self, place: Path, why: str) -> None:
+        """Move a cell's folder to ``stale/``."""
+        stale = self.folder / "stale"
+        stale.mkdir(exist_ok=True)
+        number = 1
+        while (target := stale / f"{place.name}.{number}").exists():
+            number += 1
+        with locked_folder(place, f"{place} is being trained by another process"):
+            place.rename(target)
+        write_text(target / "why.txt", f"{now()}: {why}\n")
+        print(f"{place.name}: {why}; moved to {target}")
+
+
+def _data_module(data: str) -> TextDataModule:
+    settings = json.loads(data)
+    return TextDataModule(**{**settings, "augmentation": Augmentation(**settings["augmentation"])})

@@ -7,22 +7,50 @@ search:
     # or, for each value of an axis: {method: {lora: {low: ..., high: ...}, full: {low: ..., high: ...}}}
   trials: 12          # of each arm
   sampler: tpe        # or random
-  pruner: none        # or median, halving: stops trials within an epoch that validation shows to be poor
   seed: 0
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_lora.errors import UserError
-from lightning_lora.studies import PRUNERS, SAMPLERS, import_optuna
 
-Arm = tuple[tuple[str, str], ...]
-_KEYS = ("space", "trials", "sampler", "pruner", "seed")
+#: Optuna's class of each sampler.
+SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler"}
+_KEYS = ("space", "trials", "sampler", "seed")
 #: A best value so near to an end of its range (as a share of the range) lies on its edge.
 _EDGE = 0.05
+
+
+def require(condition: object, message: str) -> None:
+    """Raise a ``UserError`` with the message unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+class ByAxis(NamedTuple):
+    """A value for each value of an axis.
+
+    Args:
+        axis: The axis.
+        values: By the name of the axis's value.
+    """
+
+    axis: str
+    values: dict[str, Any]
+
+    def of(self, here: Mapping[str, str], key: str) -> Any:
+        """Return the value where the axes have these values.
+
+        Raises:
+            UserError: There is none; the key is named.
+        """
+        found = here.get(self.axis)
+        require(found in self.values, f"{key}: no value for {self.axis} {found}")
+        return self.values[str(found)]
 
 
 @dataclass(frozen=True)
@@ -30,37 +58,27 @@ class Search:
     """What is searched, and how.
 
     Args:
-        space: One of Optuna's distributions for each setting; or the name of an axis with a distribution for each of
-            its values.
+        space: One of Optuna's distributions for each setting, or one for each value of an axis.
         trials: Settings tried for each arm.
         sampler: A key of ``SAMPLERS``.
-        pruner: A key of ``PRUNERS``.
         seed: Of the sampler.
     """
 
     space: Mapping[str, Any]
     trials: int
     sampler: str
-    pruner: str
     seed: int
 
-    def for_arm(self, arm: Arm) -> dict[str, Any]:
-        """Return the distribution of each setting for one arm.
+    def for_arm(self, values: Mapping[str, str]) -> dict[str, Any]:
+        """Return the distribution of each setting for the arm with these values of the axes.
 
         Raises:
             UserError: There is none for it.
         """
-        here = dict(arm)
-        found: dict[str, Any] = {}
-        for key, described in self.space.items():
-            if isinstance(described, tuple):
-                axis, spaces = described
-                if here.get(axis) not in spaces:
-                    raise UserError(f"search.space.{key}: no range for {axis} {here.get(axis)}")
-                found[key] = spaces[here[axis]]
-            else:
-                found[key] = described
-        return found
+        return {
+            key: space.of(values, f"search.space.{key}") if isinstance(space, ByAxis) else space
+            for key, space in self.space.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -77,11 +95,6 @@ class Found:
     best: Any = None
     edges: Sequence[str] = ()
 
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """The best trial's."""
-        return self.best.params if self.best is not None else {}
-
 
 def make_search(described: Any, axes: Sequence[str]) -> Search:
     """Make the search that a config describes.
@@ -93,47 +106,39 @@ def make_search(described: Any, axes: Sequence[str]) -> Search:
     Raises:
         UserError: Something is missing, unknown or does not fit together, or Optuna is not installed.
     """
-    if not isinstance(described, dict) or not isinstance(described.get("space"), dict) or not described["space"]:
-        raise UserError("search: a space is needed, such as space: {model.learning_rate: {low: 1.0e-4, high: 1.0e-2}}")
-    if unknown := sorted(set(map(str, described)) - set(_KEYS)):
-        raise UserError(f"search: unknown key '{unknown[0]}'; there are {', '.join(_KEYS)}")
-    sampler, pruner = described.get("sampler", "tpe"), described.get("pruner", "none")
-    for key, value, choices in (("sampler", sampler, SAMPLERS), ("pruner", pruner, PRUNERS)):
-        if value not in choices:
-            raise UserError(f"search.{key}: '{value}' is none of {', '.join(choices)}")
-    trials, seed = described.get("trials", 10), described.get("seed", 0)
-    if type(trials) is not int or trials < 1 or type(seed) is not int or seed < 0:
-        raise UserError("search: trials and seed are whole numbers, trials at least 1")
+    given = isinstance(described, dict) and isinstance(described.get("space"), dict) and described["space"]
+    require(given, "search: a space is needed, such as space: {model.learning_rate: {low: 1.0e-4, high: 1.0e-2}}")
+    unknown = sorted(set(map(str, described)) - set(_KEYS))
+    require(not unknown, f"search: unknown key '{''.join(unknown[:1])}'; there are {', '.join(_KEYS)}")
+    sampler, trials, seed = described.get("sampler", "tpe"), described.get("trials", 10), described.get("seed", 0)
+    require(sampler in SAMPLERS, f"search.sampler: '{sampler}' is none of {', '.join(SAMPLERS)}")
+    whole = type(trials) is int and trials >= 1 and type(seed) is int and seed >= 0
+    require(whole, "search: trials and seed are whole numbers, trials at least 1")
     space: dict[str, Any] = {}
     for key, values in described["space"].items():
-        if isinstance(values, dict) and len(values) == 1 and (axis := str(next(iter(values)))) in axes:
-            inner = values[next(iter(values))]
-            if not isinstance(inner, dict):
-                raise UserError(f"search.space.{key}.{axis}: a range for each value of the axis is needed")
-            space[str(key)] = (axis, {str(name): _distribution(key, value) for name, value in inner.items()})
+        axis = next(iter(values)) if isinstance(values, dict) and len(values) == 1 else None
+        if str(axis) in axes and isinstance(values[axis], dict):
+            each = {str(name): _distribution(key, value) for name, value in values[axis].items()}
+            space[str(key)] = ByAxis(str(axis), each)
         else:
             space[str(key)] = _distribution(key, values)
-    return Search(space, trials, sampler, pruner, seed)
+    return Search(space, trials, sampler, seed)
 
 
 def _distribution(key: str, described: Any) -> Any:
     distributions = import_optuna().distributions
     if isinstance(described, list) and described:
         return distributions.CategoricalDistribution(described)
-    if not isinstance(described, dict) or not {"low", "high"} <= set(described) <= {"low", "high", "log", "step"}:
-        raise UserError(
-            f"search.space.{key}: a list of choices, or a range {{low: ..., high: ..., log: true}}, is needed"
-        )
-    numbers = {name: value for name, value in described.items() if name != "log" and value is not None}
-    log = described.get("log") or False
-    if not all(type(value) in (int, float) for value in numbers.values()) or not isinstance(log, bool):
-        raise UserError(
-            f"search.space.{key}: low, high and step are numbers, and log is true or false, got {described}"
-        )
-    whole = all(isinstance(value, int) for value in numbers.values())
+    needed = f"search.space.{key}: a list of choices, or a range {{low: ..., high: ..., log: true}}, is needed"
+    known = isinstance(described, dict) and {"low", "high"} <= set(described) <= {"low", "high", "log", "step"}
+    require(known, needed)
+    numbers = [value for name, value in described.items() if name != "log" and value is not None]
+    known = all(type(value) in (int, float) for value in numbers) and isinstance(described.get("log"), bool | None)
+    require(known, f"search.space.{key}: low, high and step are numbers, and log is true or false, got {described}")
+    whole = all(isinstance(value, int) for value in numbers)
     kind = distributions.IntDistribution if whole else distributions.FloatDistribution
     try:
-        return kind(**numbers, log=log)
+        return kind(**{name: value for name, value in described.items() if value is not None})
     except ValueError as error:
         raise UserError(f"search.space.{key}: {error}") from error
 
@@ -145,3 +150,19 @@ def at_edge(distribution: Any, value: Any) -> bool:
         return len(numbers) == len(choices) > 2 and value in (min(numbers), max(numbers))
     low, high, at = (math.log(v) if distribution.log else v for v in (distribution.low, distribution.high, value))
     return high > low and not _EDGE <= (at - low) / (high - low) <= 1 - _EDGE
+
+
+def import_optuna() -> Any:
+    """Import Optuna, which then prints nothing.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("search: needs Optuna; pip install -c constraints.txt -e '.[search]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # A list of target modules is a choice like any other: JSON, in which the journal is written, can hold it.
+    warnings.filterwarnings("ignore", message="Choices for a categorical distribution")
+    return optuna

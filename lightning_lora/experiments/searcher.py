@@ -9,24 +9,21 @@ heartbeat, which is no storage for a network's filesystem), and several processe
 """
 
 import hashlib
+import itertools
 import json
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.claims import claimed
-from lightning_lora.errors import BusyError
-from lightning_lora.experiments.plan import Arm, Cell, Plan, arm_label, trial_cell
-from lightning_lora.experiments.search_space import Found, at_edge
-from lightning_lora.files import POLL_S, locked_folder
+from lightning_lora.claims import share_tasks
+from lightning_lora.errors import UserError, first_line
+from lightning_lora.experiments.plan import Cell, Plan
+from lightning_lora.experiments.search_space import SAMPLERS, Found, at_edge, import_optuna
+from lightning_lora.files import locked_folder
 from lightning_lora.runs.folder import RunFolder, kept_metrics
-from lightning_lora.studies import SAMPLERS, TRIAL_VARIABLE, import_optuna, open_journal, open_trial
 
 JOURNAL = "optuna.log"
-_DIRECTIONS = {True: "maximize", False: "minimize"}
 
 
 class Searcher:
@@ -35,17 +32,12 @@ class Searcher:
     Args:
         plan: The plan, which has a search.
         folder: The ablation's folder.
-        train: Trains a cell of these settings, or resumes it, while this process holds it; with the environment that
-            the trial's process is to have.
-        determines: What the result of a trial depends on beside its settings (code, versions, settings of all).
+        train: Trains a cell, or resumes it.
+        determines: Gives what the trials of an arm, by its label, depend on beside their settings.
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        folder: Path,
-        train: Callable[[Cell, Mapping[str, str]], None],
-        determines: Callable[[Arm], Any],
+        self, plan: Plan, folder: Path, train: Callable[[Cell], object], determines: Callable[[str], Any]
     ) -> None:
         assert plan.search is not None
         self.plan = plan
@@ -55,148 +47,114 @@ class Searcher:
         self.determines = determines
         self.optuna = import_optuna()
         self.storage = open_journal(folder / JOURNAL)
-        #: How often each trial's process has ended without a result.
-        self.ended: Counter[str] = Counter()
+        self.studies = {arm: self._study(arm) for arm in plan.arms}
 
-    def run(self) -> dict[Arm, Found]:
-        """Run the trials that are left, waiting for those of other processes; return what was found."""
-        studies = {arm: self._study(arm) for arm in self.plan.arms}
-        for arm, study in studies.items():
-            while (state := self._one_trial(study, arm)) != "done":
-                if state == "busy":
-                    time.sleep(POLL_S)
-        return {arm: _found(self.plan, arm, study) for arm, study in studies.items()}
+    def run(self) -> dict[str, Found]:
+        """Run the trials that are left, waiting for those of other processes; return what was found by arm."""
+        trials = list(itertools.product(self.studies, range(self.search.trials)))
+        share_tasks(
+            trials, self.folder, lambda trial: self.plan.trial_cell(trial[0], trial[1], {}).name, self._run_trial
+        )
+        return {arm: _found(self.plan, arm, study) for arm, study in self.studies.items()}
 
-    def _study(self, arm: Arm) -> Any:
-        how = [self.search.sampler, self.search.pruner, self.search.seed, self.plan.metric]
-        depends = [self.determines(arm), self.search.for_arm(arm), how]
-        digest = hashlib.sha256(json.dumps(depends, sort_keys=True, default=str).encode()).hexdigest()
+    def _study(self, arm: str) -> Any:
+        space = self.search.for_arm(self.plan.arms[arm].values)
+        how = [self.search.sampler, self.search.seed, self.plan.metric]
+        depends = json.dumps([self.determines(arm), space, how], sort_keys=True, default=str)
         study = self.optuna.create_study(
-            study_name=f"{arm_label(arm)} ({digest[:12]})",
+            study_name=f"{arm} ({hashlib.sha256(depends.encode()).hexdigest()[:12]})",
             storage=self.storage,
-            direction=_DIRECTIONS[self.plan.higher_is_better],
+            direction="maximize" if self.plan.higher_is_better else "minimize",
             load_if_exists=True,
         )
         study.set_user_attr("arm", arm)
         study.set_user_attr("opened", time.time())  # of several of one arm the last one is the report's
         return study
 
-    def _one_trial(self, study: Any, arm: Arm) -> str:
-        """Run a trial that is new or that a killed process has left.
+    def _run_trial(self, arm_and_number: tuple[str, int]) -> None:
+        """Run a trial that this process holds, or resume what a killed process has left of it."""
+        arm, number = arm_and_number
+        study = self.studies[arm]
+        with locked_folder(self.folder, None):
+            while len(trials := study.get_trials(deepcopy=False)) <= number:
+                study.add_trial(self._propose(arm, trials))
+        trial = trials[number]
+        if trial.state.is_finished():
+            return
+        shown = {key.rsplit(".", 1)[-1]: value for key, value in trial.params.items()}
+        tried = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+        print(f"{arm}, trial {number + 1} of {self.search.trials}: {tried}", flush=True)
+        cell = self.plan.trial_cell(arm, number, trial.params)
+        place = self.folder / "cells" / cell.name
+        record: dict[str, Any] = {}
+        for _ in range(2):  # one whose process was killed has not failed: it is resumed, once
+            self.train(cell)
+            record = RunFolder(place).read() if (place / "run.json").is_file() else {}
+            value = kept_metrics(record, "val").get(self.plan.metric)
+            if record.get("status") == "finished" and value is not None:
+                study.tell(number, value, skip_if_finished=True)
+                return
+            if record.get("status") == "failed":
+                break
+        reason = str(record.get("error") or f"its process was ended ({record.get('status')})")
+        self.storage.set_trial_user_attr(trial._trial_id, "reason", reason)  # Optuna has no public way
+        study.tell(number, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
-        Returns:
-            "ran", "busy" where other processes run the rest, or "done".
-        """
-        with ExitStack() as held:
-            with locked_folder(self.folder, None):
-                trial, state = self._take(study, arm, held)
-            if trial is None:
-                return state
-            shown = {key.rsplit(".", 1)[-1]: value for key, value in trial.params.items()}
-            tried = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
-            print(f"{arm_label(arm)}, trial {trial.number + 1} of {self.search.trials}: {tried}", flush=True)
-            cell = trial_cell(self.plan, arm, trial.number, trial.params)
-            try:
-                self.train(cell, self._environment(study, trial.number))
-            except BusyError:  # the run of a killed process is still alive
-                return "busy"
-            self._tell(study, trial.number, cell)
-        return "ran"
+    def _propose(self, arm: str, trials: list[Any]) -> Any:
+        """Return a new trial, proposed in a copy of the study: a kill between two settings leaves no half of a trial.
 
-    def _environment(self, study: Any, number: int) -> dict[str, str]:
-        """Return the variables that have the trial's process report to the pruner."""
-        if self.search.pruner == "none":
-            return {}
-        trial = {"journal": str(self.folder / JOURNAL), "study": study.study_name, "number": number}
-        return {TRIAL_VARIABLE: json.dumps({**trial, "metric": self.plan.metric, "pruner": self.search.pruner})}
-
-    def _take(self, study: Any, arm: Arm, held: ExitStack) -> tuple[Any, str]:
-        """Return a trial whose cell this process now holds; else None and why there is none."""
-        trials = study.get_trials(deepcopy=False)
-        running = [trial for trial in trials if not trial.state.is_finished()]
-        for trial in running:
-            try:
-                held.enter_context(self._holding(arm, trial))
-            except BusyError:
-                continue
-            return trial, ""
-        if len(trials) >= self.search.trials:
-            return None, "busy" if running else "done"
-        self._propose(study, arm, trials)
-        trial = study.get_trials(deepcopy=False)[-1]
-        held.enter_context(self._holding(arm, trial))
-        return trial, ""
-
-    def _holding(self, arm: Arm, trial: Any) -> Any:
-        return claimed(self.folder, trial_cell(self.plan, arm, trial.number, trial.params).name)
-
-    def _propose(self, study: Any, arm: Arm, trials: list[Any]) -> None:
-        """Add a new trial to the study.
-
-        It is proposed in a copy and then written in one piece: a kill between two settings leaves no half of a trial.
         Each has a sampler with a seed of its own: what is proposed depends on the earlier trials alone, not on kills.
         """
-        digest = hashlib.sha256(f"{self.search.seed}/{arm_label(arm)}/{len(trials)}".encode()).digest()
+        digest = hashlib.sha256(f"{self.search.seed}/{arm}/{len(trials)}".encode()).digest()
         sampler = getattr(self.optuna.samplers, SAMPLERS[self.search.sampler])(seed=int.from_bytes(digest[:4], "big"))
-        copy = self.optuna.create_study(direction=_DIRECTIONS[self.plan.higher_is_better], sampler=sampler)
+        direction = "maximize" if self.plan.higher_is_better else "minimize"
+        copy = self.optuna.create_study(direction=direction, sampler=sampler)
         copy.add_trials(trials)
-        asked = copy.ask(self.search.for_arm(arm))
-        study.add_trial(
-            self.optuna.trial.create_trial(
-                state=self.optuna.trial.TrialState.RUNNING, params=asked.params, distributions=asked.distributions
-            )
-        )
-
-    def _tell(self, study: Any, number: int, cell: Cell) -> None:
-        """Tell Optuna what a trial has come to."""
-        states = self.optuna.trial.TrialState
-        place = self.folder / "cells" / cell.name
-        record = RunFolder(place).read() if (place / "run.json").is_file() else {}
-        value = kept_metrics(record, "val").get(self.plan.metric)
-        trial = open_trial(study, number)
-        if record.get("status") == "finished" and value is not None:
-            if trial.user_attrs.get("pruned"):
-                study.tell(number, state=states.PRUNED, skip_if_finished=True)
-            else:
-                study.tell(number, value, skip_if_finished=True)
-            return
-        # One whose process was killed has not failed: it is resumed, once.
-        self.ended[cell.name] += 1
-        if record.get("status") == "failed" or self.ended[cell.name] > 1:
-            reason = str(record.get("error") or f"its process was ended ({record.get('status')})")
-            trial.set_user_attr("reason", reason)
-            study.tell(number, state=states.FAIL, skip_if_finished=True)
+        proposed = copy.ask(self.search.for_arm(self.plan.arms[arm].values))
+        running = self.optuna.trial.TrialState.RUNNING
+        create = self.optuna.trial.create_trial
+        return create(state=running, params=proposed.params, distributions=proposed.distributions)
 
 
-def read_found(plan: Plan, folder: Path) -> dict[Arm, Found]:
+def open_journal(path: Path) -> Any:
+    """Open Optuna's storage in a file.
+
+    Raises:
+        UserError: Optuna is not installed, or the file is damaged.
+    """
+    storages = import_optuna().storages
+    try:
+        return storages.JournalStorage(storages.journal.JournalFileBackend(str(path)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a readable journal of Optuna ({first_line(error)})") from error
+
+
+def read_found(plan: Plan, folder: Path) -> dict[str, Found]:
     """Read what an ablation's search has found of each arm; nothing where there is none or it has not started.
 
     Raises:
         UserError: Optuna is not installed.
     """
-    journal = folder / JOURNAL
-    if plan.search is None or not journal.exists():
+    if plan.search is None or not (folder / JOURNAL).exists():
         return {}
-    optuna, storage = import_optuna(), open_journal(journal)
-    latest: dict[Arm, Any] = {}
+    optuna, storage = import_optuna(), open_journal(folder / JOURNAL)
+    found = {}
     for each in sorted(optuna.get_all_study_summaries(storage), key=lambda each: each.user_attrs.get("opened", 0)):
-        arm = tuple((str(axis), str(value)) for axis, value in each.user_attrs.get("arm", []))
+        arm = each.user_attrs.get("arm")
         if arm in plan.arms:
-            latest[arm] = optuna.load_study(study_name=each.study_name, storage=storage)
-    return {
-        arm: _found(plan, arm, study)
-        for arm, study in latest.items()
-        # The config may search something else by now.
-        if all(trial.distributions == plan.search.for_arm(arm) for trial in study.get_trials(deepcopy=False))
-    }
+            study = optuna.load_study(study_name=each.study_name, storage=storage)
+            space = plan.search.for_arm(plan.arms[arm].values)
+            same = all(trial.distributions == space for trial in study.get_trials(deepcopy=False))
+            found[arm] = _found(plan, arm, study) if same else Found()  # the config may search something else by now
+    return found
 
 
-def _found(plan: Plan, arm: Arm, study: Any) -> Found:
+def _found(plan: Plan, arm: str, study: Any) -> Found:
     assert plan.search is not None
     trials = study.get_trials(deepcopy=False)
     ended = len(trials) >= plan.search.trials and all(trial.state.is_finished() for trial in trials)
     if not ended or not any(trial.state.name == "COMPLETE" for trial in trials):
         return Found(trials)
-    best = trials[study.best_trial.number]
-    at = {key: best.params[key] for key, space in plan.search.for_arm(arm).items() if at_edge(space, best.params[key])}
-    return Found(trials, best, [f"{key} {value:g}" for key, value in at.items()])
+    best, space = trials[study.best_trial.number], plan.search.for_arm(plan.arms[arm].values)
+    edges = [f"{key} {best.params[key]:g}" for key in space if at_edge(space[key], best.params[key])]
+    return Found(trials, best, edges)

@@ -4,15 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_lora.evaluation.metric_table import METRICS
 from lightning_lora.export.usage import Usage
 
-#: Metrics of the card: name in the record, the Hub's type, what people read.
-CARD_METRICS = (
-    ("accuracy", "accuracy", "accuracy"),
-    ("f1_macro", "f1", "F1 (macro)"),
-    ("precision_macro", "precision", "precision (macro)"),
-    ("recall_macro", "recall", "recall (macro)"),
-)
 _TITLES = {
     "trained": "the trained model",
     "adapter": "`adapter` on its base",
@@ -73,6 +67,15 @@ class CardFacts:
     hub_name: str | None = None
 
 
+def card_metrics(facts: CardFacts) -> list[tuple[str, str, float]]:
+    """The Hub's type, the heading and the value of each metric of the card."""
+    return [
+        (spec.hub_type, spec.heading, facts.metrics[name])
+        for name, spec in METRICS.items()
+        if spec.hub_type is not None and name in facts.metrics
+    ]
+
+
 def card(facts: CardFacts, place: str) -> str:
     """The README.md of a place: "" for the whole export, or the name of one format's folder."""
     return f"---\n{metadata(facts, place)}\n---\n\n{_body(facts, place)}"
@@ -91,10 +94,9 @@ def metadata(facts: CardFacts, place: str) -> str:
             dataset_split="test",
             metric_type=kind,
             metric_name=said,
-            metric_value=round(facts.metrics[key], 6),
+            metric_value=round(value, 6),
         )
-        for key, kind, said in CARD_METRICS
-        if key in facts.metrics
+        for kind, said, value in card_metrics(facts)
     ]
     peft = place == "adapter" or (not place and "adapter" in facts.formats)
     library = "onnx" if place.startswith("onnx") else "peft" if peft else "transformers"
@@ -103,7 +105,7 @@ def metadata(facts: CardFacts, place: str) -> str:
         library_name=library,
         pipeline_tag="text-classification",
         datasets=[dataset_id] if dataset_id else None,
-        metrics=[kind for key, kind, _ in CARD_METRICS if key in facts.metrics],
+        metrics=[kind for kind, _, _ in card_metrics(facts)],
         license=facts.license,
         model_name=facts.name,
         eval_results=results or None,
@@ -121,7 +123,7 @@ def _body(facts: CardFacts, place: str) -> str:
         "both": "the first quarter and the last three quarters of the room are read (by `encode.py`)",
         "windows": "all is read in windows whose probabilities are averaged (by `encode.py`)",
     }[facts.truncation]
-    rows = "\n".join(f"| {said} | {facts.metrics[key]:.4f} |" for key, _, said in CARD_METRICS if key in facts.metrics)
+    rows = "\n".join(f"| {said} | {value:.4f} |" for _, said, value in card_metrics(facts))
     tested = f"| metric, {facts.test_rows:,} test rows | value |\n| --- | --- |\n{rows}" if rows else "Not tested."
     columns = ' + " " + '.join(facts.usage.text_columns)
     joined = f"`{columns}` (without columns that are blank), " if len(facts.usage.text_columns) > 1 else ""

@@ -17,7 +17,7 @@ from lightning_lora.data.rows import Rows
 from lightning_lora.data.splits import text_keys
 from lightning_lora.data.tokens import InputFormat, base_tokenizer, tokenize
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.intervals import INTERVAL_METRICS, RowSums
+from lightning_lora.evaluation.intervals import metrics_of
 from lightning_lora.export.parity import BROKEN, TOLERANCE, ParityTexts, compare, measure
 from lightning_lora.export.usage import Usage, client
 from lightning_lora.runs.folder import RunFolder
@@ -153,8 +153,7 @@ class Parity:
         real = self.given.labels >= 0
         if not real.any():
             return {}, 0
-        sums = RowSums(self.reference[real], self.given.labels[real])
-        return {name: sums.value(name) for name in INTERVAL_METRICS}, int(real.sum())
+        return metrics_of(self.reference[real], self.given.labels[real]), int(real.sum())
 
     def missing(self) -> str:
         """The formats that could not be made, each with the reason."""

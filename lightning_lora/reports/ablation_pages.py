@@ -6,41 +6,30 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, Template
 
-from lightning_lora.reports import ablation_pictures as pictures
 from lightning_lora.reports.ablation import Report, answer, notes
-from lightning_lora.reports.ablation_tables import (
-    arm_table,
-    cell_table,
-    difference_table,
-    fixed_and_broken,
-    fixed_and_broken_by_length,
-    metric_table,
-    seed_table,
-    trial_table,
-)
+from lightning_lora.reports.ablation_pictures import as_svg, axes_figure, pareto_figure
+from lightning_lora.reports.ablation_tables import arm_table, metric_table, more_tables
 from lightning_lora.reports.tables import markdown
 
 
 def as_markdown(report: Report) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     parts = [f"# {report.name}", report.plan.question, answer(report), markdown(metric_table(report))]
-    parts.append(markdown(arm_table(report)))
-    parts.append("\n".join(f"- {note}" for note in notes(report)))
-    for title, rows in _more_tables(report):
-        parts.append(f"## {title}\n\n{markdown(rows)}")
+    parts += [markdown(arm_table(report)), "\n".join(f"- {note}" for note in notes(report))]
+    parts += [f"## {title}\n\n{markdown(rows)}" for title, rows in more_tables(report)]
     return "\n\n".join(parts) + "\n"
 
 
 def as_csv(report: Report) -> str:
-    """The main table with metrics and costs as CSV."""
-    out, metrics = io.StringIO(), metric_table(report)
-    joined = [[*row, *more[1:]] for row, more in zip(arm_table(report), metrics, strict=True)]
-    csv.writer(out, lineterminator="\n").writerows([[cell.replace("**", "") for cell in row] for row in joined])
+    """Return the main table with metrics and costs as CSV."""
+    out = io.StringIO()
+    for row, more in zip(arm_table(report), metric_table(report), strict=True):
+        csv.writer(out, lineterminator="\n").writerow([cell.replace("**", "") for cell in [*row, *more[1:]]])
     return out.getvalue()
 
 
 def as_latex(report: Report) -> str:
-    """The main table's first columns for a paper, with booktabs."""
+    """Return the main table's first columns for a paper, with booktabs."""
     # Braces of LaTeX are not those of the template.
     marks = {"variable_start_string": "<<", "variable_end_string": ">>"}
     marks |= {"block_start_string": "<%", "block_end_string": "%>"}
@@ -48,39 +37,27 @@ def as_latex(report: Report) -> str:
 
 
 def as_html(report: Report) -> str:
-    """The report as one page that needs no network."""
+    """Return the report as one page that needs no network."""
+    drawn = {
+        "Cost against quality": (pareto_figure(report), "Quality of each arm against its costs, with 95% intervals"),
+        "What each axis does": (axes_figure(report), "The metric for each value of each axis; grey dots are seeds"),
+    }
     return _template("report.html.j2").render(
         report=report,
         answer=answer(report),
         metrics=metric_table(report),
         arms=arm_table(report),
         notes=notes(report),
-        pictures=pictures.all_pictures(report),
-        more_tables=_more_tables(report),
+        pictures=[(title, as_svg(figure, alt)) for title, (figure, alt) in drawn.items() if figure is not None],
+        more_tables=more_tables(report),
     )
 
 
 def _template(name: str, **marks: Any) -> Template:
-    environment = Environment(
-        loader=PackageLoader("lightning_lora", "reports"),
-        autoescape=name.endswith(".html.j2"),
-        trim_blocks=True,
-        **marks,
-    )
+    loader = PackageLoader("lightning_lora", "reports")
+    environment = Environment(loader=loader, autoescape=name.endswith(".html.j2"), trim_blocks=True, **marks)
     environment.filters["latex"] = _latex
     return environment.get_template(name)
-
-
-def _more_tables(report: Report) -> list[tuple[str, list[list[str]]]]:
-    tables = [
-        ("Texts fixed and broken against the baseline, by class", fixed_and_broken(report)),
-        ("What the search has tried", trial_table(report)),
-        ("Texts fixed and broken against the baseline, by length", fixed_and_broken_by_length(report)),
-        ("Each seed by itself", seed_table(report)),
-        ("Cells", cell_table(report)),
-        ("In what each arm differs from the baseline", difference_table(report)),
-    ]
-    return [(title, rows) for title, rows in tables if rows]
 
 
 def _latex(text: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_lora.evaluation.metric_table import METRICS
 from lightning_lora.units import duration
 
 
@@ -26,13 +27,7 @@ class Column:
     digits: int = 0
 
 
-RESULT_COLUMNS: tuple[Column, ...] = (
-    Column("accuracy", "accuracy", True, digits=4),
-    Column("f1_macro", "F1 (macro)", True, digits=4),
-    Column("precision_macro", "precision (macro)", True, digits=4),
-    Column("recall_macro", "recall (macro)", True, digits=4),
-    Column("loss", "loss", True, digits=4),
-    Column("calibration_error", "calibration error", True, digits=4),
+COST_COLUMNS = (
     Column("trainable_params", "trainable parameters"),
     Column("train_s", "training s", digits=1),
     Column("train_tokens_per_s", "tokens/s"),
@@ -40,20 +35,25 @@ RESULT_COLUMNS: tuple[Column, ...] = (
     Column("peak_gpu_memory_mb", "peak GPU memory MiB"),
     Column("checkpoint_bytes", "checkpoint MB", scale=1e6, digits=2),
 )
-METRIC_COLUMNS = tuple(column for column in RESULT_COLUMNS if column.is_metric)
+
+
+def metric_columns() -> list[Column]:
+    """Return a column for each metric that has a heading."""
+    return [Column(name, spec.heading, True, digits=4) for name, spec in METRICS.items() if spec.heading]
 
 
 def metric_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """The table's rows, heading first: before (where measured), after fine-tuning with its interval, and in int8."""
-    rows = [["", *(column.heading for column in METRIC_COLUMNS)]]
+    """Return the table's rows, header first: before (where measured), after fine-tuning with its interval, in int8."""
+    columns = metric_columns()
+    rows = [["", *(column.heading for column in columns)]]
     for key, title in (("before", "before"), ("after", "after"), ("after_interval", "95% interval"), ("int8", "int8")):
         if values := evaluation.get(key):
-            rows.append([title, *(_cell(values.get(column.key)) for column in METRIC_COLUMNS)])
+            rows.append([title, *(_cell(values.get(column.key)) for column in columns)])
     return rows
 
 
 def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """What the run took, one line each."""
+    """Return what the run cost, one line each."""
     costs: Mapping[str, Any] = record.get("costs") or {}
     data = record.get("data") or {}
     rows = [["base model", str(record.get("base_model", "-"))], ["method", str(record.get("method", "-"))]]
@@ -69,12 +69,12 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
     if seconds := evaluation.get("after_s"):
         rows.append(["test time", f"{duration(seconds)} ({evaluation['rows'] / seconds:.1f} texts/s)"])
     if seconds := evaluation.get("int8_s"):
-        said = f"{evaluation['rows'] / seconds:.1f} texts/s, {evaluation['int8_layers']}"
-        rows.append(["in int8", f"{duration(seconds)} ({said})"])
-        said = f"{evaluation['int8_flipped']:,} labels"
+        rate = f"{evaluation['rows'] / seconds:.1f} texts/s, {evaluation['int8_layers']}"
+        rows.append(["in int8", f"{duration(seconds)} ({rate})"])
+        changed = f"{evaluation['int8_flipped']:,} labels"
         if bounds := evaluation.get("int8_accuracy_difference"):
-            said += ", accuracy {:+.4f} to {:+.4f} (95% interval)".format(*bounds)
-        rows.append(["int8 changes", said])
+            changed += ", accuracy {:+.4f} to {:+.4f} (95% interval)".format(*bounds)
+        rows.append(["int8 changes", changed])
     if "peak_gpu_memory_mb" in costs:
         rows.append(["peak GPU memory", f"{costs['peak_gpu_memory_mb']:,.0f} MiB"])
     if "peak_memory_mb" in costs:

@@ -8,7 +8,8 @@ from lightning import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.metrics import OF_EVALUATION, metric_names
+from lightning_lora.evaluation.metric_table import METRICS
+from lightning_lora.evaluation.metrics import metric_names
 
 _ABSTRACT = "does nothing by itself; name one of its subclasses, or leave it out"
 _AVERAGED = "what is validated and what is kept as the best checkpoint would be different weights; leave it out"
@@ -91,7 +92,8 @@ def check_monitors(callbacks: Iterable[Callback], label_names: list[str], valida
         UserError: There is no such metric, or ``mode`` prefers worse values.
     """
     names = metric_names(label_names)
-    logged = [f"train/{name}" for name in names if name not in OF_EVALUATION] + ["train/loss_step"]
+    of_training = [name for name in names if name not in METRICS or METRICS[name].of_training]
+    logged = [f"train/{name}" for name in [*of_training, "loss_step"]]
     logged += [f"val/{name}" for name in names] if validates else []
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
@@ -102,7 +104,8 @@ def check_monitors(callbacks: Iterable[Callback], label_names: list[str], valida
         kind = type(callback).__name__
         if monitor not in logged:
             raise UserError(f"trainer.callbacks: {kind}: no metric '{monitor}'; there are {', '.join(logged)}")
-        better = "min" if monitor.rpartition("/")[2] in ("loss", "loss_step", "calibration_error") else "max"
+        spec = METRICS.get(monitor.rpartition("/")[2].removesuffix("_step"))
+        better = "max" if spec is None or spec.higher_is_better else "min"
         if callback.mode != better:
             raise UserError(
                 f"trainer.callbacks: {kind}: with mode {callback.mode} a worse {monitor} counts as better; "

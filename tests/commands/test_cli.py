@@ -35,7 +35,7 @@ def test_every_command_has_a_help_page(command: str, capsys: pytest.CaptureFixtu
         "predict": "--text_column",
         "compare": "--arms",
         "sample": "--only",
-        "ablate": "--retry_failed",
+        "ablate": "--no_test",
         "report": "folders",
     }
     assert own[command] in told and f"main.py {command}" in told

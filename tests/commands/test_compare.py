@@ -17,7 +17,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from lightning_lora.cli import main
 from lightning_lora.commands.compare import choose_arms, method_settings
 from lightning_lora.errors import UserError
-from lightning_lora.experiments import runner, worker
+from lightning_lora.experiments import runner
+from lightning_lora.experiments.resolving import resolve
 from lightning_lora.runs.checkpoints import read_checkpoint
 from lightning_lora.runs.folder import RunFolder
 from tests.conftest import make_rows, write_csv
@@ -25,7 +26,7 @@ from tests.conftest import make_rows, write_csv
 ARMS = ["none", "head", "lora", "full"]
 
 
-def run_here(commands: list[list[str]], output: Path, environment: object = None) -> int:
+def run_here(commands: list[list[str]], output: Path) -> int:
     """Run commands in this process instead of one of their own; what they say of errors goes to the output."""
     with output.open("a") as file, contextlib.redirect_stderr(file):
         return next((status for status in map(main, commands) if status), 0)
@@ -36,12 +37,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands that were run."""
     found: list[list[str]] = []
 
-    def run(commands: list[list[str]], output: Path, environment: object = None) -> int:
+    def run(commands: list[list[str]], output: Path) -> int:
         found.extend(commands)
         return run_here(commands, output)
 
-    for module in (runner, worker):
-        monkeypatch.setattr(module, "run_child", run)
+    monkeypatch.setattr(runner, "run_child", run)
     return found
 
 
@@ -63,8 +63,7 @@ def compared(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_config(place, make_base("bert"))
     words = ["--config", str(config), "--logs_dir", str(place / "logs"), "--name", "four", "--arms", *ARMS]
     with pytest.MonkeyPatch.context() as patch:
-        for module in (runner, worker):
-            patch.setattr(module, "run_child", run_here)
+        patch.setattr(runner, "run_child", run_here)
         assert main(["compare", *words, "--data.batch_size", "8"]) == 0
     return place / "logs" / "four"
 
@@ -181,7 +180,7 @@ def test_method_arms_reset_only_what_the_method_does_not_take(make_base) -> None
     model = {"base_model": str(make_base("bert")), "adapter": {"alpha": 32, "target_modules": "query_value"}}
     config = {"model": {**model, "quantization": {"bits": 8}, "frozen_dropout": True}, "data": {"source": "x.csv"}}
     settings = {
-        name: runner.resolve([config], [], {"model": method_settings(name, {})})["model"]
+        name: resolve([config], [], {"model": method_settings(name, {})})["model"]
         for name in ("none", "lora", "vera", "full")
     }
     assert settings["lora"]["adapter"]["alpha"] == 32
@@ -225,7 +224,7 @@ def test_a_base_that_is_not_there_is_refused_before_any_arm_is_trained(
     config = write_config(tmp_path, make_base("bert"), arms=arms)
     assert main(["compare", "--config", str(config), "--name", "mine"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: cell arm-bad__seed-42: model.base_model: {said}") and error.count("\n") == 1
+    assert error.startswith(f"error: bad: model.base_model: {said}") and error.count("\n") == 1
     assert not ran and not Path("logs").exists()
 
 

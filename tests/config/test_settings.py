@@ -9,7 +9,7 @@ import yaml
 from lightning_lora.cli import main
 from lightning_lora.commands.compare import choose_arms
 from lightning_lora.config.settings import read_config
-from lightning_lora.experiments.runner import resolve
+from lightning_lora.experiments.resolving import resolve
 from lightning_lora.models.methods import METHODS
 from tests.conftest import make_rows, write_csv
 

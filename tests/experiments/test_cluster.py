@@ -40,17 +40,17 @@ def test_without_ray_the_message_says_how_to_get_it(place: Path, monkeypatch, ca
 
 def test_what_no_node_could_run_is_refused() -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}]
-    assert room_for(nodes, {"num_cpus": 2, "num_gpus": 0}) == 2
-    assert room_for([*nodes, {"Alive": True, "Resources": {"CPU": 3.0}}], {"num_cpus": 2, "num_gpus": 0}) == 3
-    for needs in ({"num_cpus": 8, "num_gpus": 0}, {"num_cpus": 1, "num_gpus": 1}):
+    assert room_for(nodes, 2, 0) == 2
+    assert room_for([*nodes, {"Alive": True, "Resources": {"CPU": 3.0}}], 2, 0) == 3
+    for needs in ((8, 0), (1, 1)):
         with pytest.raises(UserError, match="the nodes have 4 CPU, 0 GPU"):
-            room_for(nodes, needs)
+            room_for(nodes, *needs)
 
 
 @pytest.mark.parametrize("count", [-1.0, float("nan"), float("inf")])
 def test_what_is_no_number_of_cpus_is_refused(count: float) -> None:
     with pytest.raises(UserError, match="numbers from 0 on are needed"):
-        room_for([{"Alive": True, "Resources": {"CPU": 4.0}}], {"num_cpus": count, "num_gpus": 0})
+        room_for([{"Alive": True, "Resources": {"CPU": 4.0}}], count, 0)
 
 
 @pytest.mark.faults

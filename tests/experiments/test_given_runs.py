@@ -79,7 +79,10 @@ def test_runs_that_differ_by_their_seed_only_are_one_arm(tmp_path: Path) -> None
     with (logs / "report-a1" / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     # The label of a value that stands at its default says so.
-    assert [row["arm"] for row in rows] == ["rank 8, alpha 16, lr default (baseline)", "rank 2, alpha 4, lr 0.001"]
+    assert [row["arm"] for row in rows] == [
+        "rank 8, alpha 16, learning_rate default (baseline)",
+        "rank 2, alpha 4, learning_rate 0.001",
+    ]
     assert [row["seeds"] for row in rows] == ["3", "3"]
     assert [float(row["test accuracy"]) for row in rows] == [
         pytest.approx(62 / 90, abs=1e-4),
@@ -90,7 +93,7 @@ def test_runs_that_differ_by_their_seed_only_are_one_arm(tmp_path: Path) -> None
     assert "Nothing was chosen by this report" in report and "evaluated 6 times, for 6 cells" in report
     # Broken are the rows of lengths 31 + seed to 60 + seed: 30 - seed of the middle third, seed of the last.
     assert "| up to 30 characters: fixed / broken | 31 to 60: fixed / broken | 61 to 90: fixed / broken |" in report
-    assert "| rank 2, alpha 4, lr 0.001 | 0.0 / 0.0 | 0.0 / 28.0 | 0.0 / 2.0 |" in report
+    assert "| rank 2, alpha 4, learning_rate 0.001 | 0.0 / 0.0 | 0.0 / 28.0 | 0.0 / 2.0 |" in report
     for ending in ("html", "tex"):
         assert (logs / "report-a1" / f"report.{ending}").is_file()
 
@@ -114,7 +117,7 @@ def test_without_all_test_predictions_validation_rows_are_compared_and_it_is_sai
 
 
 def test_runs_without_lengths_have_no_table_of_them(tmp_path: Path) -> None:
-    make_run(tmp_path / "a", 1, BOTH)
+    make_run(tmp_path / "a", 1, BOTH, lengths=False)
     make_run(tmp_path / "b", 1, BOTH, settings={"model.adapter.rank": 2}, lengths=False)
     assert main(["report", "a", "b", "--output", "out"]) == 0
     report = (tmp_path / "out" / "report.md").read_text()
@@ -191,7 +194,7 @@ def test_runs_of_a_folder_are_grouped_by_their_data(tmp_path: Path, capsys) -> N
         assert "== more.csv: 2 runs (c, d)" in said.out
         left_out = [line.split(" is left out: ") for line in said.err.splitlines()]
         assert [Path(place.removeprefix("warning: ")).name for place, _ in left_out] == [
-            *("damaged", "interrupted", "notes", "half", "again")
+            *("damaged", "half", "interrupted", "notes", "again")
         ]
         assert [row[0] for row in table(logs / "report-a")[1:]] == ["rank 8 (baseline)", "rank 2"]
         assert [row[0] for row in table(logs / "report-c")[1:]] == ["all runs (baseline)"]

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from lightning_lora.errors import UserError
-from lightning_lora.experiments.plan_config import make_plan
+from lightning_lora.experiments.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs" / "ablation").glob("*.yaml"))
@@ -22,9 +22,7 @@ def plan(in_small: bool = False, **change):
 
 def test_settings_of_an_axis_change_together() -> None:
     found = plan()
-    assert [(dict(c.arm), c.seed) for c in found.cells] == [
-        ({"rank": "2"}, 1), ({"rank": "8"}, 1), ({"rank": "2"}, 2), ({"rank": "8"}, 2)
-    ]  # fmt: skip
+    assert [(c.arm, c.seed) for c in found.cells] == [("2", 1), ("8", 1), ("2", 2), ("8", 2)]  # fmt: skip
     assert found.cells[0].change == {"model.adapter.rank": 2, "model.adapter.alpha": 4}
     assert found.cells[0].name == "rank-2__seed-1"
 
@@ -37,7 +35,7 @@ def test_axes_are_crossed_and_chosen_ones_are_variants_of_an_arm() -> None:
     }
     found = plan(axes={**GOOD["axes"], "rate": rate})
     assert (len(found.cells), len(found.arms), found.tried) == (8, 2, 2)
-    rates = {(dict(c.arm)["rank"], dict(c.variant)["rate"]): c.change["model.learning_rate"] for c in found.cells}
+    rates = {(c.arm, c.variant): c.change["model.learning_rate"] for c in found.cells}
     assert rates == {("2", "low"): 1e-4, ("2", "high"): 1e-3, ("8", "low"): 1e-5, ("8", "high"): 2e-5}
 
 

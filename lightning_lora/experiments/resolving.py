@@ -1,0 +1,135 @@
+"""All settings of each cell, and in what they differ from the baseline's: before anything is trained."""
+
+import itertools
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_lora.config.configured_run import ConfiguredRun
+from lightning_lora.config.settings import flat
+from lightning_lora.errors import UserError
+from lightning_lora.experiments.confounders import Change, changes
+from lightning_lora.experiments.plan import Plan, label_of
+from lightning_lora.experiments.results import first_difference
+from lightning_lora.locations import check_model
+from lightning_lora.models.methods import AdapterOptions, check_options, find_method
+from lightning_lora.models.quantization import Quantization, check_quantization
+
+
+def resolve_cells(plan: Plan, base: Sequence[Mapping[str, Any]], overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return all settings of each cell, by its name; cells that differ in their seed are parsed once.
+
+    Raises:
+        UserError: They cannot be parsed, a method cannot do what is asked, a base model does not exist, or two arms
+            have the same settings.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    found = {}
+    for cell in plan.cells:
+        key = json.dumps(cell.change, sort_keys=True, default=str)
+        if key not in known:
+            try:
+                known[key] = resolve(base, overrides, cell.change)
+                _check_base(known[key]["model"]["base_model"])
+            except UserError as error:
+                raise UserError(f"{label_of(cell.values)}: {error}") from error
+        if (other := first_difference(known[key], cell.change)) is not None:
+            name, here, value = other
+            raise UserError(f"{name}: an option gives {here} to every cell, but {cell.name} is about {value}")
+        found[cell.name] = {**known[key], "seed_everything": cell.seed}
+    for one, other_arm in itertools.combinations(plan.arms.values(), 2):
+        if plan.search is None and plan.tried == 1 and found[one.name] == found[other_arm.name]:
+            raise UserError(f"arms {one.arm} and {other_arm.arm} have the same settings")
+    return found
+
+
+def resolve(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all settings of a cell: the base's, its own, the command line's, each with priority over those before.
+
+    Raises:
+        UserError: They cannot be parsed, or its method cannot do what is asked.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        words: list[str] = []
+        for number, content in enumerate([*base, nested(change)]):
+            file = Path(directory) / f"{number}.yaml"
+            file.write_text(yaml.safe_dump(dict(content)), encoding="utf-8")
+            words += ["--config", str(file)]
+        settings = ConfiguredRun("fit", [*words, *overrides]).settings()
+    model = settings["model"]
+    entry = find_method(model["method"])
+    check_options(model["method"], AdapterOptions(**model["adapter"]))
+    check_quantization(Quantization(**model["quantization"]), model["method"], entry.bits, entry.cpu_bits)
+    return settings
+
+
+def nested(change: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flat keys as the tree that a config is."""
+    tree: dict[str, Any] = {}
+    for key, value in change.items():
+        *path, last = key.split(".")
+        place = tree
+        for name in path:
+            place = place.setdefault(name, {})
+        place[last] = value
+    return tree
+
+
+@cache
+def _check_base(base: str) -> None:
+    """Refuse a base model that does not exist before any cell is trained; a hub is asked once."""
+    check_model(base, "model.base_model")
+
+
+def find_changes(plan: Plan, settings: Mapping[str, dict[str, Any]]) -> dict[str, list[Change]]:
+    """Return in what each arm differs from the baseline, by the arm's label; those that no axis names are confounders.
+
+    Args:
+        plan: The plan.
+        settings: All settings of each cell, by its name.
+    """
+    named = {key for axis in plan.axes for change in axis.values.values() for key in change}
+    named |= set(plan.search.space) if plan.search is not None else set()
+    base = settings[plan.arms[plan.baseline].name]
+    found = {}
+    for arm, cell in plan.arms.items():
+        if arm != plan.baseline:
+            both = base, settings[cell.name]
+            options = [set(find_method(each["model"]["method"]).options) for each in both]
+            # What only one of two methods takes, the method implies.
+            implied = {f"model.adapter.{name}" for name in options[0] ^ options[1]} - named
+            follows = [what_follows(each, named) for each in both]
+            implied |= follows[0].keys() ^ follows[1].keys()
+            one, other = ({**flat(each), **more} for each, more in zip(both, follows, strict=True))
+            found[arm] = [change for change in changes(one, other, named) if change.key not in implied]
+    return found
+
+
+def what_follows(settings: Mapping[str, Any], named: set[str]) -> dict[str, Any]:
+    """Return what follows from settings that do not show it, such as ratios.
+
+    Args:
+        settings: All of a cell.
+        named: Keys that the axes and the search name.
+    """
+    model, precision = settings["model"], str(settings["trainer"]["precision"])
+    method, adapter, quantization = find_method(model["method"]), model["adapter"], model["quantization"]
+    follows: dict[str, Any] = {}
+    if adapter["rank"] and "alpha" in method.options:
+        follows["alpha / rank"] = adapter["alpha"] / adapter["rank"]
+    if "model.quantization.bits" not in named:  # else the axis is about it
+        lowered = model["speedups"]["frozen_weights"] == "auto" and precision == "bf16-mixed" and method.frozen_encoder
+        stored = "bfloat16" if lowered else "float32"
+        follows["weights of the encoder"] = "quantized" if quantization["bits"] else stored
+    multiplies = {"bf16": "bfloat16", "16": "float16"}.get(precision.partition("-")[0], "float32")
+    if quantization["bits"] == 8:
+        multiplies = "int8"
+    elif quantization["bits"] == 4 and quantization["compute_dtype"] != "auto":
+        multiplies = str(quantization["compute_dtype"])
+    follows["the encoder multiplies in"] = multiplies
+    return follows
