@@ -45,7 +45,9 @@ def explained(message: str, parser: Any) -> str:
     kind = getattr(actions[key], "_typehint", None) or getattr(actions[key], "type", None)
     if kind is None or not values:
         return f"{key}: {_plain_words(message.removeprefix(match[0]))}"
-    return f"{key}: expected {_plain_words(_type_text(kind))}, got '{values[-1].strip()[:80]}'"
+    got, expected = values[-1].strip()[:80], _plain_words(_type_text(kind))
+    word = "str" in expected and got in ("True", "False")
+    return f"{key}: expected {expected}, got '{got}'{' (YAML reads on, off, yes and no as that: quote it)' * word}"
 
 
 def root_cause(error: BaseException) -> str:
