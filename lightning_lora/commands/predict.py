@@ -8,7 +8,6 @@ from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.errors import UserError
 from lightning_lora.export.weights import weights_labels
 from lightning_lora.files import check_writable
-from lightning_lora.inference.file_predictor import load_for
 from lightning_lora.inference.input_rows import (
     InputRows,
     file_rows,
@@ -20,16 +19,15 @@ from lightning_lora.inference.input_rows import (
 from lightning_lora.inference.many_files import is_many
 from lightning_lora.inference.output import (
     OUTPUTS,
-    as_csv,
-    as_jsonl,
+    as_text,
     checked_columns,
     new_columns,
     output_columns,
     print_table,
     warn_of_renamed,
     write_output,
-    writing,
 )
+from lightning_lora.inference.predict_files import load_for, run_files
 from lightning_lora.runs.folder import RunFolder
 
 
@@ -43,24 +41,24 @@ def run(words: list[str]) -> int:
             raise UserError("--output: for many input files a folder is needed, to hold an output for each")
         if config.format != "table":
             raise UserError("--format: the outputs of many input files are Parquet files; leave it out")
-        from lightning_lora.inference.predict_files import run_files
-
         return run_files(cli)
     check_options(config, output)
     rows = gather_rows(config)
     path = RunFolder.open(Path(config.run)).checkpoint(config.checkpoint)
     labels = weights_labels(path)
     new = new_columns(labels)
+    ending = output.suffix.lower() if output else f".{config.format}"
     columns: dict[str, Any] = {"text": rows.texts, **dict.fromkeys(new.names)}
     if output or config.format != "table":
-        names = output_columns([*rows.columns], rows.text_columns, new.names, config.input)
-        ending = output.suffix.lower() if output else f".{config.format}"
-        kept = {name: rows.columns[source] for name, source in names.items() if source is not None}
+        names = output_columns([*rows.table.columns], rows.text_columns, new.names, config.input)
+        kept = {name: rows.table.columns[source] for name, source in names.items() if source is not None}
         columns = {**names, **checked_columns(kept, ending)}
         warn_of_renamed([names])
     if output:
-        with writing(output):
+        try:
             check_writable(output.parent)
+        except OSError as error:  # such as a file where a folder should be
+            raise UserError(f"--output: cannot write {output} ({error.strerror or error})") from error
     loaded = load_for(cli, path, labels)
     columns |= rows.predicted(loaded.predict_dataset(loaded.dataset(rows.usable)))
     if output:
@@ -69,8 +67,8 @@ def run(words: list[str]) -> int:
     elif config.format == "table":
         print_table(columns)
     else:
-        sys.stdout.write(as_csv(columns) if config.format == "csv" else as_jsonl(columns))
-    warn_of_faults(rows.places, len(rows.faults), len(rows.texts))
+        sys.stdout.write(as_text(columns, ending))
+    warn_of_faults(rows.faulty_places, len(rows.faults), len(rows.texts))
     return 0
 
 

@@ -14,7 +14,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.evaluation.predictions import Predictions
 
 #: Places that a warning names.
-_SHOWN_PLACES = 3
+SHOWN_PLACES = 3
 
 
 @dataclass(frozen=True)
@@ -22,43 +22,46 @@ class InputRows:
     """Rows to predict.
 
     Args:
+        table: All columns of the rows as they came, with the place of each row.
+        text_columns: Those that hold the text.
         texts: The text of each row.
         faults: Rows without a text to predict, by position: the place and what is wrong with it.
-        places: The place of each of them.
-        columns: All columns of the rows as they came, by name.
-        text_columns: Those that hold the text.
     """
 
-    texts: list[str]
-    faults: dict[int, str]
-    places: list[str]
-    columns: Mapping[str, Any]
+    table: Table
     text_columns: Sequence[str]
+    texts: list[str]
+    faults: Mapping[int, str]
 
     @classmethod
     def of(cls, table: Table, text_columns: Sequence[str]) -> "InputRows":
-        """The rows of a table; a cell that is neither a text nor blank is a fault, as are only blank ones."""
-        columns = [table.columns[name] for name in text_columns]
+        """Returns the rows of a table; a cell that is neither a text nor blank is a fault, as are only blank ones."""
+        columns: list[Any] = [table.columns[name] for name in text_columns]
         columns = [cells(column) if isinstance(column, pa.ChunkedArray) else column for column in columns]
-        texts, faults, places = list[str](), dict[int, str](), list[str]()
+        texts, faults = list[str](), dict[int, str]()
         for i, row in enumerate(zip(*columns, strict=True)):
             texts.append(joined_text(row))
             wrong = [(name, cell) for name, cell in zip(text_columns, row, strict=True) if not _is_allowed(cell)]
             if not wrong and all(map(is_blank, row)):
                 wrong = [(" + ".join(text_columns), row[0])]
-            if wrong:
-                name, cell = wrong[0]
-                faults[i] = f"{table.where(i, name)}: {_needed(cell)}"
-                places.append(f"{table.origin}, {table.unit} {table.rows[i]}")
-        return cls(texts, faults, places, table.columns, text_columns)
+            for name, cell in wrong[:1]:
+                got = "null" if cell is None else repr(cell)[:40]
+                kind = "bytes that are not UTF-8: " if isinstance(cell, bytes) else ""
+                faults[i] = f"{table.where(i, name)}: a text is needed, got {kind}{got}"
+        return cls(table, text_columns, texts, faults)
 
     @property
     def usable(self) -> list[str]:
         """The texts to predict, in their order."""
         return [text for i, text in enumerate(self.texts) if i not in self.faults]
 
+    @property
+    def faulty_places(self) -> list[str]:
+        """The first rows without a text, in words."""
+        return [f"{self.table.origin}, {self.table.unit} {self.table.rows[i]}" for i in [*self.faults][:SHOWN_PLACES]]
+
     def predicted(self, predictions: Predictions) -> dict[str, list[Any]]:
-        """The predictions of every row, by column; those of rows without a text are None."""
+        """Returns the predictions of every row, by column; those of rows without a text are None."""
         columns: dict[str, list[Any]] = {}
         for name, values in predictions.columns().items():
             each = iter(values if isinstance(values, list) else values.tolist())
@@ -80,7 +83,7 @@ class InputRows:
 def warn_of_faults(places: Sequence[str], count: int, total: int) -> None:
     """Says on standard error how many rows have no prediction, and where the first are."""
     if count:
-        shown = "; ".join(places[:_SHOWN_PLACES]) + ("; ..." if count > _SHOWN_PLACES else "")
+        shown = "; ".join(places[:SHOWN_PLACES]) + ("; ..." if count > SHOWN_PLACES else "")
         print(
             f"warning: {count:,} of {total:,} rows have no text and so no prediction: {shown} "
             "(--bad_rows error refuses them)",
@@ -88,28 +91,19 @@ def warn_of_faults(places: Sequence[str], count: int, total: int) -> None:
         )
 
 
-def _is_allowed(cell: Any) -> bool:
-    return is_blank(cell) or (isinstance(cell, str) and is_unicode(cell))
-
-
-def _needed(cell: Any) -> str:
-    got = "null" if cell is None else repr(cell)[:40]
-    return f"a text is needed, got {'bytes that are not UTF-8: ' if isinstance(cell, bytes) else ''}{got}"
-
-
 def text_columns_of(config: Any) -> list[str]:
-    """The columns of an input that hold its text."""
+    """Returns the columns of an input that hold its text."""
     columns = config.text_column or config.data.text_column or "text"
     return [columns] if isinstance(columns, str) else list(columns)
 
 
 def typed_rows(texts: Sequence[str]) -> InputRows:
-    """The texts of the command line."""
+    """Returns the texts of the command line."""
     return InputRows.of(Table("command line", {"text": list(texts)}, range(1, len(texts) + 1), "text"), ["text"])
 
 
 def piped_rows() -> InputRows:
-    """The lines of standard input.
+    """Returns the lines of standard input.
 
     Raises:
         UserError: It is a terminal, is not UTF-8 or holds nothing.
@@ -123,7 +117,7 @@ def piped_rows() -> InputRows:
 
 
 def file_rows(source: str, text_columns: Sequence[str], encoding: str | None = None) -> InputRows:
-    """The rows of a file, with all their columns.
+    """Returns the rows of a file, with all their columns.
 
     Raises:
         UserError: There is no such file, or it cannot be read, lacks a text column or holds no rows.
@@ -142,10 +136,14 @@ def file_rows(source: str, text_columns: Sequence[str], encoding: str | None = N
     return rows
 
 
+def _is_allowed(cell: Any) -> bool:
+    return is_blank(cell) or (isinstance(cell, str) and is_unicode(cell))
+
+
 def _lines(origin: str, content: str) -> InputRows:
     # Only \n ends a line: splitlines() would also cut at a form feed or U+2028 inside a text.
     lines = content.removesuffix("\n").split("\n") if content else []
     if not lines:
         raise UserError(f"{origin}: no texts")
-    cells = [line.removesuffix("\r") for line in lines]
-    return InputRows.of(Table(origin, {"text": cells}, range(1, len(lines) + 1), "line"), ["text"])
+    texts = [line.removesuffix("\r") for line in lines]
+    return InputRows.of(Table(origin, {"text": texts}, range(1, len(lines) + 1), "line"), ["text"])

@@ -6,8 +6,7 @@ import json
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from lightning_lora.files import atomic_path
 OUTPUTS = (".csv", ".jsonl", ".parquet")
 #: Classes whose probabilities the printed table shows, at most.
 SHOWN_CLASSES = 4
-#: Columns of the terminal that the text needs; where the table would leave fewer, each row is a paragraph.
+#: Columns of the terminal that the text needs; where the table would leave fewer, classes are left out.
 _TEXT_WIDTH = 16
 
 
 def new_columns(names: Sequence[str]) -> pa.Schema:
-    """The columns that an output has beside those of its input, as ``InputRows.predicted`` names them.
+    """Returns the columns that an output has beside those of its input, as ``InputRows.predicted`` names them.
 
     Args:
         names: Names of the classes.
@@ -37,7 +36,7 @@ def new_columns(names: Sequence[str]) -> pa.Schema:
 def output_columns(
     names: Sequence[str], text_columns: Sequence[str], new: Sequence[str], origin: object
 ) -> dict[str, str | None]:
-    """The columns of an output in their order, each with the name of the input's column that it holds, None if new.
+    """Returns the columns of an output in their order, each with the input's column that it holds, None if new.
 
     An input's column that has the name of a new one, as in an earlier output, is kept as NAME_input.
 
@@ -68,7 +67,7 @@ def warn_of_renamed(columns: Iterable[Mapping[str, str | None]]) -> None:
 
 
 def checked_columns(columns: Mapping[str, Any], ending: str) -> dict[str, Any]:
-    """The input's columns as they will be written: what the format cannot hold is known before anything is done.
+    """Returns the input's columns as they will be written; refuses what the format cannot hold before it is predicted.
 
     Args:
         columns: The columns, by name.
@@ -77,34 +76,21 @@ def checked_columns(columns: Mapping[str, Any], ending: str) -> dict[str, Any]:
     Raises:
         UserError: The format cannot hold a column.
     """
-    found: dict[str, Any] = {}
+    checked: dict[str, Any] = {}
     for name, values in columns.items():
         is_arrow = isinstance(values, pa.ChunkedArray)
         try:
             if ending == ".parquet":
-                found[name] = values if is_arrow else pa.array(values)
+                checked[name] = values if is_arrow else pa.array(values)
             else:
-                found[name] = values.to_pylist() if is_arrow else values
-                ({".csv": as_csv, ".jsonl": as_jsonl}[ending])({name: found[name]}).encode()
+                checked[name] = values.to_pylist() if is_arrow else values
+                as_text({name: checked[name]}, ending).encode()
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:  # Unicode errors are ValueErrors
             better = ".parquet" if is_arrow else ".jsonl"
             raise UserError(
                 f"--output: {ending} cannot hold column '{name}' ({first_line(error)}); write {better}"
             ) from None
-    return found
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Makes one line of what the system says against writing an output.
-
-    Raises:
-        UserError: It cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--output: cannot write {path} ({error.strerror or error})") from error
+    return checked
 
 
 def write_output(path: Path, columns: Mapping[str, Any], schema: pa.Schema) -> None:
@@ -115,47 +101,37 @@ def write_output(path: Path, columns: Mapping[str, Any], schema: pa.Schema) -> N
         columns: The new columns and those of the input.
         schema: Of the new ones.
     """
-    with writing(path), atomic_path(path) as staging:
-        if path.suffix.lower() == ".parquet":
+    ending = path.suffix.lower()
+    with atomic_path(path) as staging:
+        if ending == ".parquet":
             typed = {field.name: pa.array(columns[field.name], field.type) for field in schema}
             pq.write_table(pa.table({**columns, **typed}), staging)
         else:
-            content = as_csv(columns) if path.suffix.lower() == ".csv" else as_jsonl(columns)
-            staging.write_text(content, encoding="utf-8", newline="")
+            staging.write_text(as_text(columns, ending), encoding="utf-8", newline="")
 
 
-def as_csv(columns: Mapping[str, Any]) -> str:
-    """The columns as CSV, heading first; lists and objects as JSON."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_csv_cell(value) for value in row] for row in zip(*columns.values(), strict=True))
-    return out.getvalue()
+def as_text(columns: Mapping[str, Any], ending: str) -> str:
+    """Returns the columns as CSV (lists and objects as JSON) or as JSON Lines."""
+    rows = zip(*columns.values(), strict=True)
+    if ending == ".csv":
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_csv_cell(value) for value in row] for row in rows)
+        return out.getvalue()
+    lines = [_json(dict(zip(columns, row, strict=True))) + "\n" for row in rows]
+    # UTF-8 cannot hold half of a surrogate pair; JSON can, as \ud800.
+    return "".join(lines).encode(errors="backslashreplace").decode()
 
 
-def as_jsonl(columns: Mapping[str, Any]) -> str:
-    """The columns as JSON Lines."""
-    return "".join(_json(dict(zip(columns, row, strict=True))) + "\n" for row in zip(*columns.values(), strict=True))
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=_plain)
 
 
 def _csv_cell(value: Any) -> Any:
     if value is None or (isinstance(value, str | int | float) and not isinstance(value, bool)):
         return value
     return _json(value) if isinstance(value, bool | list | dict) else _plain(value)
-
-
-def _json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=_plain)
-    # Half of a surrogate pair can only be written as JSON has it, \ud800.
-    return text if text.isascii() or _encodes(text) else json.dumps(value, default=_plain)
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _plain(value: Any) -> str:
@@ -165,50 +141,30 @@ def _plain(value: Any) -> str:
 
 
 def print_table(columns: Mapping[str, Any]) -> None:
-    """Prints the rows to the terminal: texts are shortened to its width, probabilities never."""
+    """Prints the rows to the terminal: texts are cut to its width, and classes left out where there is no room."""
     from rich import box
     from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table as RichTable
+    from rich.text import Text
 
     console = Console(markup=False, highlight=False, emoji=False)
-    names = [name for name in columns if name != "text"]
-    if len(names) > 2 + SHOWN_CLASSES:
-        names = names[:2]
-    cells = {name: [_shown(value) for value in columns[name]] for name in names}
-    texts = [_one_line(text) for text in columns["text"]]
-    taken = sum(max(map(cell_len, [name, *cells[name]])) + 3 for name in names) + 4
-    if (room := console.width - taken) < _TEXT_WIDTH:
-        for i, text in enumerate(texts):
-            console.print(_shortened(text, console.width))
-            line = "  " if cells["prediction"][i] else "  no prediction"
-            for part in (f"{name} {cells[name][i]}  " for name in names if cells[name][i]):
-                if line.strip() and cell_len(line + part.rstrip()) > console.width:
-                    console.print(line.rstrip())
-                    line = "  "
-                line += part
-            console.print(line.rstrip())
-        return
+    cells = {name: [_shown(value) for value in values] for name, values in columns.items()}
+    widths = [max(map(cell_len, [name, *values])) + 3 for name, values in cells.items() if name != "text"]
+    if len(widths) > 2 + SHOWN_CLASSES or console.width - sum(widths) - 4 < _TEXT_WIDTH:
+        cells = {name: cells[name] for name in ("text", "prediction", "probability")}
     table = RichTable(box=box.ROUNDED)
-    table.add_column("text", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="left" if name == "prediction" else "right", no_wrap=True)
-    for i, text in enumerate(texts):
-        table.add_row(_shortened(text, room), *(cells[name][i] for name in names))
+    for name in cells:
+        is_text = name in ("text", "prediction")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text)
+    for text, *others in zip(*cells.values(), strict=True):
+        table.add_row(Text(text, no_wrap=True, overflow="ellipsis"), *others)
     console.print(table)
 
 
 def _shown(value: Any) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else _one_line(value)
-
-
-def _one_line(text: str | None) -> str:
-    """The text without what a terminal would obey, such as escape sequences, or cannot show."""
-    spaced = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text or "")
+    """Returns a cell without what a terminal would obey, such as escape sequences, or cannot show."""
+    if value is None or isinstance(value, float):
+        return "" if value is None else f"{value:.4f}"
+    spaced = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in value)
     return " ".join("".join(spaced).encode(errors="replace").decode().split())
-
-
-def _shortened(text: str, width: int) -> str:
-    from rich.cells import cell_len, set_cell_size
-
-    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"

@@ -5,28 +5,38 @@ each; an output that is there is the only record of what is done, so the same co
 predicted by the same model in the same order wherever that happens: in this process, in others, or on Ray.
 """
 
+import hashlib
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lightning_lora.claims import share_tasks
-from lightning_lora.config.configured_run import ConfiguredRun
+from lightning_lora.config.configured_run import ConfiguredRun, check_base
 from lightning_lora.errors import UserError
 from lightning_lora.export.weights import weights_labels
-from lightning_lora.files import check_writable, remove_partial
-from lightning_lora.inference.file_predictor import (
-    Advance,
-    FilePredictor,
-    PredictJob,
+from lightning_lora.files import atomic_path, check_writable, remove_partial
+from lightning_lora.inference.input_rows import SHOWN_PLACES, text_columns_of, warn_of_faults
+from lightning_lora.inference.loaded_run import LoadedRun, assemble
+from lightning_lora.inference.many_files import (
+    METADATA_KEY,
+    FileTask,
     RefusedError,
-    fingerprint,
-    refuse_faults,
+    find_files,
+    finished,
+    plan_files,
+    read_rows,
+    reading,
 )
-from lightning_lora.inference.input_rows import text_columns_of, warn_of_faults
-from lightning_lora.inference.many_files import FileTask, find_files, is_done, plan_files, rows_without_prediction
 from lightning_lora.inference.output import new_columns, warn_of_renamed
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.workers import Workers
@@ -34,6 +44,28 @@ from lightning_lora.workers import Workers
 #: Settings that predictions depend on, beside the weights.
 MODEL_SETTINGS = ("base_model", "method", "adapter", "quantization")
 DATA_SETTINGS = ("max_length", "truncation", "window_overlap", "padding")
+#: Takes a number of rows that are done.
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class PredictJob:
+    """What is to be done, for any process that does a part of it.
+
+    Args:
+        words: Those of the command.
+        tasks: All files.
+        settings: What all outputs are made with.
+    """
+
+    words: list[str]
+    tasks: list[FileTask]
+    settings: Mapping[str, Any]
+
+    @property
+    def left(self) -> list[FileTask]:
+        """The files that have no output yet."""
+        return [task for task in self.tasks if not task.output.exists()]
 
 
 def run_files(cli: ConfiguredRun) -> int:
@@ -43,25 +75,26 @@ def run_files(cli: ConfiguredRun) -> int:
     one_gpu_each = config.trainer.devices == 1
     workers = Workers(config.workers, config.executor, config.address, gpus=gpus, one_gpu_each=one_gpu_each)
     job = plan_job(cli)
-    output = job.tasks[0].output.parent
     if config.bad_rows == "error":
-        refuse_faults(job)
+        columns = job.settings["text_column"]
+        for task in job.tasks:
+            for rows in read_rows(task, columns, columns):
+                rows.refuse_faults()
+    output = job.tasks[0].output.parent
     check_writable(output)
     remove_partial(output)
-    done = sum(is_done(task, job.settings) for task in job.tasks)
+    done = sum(finished(task, job.settings) is not None for task in job.tasks)
     warn_of_renamed(task.columns for task in job.tasks)
-    left = [task for task in job.tasks if not task.output.exists()]
-    rows = sum(task.rows for task in left)
+    left, failures = job.left, list[str]()
+    left_rows = sum(task.rows for task in left)
     shown = config.trainer.enable_progress_bar is not False
-    with cli.stop_request.listening(), rows_progress(rows, len(left), shown) as advance:
-        if not left:
-            failures = []
-        elif workers.alone:
+    with cli.stop_request.listening(), rows_progress(left_rows, len(left), shown) as advance:
+        if workers.alone:
             failures = predict_files(job, cli, advance)
-        else:
+        elif left:
             failures = workers.run(partial(work, job), len(left), _watching(left, advance))
-    report_failures(job, failures)
-    rate = f", {rows / max(time.monotonic() - started, 1e-9):,.0f} rows/s" if rows else ""
+    report(job, failures)
+    rate = f", {left_rows / max(time.monotonic() - started, 1e-9):,.0f} rows/s" if left_rows else ""
     there = f" ({done} of them were there)" if done else ""
     files = f"{len(job.tasks)} file" + "s" * (len(job.tasks) != 1)
     print(f"{sum(task.rows for task in job.tasks):,} rows in {files} in {output}{there}{rate}", file=sys.stderr)
@@ -75,13 +108,13 @@ def plan_job(cli: ConfiguredRun) -> PredictJob:
     checkpoint = RunFolder.open(Path(config.run)).checkpoint(config.checkpoint)
     labels = list(weights_labels(checkpoint))
     files = find_files(config.input, Path(config.output))
-    new = new_columns(labels).names
+    tasks = plan_files(files, Path(config.output), text_columns, new_columns(labels).names)
     settings = cli.settings()
     kept = {f"data.{name}": settings["data"][name] for name in DATA_SETTINGS}
-    kept |= {f"model.{name}": value for name, value in settings["model"].items() if name in MODEL_SETTINGS}
+    kept |= {f"model.{name}": settings["model"][name] for name in MODEL_SETTINGS}
     kept |= {"trainer.precision": str(config.trainer.precision), "text_column": text_columns, "labels": labels}
-    kept |= {"weights": fingerprint(checkpoint), **({"int8": True} if config.int8 else {})}
-    return PredictJob(cli.words, plan_files(files, Path(config.output), text_columns, new), kept, text_columns)
+    kept |= {"weights": fingerprint(checkpoint), "int8": config.int8}
+    return PredictJob(cli.words, tasks, kept)
 
 
 def work(job: PredictJob) -> None:
@@ -106,36 +139,107 @@ def predict_files(job: PredictJob, cli: ConfiguredRun, advance: Advance) -> list
         UserError: Something is wrong with more than one file.
     """
     refused: list[str] = []
-    loaded: list[FilePredictor] = []
+    loaded: LoadedRun | None = None
 
     def predict(task: FileTask) -> None:
-        if is_done(task, job.settings):  # by now
+        nonlocal loaded
+        if finished(task, job.settings):  # by now, by another process
             advance(task.rows)
             return
-        loaded[:] = loaded or [FilePredictor(cli, job)]
+        loaded = loaded or load_planned(cli, job)
         try:
-            loaded[0].write(task, advance)
+            predict_file(loaded, job, task, advance)
         except RefusedError as error:
             refused.append(str(error))
 
-    left = [task for task in job.tasks if not task.output.exists()]
     output = job.tasks[0].output.parent
-    share_tasks(left, output, lambda task: task.output.name, predict)
+    share_tasks(job.left, output, lambda task: task.output.name, predict)
     remove_partial(output)  # of a process that was killed in the meantime
     return refused
 
 
-def report_failures(job: PredictJob, failures: list[str]) -> None:
+def predict_file(loaded: LoadedRun, job: PredictJob, task: FileTask, advance: Advance) -> None:
+    """Predict one file; its output is there whole or not at all.
+
+    Raises:
+        RefusedError: The file cannot be read.
+        UserError: The output cannot be written.
+    """
+    with reading(task.source):
+        source = pq.read_schema(task.source)
+    new = new_columns(job.settings["labels"])
+    schema = pa.schema(source.field(n).with_name(name) if n else new.field(name) for name, n in task.columns.items())
+    empty, places = 0, list[str]()
+    tokenized = (
+        (rows, loaded.dataset(rows.usable), rows.table.columns) for rows in read_rows(task, job.settings["text_column"])
+    )
+    with atomic_path(task.output) as staging, pq.ParquetWriter(staging, schema) as writer:
+        for rows, dataset, columns in _one_ahead(tokenized):
+            predicted = rows.predicted(loaded.predict_dataset(dataset))
+            arrays = [columns[n] if n else predicted[name] for name, n in task.columns.items()]
+            writer.write_table(pa.table(arrays, schema=schema))
+            empty += len(rows.faults)
+            places = [*places, *rows.faulty_places][:SHOWN_PLACES]
+            advance(len(rows.texts))
+        stamp = {"input": task.stamp, "settings": job.settings, "rows_without_text": empty, "places": places}
+        writer.add_key_value_metadata({METADATA_KEY: json.dumps(stamp)})
+
+
+def load_planned(cli: ConfiguredRun, job: PredictJob) -> LoadedRun:
+    """Load the model that a job was planned with.
+
+    Raises:
+        UserError: The weights cannot be loaded, or are others now.
+    """
+    checkpoint = RunFolder.open(Path(cli.config.run)).checkpoint(cli.config.checkpoint)
+    cli.config.trainer.enable_progress_bar = False  # there is one for all files
+    loaded = load_for(cli, checkpoint, job.settings["labels"])
+    if fingerprint(checkpoint) != job.settings["weights"]:
+        raise UserError(f"{checkpoint} has changed since the command started (is it still trained?)")
+    return loaded
+
+
+def load_for(cli: ConfiguredRun, checkpoint: Path, labels: Sequence[str]) -> LoadedRun:
+    """Load the run of a command line with its settings.
+
+    Args:
+        cli: The command line.
+        checkpoint: The weights.
+        labels: Names of the classes.
+
+    Raises:
+        UserError: The weights cannot be loaded, or the model cannot compute as is asked.
+    """
+    config = cli.config
+    loaded = assemble(config.model.as_dict(), config.data, checkpoint, labels, cli.make_trainer(None))
+    if config.int8:
+        loaded.model.check_int8(str(config.trainer.precision))
+        loaded.model.int8 = True
+    if any(word.partition("=")[0] == "--data.max_length" for word in cli.words):
+        check_base(loaded.model, loaded, None)
+    return loaded
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Return the SHA-256 of the weights: of the file, or of all files of an exported adapter's folder."""
+    digest = hashlib.sha256()
+    files = sorted(p for p in checkpoint.rglob("*") if p.is_file()) if checkpoint.is_dir() else [checkpoint]
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def report(job: PredictJob, failures: list[str]) -> None:
     """Say how many rows have no prediction, and what went wrong.
 
     Raises:
         UserError: Files are not done.
     """
-    written = [rows_without_prediction(task) for task in job.tasks if task.output.exists()]
-    places = [place for _, named in written for place in named]
-    warn_of_faults(places, sum(count for count, _ in written), sum(task.rows for task in job.tasks))
-    undone = sum(not is_done(task, job.settings) for task in job.tasks)
-    if undone:
+    stamps = [stamp for task in job.tasks if (stamp := finished(task, job.settings))]
+    places = [place for stamp in stamps for place in stamp["places"]]
+    warn_of_faults(places, sum(s["rows_without_text"] for s in stamps), sum(task.rows for task in job.tasks))
+    if undone := len(job.tasks) - len(stamps):
         files = f"{undone} files are" if undone > 1 else "1 file is"
         reason = failures[0] if failures else "outputs were removed"
         raise UserError(f"{reason}; {files} not done, the same command resumes with what is left")
@@ -150,9 +254,9 @@ def rows_progress(rows: int, files: int, shown: bool) -> Iterator[Advance]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # The longest texts of a chunk come first: what is left is told from minutes, not from the latest seconds.
     console = Console(stderr=True)
     hidden = not (shown and console.is_terminal)
+    # Rows are counted by thousands: the speed is that of minutes.
     progress = Progress(*columns, transient=True, console=console, speed_estimate_period=600, disable=hidden)
     task = progress.add_task(f"Predicting {files} files", total=rows)
     with progress:
@@ -169,3 +273,12 @@ def _watching(tasks: list[FileTask], advance: Advance) -> Callable[[], None]:
             advance(task.rows)
 
     return watch
+
+
+def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """Yield the items, each made while the one before is used: tokens of the next rows, while the model runs."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item

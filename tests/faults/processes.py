@@ -154,9 +154,9 @@ def kill_in_rows(count: int) -> None:
     """The process dies in the middle of the ``count``-th piece of rows that it adds to an output of many files."""
     import pyarrow.parquet as pq
 
-    from lightning_lora.inference import file_predictor as predictor
+    from lightning_lora.inference import many_files
 
-    predictor.CHUNK_ROWS = 16
+    many_files.CHUNK_ROWS = 16
     write, left = pq.ParquetWriter.write_table, [count]
 
     def half(self: pq.ParquetWriter, table: object, *args: object) -> None:
