@@ -4,8 +4,8 @@
 
 For each number of rows Parquet files of made-up words are written (of about the length of AG News), and a fresh process
 reads them, tokenizes them and takes training batches over the whole of them. Peak memory is of all pages, and without
-those that are mapped from the tokens' file, which the system takes back as it needs them. ``data.stream`` off, for
-comparison, with ``--held``. The files and the cache are removed afterwards.
+those that are mapped from the tokens' file, which the system takes back as it needs them. The files and the cache are
+removed afterwards.
 """
 
 import argparse
@@ -61,14 +61,14 @@ def generate(folder: Path, rows: int) -> None:
         write(folder / f"train-{file:05}.parquet", min(FILE_ROWS, rows - start), start)
 
 
-def measure(folder: Path, stream: bool, batches: int) -> dict[str, Any]:
+def measure(folder: Path, batches: int) -> dict[str, Any]:
     """Rows a second and peak memory of this process, which must be a fresh one."""
     from lightning_lora.data.datamodule import TextDataModule
     from lightning_lora.data.tokens import base_tokenizer
 
     base_tokenizer(BASE_MODEL)
     before = peak_mb()
-    data = TextDataModule(str(folder), BASE_MODEL, cache_dir=str(folder / "cache"), stream=stream)
+    data = TextDataModule(str(folder), BASE_MODEL, cache_dir=str(folder / "cache"))
     with watched_memory() as own:
         started = time.perf_counter()
         rows = len(data.rows("train"))
@@ -84,7 +84,6 @@ def measure(folder: Path, stream: bool, batches: int) -> dict[str, Any]:
         data.prepared.write_parquet(folder / "splits.parquet")
     found = {
         "rows": rows,
-        "stream": stream,
         "read_rows_per_s": rows / (read - started),
         "tokenized_rows_per_s": rows / (tokenized - started),
         "batch_rows_per_s": seen / (ended - tokenized),
@@ -95,7 +94,7 @@ def measure(folder: Path, stream: bool, batches: int) -> dict[str, Any]:
         "unmapped_peak_mb": max(own),
     }
     started = time.perf_counter()
-    again = TextDataModule(str(folder), BASE_MODEL, cache_dir=str(folder / "cache"), stream=stream)
+    again = TextDataModule(str(folder), BASE_MODEL, cache_dir=str(folder / "cache"))
     again.setup("fit")
     return found | {"from_cache_s": time.perf_counter() - started}
 
@@ -130,13 +129,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 500_000, 1_000_000])
     parser.add_argument("--batches", type=int, default=5_000, help="Training batches that are taken.")
-    parser.add_argument("--held", action="store_true", help="With all texts held in memory, for comparison.")
     parser.add_argument("--work", type=Path, default=Path("logs/streaming-work"), help="For files, removed at the end.")
     parser.add_argument("--out", type=Path, default=Path("logs/streaming"))
     parser.add_argument("--one", type=Path, help="Measure this folder in this process.")
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one, not options.held, options.batches)))
+        print(json.dumps(measure(options.one, options.batches)))
         return
     options.out.mkdir(parents=True, exist_ok=True)
     for rows in options.rows:
@@ -144,12 +142,12 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         try:
             generate(folder, rows)
-            words = ["--one", str(folder), "--batches", str(options.batches), *(["--held"] if options.held else [])]
+            words = ["--one", str(folder), "--batches", str(options.batches)]
             done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        (options.out / f"{rows}{'-held' if options.held else ''}.json").write_text(json.dumps(found, indent=1))
+        (options.out / f"{rows}.json").write_text(json.dumps(found, indent=1))
         print(", ".join(f"{key} {value:,.0f}" for key, value in found.items()), flush=True)
 
 

@@ -44,20 +44,17 @@ def augmented(text: str, options: Augmentation, rng: np.random.Generator) -> str
     return " ".join(words)
 
 
+@dataclass(eq=False)
 class AugmentedDataset(TokenDataset):
     """Training rows whose words change from epoch to epoch, as a function of seed, epoch and row.
 
     Batches are still put together by the lengths of the unchanged texts.
     """
 
-    def __init__(
-        self, plain: TokenDataset, texts: Sequence[str], tokenizer: Any, options: Augmentation, seed: int
-    ) -> None:
-        super().__init__(plain.tokens, plain.frame, plain.labels, plain.pad_to_max)
-        self.texts = texts
-        self.tokenizer = tokenizer
-        self.options = options
-        self.seed = seed
+    texts: Sequence[str]
+    tokenizer: Any
+    options: Augmentation
+    seed: int
 
     @property
     def longest(self) -> int:

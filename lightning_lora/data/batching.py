@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,9 @@ class StepPart(list[int]):
 
     Args:
         rows: The positions.
-        share: What the mean loss of these rows is multiplied by, so that the average over the parts of the
-            step, and over the processes that share it, is the mean over the rows of the step. Nought where there was
-            no row left for this process: it then gets one that is not counted.
+        share: What the mean loss of these rows is multiplied by, so that the average over the parts of the step, and
+            over the processes, is the mean over the rows of the step. 0 for a row that is only there because none was
+            left for this process.
         part_share: The same within the part: so the average over processes is the mean over the rows of the part.
         epoch: The epoch that they are seen in.
     """
@@ -54,6 +55,7 @@ class TextBatch(dict[str, Any]):
         return TextBatch(self | {name: value.to(device, non_blocking=True) for name, value in moves.items()})
 
 
+@dataclass(eq=False)
 class TokenDataset(Dataset):
     """Rows of one split as the model sees them; a batch is asked for whole, by its positions.
 
@@ -65,37 +67,26 @@ class TokenDataset(Dataset):
     that is ``static``, stand in place of ``input_ids``, ``attention_mask`` and ``documents``.
     """
 
-    def __init__(self, tokens: TokenRows, frame: InputFormat, labels: np.ndarray | None, pad_to_max: bool) -> None:
-        self.tokens = tokens
-        self.frame = frame
-        self.labels = labels
-        self.pad_to_max = pad_to_max
-        self.lengths = frame.input_lengths(tokens)
+    tokens: TokenRows
+    frame: InputFormat
+    labels: np.ndarray | None
+    pad_to_max: bool
+
+    def __post_init__(self) -> None:
+        self.lengths = self.frame.input_lengths(self.tokens)
         #: How batches are packed; None for padded ones.
         self.packing: Packing | None = None
 
     def pack_like(self, batches: Sequence[Sequence[int]], most: int) -> None:
-        """Pack batches from now on, in shapes chosen for batches like the given ones.
-
-        Args:
-            batches: Positions of the rows of each.
-            most: Sizes at most.
-        """
-        frame = self.frame
-        windows = -(-self.lengths // frame.max_length) if frame.keep == "windows" else None
+        """Pack batches from now on, in at most so many sizes, chosen for batches of rows like the given ones."""
+        windows = -(-self.lengths // self.frame.max_length) if self.frame.keep == "windows" else None
         several = [np.asarray(batch) for batch in batches]
-        self.packing = Packing.of(self.lengths, several, windows, self.longest, frame.pad_id, most)
+        self.packing = Packing.of(self.lengths, several, windows, self.longest, self.frame.pad_id, most)
 
     def pack_evaluation(self, room: int, texts: int) -> None:
-        """Pack batches from now on, in shapes that do not depend on the texts.
-
-        Args:
-            room: Tokens of a batch at most.
-            texts: Texts of a batch at most.
-        """
-        frame = self.frame
-        windows = frame.keep == "windows"
-        self.packing = Packing.of_evaluation(room, texts, frame.max_length, frame.pad_id, windows)
+        """Pack batches from now on, of at most so many tokens and texts, in shapes that do not depend on the texts."""
+        windows = self.frame.keep == "windows"
+        self.packing = Packing.of_evaluation(room, texts, self.frame.max_length, self.frame.pad_id, windows)
 
     @property
     def longest(self) -> int:
@@ -124,7 +115,7 @@ class TokenDataset(Dataset):
         """The batch of the given rows: packed, or padded to about its longest input, or to ``max_length`` if asked."""
         part = rows if isinstance(rows, StepPart) else StepPart(rows)
         documents = [self.frame.inputs(ids) for ids in self.ids(part, part.epoch)]
-        inputs = [ids for windows in documents for ids in windows]
+        inputs = list(itertools.chain.from_iterable(documents))
         owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in documents])
         labels = None if self.labels is None else self.labels[rows].astype(np.int64, copy=False)
         batch = TextBatch(
@@ -150,8 +141,8 @@ class TokenDataset(Dataset):
         input_ids = np.full((len(inputs), width), self.frame.pad_id, dtype=np.int64)
         for i, ids in enumerate(inputs):
             input_ids[i, : len(ids)] = ids
-        mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
-        return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
+        mask = np.arange(width) < lengths[:, None]
+        return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask).long()}
 
 
 class ResumableLoader(DataLoader):
@@ -161,7 +152,7 @@ class ResumableLoader(DataLoader):
     """
 
     batch_sampler: "LengthBatchSampler"
-    #: Called before each batch is taken, with the number of those that were taken in this epoch.
+    #: Called before each batch of an epoch and at its end, with the number of those that were taken.
     before_batch: Callable[[int], None] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -184,6 +175,7 @@ class ResumableLoader(DataLoader):
         self.batch_sampler.resume_at = tuple(state["position"])
 
 
+@dataclass(eq=False)
 class LengthBatchSampler(Sampler[list[int]]):
     """Batches of similar length: shuffled anew each epoch with a seed, sorted by length without one.
 
@@ -205,37 +197,28 @@ class LengthBatchSampler(Sampler[list[int]]):
         room: Tokens of an evaluation batch at most, where these are packed.
     """
 
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        batch_size: int,
-        seed: int | None,
-        accumulate: int = 1,
-        rank: int = 0,
-        processes: int = 1,
-        by: BatchBy = "texts",
-        room: int | None = None,
-    ) -> None:
-        self.lengths = lengths
-        self.room = room
-        self.batch_size = batch_size
-        self.seed = seed
-        self.accumulate = accumulate
-        self.rank = rank
-        self.processes = processes
-        self.by: BatchBy = by
+    lengths: np.ndarray
+    batch_size: int
+    seed: int | None
+    accumulate: int = 1
+    rank: int = 0
+    processes: int = 1
+    by: BatchBy = "texts"
+    room: int | None = None
+
+    def __post_init__(self) -> None:
         self.epoch = 0
         #: The epoch of the latest pass, and how many of its batches have been taken.
         self.position = (0, 0)
         #: Where the next pass resumes: the batches of that epoch that were taken before are left out.
         self.resume_at: tuple[int, int] | None = None
-        # Lightning sets the epoch of ``loader.batch_sampler.sampler``, as torch's own batch samplers have one.
+        # Lightning sets the epoch of ``loader.batch_sampler.sampler``.
         self.sampler = self
         self._evaluated: list[np.ndarray] = []
-        if seed is None and room is not None:
-            self._evaluated = packed_evaluation_batches(lengths, room, self.most_texts)
-        elif seed is None:
-            self._evaluated = evaluation_batches(lengths, batch_size)
+        if self.seed is None and self.room is not None:
+            self._evaluated = packed_evaluation_batches(self.lengths, self.room, self.most_texts)
+        elif self.seed is None:
+            self._evaluated = evaluation_batches(self.lengths, self.batch_size)
 
     @property
     def most_texts(self) -> int:

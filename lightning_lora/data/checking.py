@@ -60,6 +60,6 @@ def is_blank(cell: Any) -> bool:
 def joined_text(cells: Sequence[Any]) -> str:
     """The text of a row: those of its text columns that are not blank, joined by a space.
 
-    This is the rule in training, streaming, ``predict`` and exports. A row lacks a text only if all of them are blank.
+    This is the rule in training, ``predict`` and exports. A row lacks a text only if all of them are blank.
     """
     return " ".join(str(cell) for cell in cells if not is_blank(cell))

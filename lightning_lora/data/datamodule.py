@@ -29,8 +29,8 @@ class TextDataModule(LightningDataModule):
 
     Args:
         source: A known data set (ag_news, imdb, imdb_packaged), a local CSV, TSV, JSON Lines, Parquet or Arrow file,
-            a folder with a file a split or by ``save_to_disk`` of ``datasets``, a Hub id, ``package:NAME/path``, or
-            one local file a split as ``{train: a.csv, test: b.csv}``.
+            a folder with a file a split or by ``save_to_disk``, a Hub id, ``package:NAME/path``, or files by split, as
+            ``{train: 's3://bucket/*.parquet', test: b.csv}``.
         base_model: The base model whose tokenizer is used; linked to ``model.base_model``.
         text_column: The column with the text ("text" unless the data set is known); several are joined by
             a space.
@@ -56,13 +56,9 @@ class TextDataModule(LightningDataModule):
             the source has no test split of its own.
         train_rows: Train on a stratified subsample of so many rows (or fraction).
         test_rows: Test on a stratified subsample of so many rows (or fraction).
-        augmentation: Words of training texts that are left out or swapped.
+        augmentation: Words of training texts that are left out or swapped; holds all training texts in memory.
         encoding: Encoding of text files that are not in UTF-8, such as cp1252 or gb18030.
         bad_rows: What to do with rows without text or label: stop with an "error", or "drop" and count.
-        stream: For data larger than memory: the training texts are read in batches, tokenized once into ``cache_dir``
-            and never held. They are Parquet files, local or on any fsspec filesystem (a file, a folder or a pattern),
-            as ``{train: 's3://bucket/train-*.parquet', validation: FILE, test: FILE}``; validation and test rows have
-            files of their own.
         split_seed: Seed of carving and subsampling; kept apart from the run's seed, so that runs with other
             seeds are tested on the same rows.
         seed: Seed of the training order; linked to ``seed_everything``.
@@ -90,7 +86,6 @@ class TextDataModule(LightningDataModule):
         augmentation: Augmentation = Augmentation(),  # noqa: B008  # never changed; the parser reads it
         encoding: str | None = None,
         bad_rows: Literal["error", "drop"] = "error",
-        stream: bool = False,
         split_seed: int = 0,
         seed: int = 42,
         cache_dir: str | None = None,
@@ -102,8 +97,6 @@ class TextDataModule(LightningDataModule):
         check_range("data.eval_batch_size", eval_batch_size, 1, None)
         check_range("data.augmentation.delete", augmentation.delete, 0, 1)
         check_range("data.augmentation.swap", augmentation.swap, 0, 1)
-        if stream and augmentation.active:
-            raise UserError("data.augmentation: needs the texts, and streamed rows hold none; leave one of the two out")
         self.options = SourceOptions(
             source=source,
             text_column=text_column,
@@ -116,7 +109,6 @@ class TextDataModule(LightningDataModule):
             train_rows=train_rows,
             test_rows=test_rows,
             split_seed=split_seed,
-            stream=stream,
         )
         self.base_model = base_model
         self.max_length = max_length
@@ -174,9 +166,10 @@ class TextDataModule(LightningDataModule):
             rows, tokenizer, frame = self.rows(split), self.tokenizer, self.frame
             with tqdm(desc=f"Tokenizing {split}", total=len(rows), disable=None, leave=False, delay=0.5) as bar:
                 tokens, cached = cached_tokens(rows, tokenizer, self.cache_dir, bar.update)
-            dataset = TokenDataset(tokens, frame, rows.labels, self.padding == "max_length")
+            common = (tokens, frame, rows.labels, self.padding == "max_length")
+            dataset = TokenDataset(*common)
             if split == "train" and self.augmentation.active:
-                dataset = AugmentedDataset(dataset, rows.texts, tokenizer, self.augmentation, self.seed)
+                dataset = AugmentedDataset(*common, rows.texts, tokenizer, self.augmentation, self.seed)
             self._datasets[split] = dataset
             self._token_report[split] = {
                 "tokens": int(dataset.lengths.sum()),

@@ -43,7 +43,6 @@ class SourceOptions:
     train_rows: int | float | None = None
     test_rows: int | float | None = None
     split_seed: int = 0
-    stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
         UserError: The source cannot be read, a row is bad, or a size does not fit.
     """
     spec = find_spec(options.source)
-    sources, warnings = row_sources(spec.source if spec else options.source, options.encoding, options.stream)
+    sources, warnings = row_sources(spec.source if spec else options.source, options.encoding)
     text_columns, label_column = columns_of(options)
     rules = RowRules(text_columns, label_column, options.bad_rows, spec.keep_rows if spec else {})
     files = {}

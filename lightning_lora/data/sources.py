@@ -1,7 +1,6 @@
 """The files of each split of a source: a file, a folder, a mapping or a Hub data set; and how their rows are read."""
 
 import glob
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,39 +56,30 @@ class RowSource:
 
 
 def row_sources(
-    source: str | Mapping[str, str], encoding: str | None = None, stream: bool = False
+    source: str | Mapping[str, str], encoding: str | None = None
 ) -> tuple[dict[str, list[RowSource]], list[str]]:
     """What each split ("train", "val", "test") of a source is read from, and warnings of what was left out.
 
     Args:
         source: A location (file, folder, package resource, Hub id), or a mapping from split to files.
         encoding: That of text files that are not UTF-8.
-        stream: Whether the train split must be Parquet files, which may be large.
 
     Raises:
-        UserError: The source cannot be found, has no train split, or cannot be streamed.
+        UserError: The source cannot be found, or has no train split.
     """
     warnings: list[str] = []
     if not isinstance(source, str):
         files = {_split_named(name): _matching(place, f"data.source.{name}") for name, place in source.items()}
     else:
         path = resolve(source, "data.source").path
-        if path is None and not stream:
-            return _hub_sources(source)
         if path is None:
-            raise UserError(f"data.stream: '{source}' is no folder of Parquet files; download it, or give its files")
+            return _hub_sources(source)
         files = {"train": [str(path)]}
         if path.is_dir():
             files, warnings = _split_files(path)
     if "train" not in files:
         raise UserError(f"data.source: {source} has no train split (found: {', '.join(files)})")
-    if stream:
-        _check_streamed(files)
-    found = {
-        split: [_file(name, encoding, large=stream and split == "train") for name in names]
-        for split, names in files.items()
-    }
-    return found, warnings
+    return {split: [_file(name, encoding) for name in names] for split, names in files.items()}, warnings
 
 
 def _split_named(name: str) -> str:
@@ -123,32 +113,14 @@ def _matching(place: str, key: str) -> list[str]:
     return sorted(found)
 
 
-def _check_streamed(files: Mapping[str, Sequence[str]]) -> None:
-    """Refuses splits that are not there, and training rows that are not read in batches."""
-    for split, word in (("test", "test"), ("val", "validation")):
-        if split not in files:
-            raise UserError(
-                f"data.stream: the source has no {word} split, and none is carved from rows that are streamed; "
-                f"give data.source.{word}: FILE"
-            )
-    if odd := next((name for name in files["train"] if format_of(Path(name)) != ".parquet"), None):
-        raise UserError(f"data.stream: {odd} is no .parquet file, and only those are streamed; leave data.stream out")
-
-
-def _file(name: str, encoding: str | None, large: bool) -> RowSource:
-    """A file; the version of a large one is its time and size, of another its content."""
+def _file(name: str, encoding: str | None) -> RowSource:
+    """A file, whose version changes with its size and time."""
+    filesystem, path = file_system(name)
     try:
-        if "://" in name or large:
-            filesystem, path = file_system(name)
-            version = str(filesystem.ukey(path))
-        else:
-            with Path(name).open("rb") as file:
-                version = hashlib.file_digest(file, "sha256").hexdigest()
-    except UserError:
-        raise
+        version = f"{filesystem.ukey(path)}/{encoding}"
     except Exception as error:  # each filesystem has exceptions of its own
         raise UserError(f"{name}: cannot be read ({first_line(error)})") from error
-    return RowSource(name, f"{version}/{encoding}", partial(read_tables, name, encoding=encoding))
+    return RowSource(name, version, partial(read_tables, name, encoding=encoding))
 
 
 def _split_files(folder: Path) -> tuple[dict[str, list[str]], list[str]]:

@@ -1,4 +1,4 @@
-"""A streamed train split against the same files held in memory."""
+"""Parquet files that are read in batches, local or not, against the same rows as CSV."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import csv
 
 from lightning_lora.cli import main
 from lightning_lora.data import reading, sources, stored
-from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.batching import LengthBatchSampler
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.reading import Table
@@ -47,8 +48,8 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def module(folder: Path, tiny_base: Path) -> Callable[..., TextDataModule]:
-    def make(source: object = str(folder), stream: bool = True, **settings: object) -> TextDataModule:
-        return TextDataModule(source, str(tiny_base), max_length=32, stream=stream, **settings)
+    def make(source: object = str(folder), **settings: object) -> TextDataModule:
+        return TextDataModule(source, str(tiny_base), max_length=32, **settings)
 
     return make
 
@@ -57,35 +58,46 @@ def mapped(folder: Path, train: str) -> dict[str, str]:
     return {"train": train, "validation": str(folder / "val.parquet"), "test": str(folder / "test.parquet")}
 
 
+@pytest.fixture
+def as_csv(folder: Path, tmp_path: Path) -> str:
+    """The same splits as a CSV file each."""
+    (tmp_path / "csv").mkdir()
+    for split in ("train", "val", "test"):
+        tables = [pq.read_table(path) for path in sorted(folder.glob(f"{split}*.parquet"))]
+        csv.write_csv(pa.concat_tables(tables), tmp_path / "csv" / f"{split}.csv")
+    return str(tmp_path / "csv")
+
+
 def batches(data: TextDataModule) -> list[dict]:
     data.setup("fit")
     return list(data.train_dataloader())
 
 
 @pytest.mark.parametrize("settings", [{}, {"train_rows": 60, "test_rows": 0.5}, {"truncation": "windows"}])
-def test_batches_record_and_places_are_those_of_rows_held_in_memory(
-    module, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict
+def test_batches_record_and_places_are_those_of_rows_that_are_read_whole(
+    module, as_csv: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict
 ) -> None:
-    for module_ in (reading, stored):
-        monkeypatch.setattr(module_, "BATCH_ROWS", 7)
-    held, streamed = (
-        module(str(folder), stream, cache_dir=str(tmp_path / f"cache-{stream}"), **settings) for stream in (False, True)
-    )
-    for theirs, ours in zip(batches(held), batches(streamed), strict=True):
+    for reader in (reading, stored):
+        monkeypatch.setattr(reader, "BATCH_ROWS", 7)
+    whole, streamed = module(as_csv, **settings), module(**settings)
+    for theirs, ours in zip(batches(whole), batches(streamed), strict=True):
         assert theirs.keys() == ours.keys()
         for key, value in theirs.items():
             np.testing.assert_array_equal(value, ours[key])
             assert getattr(value, "dtype", None) == getattr(ours[key], "dtype", None)
-    expected, got = held.describe(), streamed.describe()
+    expected, got = whole.describe(), streamed.describe()
     assert got["repeats_removed"] == {"train_in_test": 2, "val_in_test": 0, "train_in_val": 1}
-    assert got == expected
-    assert streamed.class_counts == held.class_counts
-    for data, name in ((held, "held"), (streamed, "streamed")):
-        data.prepared.write_parquet(tmp_path / name)
-    assert pq.read_table(tmp_path / "streamed").equals(pq.read_table(tmp_path / "held"))
+    for split, report in expected["splits"].items():
+        assert got["splits"][split]["fingerprint"] == report["fingerprint"]
+        assert got["splits"][split]["rows_by_class"] == report["rows_by_class"]
+    assert streamed.class_counts == whole.class_counts
+    streamed.prepared.write_parquet(tmp_path / "splits.parquet")
+    places = pq.read_table(tmp_path / "splits.parquet").filter(pc.field("split") == "train")
     rows = streamed.rows("train")
-    assert rows.origins == held.rows("train").origins
-    np.testing.assert_array_equal(rows.numbers, held.rows("train").numbers)
+    assert places["row"].to_pylist() == rows.numbers.tolist() and places["origin"].to_pylist() == rows.origins
+    lines = whole.rows("train").numbers - 1  # of one file, below its header
+    files = np.array([int(Path(origin).stem.removeprefix("train-")) for origin in rows.origins])
+    np.testing.assert_array_equal(50 * files + rows.numbers, lines)
 
 
 def test_four_devices_share_the_rows_without_repeats(module) -> None:
@@ -117,69 +129,26 @@ def test_a_bad_cell_is_named_by_file_row_and_column(module, folder: Path, row: R
 
 def test_rows_without_text_or_label_are_dropped_and_counted_on_request(module, folder: Path) -> None:
     write(folder / "train-1.parquet", [(None, "pos"), *make_rows(30, seed=5), ("fine", None), ("", "pos")])
-    data, held = (module(str(folder), stream, bad_rows="drop") for stream in (True, False))
+    data = module(bad_rows="drop")
     assert data.prepared.bad_rows_dropped == 3
-    assert data.describe() == held.describe()
-    assert data.rows("train").numbers.tolist() == held.rows("train").numbers.tolist()
+    rows = data.rows("train")
+    kept = [number for number, origin in zip(rows.numbers, rows.origins, strict=True) if "train-1" in origin]
+    assert kept == list(range(2, 32))
 
 
-def test_several_text_columns_with_blank_parts_are_joined_as_in_memory(module, folder: Path) -> None:
-    for path in folder.iterdir():
-        table = pq.read_table(path)
-        titles = [["", None, "Title"][i % 3] for i in range(len(table))]
-        texts = [None if title else text for title, text in zip(titles, table["text"].to_pylist(), strict=True)]
-        body = [f"{i} words" if text is None and i % 2 else text for i, text in enumerate(texts)]
-        pq.write_table(pa.table({"title": titles, "body": body, "label": table["label"]}), path)
-    streamed, held = (module(stream=stream, text_column=["title", "body"]) for stream in (True, False))
-    for one, other in zip(batches(streamed), batches(held), strict=True):
-        assert np.array_equal(one["input_ids"], other["input_ids"])
-    assert streamed.prepared.describe() == held.prepared.describe()
-
-
-def test_labels_are_mapped_over_all_files_as_in_memory(module, folder: Path) -> None:
+def test_labels_are_mapped_over_all_files(module, folder: Path) -> None:
     """Files whose labels appear in another order, and files that declare names for their numbers."""
     write(folder / "train-0.parquet", sorted(make_rows(50, seed=7), key=lambda row: row[1], reverse=True))
-    assert module().describe() == module(stream=False).describe()
+    data = module()
+    numbered = dict(zip(data.rows("train").texts, data.rows("train").labels.tolist(), strict=True))
+    assert all(numbered[text] == ["neg", "pos"].index(label) for text, label in make_rows(50, seed=7))
     for path in folder.iterdir():
         rows = [(text, ["neg", "pos"].index(label)) for text, label in pq.read_table(path).to_pandas().to_numpy()]
         write(path, rows, names=["bad", "good"])
-    assert module().describe() == module(stream=False).describe()
     assert module().label_names == ["bad", "good"]
     write(folder / "train-2.parquet", [(text, 1) for text, _ in make_rows(9)], names=["good", "bad"])
     with pytest.raises(UserError, match=r"train-2\.parquet: declares the classes"):
         module().label_names  # noqa: B018
-
-
-@pytest.mark.parametrize(
-    ("labels", "names"),
-    [
-        (["1", "2", "3", "4"], ["one", "two", "three", "four"]),
-        ([1, 2, 3, 4], {4: "high", 3: "high", 2: "low", 1: "low"}),
-        (["caf\u00e9", "cafe\u0301", "b", "b\u200b"], None),
-        ([0.5, 1.0, 1.5, 2.0], [0.5, 1, 1.5, 2]),
-        ([True, False, True, False], ["no", "yes"]),
-        (list(range(0, 36, 3)), None),
-    ],
-)
-def test_labels_and_warnings_are_those_of_rows_held_in_memory(module, folder: Path, labels: list, names) -> None:
-    for path in sorted(folder.iterdir()):
-        texts = pq.read_table(path).column("text").to_pylist()
-        write(path, [(text, labels[i % len(labels)]) for i, text in enumerate(texts)])
-    held, streamed = (module(str(folder), stream, label_names=names) for stream in (False, True))
-    assert streamed.describe() == held.describe()
-    assert streamed.rows("train").labels.tolist() == held.rows("train").labels.tolist()
-
-
-def test_scores_are_refused_as_they_are_of_rows_held_in_memory(module, folder: Path) -> None:
-    for path in sorted(folder.iterdir()):
-        texts = pq.read_table(path).column("text").to_pylist()
-        write(path, [(text, i / 100) for i, text in enumerate(texts)])
-    said = []
-    for stream in (False, True):
-        with pytest.raises(UserError, match="a measure, not classes") as raised:
-            module(str(folder), stream).label_names  # noqa: B018
-        said.append(str(raised.value).partition(": ")[2])
-    assert said[0] == said[1]
 
 
 def test_a_column_that_is_no_label_is_refused(module, folder: Path) -> None:
@@ -189,7 +158,7 @@ def test_a_column_that_is_no_label_is_refused(module, folder: Path) -> None:
 
 
 def test_an_interrupted_reading_resumes_with_the_files_that_are_missing(
-    module, folder: Path, monkeypatch: pytest.MonkeyPatch
+    module, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
     tables_of = sources.read_tables
@@ -209,12 +178,12 @@ def test_an_interrupted_reading_resumes_with_the_files_that_are_missing(
     interrupted = False
     streamed = [module().describe(), module().describe()]
     assert read == ["train-0.parquet", "train-1.parquet", "train-2.parquet"]
-    assert streamed == [module(stream=False).describe()] * 2
+    assert streamed == [module(cache_dir=str(tmp_path / "other")).describe()] * 2
     write(folder / "train-1.parquet", list(make_rows(50, seed=9)))
     read.clear()
     changed = module().describe()
     assert read == ["train-1.parquet"]
-    assert changed == module(stream=False).describe()
+    assert changed == module(cache_dir=str(tmp_path / "third")).describe()
 
 
 @pytest.mark.parametrize("train", ["memory://news/train-*.parquet", "memory://news", "memory://news/"])
@@ -225,7 +194,7 @@ def test_files_of_an_fsspec_filesystem(module, folder: Path, train: str) -> None
     for path in folder.glob("train-*.parquet"):
         filesystem.pipe_file(f"/news/{path.name}", path.read_bytes())
     try:
-        theirs, ours = module(stream=False).describe(), module(mapped(folder, train)).describe()
+        theirs, ours = module().describe(), module(mapped(folder, train)).describe()
         assert ours["splits"] == theirs["splits"]
         assert set(module(mapped(folder, train)).rows("train").origins) == {
             f"memory:///news/train-{i}.parquet" for i in range(3)
@@ -251,27 +220,19 @@ def test_local_files_by_folder_and_pattern(module, folder: Path, train: str) -> 
         ({"train": "none-*.parquet"}, "data.source.train: no file matches 'none-"),
         ({"train": "nowhere://bucket/a.parquet"}, "data.source: 'nowhere://bucket/a.parquet' cannot be reached"),
         ({"train": "memory://none/*.parquet"}, "no file matches 'memory://none"),
-        ({"train": "rows.csv"}, "rows.csv is no .parquet file"),
-        ({"validation": None}, "has no validation split, .* give data.source.validation: FILE"),
-        ({"test": None}, "has no test split"),
+        ({"train": "memory://none/train.csv"}, "no file matches 'memory://none"),
         ({"train": None}, "has no train split"),
-        ("owner/name", "'owner/name' is no folder of Parquet files"),
-        ("ag_news", "'fancyzhx/ag_news' is no folder of Parquet files"),
     ],
 )
-def test_what_cannot_be_streamed_is_one_line(module, folder: Path, source, said: str) -> None:
-    Path("rows.csv").write_text("text,label\n")
-    if isinstance(source, dict):
-        whole = mapped(folder, str(folder / "train-*.parquet")) | source
-        source = {split: place for split, place in whole.items() if place is not None}
+def test_what_is_not_there_is_one_line(module, folder: Path, source: dict, said: str) -> None:
+    whole = mapped(folder, str(folder / "train-*.parquet")) | source
+    source = {split: place for split, place in whole.items() if place is not None}
     with pytest.raises(UserError, match=said) as raised:
         module(source).label_names  # noqa: B018
     assert "\n" not in str(raised.value)
 
 
-def test_settings_that_streamed_rows_cannot_follow_are_refused(module, folder: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.augmentation: needs the texts"):
-        module(augmentation=Augmentation(delete=0.1))
+def test_faults_of_a_file_among_several_are_named(module, folder: Path) -> None:
     with pytest.raises(UserError, match=r"data\.val_size: 10, but the source has a val split"):
         module(val_size=10).label_names  # noqa: B018
     (folder / "train-2.parquet").write_bytes(b"PAR1 and no more")
@@ -287,14 +248,14 @@ def test_fit_test_and_sample_from_the_command_line(folder: Path, tiny_base: Path
     source = mapped(folder, f"{folder}/train-*.parquet")
     config = {
         "model": {"base_model": str(tiny_base)},
-        "data": {"source": source, "stream": True, "max_length": 32},
+        "data": {"source": source, "max_length": 32},
         "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False},
     }
     Path("tiny.yaml").write_text(json.dumps(config))
     assert main(["fit", "--config", "tiny.yaml", "--name", "run"]) == 0
     assert "train: 147 rows" in capsys.readouterr().out
     record = RunFolder.open(Path("logs/run")).read()
-    assert record["data"]["splits"]["train"]["rows"] == 147 and record["config"]["data"]["stream"] is True
+    assert record["data"]["splits"]["train"]["rows"] == 147
     assert pq.read_table("logs/run/splits.parquet").num_rows == 207
     assert main(["test", "--run", "logs/run"]) == 0
     assert main(["sample", "--run", "logs/run"]) == 0
