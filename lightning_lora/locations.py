@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 
 PACKAGE_PREFIX = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?(:[\w.\-]+)?")
@@ -71,14 +71,11 @@ def resolve(name: str, key: str) -> Location:
 
 
 def check_model(name: str, key: str) -> None:
-    """Refuses a model that is not there at once, where the Hub's client would retry each of its files for minutes.
+    """Refuses a model that is not there, without the minutes in which the Hub's client retries each of its files.
 
     Args:
         name: As in the table above.
         key: The config key that holds the name, for messages.
-
-    Raises:
-        UserError: There is no such folder or repository, or no way to the Hub and the model is not in its cache.
     """
     location = resolve(name, key)
     if location.path is not None:
@@ -86,22 +83,19 @@ def check_model(name: str, key: str) -> None:
             raise UserError(f"{key}: no model in '{name}' (it has no config.json); give a folder that holds a model")
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
     try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_PATIENCE_S)
-    except RepositoryNotFoundError:
-        reason = "the Hub has none of that name, or it needs your token"
-    except OfflineModeIsEnabled:
-        reason = "it is not in the cache, and HF_HUB_OFFLINE forbids asking the Hub"
-    except HfHubHTTPError:  # a busy server, or a repository of another kind: loading says more
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_PATIENCE_S)
+    except EntryNotFoundError:  # a repository of another kind: loading says more
         return
-    except Exception as error:  # the network's, of whichever client the Hub's library uses
-        reason = f"the Hub cannot be reached: {(str(error).splitlines() or [type(error).__name__])[0]:.200}"
-    else:
-        return
-    raise UserError(f"{key}: no model '{name}' ({reason}); check the name and the network, or give a local folder")
+    except Exception as error:  # the Hub's, or the network's of whichever client its library uses
+        raise UserError(
+            f"{key}: no model '{name}' from the Hub ({first_line(error)}); check the name, your token and the network, "
+            "or give a local folder"
+        ) from error
 
 
 def _package_path(name: str, key: str) -> Path:

@@ -5,7 +5,6 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_lora.data.labels import canonical
 from lightning_lora.data.reading import Table
 from lightning_lora.errors import UserError
 
@@ -34,7 +33,7 @@ def incomplete_rows(table: Table, text_columns: Sequence[str], label_column: str
             what = "null" if row[0] is None else "empty"
             found[i] = f"{table.where(i, ' + '.join(text_columns))}: the text is {what}"
     for i, cell in enumerate(table.columns[label_column]):
-        if cell is None or canonical(cell) == "" or (isinstance(cell, float) and math.isnan(cell)):
+        if cell is None or not str(cell).strip() or (isinstance(cell, float) and math.isnan(cell)):
             found.setdefault(i, f"{table.where(i, label_column)}: the label is missing")
         elif not isinstance(cell, str | int | float):
             raise UserError(

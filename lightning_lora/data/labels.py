@@ -151,9 +151,6 @@ def _declared_words(cells: Mapping[tuple[type, Any], str], declared: list[str]) 
     """Each label cell as one of the declared names: a number is its position, as in ``datasets.ClassLabel``.
 
     Text is a name; only if some text is none and all are numbers, it is a position too.
-
-    Raises:
-        UserError: A cell is neither.
     """
     names = {canonical(name): name for name in declared}
     texts = {canonical(cell) for kind, cell in cells if kind is str}
@@ -187,11 +184,7 @@ def _declared_names(splits: dict[str, list[Table]], column: str) -> list[str]:
 
 
 def _named(names: Sequence[Any] | Mapping[Any, Any], words: list[str], declared: list[str]) -> dict[str, str]:
-    """The class of each label, as the user names them.
-
-    Raises:
-        UserError: It is not clear which name is that of which label.
-    """
+    """The class of each label, as the user names them; refuses names of which it is not clear whose they are."""
     boolean = set(words) <= {"True", "False"}
     labels = list(names)
     classes = list(names.values()) if isinstance(names, Mapping) else labels

@@ -96,9 +96,6 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
     Args:
         options: Of the source.
         cache_dir: Where the rows that were read are kept for reuse; without one they are held in memory.
-
-    Raises:
-        UserError: The source cannot be read, a row is bad, or a size does not fit.
     """
     spec = find_spec(options.source)
     sources, warnings = row_sources(spec.source if spec else options.source, options.encoding)

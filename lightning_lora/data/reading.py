@@ -66,7 +66,7 @@ class Table:
 
 
 def read_tables(name: str, columns: Sequence[str], whole: bool = False, encoding: str | None = None) -> Iterator[Table]:
-    """Yield the rows of a file, those of a Parquet file a thousand at a time.
+    """Yields the rows of a file in tables, those of a Parquet file a thousand at a time.
 
     Args:
         name: The file; a Parquet file may be on any filesystem that fsspec knows. Its ending says its format.
@@ -74,9 +74,6 @@ def read_tables(name: str, columns: Sequence[str], whole: bool = False, encoding
         whole: Read all columns, in one table (of Parquet and Arrow as Arrow arrays, so that types are kept). A field
             that a JSON record lacks is then null.
         encoding: That of a text file that is not UTF-8.
-
-    Raises:
-        UserError: It cannot be read, or lacks a column.
     """
     reader = READERS.get(format_of(Path(name)))
     if reader is None:
@@ -90,11 +87,7 @@ def read_tables(name: str, columns: Sequence[str], whole: bool = False, encoding
 
 
 def read_file(path: Path, columns: Sequence[str], encoding: str | None = None) -> Table:
-    """All columns of one file, as by ``read_tables``.
-
-    Raises:
-        UserError: It cannot be read, lacks one of these columns or holds no rows.
-    """
+    """All columns of one file that has rows and these columns, as by ``read_tables``."""
     (table,) = read_tables(str(path), columns, whole=True, encoding=encoding)
     if not len(table):
         raise UserError(f"{path}: holds no rows")
@@ -124,9 +117,6 @@ def read_text(path: Path, encoding: str | None = None) -> str:
     """The content of a text file, which may be compressed by gzip.
 
     UTF-8 is recognized, and UTF-16 and UTF-32 with a byte order mark; only other files are read by ``encoding``.
-
-    Raises:
-        UserError: It is in another encoding; the line is named.
     """
     try:
         b"a".decode(encoding or "utf-8")
@@ -254,11 +244,7 @@ def _opened(name: str) -> Iterator[tuple[Any, Callable[[list[str]], Iterable[Any
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a file such as ``s3://bucket/key``, and the file's path on it.
-
-    Raises:
-        UserError: There is none of that protocol, or its package is missing.
-    """
+    """The fsspec filesystem of a file such as ``s3://bucket/key``, and the file's path on it."""
     import fsspec
 
     try:
@@ -268,7 +254,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def arrow_tables(origin: str, schema: Any, batches: Iterable[Any]) -> Iterator[Table]:
-    """Yield a table for each Arrow batch.
+    """Yields a table for each Arrow batch.
 
     Args:
         origin: The file or Hub split.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from lightning_lora.data.reading import Table
 
@@ -139,8 +140,9 @@ class Rows:
 
     def without(self, other: "Rows") -> "Rows":
         """The rows whose text is no duplicate of one of the other rows."""
-        others = set(other.keys)
-        return self.select(np.fromiter((key not in others for key in self._column("key")), bool, len(self)))
+        others = pa.array(other.keys, SCHEMA.field("key").type)
+        keys = pa.chunked_array([batch["key"] for _, batch in self.batches("key")], others.type)
+        return self.select(~pc.is_in(keys, value_set=others).to_numpy())
 
     @cached_property
     def fingerprint(self) -> str:

@@ -63,9 +63,6 @@ def row_sources(
     Args:
         source: A location (file, folder, package resource, Hub id), or a mapping from split to files.
         encoding: That of text files that are not UTF-8.
-
-    Raises:
-        UserError: The source cannot be found, or has no train split.
     """
     warnings: list[str] = []
     if not isinstance(source, str):
@@ -89,11 +86,7 @@ def _split_named(name: str) -> str:
 
 
 def _matching(place: str, key: str) -> list[str]:
-    """The names of the files that a file, a folder or a pattern stands for, local or on an fsspec filesystem, sorted.
-
-    Raises:
-        UserError: There are none, or the filesystem does not answer.
-    """
+    """The sorted names of the files that a file, a folder or a pattern means, local or on an fsspec filesystem."""
     if "://" in place:
         filesystem, path = file_system(place)
         try:

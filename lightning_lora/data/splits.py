@@ -24,9 +24,6 @@ def count_of(size: int | float, total: int, key: str, least: int = 2, most: int 
         key: The setting, for messages.
         least: The fewest that may be taken; 2 where a 1 could be meant as all of them.
         most: The most that may be taken, by default all.
-
-    Raises:
-        UserError: So many may not be taken.
     """
     most = total if most is None else most
     rows = int(size) if float(size).is_integer() else round(size * total)
@@ -90,9 +87,6 @@ def carve(
         default: A fraction.
         spare: Texts that stay beside one of each class, for another split to carve.
         origin: Where the rows are from, for messages.
-
-    Raises:
-        UserError: There are not so many rows, or too few would be left.
     """
     every, (texts, firsts) = np.arange(len(labels)), _texts(keys)
     # A text that stands with several labels is no measure of any of them.

@@ -51,9 +51,6 @@ def stored_rows(
         rules: Which of them are taken.
         cache_dir: The cache; without one, or of a source without a version, they are held in memory.
         advance: Called with each number of rows that was read.
-
-    Raises:
-        UserError: The source cannot be read, a row is bad, or the cache cannot be written.
     """
 
     def write(sink: Any) -> None:
@@ -76,11 +73,7 @@ def stored_rows(
 
 
 def _checked(table: Table, rules: RowRules) -> pa.Table:
-    """The rows of a table as ``SCHEMA`` has them.
-
-    Raises:
-        UserError: A row is bad, and not to be left out.
-    """
+    """The rows of a table as ``SCHEMA`` has them."""
     for name, value in rules.keep_rows.items():
         keep = [i for i, cell in enumerate(table.columns[name]) if cell == value]
         table = table.select(keep)
