@@ -138,7 +138,7 @@ class TextDataModule(LightningDataModule):
 
     @cached_property
     def frame(self) -> InputFormat:
-        """How a text is framed and cut for the model."""
+        """The special tokens around a text, and its truncation."""
         return InputFormat.of(self.tokenizer, self.max_length, self.truncation, self.window_overlap)
 
     @property
