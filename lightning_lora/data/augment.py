@@ -1,4 +1,4 @@
-"""Training texts with words left out or swapped, anew each epoch (after Wei and Zou 2019, arXiv:1901.11196)."""
+"""Training texts with words left out or swapped, others in each epoch (after Wei and Zou 2019, arXiv:1901.11196)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Augmentation:
 
 
 def augmented(text: str, options: Augmentation, rng: np.random.Generator) -> str:
-    """The text with some words left out and some swapped; words are what stands between spaces."""
+    """The text with some words left out and some swapped; words are separated by spaces."""
     words = text.split()
     if options.swap and len(words) > 1:
         for _ in range(round(options.swap * len(words))):

@@ -177,7 +177,7 @@ class ResumableLoader(DataLoader):
 
 @dataclass(eq=False)
 class LengthBatchSampler(Sampler[list[int]]):
-    """Batches of similar length: shuffled anew each epoch with a seed, sorted by length without one.
+    """Batches of similar length: shuffled in each epoch with a seed, sorted by length without one.
 
     With ``accumulate`` parts a step, what one step sees is cut into parts of ``batch_size``: the rows of a
     step are those of a batch of ``accumulate * batch_size``. Several processes deal the rows of each part out in

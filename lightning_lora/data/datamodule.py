@@ -29,9 +29,8 @@ class TextDataModule(LightningDataModule):
 
     Args:
         source: A known data set (ag_news, imdb, imdb_packaged), a local CSV, TSV, JSON Lines, Parquet or Arrow file,
-            a folder with a file a split or by ``save_to_disk`` of ``datasets``, a Hub id, ``package:NAME/path``, or
-            files, a folder or a pattern for each split, as ``{train: 's3://bucket/train-*.parquet', test: b.csv}``,
-            of which Parquet may be on any fsspec filesystem.
+            a folder with a file a split or by ``save_to_disk``, a Hub id, ``package:NAME/path``, or files by split, as
+            ``{train: 's3://bucket/*.parquet', test: b.csv}``.
         base_model: The base model whose tokenizer is used; linked to ``model.base_model``.
         text_column: The column with the text ("text" unless the data set is known); several are joined by
             a space.
@@ -139,7 +138,7 @@ class TextDataModule(LightningDataModule):
 
     @cached_property
     def frame(self) -> InputFormat:
-        """How a text is framed and cut for the model."""
+        """The special tokens around a text, and its truncation."""
         return InputFormat.of(self.tokenizer, self.max_length, self.truncation, self.window_overlap)
 
     @property

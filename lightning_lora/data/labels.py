@@ -37,6 +37,10 @@ def few(words: Sequence[str], most: int = 8) -> str:
     return shown if len(words) <= most else f"{shown}, ... ({len(words)} in all)"
 
 
+#: A label cell with its type, as True, 1 and 1.0 are equal and not the same.
+LabelCell = tuple[type, Any]
+
+
 @dataclass(frozen=True)
 class Labels:
     """The classes, and the class of every row.
@@ -76,17 +80,17 @@ def encode_labels(
     Raises:
         UserError: A label has no name, is of mixed kinds, measures or identifies something, or there is one class.
     """
-    first: dict[tuple[type, Any], str] = {}  # True, 1 and 1.0 are equal, and not the same
+    first: dict[LabelCell, str] = {}
     for table in (table for tables in splits.values() for table in tables):
         for i, cell in enumerate(table.columns[column]):
             first.setdefault((type(cell), cell), table.where(i, column))
     declared = list(known or _declared_names(splits, column))
     words = _declared_words(first, declared) if declared else _plain_words(first)
     places: dict[str, str] = {}
-    cells: dict[str, list[str]] = {}
+    written: dict[str, dict[str, None]] = {}
     for key, word in words.items():
         places.setdefault(word, first[key])
-        cells[word] = [*dict.fromkeys([*cells.get(word, []), canonical(key[1])])]
+        written.setdefault(word, {})[canonical(key[1])] = None
 
     rows = sum(map(len, splits["train"])) if train_rows is None else train_rows
     origin = splits["train"][0].origin
@@ -121,7 +125,7 @@ def encode_labels(
         )
     values: dict[str, list[str]] = {name: [] for name in classes}
     for word in ordered(places):
-        values[by_word[word]] += cells[word]
+        values[by_word[word]] += written[word]
     return Labels(classes, encoded, values, warnings)
 
 
@@ -140,14 +144,14 @@ def ordered(words: Iterable[str]) -> list[str]:
     return sorted(numbers) if None in numbers.values() else sorted(numbers, key=lambda word: (numbers[word], word))
 
 
-def _plain_words(cells: Iterable[tuple[type, Any]]) -> dict[tuple[type, Any], str]:
+def _plain_words(cells: Iterable[LabelCell]) -> dict[LabelCell, str]:
     """Each label cell as a word; true and false are written alike from every format."""
     words = {key: canonical(key[1]) for key in cells}
     boolean = {word.casefold() for word in words.values()} <= {"true", "false"}
     return {key: word.capitalize() for key, word in words.items()} if boolean else words
 
 
-def _declared_words(cells: Mapping[tuple[type, Any], str], declared: list[str]) -> dict[tuple[type, Any], str]:
+def _declared_words(cells: Mapping[LabelCell, str], declared: list[str]) -> dict[LabelCell, str]:
     """Each label cell as one of the declared names: a number is its position, as in ``datasets.ClassLabel``.
 
     Text is a name; only if some text is none and all are numbers, it is a position too.

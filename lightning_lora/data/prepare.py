@@ -1,7 +1,7 @@
 """From a source to the three splits: read, check, carve, remove duplicates, subsample.
 
-The order matters and is fixed: a missing test split is carved before anything else; what stands in test is
-taken out of the training side; validation is carved from what is left; subsampling comes last.
+The order matters and is fixed: a missing test split is carved before anything else; duplicates of test texts are
+removed from the training side; validation is carved from what is left; subsampling comes last.
 """
 
 from collections import Counter
@@ -144,9 +144,7 @@ def divide(
     def remove_duplicates(split: str, other: str) -> None:
         left = splits[split].without(splits[other])
         if not len(left):
-            raise UserError(
-                f"data.source: every row of {split} also stands in {other}; give other rows for one of them"
-            )
+            raise UserError(f"data.source: every row of {split} is also in {other}; give other rows for one of them")
         removed[f"{split}_in_{other}"] = len(splits[split]) - len(left)
         splits[split] = left
 
@@ -176,7 +174,7 @@ def divide(
     classes = np.unique(splits["train"].labels)
     if len(classes) < 2:
         raise UserError(
-            f"data.source: without the rows that also stand in val or test, all rows of train are of the class "
+            f"data.source: without the rows that are also in val or test, all rows of train are of the class "
             f"'{label_names[classes[0]]}'; give other rows for one of them"
         )
 

@@ -1,8 +1,7 @@
 """Texts as token ids, tokenized once and kept.
 
-The whole text is tokenized and stored without special tokens. What a batch needs (special tokens, the cut
-at ``max_length``) is added when the batch is made, so one stored copy serves every ``max_length``, and
-the share of truncated texts is known exactly.
+The whole text is tokenized and stored without special tokens. These and the truncation to ``max_length`` follow when
+a batch is made, so one stored copy serves every ``max_length``, and the share of truncated texts is known exactly.
 """
 
 import hashlib
@@ -52,15 +51,6 @@ class TokenRows:
         offsets, ids = self._chunks[chunk]
         row = index - self._starts[chunk]
         return ids[offsets[row] : offsets[row + 1]]
-
-    @classmethod
-    def open(cls, path: Path) -> "TokenRows":
-        """The tokens of an Arrow file, mapped.
-
-        Raises:
-            OSError, ValueError, KeyError: It is damaged.
-        """
-        return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all()["ids"])
 
 
 @dataclass(frozen=True)
@@ -117,10 +107,10 @@ class InputFormat:
         return self.max_length - len(self.prefix) - len(self.suffix)
 
     def inputs(self, ids: np.ndarray) -> list[np.ndarray]:
-        """The ids of one text as the model sees them: cut and framed; or its windows, the last at its end."""
+        """The ids of one text as the model sees them: truncated, with special tokens; or its windows."""
         if self.keep != "windows" or len(ids) <= self.room:
             return [self._cut(ids)]
-        starts = [*range(0, len(ids) - self.room, self.room - self.overlap), len(ids) - self.room]
+        starts = [*range(0, len(ids) - self.room, self.room - self.overlap), len(ids) - self.room]  # the last ends it
         return [np.concatenate((self.prefix, ids[start : start + self.room], self.suffix)) for start in starts]
 
     def _cut(self, ids: np.ndarray) -> np.ndarray:
@@ -171,7 +161,7 @@ def cached_tokens(
                 advance(len(batch))
 
     def read(path: Path) -> TokenRows:
-        tokens = TokenRows.open(path)
+        tokens = TokenRows(pa.ipc.open_file(pa.memory_map(str(path))).read_all()["ids"])
         if len(tokens) != len(rows):
             raise ValueError(f"{path} holds {len(tokens)} texts of {len(rows)}")
         return tokens

@@ -139,7 +139,7 @@ def test_one_class_left_is_not_blamed_on_a_setting_that_was_not_given(tmp_path: 
     rows = make_rows(40)
     write_csv(tmp_path / "train.csv", rows)
     write_csv(tmp_path / "test.csv", [row for row in rows if row[1] == "pos"])
-    with pytest.raises(UserError, match="also stand in val or test, all rows of train are of the class 'neg'"):
+    with pytest.raises(UserError, match="also in val or test, all rows of train are of the class 'neg'"):
         prepare(SourceOptions(str(tmp_path)))
 
 
@@ -205,7 +205,7 @@ def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
 def test_a_train_split_that_is_all_in_test_is_refused(tmp_path: Path) -> None:
     for name in ("train", "test"):
         write_csv(tmp_path / f"{name}.csv", make_rows(20))
-    with pytest.raises(UserError, match="every row of train also stands in test"):
+    with pytest.raises(UserError, match="every row of train is also in test"):
         prepare(SourceOptions(str(tmp_path)))
 
 
