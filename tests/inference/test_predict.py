@@ -130,8 +130,8 @@ def test_a_typed_text_that_is_empty_is_refused_unless_asked_for(run: str, capsys
         (["--text_column", "review", "--data.bad_rows", "drop"], "give --bad_rows empty or --bad_rows error"),
         (["--text_column", "review", "--data.train_rows", "5"], "--data.train_rows: predict does not use it"),
         (["--text_column", "review", "--seed_everything", "5"], "--seed_everything: predict does not use it"),
-        (["--text_column", "review", "--config", "more.yaml"], "--data.bad_rows: is about rows to train on"),
-        (["--text_column", "review", "--bad_rows", "drop"], "bad_rows: one of empty, error is needed (or null)"),
+        (["--text_column", "review", "--config", "more.yaml"], "--data.bad_rows: predict does not use it"),
+        (["--text_column", "review", "--bad_rows", "drop"], "bad_rows: expected one of 'empty', 'error' | null"),
         (["--input", "odd.jsonl", "--output", "out.csv"], ".csv cannot hold column 'text'"),
         (
             ["--input", "numbers.jsonl"],
