@@ -1,4 +1,4 @@
-"""The formats in which a trained model leaves the project, each written and read as other software does it.
+"""The formats in which a trained model leaves the project, each written as other software reads it.
 
 =============  ==================================================================================
 ``adapter``    PEFT's folder: adapter_model.safetensors, adapter_config.json; for PEFT methods
@@ -13,133 +13,125 @@ names, base model and its fingerprint, how texts are encoded. Where a tokenizer 
 """
 
 import copy
+import importlib.util
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lightning_lora.errors import UserError, first_line
-from lightning_lora.export.usage import ENCODED
+from lightning_lora.data.tokens import InputFormat
+from lightning_lora.errors import UserError
+from lightning_lora.locations import PACKAGE_PREFIX, resolve
+from lightning_lora.models.methods import merged
+from lightning_lora.models.quantization import Quantization
 from lightning_lora.quiet import quiet_export, quiet_loading
-from lightning_lora.runs.checkpoints import CHECKPOINT_FORMAT, CheckpointIdentity
+from lightning_lora.runs.checkpoints import CHECKPOINT_FORMAT, CheckpointIdentity, load_checkpoint
+from lightning_lora.training.module import TextClassifier
 
-IDENTITY_FILE = "lightning_lora.json"
 FORMATS = ("adapter", "merged", "onnx", "onnx-int8")
+IDENTITY_FILE = "lightning_lora.json"
+#: Truncations that no tokenizer does by itself, so that exports bring ``encode.py``.
+ENCODED = ("both", "windows")
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-def write_identity(folder: Path, identity: CheckpointIdentity, frame: Any, padding: str) -> None:
-    """Writes what the files in a folder belong to, and how texts are encoded.
-
-    Args:
-        folder: The folder.
-        identity: What the weights belong to.
-        frame: The ``InputFormat``; where a tokenizer cannot truncate as it says, ``encode.py`` is added.
-        padding: To the "longest" text of a batch, or to "max_length".
-    """
-    encoding = {
-        "max_length": frame.max_length,
-        "truncation": frame.keep,
-        "window_overlap": frame.overlap,
-        "prefix": list(frame.prefix),
-        "suffix": list(frame.suffix),
-        "pad_id": frame.pad_id,
-        "padding": padding,
-    }
-    content = {"format": CHECKPOINT_FORMAT, **asdict(identity), **encoding}
-    (folder / IDENTITY_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if frame.keep in ENCODED:
-        shutil.copyfile(Path(__file__).with_name("encode.py"), folder / "encode.py")
-
-
-def write_tokenizer(folder: Path, target: str, frame: Any, padding: str) -> None:
-    """Writes the base model's tokenizer, so that it truncates, pads and returns what the model was trained on.
+@dataclass(frozen=True)
+class FormatWriter:
+    """Writes a trained model in one format at a time.
 
     Args:
-        folder: The folder.
-        target: What ``from_pretrained`` takes for the base model.
-        frame: The ``InputFormat``. Of "both" ends a tokenizer alone keeps the tail, which is the larger part.
-        padding: To the "longest" text of a batch, or to "max_length".
+        model: The trained model.
+        checkpoint: Its weights.
+        config: Settings of the command.
+        input_format: How texts are encoded.
     """
-    from transformers import AutoTokenizer
 
-    side = "left" if frame.keep in ("tail", "both") else "right"
-    # Given here, these are saved with it. Training gives the model no token_type_ids.
-    tokenizer = AutoTokenizer.from_pretrained(
-        target,
-        trust_remote_code=False,
-        model_max_length=frame.max_length,
-        truncation_side=side,
-        padding_side="right",
-        model_input_names=["input_ids", "attention_mask"],
-    )
-    if tokenizer.pad_token_id != frame.pad_id:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(frame.pad_id)
-    # For those who read tokenizer.json without transformers, which sets both in each call.
-    tokenizer.backend_tokenizer.enable_truncation(frame.max_length, direction=side)
-    tokenizer.backend_tokenizer.enable_padding(
-        pad_id=frame.pad_id, pad_token=tokenizer.pad_token, length=frame.max_length if padding == "max_length" else None
-    )
-    tokenizer.save_pretrained(folder)
+    model: TextClassifier
+    checkpoint: Path
+    config: Any
+    input_format: InputFormat
+
+    def write(self, name: str, folder: Path) -> None:
+        """Writes a format into its folder, with tokenizer and identity.
+
+        Raises:
+            UserError: A package for it is missing.
+        """
+        if name == "adapter":
+            self._write_adapter(folder)
+        elif name == "merged":
+            self.merged.config.problem_type = "single_label_classification"
+            with quiet_loading():
+                self.merged.save_pretrained(folder)
+        else:
+            write_onnx(self.merged, folder, name == "onnx-int8", self.input_format.pad_id)
+        write_tokenizer(folder, self._base_target, self.input_format, self.config.data.padding)
+        # A path of this machine says nothing elsewhere, and is nobody's business.
+        identity = replace(self.model.identity, base_model=public_name(self.config))
+        write_identity(folder, identity, self.input_format, self.config.data.padding)
+
+    @cached_property
+    def merged(self) -> Any:
+        """The merged model, as transformers has it; one trained on a quantized base is merged in full precision."""
+        whole = build_model(self.config, self.model.label_names, Quantization())
+        load_checkpoint(whole, self.checkpoint, any_quantization=True)
+        plain = merged(whole.tuned).eval()
+        plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
+        return plain
+
+    @property
+    def _base_target(self) -> str:
+        """What ``from_pretrained`` takes for the base model, from any working folder."""
+        location = resolve(self.config.model.base_model, "model.base_model")
+        return str(location.path.resolve()) if location.path else location.name
+
+    def _write_adapter(self, folder: Path) -> None:
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        model: Any = self.model.model  # PEFT's wrapper
+        config = copy.deepcopy(model.peft_config["default"])
+        config.base_model_name_or_path = self._base_target
+        # The author of a Hub id may change its weights; the revision that was trained on stays.
+        config.revision = getattr(model.get_base_model().config, "_commit_hash", None)
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save or []))  # PEFT adds its own guesses
+        config.inference_mode = True
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        if self.config.model.method == "pissa":
+            # PiSSA changes the base's weights at the start. LoRA of twice the rank whose product is B A - B0 A0, what
+            # training added to the base's own weights, loads on the unchanged base.
+            untrained = build_model(self.config, self.model.label_names).model
+            start = get_peft_model_state_dict(untrained, save_embedding_layers=False)
+            for key, value in state.items():
+                if ".lora_A." in key:
+                    state[key] = torch.cat([value, start[key]], dim=0)
+                elif ".lora_B." in key:
+                    state[key] = torch.cat([value, -start[key]], dim=1)
+            config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
+        folder.mkdir(parents=True)
+        config.save_pretrained(folder)
+        tensors = {key: value.contiguous().clone() for key, value in state.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def write_adapter(model: Any, folder: Path, base_target: str, untrained: Callable[[], Any] | None) -> None:
-    """Writes a PEFT model's adapter.
+def require_onnx() -> None:
+    """Refuses to write ONNX files without the packages for it.
 
-    Args:
-        model: PEFT's wrapper around the trained model.
-        folder: Where to write.
-        base_target: What ``from_pretrained`` takes for the base model.
-        untrained: For a method that changes the base's weights at the start (PiSSA): gives the same model
-            before training. The adapter is then written as plain LoRA of twice the rank, which loads on
-            the unchanged base.
+    Raises:
+        UserError: One is missing.
     """
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    config = copy.deepcopy(model.peft_config["default"])
-    config.base_model_name_or_path = base_target
-    # A Hub id means other weights when its author changes them; the revision that was trained on does not.
-    config.revision = getattr(model.get_base_model().config, "_commit_hash", None)
-    config.modules_to_save = list(dict.fromkeys(config.modules_to_save or []))  # PEFT adds its own guesses
-    config.inference_mode = True
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if untrained is not None:
-        state = _less_the_start(state, get_peft_model_state_dict(untrained(), save_embedding_layers=False))
-        config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
-    tensors = {name: value.contiguous().clone() for name, value in state.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def _less_the_start(state: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """LoRA of twice the rank whose product is B A - B0 A0: what training added to the base's own weights."""
-    a = {name: torch.cat([value, start[name]], dim=0) for name, value in state.items() if ".lora_A." in name}
-    b = {name: torch.cat([value, -start[name]], dim=1) for name, value in state.items() if ".lora_B." in name}
-    return {**state, **a, **b}
-
-
-def rename_base(folder: Path, base_id: str) -> None:
-    """Lets an adapter's config name the base model as the Hub does."""
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base_id
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def write_merged(model: Any, folder: Path) -> None:
-    """Writes a plain transformers model."""
-    model.config.problem_type = "single_label_classification"
-    with quiet_loading():
-        model.save_pretrained(folder)
+    for package in _ONNX_PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"onnx needs the package '{package}': pip install -e '.[export]' in this project's folder")
 
 
 def write_onnx(model: Any, folder: Path, int8: bool, pad_id: int) -> None:
     """Writes a plain transformers model as an ONNX graph for any batch size and length (extra "export")."""
+    require_onnx()
     from transformers.exporters import OnnxConfig, OnnxExporter
     from transformers.exporters.quantizers import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
@@ -153,63 +145,64 @@ def write_onnx(model: Any, folder: Path, int8: bool, pad_id: int) -> None:
         exported.save_pretrained(folder)
 
 
-def read_identity(folder: Path) -> dict[str, Any]:
-    """What an exported folder belongs to.
+def write_tokenizer(folder: Path, target: str, input_format: InputFormat, padding: str) -> None:
+    """Writes the base model's tokenizer, so that it truncates, pads and returns what the model was trained on.
 
-    Raises:
-        UserError: It does not say so.
+    Args:
+        folder: The folder.
+        target: What ``from_pretrained`` takes for the base model.
+        input_format: How texts are encoded. Of "both" ends a tokenizer alone keeps the tail, the larger part.
+        padding: To the "longest" text of a batch, or to "max_length".
     """
-    path = folder / IDENTITY_FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {"format": None, **content}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); without it nobody knows which base model and labels it belongs to"
-        ) from error
+    from transformers import AutoTokenizer
+
+    pad_id, max_length = input_format.pad_id, input_format.max_length
+    side = "left" if input_format.keep in ("tail", "both") else "right"
+    # Given here, these are saved with it. Training gives the model no token_type_ids.
+    tokenizer = AutoTokenizer.from_pretrained(
+        target,
+        trust_remote_code=False,
+        model_max_length=max_length,
+        truncation_side=side,
+        padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    if tokenizer.pad_token_id != pad_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    # For those who read tokenizer.json without transformers, which sets both in each call.
+    tokenizer.backend_tokenizer.enable_truncation(max_length, direction=side)
+    width = max_length if padding == "max_length" else None
+    tokenizer.backend_tokenizer.enable_padding(pad_id=pad_id, pad_token=tokenizer.pad_token, length=width)
+    tokenizer.save_pretrained(folder)
 
 
-def checked_adapter(module: Any, folder: Path) -> None:
-    """Refuses an exported adapter that does not belong to the module's base, labels and method.
+def write_identity(folder: Path, identity: CheckpointIdentity, input_format: InputFormat, padding: str) -> None:
+    """Writes what the files in a folder belong to and how texts are encoded; with ``encode.py`` where it is needed.
 
-    Raises:
-        UserError: As said.
+    Args:
+        folder: The folder.
+        identity: What the weights belong to.
+        input_format: How texts are encoded.
+        padding: To the "longest" text of a batch, or to "max_length".
     """
-    try:
-        module.identity.check({"lightning_lora": read_identity(folder)})
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
-    if module.identity.method == "pissa":
-        raise UserError(
-            f"{folder}: a PiSSA adapter is exported as plain LoRA on the unchanged base model, for PEFT; here, give "
-            "the run's own checkpoint"
-        )
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder}: no adapter_model.safetensors in it; give the folder 'adapter' of an export")
+    encoding = asdict(input_format)
+    encoding |= {"truncation": encoding.pop("keep"), "window_overlap": encoding.pop("overlap"), "padding": padding}
+    content = {"format": CHECKPOINT_FORMAT, **asdict(identity), **encoding}
+    (folder / IDENTITY_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if input_format.keep in ENCODED:
+        shutil.copyfile(Path(__file__).with_name("encode.py"), folder / "encode.py")
 
 
-def load_adapter(module: Any, folder: Path) -> None:
-    """Puts an exported adapter into a module that was built for the same base, labels, method and settings.
+def build_model(config: Any, label_names: list[str], quantization: Quantization | None = None) -> TextClassifier:
+    """Returns an untrained model of the run's settings."""
+    settings = {**config.model.as_dict(), "label_names": label_names}
+    if quantization is not None:
+        settings["quantization"] = asdict(quantization)
+    return TextClassifier(**settings).eval()
 
-    Raises:
-        UserError: It belongs to something else, or is damaged.
-    """
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
-    checked_adapter(module, folder)
-    try:
-        state = load_file(folder / "adapter_model.safetensors")
-        result: Any = set_peft_model_state_dict(module.model, state)
-    except Exception as error:  # safetensors and torch raise kinds of their own
-        raise UserError(
-            f"{folder}: the adapter does not fit ({first_line(error, 150)}); model settings such as adapter.rank "
-            "must be those it was trained with"
-        ) from error
-    trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
-    missing = sorted(set(result.missing_keys) & trained)
-    if missing or result.unexpected_keys:
-        raise UserError(
-            f"{folder}: the adapter lacks {len(missing)} weights of this model and holds "
-            f"{len(result.unexpected_keys)} of another"
-        )
+def public_name(config: Any) -> str:
+    """Returns the base model's name as others may read it: of a local folder only the last part."""
+    name = config.model.base_model
+    local = not name.startswith(PACKAGE_PREFIX) and not resolve(name, "model.base_model").is_hub
+    return config.base_model_id or (Path(name).name if local else name)

@@ -1,143 +1,210 @@
-"""Parity of an exported model with the trained one, on the same raw texts: differences, flipped labels, speed."""
+"""Parity of the exported formats with the trained model: each is given the same raw texts and its logits compared."""
 
+import contextlib
+import io
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-#: An export in full precision is the same model where no logit is further off than this.
+from lightning_lora.data.batching import TokenDataset
+from lightning_lora.data.rows import Rows
+from lightning_lora.data.tokens import InputFormat, tokenize
+from lightning_lora.evaluation.intervals import metrics_of
+from lightning_lora.quiet import quiet_loading
+from lightning_lora.training.module import TextClassifier
+
+#: A format in full precision is the same model where no logit differs by more than this.
 TOLERANCE = 1e-4
-#: And is another one where some logit is further off than this.
+#: It is another model, and not written, where some logit differs by more than this.
 BROKEN = 1e-2
-#: Texts that a padded batch has.
+#: Of a format in 8 bits, a larger share of texts with another label is worth a warning.
+FLIPPED_SHARE = 0.02
+#: Texts of a padded batch.
 BATCH = 32
 #: Texts that are also given one by one, without padding.
 SINGLE_TEXTS = 100
+#: Made-up texts that are longer than ``max_length``, beside the test rows; and all texts where there are no test rows.
+LONG_TEXTS, MADE_UP_TEXTS = 20, 200
+#: Ends the name of the certificate's row for a tokenizer's own truncation.
+PLAIN = " without encode.py"
+#: Returns the logits (texts, C) of raw texts, float32.
+TextModel = Callable[[list[str]], NDArray]
 
 
-@dataclass(frozen=True)
-class ParityTexts:
-    """The texts that the forms are compared on.
+def parity_texts(rows: Rows | None, count: int, tokenizer: Any, room: int) -> tuple[list[str], NDArray]:
+    """Returns texts to compare formats on: test rows, evenly spread over all, and random tokens of the vocabulary.
 
     Args:
+        rows: The test rows, or None where they cannot be had.
+        count: Test rows at most.
+        tokenizer: The base model's.
+        room: Tokens of a text that the model reads.
+
+    Returns:
+        Texts, and their true class numbers; -1 of those that are made up.
+    """
+    texts, labels = [], np.zeros(0, dtype=np.int64)
+    lengths = np.linspace(1, 3 * room, min(count, MADE_UP_TEXTS))
+    if rows is not None:
+        chosen = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
+        texts, labels = [rows.texts[i] for i in chosen], rows.labels[chosen]
+        lengths = np.linspace(2 * room, 3 * room, LONG_TEXTS)
+    rng = np.random.default_rng(0)
+    vocabulary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+    made_up = [tokenizer.decode(rng.choice(vocabulary, int(length))) for length in rng.permutation(lengths)]
+    texts += [text for text in made_up if text.strip()]
+    return texts, np.concatenate([labels, np.full(len(texts) - len(labels), -1)])
+
+
+class Parity:
+    """The trained model's logits of some texts, and how those of the formats compare.
+
+    Args:
+        model: The trained model.
+        tokenizer: The base model's.
+        input_format: How texts are encoded.
+        pad_to_max: Whether every text is padded to ``max_length``.
         texts: Raw texts.
-        labels: True class numbers, int64, shape (rows,); -1 where a text is made up.
-        long: Whether a text is longer than ``max_length``, shape (rows,).
+        labels: True class numbers, shape (texts,); -1 where a text is made up.
     """
 
-    texts: list[str]
-    labels: NDArray
-    long: NDArray
+    def __init__(
+        self,
+        model: TextClassifier,
+        tokenizer: Any,
+        input_format: InputFormat,
+        pad_to_max: bool,
+        texts: list[str],
+        labels: NDArray,
+    ) -> None:
+        def trained(texts: list[str]) -> NDArray:
+            dataset = TokenDataset(tokenize(texts, tokenizer), input_format, None, pad_to_max)
+            with torch.inference_mode():
+                return model.document_logits(dataset.__getitems__(list(range(len(texts))))).numpy()
 
-    @property
-    def singles(self) -> NDArray:
-        """Positions of the texts that are also given one by one, evenly spread."""
-        return np.unique(np.linspace(0, len(self.texts) - 1, min(SINGLE_TEXTS, len(self.texts))).astype(int))
+        self.quantization = model.identity.quantization
+        self.texts = texts
+        self.labels = labels
+        self.long = tokenize(texts, tokenizer).lengths > input_format.room
+        self.reference = _batch_logits(trained, texts)
+        #: The comparison by format, "trained" (the model itself) first; or why a format is missing.
+        self.certificate: dict[str, dict[str, Any]] = {"trained": self.compare(trained)}
+
+    def compare(self, run: TextModel) -> dict[str, Any]:
+        """Returns how the logits of the texts differ from the trained model's, and how fast they are computed."""
+        texts, long, labels = self.texts, self.long, self.labels
+        run(texts[:BATCH])  # the first call also prepares things
+        started = time.perf_counter()
+        logits = _batch_logits(run, texts)
+        seconds = time.perf_counter() - started
+        singles = np.unique(np.linspace(0, len(texts) - 1, min(SINGLE_TEXTS, len(texts))).astype(int))
+        single_logits, times = [], []
+        for i in singles:
+            started = time.perf_counter()
+            single_logits.append(run([texts[i]])[0])
+            times.append(time.perf_counter() - started)
+        single, expected = np.stack(single_logits), self.reference[singles]
+        flipped, right, real = logits.argmax(1) != self.reference.argmax(1), logits.argmax(1) == labels, labels >= 0
+        return {
+            "max_logit_difference": float(max(np.abs(logits - self.reference).max(), np.abs(single - expected).max())),
+            "labels_flipped": int(flipped.sum()),
+            "rows": len(texts),
+            "labels_flipped_single": int((single.argmax(1) != expected.argmax(1)).sum()),
+            "single_rows": len(singles),
+            "long_rows": int(long.sum()),
+            "labels_flipped_long": int(flipped[long].sum()),
+            "made_up": int((~real).sum()),
+            "accuracy": float(right[real].mean()) if real.any() else None,
+            "texts_per_s": len(texts) / seconds,
+            "latency_ms": 1000 * float(np.median(times)),
+        }
+
+    def check(self, name: str, code: str) -> str | None:
+        """Adds a format to the certificate; returns why it is not the trained model, or None.
+
+        Args:
+            name: The format; its code may leave truncation to the tokenizer (``PLAIN``), which changes what it says.
+            code: The card's code that loads it.
+        """
+        row = self.certificate[name] = self.compare(run_code(code))
+        difference = row["max_logit_difference"]
+        said = (
+            f"{difference:.2g} in a logit ({row['labels_flipped']} of {row['rows']} labels in batches, "
+            f"{row['labels_flipped_single']} of {row['single_rows']} one by one)"
+        )
+        exact = name != "onnx-int8" and self.quantization == "none" and not name.endswith(PLAIN)
+        if not math.isfinite(difference) or (exact and difference > BROKEN):
+            return f"differs from the trained model by {said}"
+        print(f"{name}: differs by {said}; {row['texts_per_s']:.0f} texts/s")
+        return None
+
+    def metrics(self) -> tuple[dict[str, float], int]:
+        """Returns the trained model's metrics on the test rows among the texts, and their number."""
+        real = self.labels >= 0
+        if not real.any():
+            return {}, 0
+        return metrics_of(self.reference[real], self.labels[real]), int(real.sum())
+
+    def missing(self) -> str:
+        """Returns the formats that could not be made, each with the reason."""
+        rows = self.certificate.items()
+        return "; ".join(f"{name} ({row['missing']})" for name, row in rows if "missing" in row)
+
+    def warnings(self) -> list[str]:
+        """Returns what a user should know: what is missing, and what is not quite the trained model."""
+        warnings, off = [], []
+        for name, row in self.certificate.items():
+            if "missing" in row:
+                continue
+            flipped = f"{row['labels_flipped']:,} of {row['rows']:,}"
+            if name == "trained":
+                if row["max_logit_difference"] > TOLERANCE:
+                    warnings.append("the trained model itself gives other logits for a text alone than in a batch")
+            elif name == "onnx-int8":
+                if row["labels_flipped"] > FLIPPED_SHARE * row["rows"]:
+                    warnings.append(f"onnx-int8 gives another label for {flipped} texts")
+            elif name.endswith(PLAIN):
+                warnings.append(
+                    "a pipeline or tokenizer alone, without encode.py, truncates otherwise than in training: "
+                    f"{flipped} labels differ, {row['labels_flipped_long']:,} of the {row['long_rows']:,} texts that "
+                    "are longer than max_length"
+                )
+            elif row["max_logit_difference"] > TOLERANCE or row["labels_flipped"]:
+                off.append(name)
+        if off:
+            why = f"; the run's base was stored as {self.quantization}, the export's is not"
+            warnings.append(
+                f"{', '.join(off)} differ from the trained model: a logit by more than {TOLERANCE:g}, or a label"
+                + (why if self.quantization != "none" else "")
+            )
+        return warnings + ([f"not written: {missing}"] if (missing := self.missing()) else [])
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Logits that one form gives the texts, and how fast.
+def run_code(code: str) -> TextModel:
+    """Runs a card's code and returns what it defines to classify texts."""
+    namespace: dict[str, Any] = {"__name__": "__usage__"}
+    with quiet_loading(), contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(code, "README.md", "exec"), namespace)  # this package's own template
+    if "logits" in namespace:
+        return lambda texts: np.asarray(namespace["logits"](texts), dtype=np.float32)
+    classify = namespace["classify"]
+    numbers = classify.model.config.label2id
 
-    Args:
-        logits: In padded batches; float32, shape (rows, C), in the order of the texts.
-        single_logits: Of ``ParityTexts.singles``, one by one.
-        texts_per_s: In batches.
-        latency_ms: Median for one text alone.
-    """
+    def run(texts: list[str]) -> NDArray:
+        logits = np.empty((len(texts), len(numbers)), dtype=np.float32)
+        said = classify(texts, top_k=None, function_to_apply="none", batch_size=len(texts))
+        for row, scores in zip(logits, said, strict=True):
+            for each in scores:
+                row[numbers[each["label"]]] = each["score"]
+        return logits
 
-    logits: NDArray
-    single_logits: NDArray
-    texts_per_s: float
-    latency_ms: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """An exported model against the trained one.
-
-    Args:
-        max_logit_difference: Largest over texts and classes, in batches and one by one.
-        labels_flipped: Texts with another prediction, in batches.
-        rows: How many texts were compared in batches.
-        labels_flipped_single: Texts with another prediction, one by one.
-        single_rows: How many texts were also compared one by one.
-        long_rows: How many of the texts are longer than ``max_length``.
-        labels_flipped_long: Those of them with another prediction, in batches.
-        made_up: How many of the texts are made up, so that they have no label.
-        accuracy: Of the form on the other texts; None where there is none.
-        accuracy_long: The same on those longer than ``max_length``.
-        texts_per_s: In batches.
-        latency_ms: Median for one text alone.
-    """
-
-    max_logit_difference: float
-    labels_flipped: int
-    rows: int
-    labels_flipped_single: int
-    single_rows: int
-    long_rows: int
-    labels_flipped_long: int
-    made_up: int
-    accuracy: float | None
-    accuracy_long: float | None
-    texts_per_s: float
-    latency_ms: float
-
-    @property
-    def plain(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return asdict(self)
+    return run
 
 
-def measure(client: Callable[[list[str]], NDArray], given: ParityTexts) -> Measured:
-    """Gives the texts to a client in padded batches, in their order, and some of them one by one.
-
-    Args:
-        client: Gives the logits (B, C) of texts.
-        given: The texts.
-    """
-    client(given.texts[:BATCH])  # the first call also prepares things
-    started = time.perf_counter()
-    logits = [client(given.texts[start : start + BATCH]) for start in range(0, len(given.texts), BATCH)]
-    seconds = time.perf_counter() - started
-    singles, times = [], []
-    for position in given.singles:
-        start = time.perf_counter()
-        singles.append(client([given.texts[position]]))
-        times.append(time.perf_counter() - start)
-    return Measured(
-        np.concatenate(logits),
-        np.concatenate(singles),
-        len(given.texts) / seconds,
-        1000 * float(np.median(times)),
-    )
-
-
-def compare(measured: Measured, reference: NDArray, given: ParityTexts) -> Comparison:
-    """Compares a form's logits with the trained model's (rows, C)."""
-    expected, found = reference.argmax(1), measured.logits.argmax(1)
-    single = reference[given.singles]
-    differences = [np.abs(measured.logits - reference), np.abs(measured.single_logits - single)]
-    right, real = found == given.labels, given.labels >= 0
-    return Comparison(
-        max_logit_difference=float(np.max(np.concatenate(differences))),
-        labels_flipped=int((found != expected).sum()),
-        rows=len(given.texts),
-        labels_flipped_single=int((measured.single_logits.argmax(1) != single.argmax(1)).sum()),
-        single_rows=len(given.singles),
-        long_rows=int(given.long.sum()),
-        labels_flipped_long=int((found != expected)[given.long].sum()),
-        made_up=int((~real).sum()),
-        accuracy=_share(right[real]),
-        accuracy_long=_share(right[real & given.long]),
-        texts_per_s=measured.texts_per_s,
-        latency_ms=measured.latency_ms,
-    )
-
-
-def _share(right: NDArray) -> float | None:
-    return float(right.mean()) if len(right) else None
+def _batch_logits(run: TextModel, texts: list[str]) -> NDArray:
+    return np.concatenate([run(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)])

@@ -1,24 +1,26 @@
 """Trained weights, wherever they lie: a run's checkpoint file, or an exported adapter's folder."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.export.formats import checked_adapter, load_adapter, read_identity
+from lightning_lora.errors import UserError, first_line
+from lightning_lora.export.formats import IDENTITY_FILE
 from lightning_lora.runs.checkpoints import checked_checkpoint, load_checkpoint, read_checkpoint, stored_labels
 
 
 def weights_labels(path: Path) -> Sequence[str]:
-    """The label names that the weights were trained with.
+    """Returns the label names that the weights were trained with.
 
     Raises:
         UserError: They do not say so, or are damaged.
     """
-    return read_identity(path)["label_names"] if path.is_dir() else stored_labels(read_checkpoint(path), path)
+    return _read_identity(path)["label_names"] if path.is_dir() else stored_labels(read_checkpoint(path), path)
 
 
 def trained_steps(path: Path) -> int:
-    """Steps that the weights were trained for; 0 where they do not say so.
+    """Returns the steps that the weights were trained for; 0 where they do not say so.
 
     Raises:
         UserError: They are damaged.
@@ -32,10 +34,20 @@ def check_weights(module: Any, path: Path) -> None:
     Raises:
         UserError: They belong to another base model, labels, method or settings, or are damaged.
     """
-    if path.is_dir():
-        checked_adapter(module, path)
-    else:
+    if not path.is_dir():
         checked_checkpoint(module, path)
+        return
+    try:
+        module.identity.check({"lightning_lora": _read_identity(path)})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if module.identity.method == "pissa":
+        raise UserError(
+            f"{path}: a PiSSA adapter is exported as plain LoRA on the unchanged base model, for PEFT; here, give "
+            "the run's own checkpoint"
+        )
+    if not (path / "adapter_model.safetensors").is_file():
+        raise UserError(f"{path}: no adapter_model.safetensors in it; give the folder 'adapter' of an export")
 
 
 def load_weights(module: Any, path: Path) -> None:
@@ -44,7 +56,34 @@ def load_weights(module: Any, path: Path) -> None:
     Raises:
         UserError: As ``check_weights``.
     """
-    if path.is_dir():
-        load_adapter(module, path)
-    else:
+    if not path.is_dir():
         load_checkpoint(module, path)
+        return
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    check_weights(module, path)
+    try:
+        result: Any = set_peft_model_state_dict(module.model, load_file(path / "adapter_model.safetensors"))
+    except Exception as error:  # safetensors and torch raise kinds of their own
+        raise UserError(
+            f"{path}: the adapter does not fit ({first_line(error, 150)}); model settings such as adapter.rank "
+            "must be those it was trained with"
+        ) from error
+    trained = {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}
+    missing = trained.intersection(result.missing_keys)
+    if missing or result.unexpected_keys:
+        raise UserError(
+            f"{path}: the adapter lacks {len(missing)} weights of this model and holds "
+            f"{len(result.unexpected_keys)} of another"
+        )
+
+
+def _read_identity(folder: Path) -> dict[str, Any]:
+    path = folder / IDENTITY_FILE
+    try:
+        return {"format": None, **json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); without it nobody knows which base model and labels it belongs to"
+        ) from error

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from lightning_lora.claims import share_tasks
 from lightning_lora.config.configured_run import ConfiguredRun, check_base
@@ -45,7 +45,7 @@ from lightning_lora.workers import Workers
 MODEL_SETTINGS = ("base_model", "method", "adapter", "quantization")
 DATA_SETTINGS = ("max_length", "truncation", "window_overlap", "padding")
 #: Takes a number of rows that are done.
-Advance = Callable[[int], None]
+Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ def run_files(cli: ConfiguredRun) -> int:
     warn_of_renamed(task.columns for task in job.tasks)
     left, failures = job.left, list[str]()
     left_rows = sum(task.rows for task in left)
-    shown = config.trainer.enable_progress_bar is not False
-    with cli.stop_request.listening(), rows_progress(left_rows, len(left), shown) as advance:
+    hidden = True if config.trainer.enable_progress_bar is False else None  # None: shown on a terminal only
+    with cli.stop_request.listening(), tqdm(total=left_rows, unit=" rows", leave=False, disable=hidden) as bar:
         if workers.alone:
-            failures = predict_files(job, cli, advance)
+            failures = predict_files(job, cli, bar.update)
         elif left:
-            failures = workers.run(partial(work, job), len(left), _watching(left, advance))
+            failures = workers.run(partial(work, job), len(left), _watching(left, bar.update))
     report(job, failures)
     rate = f", {left_rows / max(time.monotonic() - started, 1e-9):,.0f} rows/s" if left_rows else ""
     there = f" ({done} of them were there)" if done else ""
@@ -245,22 +245,6 @@ def report(job: PredictJob, failures: list[str]) -> None:
         raise UserError(f"{reason}; {files} not done, the same command resumes with what is left")
     if failures:
         print(f"warning: {failures[0]}; other workers have done its files", file=sys.stderr)
-
-
-@contextmanager
-def rows_progress(rows: int, files: int, shown: bool) -> Iterator[Advance]:
-    """Yield the function that counts rows as done; a bar on standard error shows them, with the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    hidden = not (shown and console.is_terminal)
-    # Rows are counted by thousands: the speed is that of minutes.
-    progress = Progress(*columns, transient=True, console=console, speed_estimate_period=600, disable=hidden)
-    task = progress.add_task(f"Predicting {files} files", total=rows)
-    with progress:
-        yield lambda count: progress.advance(task, count)
 
 
 def _watching(tasks: list[FileTask], advance: Advance) -> Callable[[], None]:
