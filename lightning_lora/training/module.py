@@ -40,7 +40,6 @@ from lightning_lora.training.optim import (
 from lightning_lora.training.packed_batches import PackedBatches
 from lightning_lora.training.steps import StepRunner
 
-STAGES = ("train", "val", "test")
 #: In what a precision of Lightning's multiplies while weights are of another format.
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -118,9 +117,7 @@ class TextClassifier(StepRunner):
         self.class_weights = class_weights
         self.attention = attention
         self.seed = seed
-        self.adapter = adapter
-        self.quantization = quantization
-        self.speedups = speedups
+        self.adapter, self.quantization, self.speedups = adapter, quantization, speedups
         #: Whether layers are evaluated in int8, where they can be.
         self.int8 = False
         self.packed_batches = PackedBatches(self)
@@ -218,8 +215,8 @@ class TextClassifier(StepRunner):
         Raises:
             UserError: There is none, or this machine cannot.
         """
-        lowered = self.lowers_frozen(precision)
-        return check_engine("int8", self.model, self.attention_for(training=False) if lowered else None)
+        attention = self.attention_for(training=False) if self.lowers_frozen(precision) else None
+        return check_engine("int8", self.model, attention)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits, float32 (B, C), of token ids (B, T) and their mask."""
@@ -316,9 +313,8 @@ class TextClassifier(StepRunner):
         self._log_epoch("test")
 
     def _log_epoch(self, stage: str) -> None:
-        shown = {"accuracy"} if stage != "train" else set()
         for name, value in self._counter(stage).take_values(self.label_names).items():
-            self.log(f"{stage}/{name}", value, prog_bar=name in shown, sync_dist=False)
+            self.log(f"{stage}/{name}", value, prog_bar=stage != "train" and name == "accuracy", sync_dist=False)
 
     def _counter(self, stage: str) -> TrainCounter | EvaluationCounter:
         return self.train_counter if stage == "train" else self._evaluation_counter(stage)
@@ -340,7 +336,7 @@ class TextClassifier(StepRunner):
         """Sets training mode, resets the metrics, and takes the learning rate that a callback may have found."""
         take_found_rate(self)
         self.trains = True
-        for stage in STAGES:
+        for stage in ("train", "val", "test"):
             self._counter(stage).reset()
         self.train()
 
