@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,9 @@ def test_no_batch_of_an_evaluation_is_larger_than_the_first(to_max: bool, keep: 
     frame = InputFormat((2,), (3,), 0, 130, keep)
     data = TokenDataset(tokens, frame, None, to_max)
     sizes = [data.__getitems__(batch)["input_ids"].numel() for batch in LengthBatchSampler(data.widths, 16, None)]
-    assert max(sizes) <= sizes[0] * (1.3 if keep == "windows" else 1)
-    assert len(sizes) < len(LENGTHS) / 16 or to_max
+    assert max(sizes) == sizes[0]
+    whole = math.ceil(len(LENGTHS) / 16)
+    assert len(sizes) == whole if to_max and keep == "head" else len(sizes) < whole
 
 
 def test_nothing_is_evaluated_in_no_batches() -> None:
