@@ -309,10 +309,11 @@ def print_run(record: dict[str, Any], trainer: Trainer) -> None:
     for split, report in data["splits"].items():
         cut = f", {report['truncated_share']:.0%} cut at {data['max_length']} tokens" if "tokens" in report else ""
         cached = ", tokens from the cache" if report.get("from_cache") else ""
-        print(f"{split}: {report['rows']:,} rows, {report['from']}{cut}{cached}")
-    if any(data["repeats_removed"].values()):
-        what = ", ".join(f"{n} ({k.replace('_', ' ')})" for k, n in data["repeats_removed"].items() if n)
-        print(f"duplicates removed: {what}")
+        print(f"{split}: {report['rows']:,} rows ({report['from']}){cut}{cached}")
+    for splits, count in data["repeats_removed"].items():
+        split, _, other = splits.partition("_in_")
+        if count:
+            print(f"duplicates: {count:,} rows of {split} removed, whose texts are in {other} too")
     if data["bad_rows_dropped"]:
         print(f"rows without text or label left out: {data['bad_rows_dropped']}")
     labels = []

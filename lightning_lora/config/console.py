@@ -39,7 +39,7 @@ class Progress(RichProgressBar):
         super().__init__(refresh_rate=4, console_kwargs={"stderr": True})
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the metrics beside the bar; a version number would say nothing here."""
+        """Return the metrics beside the bar, by short names, which a narrow terminal has room for."""
+        short = {"train/loss_step": "loss", "val/accuracy": "val", "test/accuracy": "test"}
         metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        return {short.get(name, name): value for name, value in metrics.items() if name != "v_num"}

@@ -170,7 +170,7 @@ def divide(
         stay, taken = carve(train.labels, train.keys, size, options.split_seed, split, default, spare, train.origins[0])
         removed[f"train_in_{split}"] = len(train) - len(stay) - len(taken)
         splits["train"], splits[split] = train.select(stay), train.select(taken)
-        origin[split] = f"carved from train, {len(taken)} of {len(train)} rows (stratified, seed {options.split_seed})"
+        origin[split] = f"{len(taken):,} of {len(train):,} rows of train, stratified, seed {options.split_seed}"
     classes = np.unique(splits["train"].labels)
     if len(classes) < 2:
         raise UserError(
@@ -178,7 +178,7 @@ def divide(
             f"'{label_names[classes[0]]}'; give other rows for one of them"
         )
 
-    origin["train"] += ", less what was carved from it" if len(read["train"]) > len(splits["train"]) else ""
+    origin["train"] += " without the rows taken from it" if len(read["train"]) > len(splits["train"]) else ""
     for split, size, least in (("train", options.train_rows, len(classes)), ("test", options.test_rows, 0)):
         if size is not None:
             rows = splits[split]
@@ -187,7 +187,7 @@ def divide(
                 raise UserError(f"data.train_rows: {number} rows for {least} classes; take {least} or more")
             chosen = stratified_sample(rows.labels, number, options.split_seed, f"subsample/{split}", min(least, 1))
             splits[split] = rows.select(chosen)
-            origin[split] += f", {number} of {len(rows)} rows (stratified)"
+            origin[split] += f"; a stratified sample of {number:,} of {len(rows):,}"
     for split, meaning in {"val": "measured there", "test": "measured there", "train": "learned"}.items():
         present = set(splits[split].labels.tolist())
         if absent := [name for number, name in enumerate(label_names) if number not in present]:

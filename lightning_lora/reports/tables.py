@@ -93,16 +93,16 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def print_tables(title: str, metrics: list[list[str]], costs: list[list[str]]) -> None:
-    """Prints both tables to the terminal."""
+    """Print both tables to the terminal, the first with a line for each metric, which fits into 80 columns."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     table = Table(title=title, title_justify="left")
-    for i, heading in enumerate(metrics[0]):
-        table.add_column(heading, justify="right" if i else "left")
-    for row in metrics[1:]:
-        table.add_row(*row, style="bold" if row[0] == "after" else None)
+    for heading in (row[0] for row in metrics):
+        table.add_column(heading, justify="right" if heading else "left", style="bold" if heading == "after" else None)
+    for line in list(zip(*metrics, strict=True))[1:]:
+        table.add_row(*line)
     console.print(table)
     grid = Table(show_header=False, box=None)
     for row in costs:

@@ -1,6 +1,7 @@
 import pytest
 
-from lightning_lora.reports.tables import cost_rows, markdown, metric_rows
+from lightning_lora.evaluation.metric_table import METRICS
+from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, print_tables
 from lightning_lora.units import duration
 
 
@@ -24,3 +25,14 @@ def test_a_run_that_was_killed_has_fewer_lines() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(3.14, "3.1 s"), (61, "1 min 1 s"), (3660, "1 h 1 min")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_tables_fit_into_a_terminal_of_80_columns(capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    values = {name: 0.12345 for name, spec in METRICS.items() if spec.heading}
+    bounds = {name: [0.1, 0.2] for name in values}
+    rows = metric_rows({"before": values, "after": values, "after_interval": bounds, "int8": values})
+    print_tables("test: 500 rows", rows, [["method", "lora"]])
+    said = capsys.readouterr().out
+    assert "…" not in said and max(map(len, said.splitlines())) <= 80
+    assert all(spec.heading in said for spec in METRICS.values()) and said.count("0.1000 to 0.2000") == len(values)
