@@ -65,16 +65,18 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
     print(f"{split} rows after fine-tuning ({path}): {len(rows):,}")
     evaluation["after"], evaluation["after_s"] = _run_pass(cli, command, split, cli.trainer)
     found = {"": cli.collector.last[split]}
-    if cli.config.int8:
-        evaluation["int8_layers"] = f"{int8_layers} of {cli.model.model.config.num_hidden_layers} layers"
-        print(f"{split} rows in int8 ({evaluation['int8_layers']}): {len(found['']):,}")
-        if not cli.config.get("before"):  # for times to compare, each shape must have been met before
-            evaluation["after_s"] = _run_pass(cli, command, split, cli.make_trainer(None))[1]
-        cli.model.int8 = True
-        evaluation["int8"], evaluation["int8_s"] = _run_pass(cli, command, split, cli.make_trainer(None))
-        found["-int8"] = cli.collector.last[split]
-    if not follows:
-        _finish(cli, folder, split, evaluation, found)
+    try:
+        if cli.config.int8:
+            evaluation["int8_layers"] = f"{int8_layers} of {cli.model.model.config.num_hidden_layers} layers"
+            print(f"{split} rows in int8 ({evaluation['int8_layers']}): {len(found['']):,}")
+            if not cli.config.get("before"):  # for times to compare, each shape must have been met before
+                evaluation["after_s"] = _run_pass(cli, command, split, cli.make_trainer(None))[1]
+            cli.model.int8 = True
+            evaluation["int8"], evaluation["int8_s"] = _run_pass(cli, command, split, cli.make_trainer(None))
+            found["-int8"] = cli.collector.last[split]
+    finally:  # an interruption keeps what was evaluated before it
+        if not follows:
+            _finish(cli, folder, split, evaluation, found)
     return 0
 
 

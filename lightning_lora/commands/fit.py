@@ -221,7 +221,7 @@ def describe_result(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any
 
 
 def fit(cli: ConfiguredRun, folder: RunFolder, point: Path | None) -> None:
-    """Call Lightning's fit; errors that a user can mend say how."""
+    """Call Lightning's fit; an error that a user can correct says how."""
     if not find_method(cli.config.model.method).trains:  # what the fresh head says is kept, to be tested like any other
         cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
         cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,7 +15,9 @@ import yaml
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from lightning_lora.cli import main
+from lightning_lora.commands import evaluate
 from lightning_lora.runs.folder import RunFolder
+from lightning_lora.training.module import TextClassifier
 from tests.conftest import make_rows, write_csv
 
 
@@ -395,3 +398,22 @@ def test_a_run_without_checkpoint_is_not_tested(copy: RunFolder, capsys) -> None
     shutil.rmtree(copy.checkpoints)
     assert main(["test", "--run", str(copy.path)]) == 2
     assert "has no checkpoint best.ckpt" in capsys.readouterr().err
+
+
+def test_an_interrupted_pass_in_int8_keeps_the_evaluation_before_it(
+    copy: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_pass = evaluate._run_pass
+
+    def interrupted(cli: Any, *arguments: Any) -> Any:
+        if cli.model.int8:
+            raise KeyboardInterrupt
+        return run_pass(cli, *arguments)
+
+    monkeypatch.setattr(TextClassifier, "check_int8", lambda self, precision: 2)
+    monkeypatch.setattr(evaluate, "_run_pass", interrupted)
+    before = set(copy.read()["evaluations"])
+    assert main(["validate", "--run", str(copy.path), "--int8", "true"]) == 130
+    (new,) = set(copy.read()["evaluations"]) - before
+    kept = copy.read()["evaluations"][new]
+    assert kept["after"]["accuracy"] > 0 and "int8" not in kept and (copy.path / f"{new}.md").is_file()
