@@ -13,7 +13,7 @@ from lightning_lora.config.settings import DEFAULT_CONFIG, DEFAULT_SEED, read_co
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.plan import ARM
 from lightning_lora.experiments.runner import add_options, run_experiment
-from lightning_lora.models.methods import METHODS, AdapterOptions
+from lightning_lora.models.methods import BASELINES, METHODS, AdapterOptions, find_method
 from lightning_lora.models.quantization import Quantization
 from lightning_lora.runs.folder import folder_name
 
@@ -75,19 +75,19 @@ def choose_arms(names: Sequence[str] | None, described: Any) -> dict[str, dict[s
         method, _, stored = name.partition("-")
         if name in described:
             arms[folder_name(name, "arms")] = described[name]
-        elif method in METHODS and stored in STORED:
+        elif method in METHODS | BASELINES and stored in STORED:
             arms[name] = {"model": method_settings(method, STORED[stored])}
         else:
             raise UserError(
-                f"--arms: no arm '{name}'; there are {', '.join([*described, *METHODS])}, and a method followed by "
-                f"-{', -'.join(filter(None, STORED))}"
+                f"--arms: no arm '{name}'; there are {', '.join([*described, *METHODS, *BASELINES])}, and a method "
+                f"followed by -{', -'.join(filter(None, STORED))}"
             )
     return arms
 
 
 def method_settings(method: str, quantization: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that make any config one of a method: what the method does not take has its default."""
-    entry = METHODS[method]
+    entry = find_method(method)
     settings: dict[str, Any] = {"method": method}
     if reset := {option.name: option.default for option in fields(AdapterOptions) if option.name not in entry.options}:
         settings["adapter"] = reset
@@ -107,7 +107,7 @@ def _parser() -> OptionParser:
         "--arms",
         nargs="+",
         help="Arms of the config, or METHOD, METHOD-int8, METHOD-nf4, METHOD-fp4 with a method of "
-        f"{', '.join(METHODS)}; by default those of the config, or {' '.join(DEFAULT_ARMS)}.",
+        f"{', '.join(METHODS | BASELINES)}; by default those of the config, or {' '.join(DEFAULT_ARMS)}.",
     )
     parser.add_argument("--baseline", help="The arm that the others are compared with; by default the first.")
     parser.add_argument("--seed_everything", nargs="+", type=int, help="Seeds; with several, differences are judged.")

@@ -1,6 +1,7 @@
 """``main.py validate`` and ``main.py test``: metrics of a run's checkpoint, before and after fine-tuning."""
 
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from lightning_lora.evaluation.intervals import difference_interval, intervals
 from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.export.weights import check_weights, load_weights, trained_steps
 from lightning_lora.files import check_writable, write_text
+from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.processes import started_to_follow
 from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, print_tables
 from lightning_lora.runs.folder import RunFolder, now
+from lightning_lora.training.baselines import make_classifier
 from lightning_lora.training.parallel import follow_the_leader, run_processes
 
 
@@ -58,11 +61,12 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
         "step": cli.steps_done,
         "fingerprint": rows.fingerprint,
     }
-    if cli.config.get("before"):
+    trained = cli.config.model.method not in BASELINES  # there is nothing before a baseline
+    if cli.config.get("before") and trained:
         print(f"{split} rows before fine-tuning (base model with {cli.model.head_origin}): {len(rows):,}")
         evaluation["before"], evaluation["before_s"] = _run_pass(cli, command, split, cli.make_trainer(None))
     load_weights(cli.model, path)
-    print(f"{split} rows after fine-tuning ({path}): {len(rows):,}")
+    print(f"{split} rows {'after fine-tuning ' if trained else ''}({path}): {len(rows):,}")
     evaluation["after"], evaluation["after_s"] = _run_pass(cli, command, split, cli.trainer)
     found = {"": cli.collector.last[split]}
     try:
@@ -74,16 +78,37 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
             cli.model.int8 = True
             evaluation["int8"], evaluation["int8_s"] = _run_pass(cli, command, split, cli.make_trainer(None))
             found["-int8"] = cli.collector.last[split]
+        if cli.config.get("baselines"):
+            evaluation["baselines"] = {name: _baseline(cli, name, split, found[""]) for name in ("tfidf", "probe")}
     finally:  # an interruption keeps what was evaluated before it
         if not follows:
             _finish(cli, folder, split, evaluation, found)
     return 0
 
 
-def _run_pass(cli: ConfiguredRun, command: str, split: str, trainer: Any) -> tuple[dict[str, float], float]:
+def _baseline(cli: ConfiguredRun, name: str, split: str, ours: Predictions) -> dict[str, Any]:
+    """Fit a baseline to the run's training rows; its metrics, and how much more accurate our predictions are."""
+    started = time.perf_counter()
+    print(f"{split} rows by {name} ({find_method(name).summary}), fitted to the same training rows: {len(ours):,}")
+    base, seed = cli.config.model.base_model, cli.config.seed_everything
+    model, trainer = make_classifier(base, list(ours.label_names), name, seed=seed), cli.make_trainer(None)
+    cli.datamodule.setup("fit")
+    chosen = model.fit_rows(cli.datamodule, trainer)
+    metrics, _ = _run_pass(cli, split, split, trainer, model)
+    theirs = cli.collector.last[split]
+    found: dict[str, Any] = {**metrics, "chosen": chosen, "seconds": time.perf_counter() - started}
+    if ours.labels is not None and len(ours) > 1:
+        found["ours_better_by"] = float((ours.classes == ours.labels).mean() - (theirs.classes == ours.labels).mean())
+        found["interval"] = difference_interval(ours.logits, theirs.logits, ours.labels, "accuracy")
+    return found
+
+
+def _run_pass(
+    cli: ConfiguredRun, command: str, split: str, trainer: Any, model: Any = None
+) -> tuple[dict[str, float], float]:
     timer = Timer()
     trainer.callbacks.insert(0, timer)  # before what others do with the metrics
-    results = getattr(trainer, command)(cli.model, datamodule=cli.datamodule, verbose=False)
+    results = getattr(trainer, command)(model or cli.model, datamodule=cli.datamodule, verbose=False)
     if not results:
         raise UserError(f"the {command} pass was interrupted")
     return {name.removeprefix(f"{split}/"): value for name, value in results[0].items()}, timer.time_elapsed(command)

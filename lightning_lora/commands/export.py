@@ -22,6 +22,7 @@ from lightning_lora.export.parity import PLAIN, Parity, parity_texts
 from lightning_lora.export.weights import trained_steps, weights_labels
 from lightning_lora.files import atomic_folder, refusal
 from lightning_lora.locations import resolve
+from lightning_lora.models.methods import BASELINES
 from lightning_lora.runs.checkpoints import load_checkpoint
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training.module import TextClassifier
@@ -39,6 +40,8 @@ def run(words: list[str]) -> int:
     config = cli.config
     if config.rows < 1:
         raise UserError(f"--rows: a number of at least 1 is needed, got {config.rows}")
+    if config.model.method in BASELINES:
+        raise UserError(f"export: method '{config.model.method}' is a baseline, which other software does not load")
     folder = RunFolder.open(Path(config.run))
     output = output_folder(folder, config.output)
     checkpoint = folder.checkpoint(config.checkpoint)

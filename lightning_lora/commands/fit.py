@@ -22,10 +22,11 @@ from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
 from lightning_lora.files import locked_folder, remove_partial, write_text
 from lightning_lora.interrupts import Interrupted, requeue, requeued
-from lightning_lora.models.methods import find_method
+from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.processes import started_to_follow
 from lightning_lora.runs.checkpoints import ResumePoints, read_checkpoint
 from lightning_lora.runs.folder import RunFolder, as_yaml, new_record, now
+from lightning_lora.training.baselines import TextBaseline
 from lightning_lora.training.guard import NotFiniteError
 from lightning_lora.training.loggers import run_ids
 from lightning_lora.training.module import TextClassifier
@@ -155,7 +156,7 @@ def train(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any], point: 
         folder.write(record)
         cli.at_start = lambda: record_start(cli, folder, record)
         named, file = row_columns(cli.datamodule.rows("val")), folder.path / "predictions" / "val.parquet"
-        cli.collector.keep = lambda split, predictions: predictions.write_parquet(file, **named)
+        cli.collector.keep = {"val": lambda predictions: predictions.write_parquet(file, **named)}
         started = time.perf_counter()
         fit(cli, folder, point)
         record["costs"] |= {"fit_s": time.perf_counter() - started, **cli.costs.costs(), **peak_memory_mb()}
@@ -183,24 +184,26 @@ def describe_data(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any])
 
 def describe_model(cli: ConfiguredRun, record: dict[str, Any]) -> None:
     """Add to the record what is trained, and how."""
-    model: TextClassifier = cli.model
+    model: TextClassifier | TextBaseline = cli.model
     record["costs"] = parameter_counts(model.model)
-    record["model"] = {
-        "architecture": model.model.config.model_type,
-        "base_fingerprint": model.identity.base_fingerprint,
-        "target_modules": model.target_modules,
-        "head": model.head_origin,
-        "head_modules": model.head_modules,
-        "learning_rate": model.learning_rate,
-        "quantization": model.identity.quantization,
-    }
     record["speed"] = {
-        "choices": model.speed_choices(cli.trainer),
         "precision": str(cli.trainer.precision),
         "threads": torch.get_num_threads(),
         "processes": cli.trainer.world_size,
         "nodes": cli.trainer.num_nodes,
     }
+    record["model"] = {"base_fingerprint": model.identity.base_fingerprint, "learning_rate": model.learning_rate}
+    if isinstance(model, TextBaseline):
+        record["base_model"] = None
+        return
+    record["model"] |= {
+        "architecture": model.model.config.model_type,
+        "target_modules": model.target_modules,
+        "head": model.head_origin,
+        "head_modules": model.head_modules,
+        "quantization": model.identity.quantization,
+    }
+    record["speed"] |= {"choices": model.speed_choices(cli.trainer)}
 
 
 def describe_result(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any]) -> None:
@@ -211,6 +214,9 @@ def describe_result(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any
     record |= {"steps": trainer.global_step, "epochs": trainer.current_epoch, "stopped_by": stopped_by(trainer)}
     if best := describe_best(folder):
         record["best"] = best
+    if cli.config.model.method in BASELINES:  # whose size follows from the texts
+        record["costs"] |= parameter_counts(cli.model.model)
+        record["model"] |= {"chosen": cli.model.chosen}
     metrics: dict[str, Any] = {}
     for callback in trainer.checkpoint_callbacks:
         metrics |= callback.metrics if isinstance(callback, StateSaver) else {}
@@ -222,9 +228,8 @@ def describe_result(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any
 
 def fit(cli: ConfiguredRun, folder: RunFolder, point: Path | None) -> None:
     """Call Lightning's fit; an error that a user can correct says how."""
-    if not find_method(cli.config.model.method).trains:  # what the fresh head says is kept, to be tested like any other
-        cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
-        cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)
+    if not find_method(cli.config.model.method).trains:
+        fit_without_steps(cli, folder)
         return
     gc.freeze()  # looking for garbage among all that was imported takes 0.2 s each time, within a step
     try:
@@ -258,6 +263,17 @@ def fit(cli: ConfiguredRun, folder: RunFolder, point: Path | None) -> None:
         raise UserError(f"out of memory with {size} texts a batch; {remedy}") from error
     finally:
         gc.unfreeze()
+
+
+def fit_without_steps(cli: ConfiguredRun, folder: RunFolder) -> None:
+    """Fit a baseline; of the method "none" what the fresh head says is kept, to be tested like any other."""
+    started = time.perf_counter()
+    if cli.config.model.method in BASELINES:
+        baseline: Any = cli.model
+        baseline.chosen = baseline.fit_rows(cli.datamodule, cli.trainer)
+        cli.costs.train_s, cli.costs.train_rows = time.perf_counter() - started, len(cli.datamodule.rows("train"))
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)
 
 
 def record_start(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any]) -> None:
@@ -305,7 +321,7 @@ def recorded(folder: RunFolder, record: dict[str, Any]) -> Iterator[None]:
 
 def print_run(record: dict[str, Any], trainer: Trainer) -> None:
     """Print what is about to be done: data, model, device."""
-    data, model, costs, speed = record["data"], record["model"], record["costs"], record["speed"]
+    data, model = record["data"], record["model"]
     for split, report in data["splits"].items():
         cut = f", {report['truncated_share']:.0%} cut at {data['max_length']} tokens" if "tokens" in report else ""
         cached = ", tokens from the cache" if report.get("from_cache") else ""
@@ -322,8 +338,27 @@ def print_run(record: dict[str, Any], trainer: Trainer) -> None:
         labels.append(name if values in ([], [name]) else f"{name} ({', '.join(values)})")
     print(f"labels: {few(labels, 30)}")
     print_warnings(data["warnings"])
+    if "architecture" in model:
+        print_model(record, trainer)
+    else:
+        print(f"method {record['method']}: {find_method(record['method']).summary}, without a base model")
+    if trainer.world_size > 1:
+        where = f" on {trainer.num_nodes} machines" if trainer.num_nodes > 1 else ""
+        size = record["config"]["data"]["batch_size"]
+        print(f"{trainer.world_size} processes{where} share the {size} texts of a batch")
+    sys.stdout.flush()
+
+
+def print_model(record: dict[str, Any], trainer: Trainer) -> None:
+    """Print what is trained of the base model, and how."""
+    model, costs, speed = record["model"], record["costs"], record["speed"]
     stored = "" if model["quantization"] == "none" else f", stored as {model['quantization']}"
     print(f"base model: {record['base_model']} ({model['architecture']}{stored}), method {record['method']}")
+    device = type(trainer.accelerator).__name__.removesuffix("Accelerator")
+    speed_line = f"speed: {', '.join(speed['choices'])}; {speed['threads']} threads"
+    if record["method"] in BASELINES:
+        print(f"{find_method(record['method']).summary}; {device}, precision {trainer.precision}\n{speed_line}")
+        return
     print(f"starts from: base model with {model['head']}")
     if targets := model["target_modules"]:
         kinds = dict.fromkeys(name.split(".")[-1] for name in targets)
@@ -332,14 +367,7 @@ def print_run(record: dict[str, Any], trainer: Trainer) -> None:
     print(f"trainable parameters: {costs['trainable_params']:,} of {costs['total_params']:,} ({share:.2%})")
     if find_method(record["method"]).frozen_encoder and not record["config"]["model"]["frozen_dropout"]:
         print("dropout: off in the frozen encoder (model.frozen_dropout), on in head and adapter as configured")
-    device = type(trainer.accelerator).__name__.removesuffix("Accelerator")
-    print(f"learning rate {model['learning_rate']:g}, {device}, precision {trainer.precision}")
-    print(f"speed: {', '.join(speed['choices'])}; {speed['threads']} threads")
-    if trainer.world_size > 1:
-        where = f" on {trainer.num_nodes} machines" if trainer.num_nodes > 1 else ""
-        size = record["config"]["data"]["batch_size"]
-        print(f"{trainer.world_size} processes{where} share the {size} texts of a batch")
-    sys.stdout.flush()
+    print(f"learning rate {model['learning_rate']:g}, {device}, precision {trainer.precision}\n{speed_line}")
 
 
 def stopped_by(trainer: Trainer) -> str | None:
@@ -355,14 +383,21 @@ def stopped_by(trainer: Trainer) -> str | None:
 def print_result(folder: RunFolder, record: dict[str, Any]) -> None:
     """Print what training came to, and what to type next."""
     took, best, last = record["costs"]["train_s"], record.get("best"), record["metrics"]
-    done = f"trained in {duration(took)}: {record['epochs']} epochs, {record['steps']} steps"
-    print(f"\n{done if took else 'nothing to train'}")
+    chosen = record["model"].get("chosen")
+    if took and not record["steps"]:
+        print(f"\nfitted in {duration(took)}")
+        if chosen:
+            tried = len(chosen["val_f1_macro"])
+            print(f"kept: {chosen['features']}, C {chosen['C']:g}, the best of {tried} by validation F1")
+    else:
+        done = f"trained in {duration(took)}: {record['epochs']} epochs, {record['steps']} steps"
+        print(f"\n{done if took else 'nothing to train'}")
     if record.get("stopped_by"):
         print(f"stopped by {record['stopped_by']}")
-    if best and took:
+    if best and record["steps"]:
         print(f"kept: epoch {best['epoch']}, step {best['step']} (best {MONITOR}): {shown(best['metrics'])}")
-    if not (best and took and best["metrics"].items() <= last.items()) and (said := shown(last)):
-        print(f"{'last validation' if took else 'validation'}: {said}")
+    if not (best and record["steps"] and best["metrics"].items() <= last.items()) and (said := shown(last)):
+        print(f"{'last validation' if record['steps'] else 'validation'}: {said}")
     print(f"run folder: {folder.path}")
     if (folder.checkpoints / "best.ckpt").is_file():
         print(f"next: python main.py test --run {folder.path}")

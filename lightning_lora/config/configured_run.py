@@ -26,11 +26,13 @@ from lightning_lora.evaluation.costs import CostMeter
 from lightning_lora.evaluation.predictions import PredictionCollector
 from lightning_lora.interrupts import StopRequest
 from lightning_lora.models.check_base import BaseCheck, Inputs
+from lightning_lora.models.methods import BASELINES
 from lightning_lora.models.speedups import lower_frozen
 from lightning_lora.processes import is_leader
 from lightning_lora.runs.checkpoints import AtomicCheckpointIO, ResumePoints
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.tokenizer import ordinary_ids
+from lightning_lora.training.baselines import TextBaseline
 from lightning_lora.training.loggers import TensorBoardPages, make_loggers, rejoin_loggers
 from lightning_lora.training.module import AUTOCAST, TextClassifier
 from lightning_lora.training.parallel import STRATEGIES, data_parallel, device_count
@@ -107,6 +109,8 @@ class ConfiguredRun:
         if self.command in ("predict", "export") and count > 1:
             more = "; --workers shares many files" if self.command == "predict" else ""
             raise UserError(f"trainer.devices: {self.command} runs on one device{more}")
+        if self.command == "fit" and count > 1 and self.config.model.method in BASELINES:
+            raise UserError(f"trainer.devices: method '{self.config.model.method}' is fitted by one process; give 1")
         if self.command == "fit" and (size := self.config.data.batch_size) < count:
             raise UserError(f"data.batch_size: {size} texts a step cannot be shared by {count} devices; raise it")
         return count
@@ -214,7 +218,7 @@ def row_columns(rows: Rows) -> dict[str, Any]:
     return {"row": rows.numbers, "origin": rows.origins, "key": text_keys(rows.texts), "characters": characters}
 
 
-def check_base(model: TextClassifier, texts: Any, precision: str | None) -> None:
+def check_base(model: TextClassifier | TextBaseline, texts: Any, precision: str | None) -> None:
     """Refuse a base model that cannot take the texts as they will be given to it.
 
     Args:
@@ -225,6 +229,8 @@ def check_base(model: TextClassifier, texts: Any, precision: str | None) -> None
     Raises:
         UserError: What the base model cannot, and what works.
     """
+    if isinstance(model, TextBaseline):
+        return
     frame, words = texts.frame, ordinary_ids(texts.tokenizer)
     inputs = Inputs(
         frame.prefix, frame.suffix, words, frame.pad_id, frame.max_length, pad_to_max=texts.padding == "max_length"

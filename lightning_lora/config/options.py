@@ -30,7 +30,12 @@ COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
         "resume": (str | None, None, "Resume an interrupted run: its folder."),
     },
     "validate": {**_RUN, **_INT8},
-    "test": {**_RUN, **_INT8, "before": (bool, True, "Also test the model as it was before training.")},
+    "test": {
+        **_RUN,
+        **_INT8,
+        "before": (bool, True, "Also test the model as it was before training."),
+        "baselines": (bool, False, "Also fit TF-IDF and a linear probe to the training rows, and test them."),
+    },
     "export": {
         **_RUN,
         "output": (str | None, None, "A new folder; by default RUN/export, RUN/export-2, ..."),
@@ -85,7 +90,7 @@ EXAMPLES = {
         "python main.py fit --resume logs/reviews",
     ),
     "validate": ("python main.py validate --run logs/reviews",),
-    "test": ("python main.py test --run logs/reviews", "python main.py test --run logs/reviews --before false"),
+    "test": ("python main.py test --run logs/reviews", "python main.py test --run logs/reviews --baselines true"),
     "predict": (
         f"python main.py predict --run logs/reviews '{EXAMPLE_TEXT}'",
         "python main.py predict --run logs/reviews --input rows.csv --text_column review --output labels.csv",

@@ -19,8 +19,9 @@ from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.order import evaluated_together
 from lightning_lora.data.prepare import SourceOptions, columns_of
 from lightning_lora.errors import UserError
-from lightning_lora.models.methods import METHODS
+from lightning_lora.models.methods import BASELINES, METHODS
 from lightning_lora.runs.folder import RunFolder
+from lightning_lora.training.baselines import make_classifier
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.precision import auto_precision, full_name
 from lightning_lora.training.refused import CALLBACKS
@@ -68,6 +69,7 @@ def make_parser(command: str) -> SettingsParser:
     parser.add_lightning_class_args(Trainer, "trainer")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
     parser.add_lightning_class_args(TextClassifier, "model")
+    parser.add_instantiator(lambda _, **settings: make_classifier(**settings), TextClassifier)
     parser.add_lightning_class_args(TextDataModule, "data")
     # What is typed once.
     parser.link_arguments("model.base_model", "data.base_model")
@@ -199,7 +201,7 @@ def read_config(path: Path, as_base: bool = True) -> dict[str, Any]:
 
 def method_defaults(name: str) -> dict[str, float | None]:
     """Return the learning rate and the rank that a method has by default; None where it takes none."""
-    method = METHODS.get(name)
+    method = (METHODS | BASELINES).get(name)
     if method is None:  # refused later, with the names that there are
         return {"learning_rate": None, "rank": None}
     return {"learning_rate": method.learning_rate, "rank": method.rank if "rank" in method.options else None}

@@ -64,7 +64,8 @@ class TokenDataset(Dataset):
     ``share`` and ``part_share`` (float, see ``StepPart``). Where long texts are split, ``input_ids`` and
     ``attention_mask`` hold W windows instead of B texts, and ``documents`` (int64, (W,)) says to which of the B rows
     each belongs. Where ``packing`` is set, ``packed`` (int64, flat) and its ``shape`` (a ``PackedShape``), and whether
-    that is ``static``, stand in place of ``input_ids``, ``attention_mask`` and ``documents``.
+    that is ``static``, stand in place of ``input_ids``, ``attention_mask`` and ``documents``. Where
+    ``batch_texts`` is set, ``texts`` (B strings).
     """
 
     tokens: TokenRows
@@ -76,6 +77,8 @@ class TokenDataset(Dataset):
         self.lengths = self.frame.input_lengths(self.tokens)
         #: How batches are packed; None for padded ones.
         self.packing: Packing | None = None
+        #: The texts, where batches are to hold them.
+        self.batch_texts: Sequence[str] | None = None
 
     def pack_like(self, batches: Sequence[Sequence[int]], most: int) -> None:
         """Pack batches from now on, in at most so many sizes, chosen for batches of rows like the given ones."""
@@ -133,6 +136,8 @@ class TokenDataset(Dataset):
                 batch["documents"] = torch.from_numpy(owners)
         if labels is not None:
             batch["labels"] = torch.from_numpy(labels)
+        if self.batch_texts is not None:
+            batch["texts"] = [self.batch_texts[row] for row in rows]
         return batch
 
     def _padded(self, inputs: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:

@@ -123,6 +123,8 @@ class TextDataModule(LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         #: Whether batches are packed; set by the model, which knows whether it can take them.
         self.packed = False
+        #: Whether batches hold their texts; set by a model that reads them.
+        self.with_texts = False
         self._datasets: dict[str, TokenDataset] = {}
         self._token_report: dict[str, Any] = {}
 
@@ -183,11 +185,15 @@ class TextDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Every validation row once, longest first."""
-        return self._loader("val", self.eval_batch_size, None)
+        return self.evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader:
         """Every test row once, longest first."""
-        return self._loader("test", self.eval_batch_size, None)
+        return self.evaluation_loader("test")
+
+    def evaluation_loader(self, split: str) -> DataLoader:
+        """Every row of a split once, longest first."""
+        return self._loader(split, self.eval_batch_size, None)
 
     def describe(self) -> dict[str, Any]:
         """Plain values for the run record: source, sizes, fingerprints, what was taken out, truncation."""
@@ -200,6 +206,7 @@ class TextDataModule(LightningDataModule):
 
     def _loader(self, split: str, batch_size: int, seed: int | None) -> DataLoader:
         dataset = self._datasets[split]
+        dataset.batch_texts = self.rows(split).texts if self.with_texts else None
         # Without a trainer the module makes whole steps for one process.
         rank, processes = getattr(self.trainer, "global_rank", 0), getattr(self.trainer, "world_size", 1)
         if len(dataset) < processes:

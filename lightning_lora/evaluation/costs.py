@@ -118,6 +118,7 @@ class CostMeter(Callback):
         """Return seconds of training, tokens (without padding) and rows, their rates, and seconds to the first step."""
         costs = {name: value for name, value in self._counted().items() if value is not None}
         if self.train_s > 0:
-            costs["train_tokens_per_s"] = self.train_tokens / self.train_s
+            if self.train_tokens:
+                costs["train_tokens_per_s"] = self.train_tokens / self.train_s
             costs["train_rows_per_s"] = self.train_rows / self.train_s
         return costs

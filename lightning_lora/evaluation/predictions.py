@@ -86,12 +86,12 @@ def in_row_order(batches: Sequence[dict[str, torch.Tensor]], label_names: Sequen
 class PredictionCollector(Callback):
     """Keeps the logits of the last validation, test and prediction pass.
 
-    ``keep``, where set, is given each pass's split and predictions.
+    ``keep`` has by split what each pass's predictions are given to.
     """
 
     def __init__(self) -> None:
         self.last: dict[str, Predictions] = {}
-        self.keep: Callable[[str, Predictions], None] | None = None
+        self.keep: dict[str, Callable[[Predictions], None]] = {}
         self._batches: list[dict[str, torch.Tensor]] = []
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,7 +119,7 @@ class PredictionCollector(Callback):
             stage, label_names = trainer.state.stage, cast(Sequence[str], pl_module.label_names)
             split = {RunningStage.TESTING: "test", RunningStage.PREDICTING: "predict"}.get(cast(Any, stage), "val")
             self.last[split] = in_row_order(batches, label_names)
-            if self.keep is not None and processes.is_leader():
-                self.keep(split, self.last[split])
+            if split in self.keep and processes.is_leader():
+                self.keep[split](self.last[split])
 
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end

@@ -100,9 +100,11 @@ def find_changes(plan: Plan, settings: Mapping[str, dict[str, Any]]) -> dict[str
     for arm, cell in plan.arms.items():
         if arm != plan.baseline:
             both = base, settings[cell.name]
-            options = [set(find_method(each["model"]["method"]).options) for each in both]
+            methods = [find_method(each["model"]["method"]) for each in both]
+            options = [set(method.options) for method in methods]
             # What only one of two methods takes, the method implies.
             implied = {f"model.adapter.{name}" for name in options[0] ^ options[1]} - named
+            implied |= set() if all(method.trains for method in methods) else {"model.learning_rate"}
             follows = [what_follows(each, named) for each in both]
             implied |= follows[0].keys() ^ follows[1].keys()
             one, other = ({**flat(each), **more} for each, more in zip(both, follows, strict=True))

@@ -21,6 +21,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.evaluation.predictions import PredictionCollector, Predictions
 from lightning_lora.export.weights import load_weights, weights_labels
 from lightning_lora.runs.folder import RunFolder
+from lightning_lora.training.baselines import TextBaseline, make_classifier
 from lightning_lora.training.module import TextClassifier
 
 
@@ -37,7 +38,7 @@ class LoadedRun:
         trainer: What runs the prediction loop.
     """
 
-    model: TextClassifier
+    model: TextClassifier | TextBaseline
     tokenizer: Any
     frame: InputFormat
     padding: str
@@ -72,7 +73,9 @@ class LoadedRun:
 
     def dataset(self, texts: Sequence[str]) -> TokenDataset:
         """The texts, tokenized."""
-        return TokenDataset(tokenize(texts, self.tokenizer), self.frame, None, self.padding == "max_length")
+        dataset = TokenDataset(tokenize(texts, self.tokenizer), self.frame, None, self.padding == "max_length")
+        dataset.batch_texts = texts if isinstance(self.model, TextBaseline) else None
+        return dataset
 
     def predict_dataset(self, dataset: TokenDataset) -> Predictions:
         """Classify tokenized texts; as ``predict``."""
@@ -80,7 +83,9 @@ class LoadedRun:
         if not len(dataset):
             return Predictions(np.zeros((0, len(names))), None, names, np.zeros(0, dtype=np.int64))
         together = evaluated_together(self.eval_batch_size)
-        packed = self.padding != "max_length" and self.model.packed_batches.wanted(self.trainer)
+        model, packed = self.model, False
+        if isinstance(model, TextClassifier) and self.padding != "max_length":
+            packed = model.packed_batches.wanted(self.trainer)
         loader = make_loader(dataset, evaluation_sampler(dataset, together, packed), packed)
         # To put a prediction into its list, the trainer waits for a GPU after each batch (Lightning 2.6.6).
         collector = PredictionCollector()
@@ -108,7 +113,7 @@ def assemble(
     Raises:
         UserError: The weights do not belong to the model, or are damaged.
     """
-    classifier = TextClassifier(**model, label_names=list(labels))
+    classifier = make_classifier(**model, label_names=list(labels))
     load_weights(classifier, checkpoint)
     keep_freed_memory()
     tokenizer = base_tokenizer(model["base_model"])

@@ -1,7 +1,7 @@
 """The ways to fine-tune a base model. A new one is one entry in ``METHODS``."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from lightning_lora.errors import UserError
 from lightning_lora.models.adalora import AdaLoraSteps
 from lightning_lora.models.base import Base, below_layer, linear_modules
+from lightning_lora.models.baselines import Probe
+from lightning_lora.models.targets import ends_with, match_targets, saved_modules
 from lightning_lora.seeding import torch_stream
 
 
@@ -70,7 +72,7 @@ class Method:
         rank: What is used when ``adapter.rank`` is not set.
         bits: Bits in which the encoder may be stored, if it is quantized.
         cpu_bits: The same without a GPU.
-        trains: Whether there is anything to train.
+        trains: Whether it is trained by steps.
     """
 
     summary: str
@@ -127,14 +129,15 @@ def find_method(method: str) -> Method:
     Raises:
         UserError: There is none of that name.
     """
-    if method not in METHODS:
-        raise UserError(f"model.method: no method '{method}'; there are {', '.join(METHODS)}")
-    return METHODS[method]
+    known = METHODS | BASELINES
+    if method not in known:
+        raise UserError(f"model.method: no method '{method}'; there are {', '.join(known)}")
+    return known[method]
 
 
 def check_options(method: str, options: AdapterOptions) -> None:
     """Refuses values out of range and options that the method would ignore."""
-    takes = METHODS[method].options
+    takes = find_method(method).options
     for option in fields(AdapterOptions):
         value = getattr(options, option.name)
         if option.name not in takes and value != option.default:
@@ -154,61 +157,7 @@ def check_options(method: str, options: AdapterOptions) -> None:
 
 def applied(options: AdapterOptions, method: str) -> dict[str, Any]:
     """The options of a method that change what trained weights do and do not show in their shapes."""
-    return {"alpha": float(options.alpha)} if "alpha" in METHODS[method].options else {}
-
-
-def match_targets(base: Base, target_modules: str | Sequence[str]) -> list[str]:
-    """Full names of the linear layers of the encoder that the option means, in the model's order.
-
-    Raises:
-        UserError: A name matches nothing (the candidates are listed), or the keyword is not known for
-            this architecture.
-    """
-    linear = linear_modules(base)
-    if target_modules == "all_linear" and linear:
-        return linear
-    if target_modules in ("attention", "query_value", "query"):
-        arch = base.architecture
-        if arch is None:
-            kind = base.model.config.model_type
-            raise UserError(
-                f"model.adapter.target_modules: '{target_modules}' is not known for architecture '{kind}'; use "
-                f"all_linear or names among {_candidates(linear)}"
-            )
-        known: dict[Any, Sequence[str]] = {"attention": arch.attention, "query_value": arch.query_value}
-        endings = known.get(target_modules, arch.query_value[:1])
-    else:
-        endings = [target_modules] if isinstance(target_modules, str) else target_modules
-    if not endings or not linear:
-        what = "no layer is named" if linear else "the encoder has no plain linear layer to adapt"
-        instead = _candidates(linear) or "model.method: full or head, or another base model"
-        raise UserError(f"model.adapter.target_modules: {what}; use {instead}")
-    for ending in endings:
-        if not any(_ends_with(name, ending) for name in linear):
-            raise UserError(
-                f"model.adapter.target_modules: '{ending}' matches no linear layer of the encoder; candidates: "
-                f"{_candidates(linear)}, or all_linear, attention, query_value, query"
-            )
-    return [name for name in linear if any(_ends_with(name, ending) for ending in endings)]
-
-
-def _ends_with(name: str, ending: str) -> bool:
-    return name == ending or name.endswith(f".{ending}")
-
-
-def _candidates(linear: Sequence[str]) -> str:
-    # The path below the numbered layer is the shortest unambiguous ending.
-    return ", ".join(dict.fromkeys(below_layer(name) for name in linear))
-
-
-def _saved_modules(base: Base, options: AdapterOptions) -> list[str]:
-    """The head, and what the user names besides."""
-    extra = options.modules_to_save or []
-    have = {name for name, _ in base.model.named_modules()}
-    for name in extra:
-        if not any(_ends_with(module, name) for module in have):
-            raise UserError(f"model.adapter.modules_to_save: the model has no module '{name}'")
-    return [*base.head_modules, *extra]
+    return {"alpha": float(options.alpha)} if "alpha" in find_method(method).options else {}
 
 
 def _wrapped(base: Base, config: Any, targets: list[str], head: list[str], **more: Any) -> Tuned:
@@ -225,7 +174,7 @@ def _lora(**variant: Any) -> Callable[[Base, AdapterOptions], Tuned]:
     def apply(base: Base, options: AdapterOptions) -> Tuned:
         from peft import LoraConfig, TaskType
 
-        targets, head = match_targets(base, options.target_modules), _saved_modules(base, options)
+        targets, head = match_targets(base, options.target_modules), saved_modules(base, options.modules_to_save or [])
         config = LoraConfig(
             task_type=TaskType.SEQ_CLS,
             r=METHODS["lora"].rank if options.rank is None else options.rank,
@@ -254,7 +203,7 @@ def _adalora(base: Base, options: AdapterOptions) -> Tuned:
     """
     from peft import AdaLoraConfig, TaskType
 
-    targets, head = match_targets(base, options.target_modules), _saved_modules(base, options)
+    targets, head = match_targets(base, options.target_modules), saved_modules(base, options.modules_to_save or [])
     rank = METHODS["adalora"].rank if options.rank is None else options.rank
     config = AdaLoraConfig(
         task_type=TaskType.SEQ_CLS,
@@ -282,8 +231,8 @@ def _ia3(base: Base, options: AdapterOptions) -> Tuned:
     linear = linear_modules(base)
     attention = (arch.key, arch.query_value[-1])
     feed_forward = [name for name in linear if below_layer(name) == arch.feed_forward_out]
-    targets = [name for name in linear if name in feed_forward or any(_ends_with(name, end) for end in attention)]
-    head = _saved_modules(base, options)
+    targets = [name for name in linear if name in feed_forward or any(ends_with(name, end) for end in attention)]
+    head = saved_modules(base, options.modules_to_save or [])
     config = IA3Config(
         task_type=TaskType.SEQ_CLS,
         target_modules=list(targets),
@@ -298,7 +247,7 @@ def _vera(base: Base, options: AdapterOptions) -> Tuned:
     import torch
     from peft import TaskType, VeraConfig
 
-    targets, head = match_targets(base, options.target_modules), _saved_modules(base, options)
+    targets, head = match_targets(base, options.target_modules), saved_modules(base, options.modules_to_save or [])
     config = VeraConfig(
         task_type=TaskType.SEQ_CLS,
         r=METHODS["vera"].rank if options.rank is None else options.rank,
@@ -338,6 +287,12 @@ def _none(base: Base, options: AdapterOptions) -> Tuned:
     del options
     base.model.requires_grad_(False)
     return Tuned(base.model, [], base.head_modules)
+
+
+def _probe(base: Base, options: AdapterOptions) -> Tuned:
+    """Nothing is trained by steps; pooled states are classified."""
+    del options
+    return Tuned(Probe(base.model, base.model.config.num_labels), [], ["classifier"])
 
 
 def _full(base: Base, options: AdapterOptions) -> Tuned:
@@ -395,4 +350,10 @@ METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", 5e-5, False, (), _full, bits=()),
     "head": Method("a trained head on a frozen base", 1e-2, True, (), _head),
     "none": Method("the base model and its head, untouched", 0.0, True, (), _none, trains=False),
+}
+#: What a fine-tuned model must beat; methods too, fitted without steps (``models/baselines.py``).
+BASELINES: dict[str, Method] = {
+    "majority": Method("the most frequent class", 0.0, True, (), _none, bits=(), trains=False),
+    "tfidf": Method("logistic regression on TF-IDF n-grams", 0.0, True, (), _none, bits=(), trains=False),
+    "probe": Method("logistic regression on pooled states", 0.0, True, (), _probe, bits=(), trains=False),
 }

@@ -43,9 +43,11 @@ def metric_columns() -> list[Column]:
 
 
 def metric_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """Return the table's rows, header first: before (where measured), after fine-tuning with its interval, in int8."""
+    """Return the table's rows, header first: baselines and before, where measured, after with its interval, in int8."""
     columns = metric_columns()
     rows = [["", *(column.heading for column in columns)]]
+    for name, values in evaluation.get("baselines", {}).items():
+        rows.append([name, *(_cell(values.get(column.key)) for column in columns)])
     for key, title in (("before", "before"), ("after", "after"), ("after_interval", "95% interval"), ("int8", "int8")):
         if values := evaluation.get(key):
             rows.append([title, *(_cell(values.get(column.key)) for column in columns)])
@@ -56,7 +58,7 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
     """Return what the run cost, one line each."""
     costs: Mapping[str, Any] = record.get("costs") or {}
     data = record.get("data") or {}
-    rows = [["base model", str(record.get("base_model", "-"))], ["method", str(record.get("method", "-"))]]
+    rows = [["base model", str(record.get("base_model") or "-")], ["method", str(record.get("method", "-"))]]
     if trainable := costs.get("trainable_params"):
         share = trainable / costs["total_params"]
         rows.append(["trainable parameters", f"{trainable:,} of {costs['total_params']:,} ({share:.2%})"])
@@ -64,7 +66,8 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
         sizes = ", ".join(f"{name} {split['rows']:,}" for name, split in splits.items())
         rows.append(["rows", sizes])
     if costs.get("train_s"):
-        rate = f"{costs['train_rows_per_s']:.1f} texts/s, {costs['train_tokens_per_s']:,.0f} tokens/s"
+        rate = f"{costs['train_rows_per_s']:.1f} texts/s"
+        rate += f", {costs['train_tokens_per_s']:,.0f} tokens/s" if "train_tokens_per_s" in costs else ""
         rows.append(["training time", f"{duration(costs['train_s'])} ({rate})"])
     if seconds := evaluation.get("after_s"):
         rows.append(["test time", f"{duration(seconds)} ({evaluation['rows'] / seconds:.1f} texts/s)"])
@@ -81,6 +84,12 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
         rows.append(["peak memory", f"{costs['peak_memory_mb']:,.0f} MiB"])
     if size := costs.get("checkpoint_bytes"):
         rows.append(["checkpoint", f"{size / 1e6:.2f} MB"])
+    for name, values in evaluation.get("baselines", {}).items():
+        if "interval" in values:
+            better = "{:+.4f} accuracy ({:+.4f} to {:+.4f}, 95% interval)".format(
+                values["ours_better_by"], *values["interval"]
+            )
+            rows.append([f"better than {name} by", better])
     if "majority_accuracy" in evaluation:
         rows.append(["majority vote", f"{evaluation['majority_accuracy']:.4f} accuracy on the same rows"])
     return rows

@@ -30,7 +30,7 @@ from lightning_lora.fingerprint import code_fingerprint
 RECORD_FORMAT = 1
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "peft", "bitsandbytes", "torchmetrics", "jsonargparse")
 #: What trains: with another fingerprint of this code, results may be others.
-_TRAINS = ("training.module", "data.datamodule")
+_TRAINS = ("training.module", "training.baselines", "data.datamodule")
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,99}")
 
 

@@ -6,14 +6,12 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torchmetrics import Metric
+from torch import Tensor
 
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import check_range
 from lightning_lora.evaluation.documents import pooled
-from lightning_lora.evaluation.metrics import EvaluationCounter, TrainCounter
+from lightning_lora.evaluation.metrics import TrainCounter
 from lightning_lora.models.base import Base, enable_gradient_checkpointing, load_base
 from lightning_lora.models.kernel_plugins import check_engine
 from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
@@ -51,7 +49,8 @@ class TextClassifier(StepRunner):
         base_model: The pretrained encoder: a Hub id, a local folder, or ``package:NAME/path``.
         label_names: Names of the classes in the order of their numbers; linked to the data.
         method: "lora" or a variant ("rslora", "dora", "lora_plus", "pissa", "adalora"), "ia3", "vera", "bitfit"
-            (biases), "head" (frozen base, trained head), "full" (every weight), or "none" (nothing is trained).
+            (biases), "head" (frozen base, trained head), "full" (every weight), or "none" (nothing is trained). On the
+            command line also a baseline: "majority", "tfidf" or "probe".
         adapter: Options of the adapter, for methods that have one.
         quantization: How the weights of the frozen encoder are stored.
         learning_rate: Peak of the schedule; by default what suits the method (lora 5e-4, head 1e-2, full
@@ -128,6 +127,8 @@ class TextClassifier(StepRunner):
         self.configure_losses()
         self.configure_metrics()
         self._counted: dict[str, Any] = {}
+        #: What a baseline chose on validation rows.
+        self.chosen: dict[str, Any] = {}
         #: The peak of the schedule, which a search may replace.
         self.scheduled_rate = self.learning_rate
         #: Optimizer steps that the schedule is laid out over: in the state that training continues from, and now.
@@ -164,14 +165,8 @@ class TextClassifier(StepRunner):
 
     def configure_metrics(self) -> None:
         """Set the metrics of each stage; override to add some: ``self.add_metric("mcc", MulticlassMatthews...(C))``."""
-        classes = len(self.label_names)
-        self.train_counter = TrainCounter(classes)
-        self.stage_counters = nn.ModuleDict({f"{s}_counter": EvaluationCounter(classes) for s in ("val", "test")})
-
-    def add_metric(self, name: str, metric: Metric) -> None:
-        """Log a torchmetrics metric of probabilities (B, C) and labels (B,) as "val/NAME" and "test/NAME"."""
-        for stage in ("val", "test"):
-            self._evaluation_counter(stage).metrics.add_metrics({name: metric.clone()})
+        super().configure_metrics()
+        self.train_counter = TrainCounter(len(self.label_names))
 
     def weighted_cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The training loss: cross-entropy with label smoothing and class weights."""
@@ -232,11 +227,13 @@ class TextClassifier(StepRunner):
 
     def shared_step(self, batch: dict[str, Any], stage: str) -> dict[str, Tensor]:
         """Loss and logits of a batch; counts the metrics of the stage ("train", "val" or "test")."""
+        if stage != "train":
+            return super().shared_step(batch, stage)
         logits = self.document_logits(batch)
         labels = batch["labels"].to(logits.device, non_blocking=True)
-        loss = self.criterion(logits, labels) if stage == "train" else F.cross_entropy(logits, labels)
+        loss = self.criterion(logits, labels)
         if batch["share"]:  # else this process had no row of the part
-            self._counter(stage).count(logits, labels, loss)
+            self.train_counter.count(logits, labels, loss)
         return {"loss": loss, "logits": logits}
 
     @property
@@ -268,19 +265,6 @@ class TextClassifier(StepRunner):
         # The trainer gives each part of an accumulated step the same weight; its rows say what it should have.
         return (loss if self.tuned.steps is None else loss + self.tuned.steps.penalty()) * batch["share"]
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Loss and logits."""
-        return self.shared_step(batch, "val")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Loss and logits."""
-        return self.shared_step(batch, "test")
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Logits and the rows they belong to."""
-        logits = self.document_logits(batch)
-        return {"logits": logits.detach(), "rows": batch["rows"]}
-
     def on_validation_start(self) -> None:
         """Merges adapters while their weights stay as they are."""
         self.wait_for_steps()
@@ -302,25 +286,7 @@ class TextClassifier(StepRunner):
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's training loss and metrics."""
         self.wait_for_steps()
-        self._log_epoch("train")
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the validation loss and metrics."""
-        self._log_epoch("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the test loss and metrics."""
-        self._log_epoch("test")
-
-    def _log_epoch(self, stage: str) -> None:
-        for name, value in self._counter(stage).take_values(self.label_names).items():
-            self.log(f"{stage}/{name}", value, prog_bar=stage != "train" and name == "accuracy", sync_dist=False)
-
-    def _counter(self, stage: str) -> TrainCounter | EvaluationCounter:
-        return self.train_counter if stage == "train" else self._evaluation_counter(stage)
-
-    def _evaluation_counter(self, stage: str) -> EvaluationCounter:
-        return cast(EvaluationCounter, self.stage_counters[f"{stage}_counter"])
+        self.log_epoch("train")
 
     def setup(self, stage: str) -> None:
         """Puts the frozen weights into their number format, and takes the class weights of the training loss."""
@@ -337,7 +303,7 @@ class TextClassifier(StepRunner):
         take_found_rate(self)
         self.trains = True
         for stage in ("train", "val", "test"):
-            self._counter(stage).reset()
+            self.counter(stage).reset()
         self.train()
 
     def on_train_start(self) -> None:

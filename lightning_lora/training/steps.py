@@ -5,7 +5,6 @@ import sys
 from typing import Any, Self, cast
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_lora import processes
@@ -14,6 +13,7 @@ from lightning_lora.models.methods import Tuned
 from lightning_lora.models.packed import deterministic_as_before
 from lightning_lora.models.speedups import Speedups
 from lightning_lora.seeding import stream_seed
+from lightning_lora.training.evaluation_steps import EvaluationSteps
 from lightning_lora.training.graphs import CannotCaptureError, GraphedSteps, why_plain
 from lightning_lora.training.guard import NotFiniteError, StepGuard, stepped
 from lightning_lora.training.optim import AdamW
@@ -23,7 +23,7 @@ from lightning_lora.training.packed_batches import PackedBatches
 SHOW_EVERY = 10
 
 
-class StepRunner(LightningModule):
+class StepRunner(EvaluationSteps):
     """Run the optimizer steps of ``TextClassifier``, which defines what a step computes."""
 
     tuned: Tuned

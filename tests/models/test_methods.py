@@ -7,7 +7,8 @@ from torch import nn
 from lightning_lora.errors import UserError
 from lightning_lora.models.architectures import ARCHITECTURES
 from lightning_lora.models.base import Base, load_base
-from lightning_lora.models.methods import METHODS, AdapterOptions, match_targets, tune
+from lightning_lora.models.methods import METHODS, AdapterOptions, tune
+from lightning_lora.models.targets import match_targets
 
 LABELS = ["a", "b", "c"]
 INPUTS = {"input_ids": torch.tensor([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]])}

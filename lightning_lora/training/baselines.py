@@ -1,0 +1,135 @@
+"""Baselines as LightningModules: validated, tested and saved like a fine-tuned model, but fitted without steps."""
+
+from dataclasses import replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from lightning import Trainer
+from torch import Tensor
+
+from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.errors import UserError
+from lightning_lora.evaluation.predictions import PredictionCollector
+from lightning_lora.models.baselines import TEXT_BASELINES, Probe
+from lightning_lora.models.methods import BASELINES
+from lightning_lora.runs.checkpoints import CheckpointIdentity
+from lightning_lora.training.evaluation_steps import EvaluationSteps
+from lightning_lora.training.module import TextClassifier
+
+
+class TextBaseline(EvaluationSteps):
+    """A baseline that reads texts and no token ids: the majority class, or TF-IDF with logistic regression.
+
+    Args:
+        label_names: Names of the classes in the order of their numbers.
+        method: "majority" or "tfidf".
+    """
+
+    #: As of a ``TextClassifier``, for the run record.
+    head_origin = "no weights"
+    target_modules: tuple[str, ...] = ()
+    head_modules: tuple[str, ...] = ()
+    learning_rate = 0.0
+    began = False
+
+    def __init__(self, label_names: list[str], method: str = "tfidf") -> None:
+        super().__init__()
+        self.save_hyperparameters({"label_names": list(label_names), "method": method}, logger=False)
+        self.label_names = list(label_names)
+        self.model = TEXT_BASELINES[method](len(label_names))
+        self.identity = CheckpointIdentity("none", "none", self.label_names, method)
+        self.stays_on_device = False
+        #: What was chosen on validation rows.
+        self.chosen: dict[str, Any] = {}
+        self.configure_metrics()
+
+    def setup(self, stage: str) -> None:
+        """Asks for the texts of each batch."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, TextDataModule):
+            data.with_texts = True
+
+    def fit_rows(self, data: TextDataModule, trainer: Trainer) -> dict[str, Any]:
+        """Fits to the training rows; what can be chosen is chosen on validation rows, and returned."""
+        del trainer
+        train, val = data.rows("train"), data.rows("val")
+        return self.model.fit(train.texts, train.labels, val.texts, val.labels)
+
+    def document_logits(self, batch: dict[str, Any]) -> Tensor:
+        """Logits, float32 (B, C), of the batch's texts."""
+        return self.model(batch["texts"]).to(self.device)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Stays on the CPU, where scikit-learn computes."""
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Says what the weights belong to."""
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+        self.identity.write_to(checkpoint)
+        metrics = self.trainer.callback_metrics
+        checkpoint["metrics"] = {name: float(v) for name, v in metrics.items() if name.startswith("val/")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of other labels or another method."""
+        self.identity.check(checkpoint)
+
+    def check_int8(self, precision: str) -> int:
+        """Refuses an evaluation in int8.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(f"--int8: method '{self.identity.method}' has no layers; leave it out")
+
+
+class LinearProbe(TextClassifier):
+    """Logistic regression on pooled states of the frozen base model; takes what ``TextClassifier`` takes."""
+
+    def configure_models(self) -> None:
+        """Leaves all tokens of the last layer there, to be pooled."""
+        self.speedups = replace(self.speedups, first_token_only=False, packing=False)
+        super().configure_models()
+
+    def fit_rows(self, data: TextDataModule, trainer: Trainer) -> dict[str, Any]:
+        """Fits to the training rows; pooling and C are chosen on validation rows, and returned."""
+        probe: Probe = self.model
+        train, val = (self._states(data, trainer, split) for split in ("train", "val"))
+        return probe.fit(train, data.rows("train").labels, val, data.rows("val").labels)
+
+    def _states(self, data: TextDataModule, trainer: Trainer, split: str) -> np.ndarray:
+        """Pooled states of a split, (N, P D) in the order of its rows."""
+        collector, probe = PredictionCollector(), self.model
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.append(collector)
+        probe.gives_states = True
+        try:
+            trainer.predict(self, data.evaluation_loader(split), return_predictions=False)
+        finally:
+            probe.gives_states = False
+            callbacks.remove(collector)
+        return collector.last["predict"].logits
+
+    def document_logits(self, batch: dict[str, Any]) -> Tensor:
+        """Logits (B, C) of the batch's documents, or while fitting their states, the mean over windows."""
+        if not (self.model.gives_states and "documents" in batch):
+            return super().document_logits(batch)
+        states, documents = self(batch["input_ids"], batch["attention_mask"]), batch["documents"]
+        total = torch.zeros(len(batch["rows"]), states.shape[1], device=states.device).index_add_(0, documents, states)
+        return total / documents.bincount(minlength=len(total))[:, None]
+
+
+def make_classifier(base_model: str, label_names: list[str], method: str = "lora", **settings: Any) -> Any:
+    """The module of a method: a ``TextClassifier``, ``LinearProbe`` or ``TextBaseline``.
+
+    Args:
+        base_model: As for ``TextClassifier``; baselines that read texts do not load it.
+        label_names: Names of the classes.
+        method: A fine-tuning method or a baseline.
+        settings: Others of ``TextClassifier``.
+    """
+    if method in TEXT_BASELINES:
+        return TextBaseline(label_names, method)
+    kind = LinearProbe if method in BASELINES else TextClassifier
+    return kind(base_model, label_names, method, **settings)

@@ -1,0 +1,236 @@
+"""Baselines against scikit-learn's own pipelines and plain transformers; as runs, from fit to predict."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from lightning_lora import load_run
+from lightning_lora.cli import main
+from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.errors import UserError
+from lightning_lora.models.baselines import PROBE_C, TFIDF_C, Majority, Tfidf, choose_regression, pool
+from lightning_lora.models.methods import BASELINES
+from lightning_lora.runs.folder import RunFolder
+from tests.conftest import make_rows, write_csv
+
+LABELS = ("neg", "pos", "mixed")
+
+
+def noisy_rows(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Rows that no model gets all right: every fifth label is another's."""
+    rows = make_rows(count, LABELS, seed)
+    return [(text, LABELS[(i + 1) % 3] if i % 5 == 0 else label) for i, (text, label) in enumerate(rows)]
+
+
+@pytest.fixture
+def fit(tiny_base: Path, tmp_path: Path):
+    def run(method: str, *more: str) -> Path:
+        write_csv(tmp_path / "rows.csv", noisy_rows(150))
+        config = {
+            "model": {"base_model": str(tiny_base)},
+            "data": {"source": "rows.csv", "max_length": 32, "cache_dir": "cache", "val_size": 30, "test_size": 30},
+            "trainer": {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
+        }
+        Path("c.yaml").write_text(yaml.safe_dump(config))
+        assert main(["fit", "--config", "c.yaml", "--name", method, "--model.method", method, *more]) == 0
+        return Path("logs") / method
+
+    return run
+
+
+def data_of(run: Path) -> TextDataModule:
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    data = TextDataModule(**{k: v for k, v in settings["data"].items() if k != "augmentation"}, base_model=base_of(run))
+    data.setup("fit")
+    return data
+
+
+def base_of(run: Path) -> str:
+    return yaml.safe_load((run / "config.yaml").read_text())["model"]["base_model"]
+
+
+def sklearn_choice(kinds, train, val, labels, val_labels, cs):
+    """The best by macro F1, then by log-loss, of plain scikit-learn: its probabilities of the validation rows."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import f1_score, log_loss
+    from sklearn.pipeline import make_pipeline
+
+    found = []
+    for name, features in kinds.items():
+        for c in cs:
+            pipe = make_pipeline(features(), LogisticRegression(C=c, max_iter=5000)).fit(train[name], labels)
+            probabilities = pipe.predict_proba(val[name])
+            f1 = f1_score(val_labels, probabilities.argmax(1), average="macro")
+            found.append((f1, -log_loss(val_labels, probabilities), name, c, probabilities))
+    return max(found, key=lambda each: each[:2])
+
+
+def test_tfidf_is_scikit_learns_pipeline(fit, capsys) -> None:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import make_union
+
+    run = fit("tfidf")
+    data = data_of(run)
+    train, val = data.rows("train"), data.rows("val")
+
+    def words():
+        return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+
+    def both():
+        return make_union(words(), TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True))
+
+    kinds = {"words": words, "words and characters": both}
+    f1, _, name, c, probabilities = sklearn_choice(
+        kinds, dict.fromkeys(kinds, train.texts), dict.fromkeys(kinds, val.texts), train.labels, val.labels, TFIDF_C
+    )
+    record = RunFolder(run).read()
+    assert (record["model"]["chosen"]["features"], record["model"]["chosen"]["C"]) == (name, c)
+    assert record["metrics"]["val/f1_macro"] == pytest.approx(f1)
+    found = load_run(run).predict(val.texts)
+    np.testing.assert_allclose(found.probabilities, probabilities, atol=2e-3)
+    assert record["costs"]["trainable_params"] > 3 * 100 and "train_tokens_per_s" not in record["costs"]
+    assert f"the best of {2 * len(TFIDF_C)} by validation F1" in capsys.readouterr().out
+
+
+def test_probe_is_logistic_regression_on_pooled_states_of_plain_transformers(fit) -> None:
+    from sklearn.preprocessing import StandardScaler
+    from transformers import AutoModel, AutoTokenizer
+
+    run = fit("probe")
+    data = data_of(run)
+    tokenizer, model = (kind.from_pretrained(base_of(run)) for kind in (AutoTokenizer, AutoModel))
+    model.eval()
+
+    def states(texts: list[str]) -> dict[str, np.ndarray]:
+        found: dict[str, list[np.ndarray]] = {"first": [], "mean": [], "last": []}
+        for text in texts:  # one by one: nothing is padded
+            with torch.no_grad():
+                given = tokenizer(text, return_tensors="pt", truncation=True, max_length=32)
+                hidden = model(given["input_ids"], given["attention_mask"])[0][0].numpy()
+            found["first"].append(hidden[0])
+            found["mean"].append(hidden.mean(0))
+            found["last"].append(hidden[-1])
+        return {name: np.array(each) for name, each in found.items()}
+
+    train, val = data.rows("train"), data.rows("val")
+    kinds = dict.fromkeys(("first", "mean", "last"), StandardScaler)
+    f1, _, name, c, probabilities = sklearn_choice(
+        kinds, states(train.texts), states(val.texts), train.labels, val.labels, PROBE_C
+    )
+    record = RunFolder(run).read()
+    assert (record["model"]["chosen"]["features"], record["model"]["chosen"]["C"]) == (name, c)
+    assert record["metrics"]["val/f1_macro"] == pytest.approx(f1)
+    np.testing.assert_allclose(load_run(run).predict(val.texts).probabilities, probabilities, atol=5e-3)
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_a_baseline_is_a_run_like_any(fit, method: str, capsys) -> None:
+    run = fit(method)
+    assert main(["validate", str(run)]) == 0
+    assert main(["test", str(run)]) == 0
+    record = RunFolder(run).read()
+    assert record["status"] == "finished" and "before" not in record["evaluations"]["test"]
+    texts = [text for text, _ in make_rows(20, LABELS, seed=9)]
+    Path("in.csv").write_text("text\n" + "\n".join(texts) + "\n")
+    assert main(["predict", "--run", str(run), "--input", "in.csv", "--output", "out.csv"]) == 0
+    loaded = load_run(run)
+    assert list(pd.read_csv("out.csv")["prediction"]) == loaded.predict(texts).names
+    tested = pd.read_parquet(run / "predictions" / "test.parquet")
+    rows = data_of(run).rows("test")
+    np.testing.assert_allclose(loaded.predict(rows.texts).logits, tested.filter(like="logit(").to_numpy(), atol=1e-4)
+    capsys.readouterr()
+    assert main(["export", "--run", str(run)]) == 2
+    assert f"method '{method}' is a baseline" in capsys.readouterr().err
+    assert main(["fit", "--resume", str(run)]) == 0 and "has finished already" in capsys.readouterr().out
+
+
+def test_majority_gives_the_shares_of_the_training_rows() -> None:
+    model = Majority(3)
+    model.fit(["a"] * 4, np.array([0, 2, 2, 2]))
+    np.testing.assert_allclose(model(["x", "y"]).softmax(1), [[0.25, 0, 0.75]] * 2, atol=1e-6)
+
+
+def test_a_class_without_training_rows_is_never_predicted_and_costs_a_finite_loss() -> None:
+    model = Tfidf(3)
+    texts = ["good film", "bad film", "fine film", "dull film"]
+    model.fit(texts, np.array([0, 2, 0, 2]), ["good", "bad"], np.array([0, 1]))
+    logits = model(["good", "bad"])
+    assert logits.argmax(1).tolist() == [0, 2] and logits.isfinite().all()
+
+
+def test_of_equally_right_ones_the_one_with_the_lower_loss_is_kept() -> None:
+    from lightning_lora.models.baselines import Features
+
+    train, labels = np.array([[-1.0], [1.0]]), np.array([0, 1])
+    found = choose_regression(iter([Features("x", train, train)]), labels, labels, 2, (0.01, 1.0, 100.0))
+    assert found.c == 100.0 and set(found.tried.values()) == {1.0}
+
+
+def test_pooling_sees_no_padding_on_either_side() -> None:
+    states = torch.arange(8.0).reshape(1, 4, 2)
+    for mask, first, last in (([1, 1, 0, 0], [0, 1], [2, 3]), ([0, 0, 1, 1], [4, 5], [6, 7])):
+        given = torch.tensor([mask])
+        assert pool(states, given, "first").tolist() == [first]
+        assert pool(states, given, "last").tolist() == [last]
+        assert pool(states, given, "mean").tolist() == [[(a + b) / 2 for a, b in zip(first, last, strict=True)]]
+
+
+def test_a_probe_of_windows_learns_from_the_mean_of_their_states(fit) -> None:
+    run = fit("probe", "--data.truncation", "windows", "--data.max_length", "8")
+    assert main(["test", str(run)]) == 0
+    tested = pd.read_parquet(run / "predictions" / "test.parquet")
+    found = load_run(run).predict(data_of(run).rows("test").texts)
+    np.testing.assert_allclose(found.logits, tested.filter(like="logit(").to_numpy(), atol=1e-4)
+
+
+def test_several_devices_are_refused_in_one_line(fit, capsys) -> None:
+    with pytest.raises(AssertionError):
+        fit("tfidf", "--trainer.devices", "2")
+    assert "is fitted by one process" in capsys.readouterr().err
+
+
+def test_an_evaluation_in_int8_is_refused(fit, capsys) -> None:
+    run = fit("majority")
+    assert main(["test", str(run), "--int8", "true"]) == 2
+    assert "has no layers" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_method_is_refused(fit) -> None:
+    run, other = fit("majority"), fit("tfidf")
+    with pytest.raises(UserError, match="trained with method"):
+        load_run(run, checkpoint=str(other / "checkpoints" / "best.ckpt"))
+
+
+def test_baselines_are_arms(fit, capsys) -> None:
+    fit("majority")
+    words = ["compare", "--config", "c.yaml", "--arms", "majority", "tfidf", "head", "--name", "arms"]
+    assert main([*words, "--trainer.max_epochs", "1"]) == 0
+    assert "confounder" not in capsys.readouterr().out
+    table = pd.read_csv("logs/arms/report.csv")
+    assert list(table["arm"]) == ["majority (baseline)", "tfidf", "head"]
+    assert float(table["test accuracy"][1]) > float(table["test accuracy"][0])
+
+
+def test_a_test_beside_baselines_pairs_them_on_the_same_rows(fit, capsys) -> None:
+    """The numbers are those of the baselines' own runs."""
+    run = fit("head", "--trainer.max_epochs", "1")
+    assert main(["test", str(run), "--baselines", "true"]) == 0
+    shown = capsys.readouterr().out
+    found = RunFolder(run).read()["evaluations"]["test"]
+    for name in ("tfidf", "probe"):
+        other = fit(name)
+        assert main(["test", str(other)]) == 0
+        theirs = RunFolder(other).read()["evaluations"]["test"]["after"]
+        assert found["baselines"][name]["accuracy"] == pytest.approx(theirs["accuracy"])
+        assert found["baselines"][name]["ours_better_by"] == pytest.approx(
+            found["after"]["accuracy"] - theirs["accuracy"], abs=1e-6
+        )
+        low, high = found["baselines"][name]["interval"]
+        assert low <= found["baselines"][name]["ours_better_by"] <= high
+        assert f"better than {name} by" in shown
+    table = [line for line in shown.splitlines() if line.startswith("│") and "0." in line]
+    assert len(table) == 6 and max(map(len, table)) <= 80
