@@ -48,33 +48,6 @@ class Curve(Callback):
         self.points.append((trainer.global_step, float(found["val/accuracy"]), float(found["val/f1_macro"])))
 
 
-class MeanPooler(torch.nn.Module):
-    """The mean of the last states, of the mask that the encoder was given."""
-
-    mask: torch.Tensor
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) to (B, D)."""
-        mask = self.mask[..., None].to(states.dtype)
-        return (states * mask).sum(1) / mask.sum(1)
-
-
-class MeanPooled(TextClassifier):
-    """A BERT that is classified by the mean of its states."""
-
-    def load_base_model(self) -> Any:
-        """Replace the pooler."""
-        base = super().load_base_model()
-        pooler = MeanPooler()
-        base.model.bert.pooler = pooler
-
-        def keep(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            pooler.mask = kwargs["attention_mask"]
-
-        base.model.bert.register_forward_pre_hook(keep, with_kwargs=True)
-        return base
-
-
 def data_of(name: str, rows: int, args: argparse.Namespace) -> TextDataModule:
     """The data of a set with so many training rows; validation rows are the same for any number of them."""
     options: dict[str, Any] = {"max_length": 128, "truncation": "both", "train_rows": rows, "val_size": args.val_rows}
@@ -92,9 +65,8 @@ def train(data: TextDataModule, arm: str, steps: int, rate: float, seed: int, va
     """Train, and return the curve of the validation metrics."""
     seed_everything(seed, verbose=False)
     data.seed = seed
-    kind = MeanPooled if arm.startswith("mean") else TextClassifier
-    speed: dict[str, Any] = {"first_token_only": False} if arm.startswith("mean") else {}
-    model = kind(BASE, data.label_names, method="lora", learning_rate=rate, seed=seed, speedups=speed)
+    pooling: Any = "mean" if arm.startswith("mean") else "first"
+    model = TextClassifier(BASE, data.label_names, learning_rate=rate, seed=seed, pooling=pooling)
     if arm.endswith("probed"):
         states = embed(model, data)
         best = probe(states, data)["model"]
@@ -222,9 +194,8 @@ def main() -> None:
             if arm == "tfidf":
                 result = tfidf(data)
             elif arm.endswith("_probe"):
-                kind = MeanPooled if arm == "mean_probe" else TextClassifier
-                speed: dict[str, Any] = {"first_token_only": False}
-                model = kind(BASE, data.label_names, method="lora", seed=seed, speedups=speed)
+                pooling: Any = "mean" if arm == "mean_probe" else "first"
+                model = TextClassifier(BASE, data.label_names, seed=seed, pooling=pooling)
                 result = probe(embed(model, data), data)
                 del result["model"]
             else:

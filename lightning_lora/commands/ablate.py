@@ -1,11 +1,15 @@
 """``main.py ablate``: an experiment that a config describes, and its report."""
 
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from lightning_lora.commands.report import write_ablation_report
+from lightning_lora.commands.report import write_ablation_report, write_sets_report
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.settings import read_config
 from lightning_lora.errors import UserError
+from lightning_lora.experiments.data_sets import split_sets
 from lightning_lora.experiments.runner import add_options, run_experiment
 from lightning_lora.runs.folder import folder_name
 
@@ -20,6 +24,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("-c", "--config", required=True, help="The ablation; see configs/ablation.")
     parser.add_argument("--small", action="store_true", help="The small size that the config describes.")
     parser.add_argument("--name", help="The folder under --logs_dir; by default ablation-CONFIG.")
+    parser.add_argument("--sets", nargs="+", help="Of an ablation over several data sets: those to run now.")
     add_options(parser)
     options, overrides = parser.parse_known_args(words)
     parser.refuse_misspelt(overrides)
@@ -28,7 +33,25 @@ def run(words: list[str]) -> int:
     path = Path(options.config)
     name = f"ablation-{path.stem}{'-small' if options.small else ''}"
     folder = Path(options.logs_dir) / (folder_name(options.name) if options.name else name)
-    status = run_experiment(read_config(path), path, folder, options, overrides, ["ablate", *words])
+    content, command = read_config(path), ["ablate", *words]
+    if "sets" not in content:
+        if options.sets:
+            raise UserError(f"--sets: {path} describes no sets")
+        return _run_one(content, path, folder, options, overrides, command)
+    sets = split_sets(content, options.small, options.sets)
+    status = 0
+    for number, (each, own) in enumerate(sets.items(), 1):
+        print(f"\n== set {number} of {len(sets)}: {each}", flush=True)
+        status |= _run_one(own, path, folder / each, options, overrides, command)
+    if not options.plan:
+        write_sets_report(folder)
+    return status
+
+
+def _run_one(
+    content: Mapping[str, Any], path: Path, folder: Path, options: Namespace, overrides: Sequence[str], words: list[str]
+) -> int:
+    status = run_experiment(content, path, folder, options, overrides, words)
     if not options.plan:
         write_ablation_report(folder)
     return status

@@ -16,6 +16,7 @@ from lightning_lora.reports import ablation_pages
 from lightning_lora.reports.ablation import Report, answer
 from lightning_lora.reports.ablation_pictures import pareto_figure
 from lightning_lora.reports.ablation_tables import arm_table, as_document, metric_table
+from lightning_lora.reports.data_sets import LEGEND, sets_table
 from lightning_lora.reports.tables import markdown
 from lightning_lora.runs.folder import plain
 
@@ -34,11 +35,17 @@ def run(words: list[str]) -> int:
     options = parser.parse_args(words)
     paths = [Path(folder) for folder in options.folders]
     ablations = [path for path in paths if (path / "ablation.json").is_file()]
-    given = [path for path in paths if path not in ablations]
+    of_sets = [path for path in paths if not (path / "cells").exists() and [*path.glob("*/ablation.json")]]
+    of_sets = [path for path in of_sets if (path / "report.md").is_file()]  # and not a folder of all runs
+    given = [path for path in paths if path not in [*ablations, *of_sets]]
     if not given and (options.baseline or options.output):
         raise UserError("--baseline and --output are for the report of runs; an ablation has its own")
     for path in ablations:
         write_ablation_report(path)
+    for path in of_sets:
+        for place in sorted(path.glob("*/ablation.json")):
+            write_ablation_report(place.parent)
+        write_sets_report(path)
     if not given:
         return 0
     runs = read_runs(given)
@@ -114,13 +121,29 @@ def by_data(runs: Sequence[GivenRun], baseline: GivenRun | None) -> list[list[Gi
     return [[run for run in runs if run in group] for group in groups.values()]
 
 
+def write_sets_report(folder: Path) -> None:
+    """Write and print the table of an ablation over several data sets, from the ablations in its folder."""
+    reports = {place.parent.name: read_ablation(place.parent) for place in sorted(folder.glob("*/ablation.json"))}
+    first = next(iter(reports.values()))
+    table = f"{markdown(sets_table(reports))}\n\n{first.split.capitalize()} {first.plan.metric}. {LEGEND}\n"
+    print(f"\n{first.plan.question}\n\n{table}")
+    each = "\n".join(f"- [{name}]({name}/report.md): {answer(report)}" for name, report in reports.items())
+    write_text(folder / "report.md", f"# {first.plan.question}\n\n{table}\n{each}\n\ncommand: {first.command}\n")
+    print(f"written: {folder / 'report.md'}, and a report for each set beside it")
+
+
 def write_ablation_report(folder: Path) -> None:
     """Write the report of an ablation in every form, and print the answer and the table."""
+    write_report(read_ablation(folder), folder)
+
+
+def read_ablation(folder: Path) -> Report:
+    """Read what lies in an ablation's folder."""
     asked, plan = read_plan(folder)
     cells = read_cells(plan, folder)
     changes = {arm: [Change(**each) for each in found] for arm, found in asked.get("differences", {}).items()}
     arms = compare_arms(plan, cells)
-    write_report(Report(folder.name, plan, asked["command"], arms, cells, count_tests(folder), changes), folder)
+    return Report(folder.name, plan, asked["command"], arms, cells, count_tests(folder), changes)
 
 
 def write_runs_report(runs: Sequence[GivenRun], baseline: GivenRun, output: Path, command: str) -> None:

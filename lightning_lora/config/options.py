@@ -69,9 +69,9 @@ COMMAND_KEYS = frozenset({"config", "texts", *(name for options in COMMAND_OPTIO
 PREDICT_SETTINGS = (
     *("data.max_length", "data.truncation", "data.window_overlap", "data.padding", "data.eval_batch_size"),
     *("data.text_column", "data.encoding", "model.base_model", "model.method", "model.adapter", "model.quantization"),
-    *("model.attention", "model.speedups", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
-    *("trainer.strategy", "trainer.precision", "trainer.enable_progress_bar", "trainer.deterministic"),
-    *("trainer.benchmark", "trainer.inference_mode"),
+    *("model.pooling", "model.attention", "model.speedups", "trainer.accelerator", "trainer.devices"),
+    *("trainer.num_nodes", "trainer.strategy", "trainer.precision", "trainer.enable_progress_bar"),
+    *("trainer.deterministic", "trainer.benchmark", "trainer.inference_mode"),
 )
 #: Settings that the short help of ``fit`` shows.
 COMMON_SETTINGS = (

@@ -42,7 +42,7 @@ from lightning_lora.runs.folder import RunFolder
 from lightning_lora.workers import Workers
 
 #: Settings that predictions depend on, beside the weights.
-MODEL_SETTINGS = ("base_model", "method", "adapter", "quantization")
+MODEL_SETTINGS = ("base_model", "method", "adapter", "quantization", "pooling")
 DATA_SETTINGS = ("max_length", "truncation", "window_overlap", "padding")
 #: Takes a number of rows that are done.
 Advance = Callable[[int], object]

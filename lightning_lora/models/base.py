@@ -46,6 +46,8 @@ class Base:
         head_modules: Modules to train and save whole: the head, and what else was newly initialised.
         fingerprint: SHA-256 of the pretrained weights and the tokenizer.
         head: What was done with its head, in words that follow "base model with".
+        fresh_head: Whether the head is new.
+        pooling_file: What sentence-transformers says of how its states become one, if it is of theirs.
     """
 
     model: Any
@@ -53,6 +55,8 @@ class Base:
     head_modules: list[str]
     fingerprint: str
     head: str = "a fresh head"
+    fresh_head: bool = True
+    pooling_file: Path | None = None
 
 
 def load_base(base_model: str, label_names: Sequence[str], seed: int, quantization: Quantization | None = None) -> Base:
@@ -127,7 +131,9 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int, quantizati
         _check_embeddings(model, tokenizer, location)
         if not _positions_follow_padding(model):
             _set_padding(model.config, tokenizer.pad_token_id)
-    return Base(model, architecture, head_modules, weights_fingerprint(location), head)
+    fresh_head = any(key.startswith(tuple(head_names)) for key in fresh)
+    pooling = _find(location, "1_Pooling/config.json")
+    return Base(model, architecture, head_modules, weights_fingerprint(location), head, fresh_head, pooling)
 
 
 def weights_fingerprint(location: Location) -> str:

@@ -218,10 +218,11 @@ def no_mask(*args: Any, **kwargs: Any) -> None:
 
 
 class FirstTokens:
-    """Where the texts of a packed batch begin, for the hooks that take the first token of each."""
+    """Where the texts of a packed batch begin, for the hooks that take the first token of each, or the mean."""
 
     def __init__(self) -> None:
         self.starts: Tensor | None = None
+        self.offsets: Tensor | None = None
 
     @property
     def packed(self) -> bool:
@@ -229,13 +230,21 @@ class FirstTokens:
         return self.starts is not None
 
     @contextmanager
-    def at(self, starts: Tensor) -> Iterator[None]:
-        """The texts begin there, (N,), in this block."""
-        self.starts = starts
+    def at(self, starts: Tensor, offsets: Tensor) -> Iterator[None]:
+        """The texts begin there, (N,), and end where the next begins, (N + 1,), in this block."""
+        self.starts, self.offsets = starts, offsets
         try:
             yield
         finally:
-            self.starts = None
+            self.starts = self.offsets = None
+
+    def mean(self, states: Tensor) -> Tensor:
+        """The mean of each text's states, float32 (N, D) of (1, T, D): by a product, which is repeatable."""
+        assert self.offsets is not None
+        at = torch.arange(states.shape[1], device=states.device)
+        inside = ((at >= self.offsets[:-1, None]) & (at < self.offsets[1:, None])).float()
+        with torch.autocast(states.device.type, enabled=False):
+            return inside @ states[0].float() / inside.sum(1, keepdim=True).clamp(min=1)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Continue with the first token of each text, (N, 1, H) of (B, T, H), padded or packed: a forward pre-hook."""

@@ -52,12 +52,19 @@ class Speedups:
     cuda_graphs: Literal["auto"] | bool = "auto"
 
 
-def install(base: Base, speedups: Speedups, tokens: FirstTokens | None = None) -> list[str]:
-    """Install the replacements in a model that a method was applied to; return in words what was done."""
+def install(base: Base, speedups: Speedups, tokens: FirstTokens | None = None, reads_first: bool = True) -> list[str]:
+    """Install the replacements in a model that a method was applied to; return in words what was done.
+
+    Args:
+        base: The base model.
+        speedups: Which.
+        tokens: Where the texts of a packed batch begin.
+        reads_first: Whether the head reads the first token alone.
+    """
     done, tokens = [], tokens or FirstTokens()
-    if speedups.first_token_only and cut_last_layer(base, tokens):
+    if reads_first and speedups.first_token_only and cut_last_layer(base, tokens):
         done.append("last layer for the first token only")
-    else:
+    elif reads_first:
         take_first_tokens(base, tokens)
     if speedups.cast_once:
         cast_once(base)

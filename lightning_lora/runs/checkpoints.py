@@ -35,7 +35,7 @@ class CheckpointIdentity:
         label_names: Names of the classes in the order of their numbers.
         method: How it was fine-tuned.
         quantization: How the frozen weights were stored ("none", "int8", "nf4", ...).
-        adapter: Options that say how the adapter's weights are applied, such as alpha.
+        adapter: Options that say how the trained weights are applied, such as alpha.
     """
 
     base_model: str
@@ -67,9 +67,10 @@ class CheckpointIdentity:
             if (found := stored[name]) != (own := getattr(self, name)):
                 raise UserError(f"the checkpoint was trained with {name} {found!r}, not {own!r}; {why}")
         for name, value in stored["adapter"].items():
-            if self.adapter.get(name) != value:
+            if (own_value := self.adapter.get(name)) != value:
+                what = name if name == "pooling" else f"adapter.{name}"
                 raise UserError(
-                    f"the checkpoint was trained with adapter.{name} {value}, not {self.adapter.get(name)}: its "
+                    f"the checkpoint was trained with {what} {value}, not {own_value}: its "
                     "weights would be applied in another way than in training"
                 )
 

@@ -88,8 +88,9 @@ class LinearProbe(TextClassifier):
     """Logistic regression on pooled states of the frozen base model; takes what ``TextClassifier`` takes."""
 
     def configure_models(self) -> None:
-        """Leaves all tokens of the last layer there, to be pooled."""
+        """Leaves the states of all tokens there, to be pooled."""
         self.speedups = replace(self.speedups, first_token_only=False, packing=False)
+        self.hparams["pooling"] = "first"
         super().configure_models()
 
     def fit_rows(self, data: TextDataModule, trainer: Trainer) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lightning_lora.evaluation.metrics import TrainCounter
 from lightning_lora.models.base import Base, enable_gradient_checkpointing, load_base
 from lightning_lora.models.kernel_plugins import check_engine
 from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
+from lightning_lora.models.pooling import Pooling, choose_pooling, read_mean
 from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.models.speedups import (
     Speedups,
@@ -53,6 +54,8 @@ class TextClassifier(StepRunner):
             command line also a baseline: "majority", "tfidf" or "probe".
         adapter: Options of the adapter, for methods that have one.
         quantization: How the weights of the frozen encoder are stored.
+        pooling: What the head reads of a text: the state of its "first" token, the "mean" of the states of all, or
+            "auto": the mean where the base was trained through it, as those of sentence-transformers were.
         learning_rate: Peak of the schedule; by default what suits the method (lora 5e-4, head 1e-2, full
             5e-5).
         schedule: How the learning rate falls after warm-up: "linear", "cosine" or "constant".
@@ -79,6 +82,7 @@ class TextClassifier(StepRunner):
         method: str = "lora",
         adapter: AdapterOptions = AdapterOptions(),  # noqa: B008  # never changed; the parser reads it
         quantization: Quantization = Quantization(),  # noqa: B008
+        pooling: Pooling = "auto",
         learning_rate: float | None = None,
         schedule: Schedule = "linear",
         warmup_ratio: float = 0.06,
@@ -145,16 +149,19 @@ class TextClassifier(StepRunner):
     def configure_models(self) -> None:
         """Apply the method to the base model: sets ``self.model``, which gives ``logits`` (B, C)."""
         base, method = self.load_base_model(), self.hparams["method"]
+        self.pooling = choose_pooling(self.hparams["pooling"], base)
+        if self.pooling == "mean":
+            read_mean(base, self.packed_batches.first_tokens)
         self.tuned = tuned = tune(base, method, self.adapter, self.seed, self.hparams["frozen_dropout"])
-        self.speed_notes = install(base, self.speedups, self.packed_batches.first_tokens)
+        self.speed_notes = install(base, self.speedups, self.packed_batches.first_tokens, self.pooling == "first")
         self.packed_batches.start(base)
         self.known_architecture = base.architecture is not None
-        self.head_origin = base.head
+        self.head_origin = base.head + (" on the mean of a text's states" if self.pooling == "mean" else "")
         self.model: Any = tuned.model
         self.loaded_attention: str = tuned.model.config._attn_implementation
         self.target_modules = tuned.target_modules
         self.head_modules = tuned.head_modules
-        stored, options = self.quantization.label, applied(self.adapter, method)
+        stored, options = self.quantization.label, {**applied(self.adapter, method), "pooling": self.pooling}
         self.identity = CheckpointIdentity(
             self.hparams["base_model"], base.fingerprint, self.label_names, method, stored, options
         )

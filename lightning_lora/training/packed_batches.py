@@ -135,7 +135,7 @@ class PackedBatches:
         module.use_attention(PACKED)
         offsets = views.offsets.int()
         starts = views.offsets[: shape.inputs].clamp(max=shape.tokens - 1)
-        with self.first_tokens.at(starts):
+        with self.first_tokens.at(starts, views.offsets[: shape.inputs + 1]):
             logits = module.model(
                 input_ids=views.input_ids,
                 position_ids=views.position_ids + self.first_position,

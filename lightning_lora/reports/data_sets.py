@@ -1,0 +1,41 @@
+"""The table of an ablation over several data sets: a row for each arm, a column for each set. Imports no torch."""
+
+from collections.abc import Mapping
+
+from lightning_lora.experiments.results import ArmResult
+from lightning_lora.reports.ablation import Report
+from lightning_lora.reports.ablation_tables import TextTable
+
+#: What stands behind a mean: how the arm compares with the baseline.
+SIGNS = {"better": "+", "worse": "-", "equivalent": "=", "same predictions": "=", "inconclusive": "?"}
+LEGEND = (
+    "Behind each mean: + better than the baseline, - worse, = equivalent within the margin, ? inconclusive. Paired by "
+    "seed and row; p-values are corrected for the arms of a set (Holm), not of all sets. Bold: the best mean."
+)
+
+
+def sets_table(reports: Mapping[str, Report]) -> TextTable:
+    """Return the metric of each arm on each set, header first, and in how many sets it is better or worse.
+
+    Args:
+        reports: The report of each set's ablation, by the set's name.
+    """
+    labels = list(dict.fromkeys(arm.label for report in reports.values() for arm in report.arms))
+    rows = [["arm", *reports, "better", "worse"]]
+    for label in labels:
+        arms = {name: next((a for a in report.arms if a.label == label), None) for name, report in reports.items()}
+        verdicts = [arm.against.verdict for arm in arms.values() if arm is not None and arm.against is not None]
+        cells = [_cell(arms[name], report) for name, report in reports.items()]
+        is_baseline = all(label == report.plan.baseline for report in reports.values())
+        counts = ["", ""] if is_baseline else [str(verdicts.count(verdict)) for verdict in ("better", "worse")]
+        rows.append([f"{label} (baseline)" if is_baseline else label, *cells, *counts])
+    return rows
+
+
+def _cell(arm: ArmResult | None, report: Report) -> str:
+    if arm is None or arm.own is None:
+        return "-"
+    signed = [a.own.mean for a in report.arms if a.own is not None]
+    best = max(signed) if report.plan.higher_is_better else min(signed)
+    mean = f"**{arm.own.mean:.3f}**" if arm.own.mean == best else f"{arm.own.mean:.3f}"
+    return f"{mean} {SIGNS.get(arm.against.verdict, '')}".strip() if arm.against is not None else mean
