@@ -93,4 +93,4 @@ def test_every_shipped_ablation_is_a_plan(path: Path) -> None:
 
 def test_every_axis_that_was_promised_is_shipped() -> None:
     promised = "rank alpha dropout target_modules learning_rate method quantization train_rows base_model max_length"
-    assert {path.stem for path in SHIPPED} == {*promised.split(), "arms", "search", "speed_choices"}
+    assert {path.stem for path in SHIPPED} == {*promised.split(), "arms", "search", "speed_choices", "defaults"}
