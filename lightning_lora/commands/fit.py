@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lora.config.configured_run import ConfiguredRun, row_columns
@@ -25,8 +24,9 @@ from lightning_lora.interrupts import Interrupted, requeue, requeued
 from lightning_lora.models.methods import find_method
 from lightning_lora.processes import started_to_follow
 from lightning_lora.runs.checkpoints import ResumePoints, read_checkpoint
-from lightning_lora.runs.folder import RunFolder, as_yaml, new_record, now
+from lightning_lora.runs.folder import RunFolder, as_asked, as_yaml, new_record, now
 from lightning_lora.training.guard import NotFiniteError
+from lightning_lora.training.length import describe_length, length_words, stopped_by
 from lightning_lora.training.loggers import run_ids
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.parallel import follow_the_leader, run_processes
@@ -39,7 +39,7 @@ def run(words: list[str]) -> int:
     cli = ConfiguredRun("fit", words)
     if cli.config.resume is None and cli.config.name and requeued():
         folder = RunFolder(Path(cli.config.logs_dir) / cli.config.name)
-        if folder.config.is_file() and folder.settings() == cli.settings():
+        if folder.config.is_file() and was_asked(folder) == cli.settings():
             cli = ConfiguredRun("fit", ["--resume", str(folder.path)])  # the scheduler gives the same command again
     count = cli.count_devices()
     if (status := run_processes(["fit", *words], count, cli.config.trainer.num_nodes)) is not None:
@@ -51,6 +51,11 @@ def run(words: list[str]) -> int:
     else:
         start(cli, words)
     return 0
+
+
+def was_asked(folder: RunFolder) -> dict[str, Any]:
+    """Return the settings that a run was started with."""
+    return as_asked(folder.settings(), folder.read() if folder.record.is_file() else {})
 
 
 def start(cli: ConfiguredRun, words: list[str]) -> None:
@@ -97,7 +102,7 @@ def resume(cli: ConfiguredRun, words: list[str]) -> None:
         fresh = first_record(cli, folder, words)
         record = folder.read() if folder.record.is_file() else fresh  # killed before it was written
         changed = changed_limits(folder, cli.settings()["trainer"])
-        finished = record.get("status") == "finished"
+        finished, cli.longer = record.get("status") == "finished", bool(changed)
         if finished and not changed:
             print(f"{folder.path} has finished already; to train longer, give --trainer.max_epochs N too")
             return
@@ -134,7 +139,8 @@ def follow(cli: ConfiguredRun) -> None:
     folder, point = RunFolder(Path(cli.config.resume or cli.config.logs_dir)), None
     if cli.config.resume is not None:
         finished = folder.record.is_file() and folder.read().get("status") == "finished"
-        if finished and not changed_limits(folder, cli.settings()["trainer"]):
+        cli.longer = bool(changed_limits(folder, cli.settings()["trainer"]))
+        if finished and not cli.longer:
             return  # as the leader does
         point, _ = ResumePoints(folder.checkpoints).find()
         cli.steps_done = int(read_checkpoint(point)["global_step"]) if point is not None else 0
@@ -151,6 +157,7 @@ def train(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any], point: 
         cli.datamodule.setup("fit")
         describe_data(cli, folder, record)
         describe_model(cli, record)
+        describe_plan(cli, record)
         print_run(record, cli.trainer)
         folder.write(record)
         cli.at_start = lambda: record_start(cli, folder, record)
@@ -201,6 +208,21 @@ def describe_model(cli: ConfiguredRun, record: dict[str, Any]) -> None:
         "processes": cli.trainer.world_size,
         "nodes": cli.trainer.num_nodes,
     }
+
+
+def describe_plan(cli: ConfiguredRun, record: dict[str, Any]) -> None:
+    """Add to the record how long is to be trained, and why; where a run resumes as it was that stays."""
+    settings = cli.settings()["trainer"]
+    if not find_method(cli.config.model.method).trains or settings["fast_dev_run"]:
+        return
+    before, found = record.get("length"), describe_length(settings, cli.datamodule, cli.length)
+    if before is None:
+        record["length"] = {**found, "left_open": cli.left_open}
+    elif all(before[key] == found[key] for key in ("epochs", "steps")):
+        time = {name: value for name, value in found["typed"].items() if name == "max_time"}
+        record["length"] = {**before, "typed": {**before["typed"], **time}}
+    else:
+        record["length"] = {**found, "left_open": before["left_open"]}
 
 
 def describe_result(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any]) -> None:
@@ -334,6 +356,8 @@ def print_run(record: dict[str, Any], trainer: Trainer) -> None:
         print("dropout: off in the frozen encoder (model.frozen_dropout), on in head and adapter as configured")
     device = type(trainer.accelerator).__name__.removesuffix("Accelerator")
     print(f"learning rate {model['learning_rate']:g}, {device}, precision {trainer.precision}")
+    if "length" in record:
+        print(f"training length: {length_words(record['length'])}")
     print(f"speed: {', '.join(speed['choices'])}; {speed['threads']} threads")
     if trainer.world_size > 1:
         where = f" on {trainer.num_nodes} machines" if trainer.num_nodes > 1 else ""
@@ -342,20 +366,12 @@ def print_run(record: dict[str, Any], trainer: Trainer) -> None:
     sys.stdout.flush()
 
 
-def stopped_by(trainer: Trainer) -> str | None:
-    """Return why training ended before its last epoch and step, or None."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # a list, which Lightning hides
-        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
-            return f"EarlyStopping: {callback.monitor} did not improve in {callback.patience} validations"
-        if isinstance(callback, Timer) and (callback.time_remaining() or 1) <= 0:
-            return f"the time limit of {duration(callback.time_elapsed() + (callback.time_remaining() or 0))}"
-    return None
-
-
 def print_result(folder: RunFolder, record: dict[str, Any]) -> None:
     """Print what training came to, and what to type next."""
     took, best, last = record["costs"]["train_s"], record.get("best"), record["metrics"]
-    done = f"trained in {duration(took)}: {record['epochs']} epochs, {record['steps']} steps"
+    planned = (record.get("length") or {}).get("epochs") if record.get("stopped_by") else None
+    of_planned = f" of {planned}" if planned else ""
+    done = f"trained in {duration(took)}: {record['epochs']}{of_planned} epochs, {record['steps']} steps"
     print(f"\n{done if took else 'nothing to train'}")
     if record.get("stopped_by"):
         print(f"stopped by {record['stopped_by']}")
