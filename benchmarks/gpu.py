@@ -275,6 +275,7 @@ def word_rows(bench: "Bench", rows: int, few: int) -> dict[str, Any]:
         "data.test_rows": few,
         "data.batch_size": 16,
         "data.cache_dir": str(place / "cache"),
+        "trainer.max_epochs": 1,
     }
 
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.config.options import COMMAND_KEYS
 
-HEAD = """# Every setting of `python main.py fit` with its help and its default (null: by method, source or machine).
+HEAD = """# Every setting of `python main.py fit` with its help and default (null: by method, source, rows or machine).
 # Written by `python docs/make_reference.py`. Settings under `trainer` are those of lightning.Trainer.
 """
 

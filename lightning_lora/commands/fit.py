@@ -5,19 +5,17 @@ import gc
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_lora.commands.fit_output import print_result, print_run
 from lightning_lora.config.configured_run import ConfiguredRun, row_columns
 from lightning_lora.config.resuming import changed_limits, check_limits, find_state, warn_of_epoch, warn_of_schedule
-from lightning_lora.data.labels import few
 from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
 from lightning_lora.files import locked_folder, remove_partial, write_text
@@ -25,14 +23,14 @@ from lightning_lora.interrupts import Interrupted, requeue, requeued
 from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.processes import started_to_follow
 from lightning_lora.runs.checkpoints import ResumePoints, read_checkpoint
-from lightning_lora.runs.folder import RunFolder, as_yaml, new_record, now
+from lightning_lora.runs.folder import RunFolder, as_asked, as_yaml, new_record, now
 from lightning_lora.training.baselines import TextBaseline
 from lightning_lora.training.guard import NotFiniteError
+from lightning_lora.training.length import describe_length, stopped_by
 from lightning_lora.training.loggers import run_ids
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.parallel import follow_the_leader, run_processes
-from lightning_lora.training.saving import MONITOR, StateSaver, describe_best
-from lightning_lora.units import duration
+from lightning_lora.training.saving import StateSaver, describe_best
 
 
 def run(words: list[str]) -> int:
@@ -40,7 +38,7 @@ def run(words: list[str]) -> int:
     cli = ConfiguredRun("fit", words)
     if cli.config.resume is None and cli.config.name and requeued():
         folder = RunFolder(Path(cli.config.logs_dir) / cli.config.name)
-        if folder.config.is_file() and folder.settings() == cli.settings():
+        if folder.config.is_file() and was_asked(folder) == cli.settings():
             cli = ConfiguredRun("fit", ["--resume", str(folder.path)])  # the scheduler gives the same command again
     count = cli.count_devices()
     if (status := run_processes(["fit", *words], count, cli.config.trainer.num_nodes)) is not None:
@@ -52,6 +50,11 @@ def run(words: list[str]) -> int:
     else:
         start(cli, words)
     return 0
+
+
+def was_asked(folder: RunFolder) -> dict[str, Any]:
+    """Return the settings that a run was started with."""
+    return as_asked(folder.settings(), folder.read() if folder.record.is_file() else {})
 
 
 def start(cli: ConfiguredRun, words: list[str]) -> None:
@@ -98,7 +101,7 @@ def resume(cli: ConfiguredRun, words: list[str]) -> None:
         fresh = first_record(cli, folder, words)
         record = folder.read() if folder.record.is_file() else fresh  # killed before it was written
         changed = changed_limits(folder, cli.settings()["trainer"])
-        finished = record.get("status") == "finished"
+        finished, cli.longer = record.get("status") == "finished", bool(changed)
         if finished and not changed:
             print(f"{folder.path} has finished already; to train longer, give --trainer.max_epochs N too")
             return
@@ -135,7 +138,8 @@ def follow(cli: ConfiguredRun) -> None:
     folder, point = RunFolder(Path(cli.config.resume or cli.config.logs_dir)), None
     if cli.config.resume is not None:
         finished = folder.record.is_file() and folder.read().get("status") == "finished"
-        if finished and not changed_limits(folder, cli.settings()["trainer"]):
+        cli.longer = bool(changed_limits(folder, cli.settings()["trainer"]))
+        if finished and not cli.longer:
             return  # as the leader does
         point, _ = ResumePoints(folder.checkpoints).find()
         cli.steps_done = int(read_checkpoint(point)["global_step"]) if point is not None else 0
@@ -152,6 +156,7 @@ def train(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any], point: 
         cli.datamodule.setup("fit")
         describe_data(cli, folder, record)
         describe_model(cli, record)
+        describe_plan(cli, record)
         print_run(record, cli.trainer)
         folder.write(record)
         cli.at_start = lambda: record_start(cli, folder, record)
@@ -204,6 +209,21 @@ def describe_model(cli: ConfiguredRun, record: dict[str, Any]) -> None:
         "quantization": model.identity.quantization,
     }
     record["speed"] |= {"choices": model.speed_choices(cli.trainer)}
+
+
+def describe_plan(cli: ConfiguredRun, record: dict[str, Any]) -> None:
+    """Add to the record how long is to be trained, and why; where a run resumes as it was that stays."""
+    settings = cli.settings()["trainer"]
+    if not find_method(cli.config.model.method).trains or settings["fast_dev_run"]:
+        return
+    before, found = record.get("length"), describe_length(settings, cli.datamodule, cli.length)
+    if before is None:
+        record["length"] = {**found, "left_open": cli.left_open}
+    elif all(before[key] == found[key] for key in ("epochs", "steps")):
+        time = {name: value for name, value in found["typed"].items() if name == "max_time"}
+        record["length"] = {**before, "typed": {**before["typed"], **time}}
+    else:
+        record["length"] = {**found, "left_open": before["left_open"]}
 
 
 def describe_result(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any]) -> None:
@@ -317,97 +337,3 @@ def recorded(folder: RunFolder, record: dict[str, Any]) -> Iterator[None]:
     finally:
         record |= {"ended": now(), "wall_s": before + time.perf_counter() - started}
         folder.write(record)
-
-
-def print_run(record: dict[str, Any], trainer: Trainer) -> None:
-    """Print what is about to be done: data, model, device."""
-    data, model = record["data"], record["model"]
-    for split, report in data["splits"].items():
-        cut = f", {report['truncated_share']:.0%} cut at {data['max_length']} tokens" if "tokens" in report else ""
-        cached = ", tokens from the cache" if report.get("from_cache") else ""
-        print(f"{split}: {report['rows']:,} rows ({report['from']}){cut}{cached}")
-    for splits, count in data["repeats_removed"].items():
-        split, _, other = splits.partition("_in_")
-        if count:
-            print(f"duplicates: {count:,} rows of {split} removed, whose texts are in {other} too")
-    if data["bad_rows_dropped"]:
-        print(f"rows without text or label left out: {data['bad_rows_dropped']}")
-    labels = []
-    for name in data["label_names"]:
-        values = data["label_values"][name]  # what the data says for the class
-        labels.append(name if values in ([], [name]) else f"{name} ({', '.join(values)})")
-    print(f"labels: {few(labels, 30)}")
-    print_warnings(data["warnings"])
-    if "architecture" in model:
-        print_model(record, trainer)
-    else:
-        print(f"method {record['method']}: {find_method(record['method']).summary}, without a base model")
-    if trainer.world_size > 1:
-        where = f" on {trainer.num_nodes} machines" if trainer.num_nodes > 1 else ""
-        size = record["config"]["data"]["batch_size"]
-        print(f"{trainer.world_size} processes{where} share the {size} texts of a batch")
-    sys.stdout.flush()
-
-
-def print_model(record: dict[str, Any], trainer: Trainer) -> None:
-    """Print what is trained of the base model, and how."""
-    model, costs, speed = record["model"], record["costs"], record["speed"]
-    stored = "" if model["quantization"] == "none" else f", stored as {model['quantization']}"
-    print(f"base model: {record['base_model']} ({model['architecture']}{stored}), method {record['method']}")
-    device = type(trainer.accelerator).__name__.removesuffix("Accelerator")
-    speed_line = f"speed: {', '.join(speed['choices'])}; {speed['threads']} threads"
-    if record["method"] in BASELINES:
-        print(f"{find_method(record['method']).summary}; {device}, precision {trainer.precision}\n{speed_line}")
-        return
-    print(f"starts from: base model with {model['head']}")
-    if targets := model["target_modules"]:
-        kinds = dict.fromkeys(name.split(".")[-1] for name in targets)
-        print(f"adapted: {len(targets)} layers ({', '.join(kinds)}); trained whole: {', '.join(model['head_modules'])}")
-    share = costs["trainable_params"] / costs["total_params"]
-    print(f"trainable parameters: {costs['trainable_params']:,} of {costs['total_params']:,} ({share:.2%})")
-    if find_method(record["method"]).frozen_encoder and not record["config"]["model"]["frozen_dropout"]:
-        print("dropout: off in the frozen encoder (model.frozen_dropout), on in head and adapter as configured")
-    print(f"learning rate {model['learning_rate']:g}, {device}, precision {trainer.precision}\n{speed_line}")
-
-
-def stopped_by(trainer: Trainer) -> str | None:
-    """Return why training ended before its last epoch and step, or None."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # a list, which Lightning hides
-        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
-            return f"EarlyStopping: {callback.monitor} did not improve in {callback.patience} validations"
-        if isinstance(callback, Timer) and (callback.time_remaining() or 1) <= 0:
-            return f"the time limit of {duration(callback.time_elapsed() + (callback.time_remaining() or 0))}"
-    return None
-
-
-def print_result(folder: RunFolder, record: dict[str, Any]) -> None:
-    """Print what training came to, and what to type next."""
-    took, best, last = record["costs"]["train_s"], record.get("best"), record["metrics"]
-    chosen = record["model"].get("chosen")
-    if took and not record["steps"]:
-        print(f"\nfitted in {duration(took)}")
-        if chosen:
-            tried = len(chosen["val_f1_macro"])
-            print(f"kept: {chosen['features']}, C {chosen['C']:g}, the best of {tried} by validation F1")
-    else:
-        done = f"trained in {duration(took)}: {record['epochs']} epochs, {record['steps']} steps"
-        print(f"\n{done if took else 'nothing to train'}")
-    if record.get("stopped_by"):
-        print(f"stopped by {record['stopped_by']}")
-    if best and record["steps"]:
-        print(f"kept: epoch {best['epoch']}, step {best['step']} (best {MONITOR}): {shown(best['metrics'])}")
-    if not (best and record["steps"] and best["metrics"].items() <= last.items()) and (said := shown(last)):
-        print(f"{'last validation' if record['steps'] else 'validation'}: {said}")
-    print(f"run folder: {folder.path}")
-    if (folder.checkpoints / "best.ckpt").is_file():
-        print(f"next: python main.py test --run {folder.path}")
-    elif (folder.checkpoints / "last.ckpt").is_file():
-        print("no validation pass ended, so no checkpoint is the best one")
-        print(f"next: python main.py test --run {folder.path} --checkpoint last")
-    else:
-        print("no checkpoint was kept (trainer.enable_checkpointing or fast_dev_run); the weights are gone")
-
-
-def shown(metrics: Mapping[str, float]) -> str:
-    """Return the validation metrics that people look at first."""
-    return ", ".join(f"{name} {metrics[name]:.4f}" for name in ("val/accuracy", MONITOR, "val/loss") if name in metrics)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import LambdaCallback, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_lora.config.console import Progress, quiet_libraries
 from lightning_lora.config.options import COMMAND_KEYS
 from lightning_lora.config.parse_errors import root_cause
-from lightning_lora.config.settings import flat, make_parser, parse_settings, places
+from lightning_lora.config.settings import ALLOWED, flat, make_parser, parse_settings, places
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.splits import text_keys
@@ -26,13 +27,14 @@ from lightning_lora.evaluation.costs import CostMeter
 from lightning_lora.evaluation.predictions import PredictionCollector
 from lightning_lora.interrupts import StopRequest
 from lightning_lora.models.check_base import BaseCheck, Inputs
-from lightning_lora.models.methods import BASELINES
+from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.models.speedups import lower_frozen
 from lightning_lora.processes import is_leader
 from lightning_lora.runs.checkpoints import AtomicCheckpointIO, ResumePoints
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.tokenizer import ordinary_ids
 from lightning_lora.training.baselines import TextBaseline
+from lightning_lora.training.length import TrainingLength, length_of, stay_stopped
 from lightning_lora.training.loggers import TensorBoardPages, make_loggers, rejoin_loggers
 from lightning_lora.training.module import AUTOCAST, TextClassifier
 from lightning_lora.training.parallel import STRATEGIES, data_parallel, device_count
@@ -63,6 +65,12 @@ class ConfiguredRun:
         self.steps_done = 0
         #: The runs that loggers began, by their class, where training is resumed.
         self.logger_ids: dict[str, str] = {}
+        #: How long to train by the number of rows, where that was left open.
+        self.length: TrainingLength | None = None
+        #: The trainer's settings that this has filled in, by name: as asked for, and as used.
+        self.left_open: dict[str, list[Any]] = {}
+        #: Whether a run is resumed to train for longer than it was to.
+        self.longer = False
         #: Called right before training, when all that it uses is known.
         self.at_start: Callable[[], None] = lambda: None
         self.parser = make_parser(command)
@@ -137,10 +145,34 @@ class ConfiguredRun:
                 raise
             raise UserError(f"a class that the config names cannot be made: {root_cause(error)}") from error
         self.datamodule, self.model, self.trainer_settings = made.data, made.model, vars(made.trainer)
+        if self.command == "fit" and find_method(config.model.method).trains:
+            self._fill_length()
         self.trainer = self.make_trainer(folder)
         # On the CPU that the model still is on; what a GPU cannot compute in is another matter.
         trains_here = self.command == "fit" and isinstance(self.trainer.accelerator, CPUAccelerator)
         check_base(self.model, self.datamodule, str(self.trainer.precision) if trains_here else None)
+
+    def _begin(self) -> None:
+        """Do what is done right before training."""
+        stay_stopped(self.trainer, self.longer)
+        self.at_start()
+
+    def _fill_length(self) -> None:
+        """Fill in how long to train, and when to stop early, where the settings leave it to the number of rows."""
+        callbacks = as_list(self.trainer_settings["callbacks"])
+        self.length = length_of(self.trainer_settings, self.datamodule, callbacks)
+        if self.length is None:
+            return
+        asked, trainer = self.settings()["trainer"], self.config.trainer
+        self.trainer_settings |= self.length.settings
+        for name, value in self.length.settings.items():
+            trainer[name] = value
+        if (stopping := self.length.stopping) is not None:
+            self.trainer_settings["callbacks"] = [*callbacks, EarlyStopping(**stopping)]
+            described = Namespace(class_path=f"{ALLOWED[0]}.EarlyStopping", init_args=Namespace(**stopping))
+            trainer.callbacks = [*as_list(trainer.callbacks), described]
+        used = self.settings()["trainer"]
+        self.left_open = {name: [value, used[name]] for name, value in asked.items() if value != used[name]}
 
     def make_trainer(self, folder: RunFolder | None) -> Trainer:
         """Return the trainer of the config; without a folder it logs and saves nothing.
@@ -164,7 +196,7 @@ class ConfiguredRun:
             check_monitors(given, self.model.label_names, config["limit_val_batches"] != 0)
             place_checkpoints(given, folder)
             # After those of the config, one of which may search for the learning rate.
-            given.append(LambdaCallback(on_fit_start=lambda *_: self.at_start()))
+            given.append(LambdaCallback(on_fit_start=lambda *_: self._begin()))
         if logs:
             settings = self.hyperparameters if fits and config["enable_autolog_hparams"] else None
             given.append(TensorBoardPages(self.collector, settings, self.steps_done))

@@ -20,8 +20,9 @@ from lightning_lora.data.order import evaluated_together
 from lightning_lora.data.prepare import SourceOptions, columns_of
 from lightning_lora.errors import UserError
 from lightning_lora.models.methods import BASELINES, METHODS
-from lightning_lora.runs.folder import RunFolder
+from lightning_lora.runs.folder import RunFolder, as_asked
 from lightning_lora.training.baselines import make_classifier
+from lightning_lora.training.length import ENOUGH_STEPS
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.precision import auto_precision, full_name
 from lightning_lora.training.refused import CALLBACKS
@@ -30,13 +31,17 @@ DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "default.yaml"
 DEFAULT_SEED = 42
 #: Where this project's defaults differ from Lightning's.
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_epochs": 1,
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
     "devices": 1,
     "use_distributed_sampler": False,  # batches are shared out by LengthBatchSampler
+}
+#: Help of settings of Lightning's that do more here.
+OWN_HELP = {
+    "trainer.max_epochs": "Stop training once this number of epochs is reached; by default as many as the training "
+    f"rows take for {ENOUGH_STEPS} optimizer steps, fewer where validation does not get better; -1 for no limit."
 }
 #: How long a run trains, which may be changed when it is resumed.
 LIMITS = ("max_epochs", "max_steps", "max_time")
@@ -68,6 +73,8 @@ def make_parser(command: str) -> SettingsParser:
         parser.add_argument("texts", nargs="*", type=str, help="Texts to classify.")
     parser.add_lightning_class_args(Trainer, "trainer")
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
+    for action in parser._actions:
+        action.help = OWN_HELP.get(action.dest, action.help)
     parser.add_lightning_class_args(TextClassifier, "model")
     parser.add_instantiator(lambda _, **settings: make_classifier(**settings), TextClassifier)
     parser.add_lightning_class_args(TextDataModule, "data")
@@ -179,7 +186,7 @@ def read_config(path: Path, as_base: bool = True) -> dict[str, Any]:
     Args:
         path: The file.
         as_base: Whether other settings may be built on them: those of a run then leave open what its method gave as
-            default, so that another method has its own.
+            default, and its rows as length, so that another method and other rows have their own.
 
     Raises:
         UserError: It cannot be read, is no YAML, or holds something else than settings, or one twice.
@@ -191,6 +198,7 @@ def read_config(path: Path, as_base: bool = True) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"--config: {path} holds no settings")
     if as_base and path.with_name("run.json").is_file():
+        config = as_asked(config, RunFolder(path.parent).read())
         model = config["model"]
         defaults = method_defaults(model["method"])
         for place, name in ((model, "learning_rate"), (model["adapter"], "rank")):

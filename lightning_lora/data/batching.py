@@ -180,6 +180,20 @@ class ResumableLoader(DataLoader):
         self.batch_sampler.resume_at = tuple(state["position"])
 
 
+def batches_per_epoch(rows: int, batch_size: int, accumulate: int = 1, by: BatchBy = "texts") -> int:
+    """Return the number of training batches that so many rows make; those of one process, however many there are.
+
+    Args:
+        rows: Training rows.
+        batch_size: Rows a batch, of all processes together.
+        accumulate: Batches a step.
+        by: What batches have in equal number; with "tokens" each step has all its parts.
+    """
+    if by == "tokens":
+        return math.ceil(rows / (batch_size * accumulate)) * accumulate
+    return math.ceil(rows / batch_size)
+
+
 @dataclass(eq=False)
 class LengthBatchSampler(Sampler[list[int]]):
     """Batches of similar length: shuffled in each epoch with a seed, sorted by length without one.
@@ -243,9 +257,7 @@ class LengthBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         if self.seed is None:
             return len(self._evaluated)
-        if self.by == "tokens":
-            return self._steps * self.accumulate
-        return math.ceil(len(self.lengths) / self.batch_size)
+        return batches_per_epoch(len(self.lengths), self.batch_size, self.accumulate, self.by)
 
     @property
     def _steps(self) -> int:

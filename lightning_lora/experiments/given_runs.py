@@ -12,7 +12,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.experiments.confounders import Change, changes
 from lightning_lora.experiments.plan import ARM, Axis, Cell, Plan, flatten
 from lightning_lora.experiments.results import Answers, CellResult, one_class, read_answers, read_run_answers
-from lightning_lora.runs.folder import RunFolder, kept_evaluation
+from lightning_lora.runs.folder import RunFolder, as_asked, kept_evaluation
 
 #: Settings that change nothing in a result.
 _OUTSIDE = {
@@ -45,7 +45,7 @@ class GivenRun:
     @property
     def settings(self) -> dict[str, Any]:
         """Flat settings that the result depends on, without the seed."""
-        flat = flatten(self.record["config"])
+        flat = flatten(as_asked(self.record["config"], self.record))
         return {key: value for key, value in flat.items() if key not in _OUTSIDE and value not in (None, {})}
 
     @property

@@ -34,7 +34,7 @@ from lightning_lora.experiments.results import compare_arms, read_cells
 from lightning_lora.experiments.searcher import Searcher, read_found
 from lightning_lora.files import atomic_folder, locked_folder, write_text
 from lightning_lora.interrupts import StopRequest
-from lightning_lora.runs.folder import RECORD_FORMAT, RunFolder, commit, kept_metrics, now, versions
+from lightning_lora.runs.folder import RECORD_FORMAT, RunFolder, as_asked, commit, kept_metrics, now, versions
 from lightning_lora.units import duration
 from lightning_lora.workers import EXECUTORS, Workers
 
@@ -307,7 +307,8 @@ class Worker:
         if changed := [n for n, v in self.versions.items() if record.get("versions", {}).get(n) != v]:
             return f"the version of {', '.join(changed)} has changed"
         if (place / "config.yaml").is_file():  # it did not fail before it had one
-            done, wanted = flat(yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))), flat(settings)
+            config = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
+            done, wanted = flat(as_asked(config, record)), flat(settings)
             if different := sorted(key for key in {*done, *wanted} if done.get(key) != wanted.get(key)):
                 return f"other settings: {', '.join(different)}"
         then = {name: split["fingerprint"] for name, split in (record.get("data") or {}).get("splits", {}).items()}

@@ -185,6 +185,23 @@ class RunFolder:
         return record
 
 
+def as_asked(settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run in which what its rows have filled in is open again, as it was asked for.
+
+    So a run can be compared with settings that were not used yet, and another run built on it.
+
+    Args:
+        settings: Those in its ``config.yaml``; a value that was changed there by hand stays.
+        record: Its record, which holds what was left open.
+    """
+    left_open = (record.get("length") or {}).get("left_open", {})
+    if not left_open:
+        return dict(settings)
+    trainer = dict(settings["trainer"])
+    trainer |= {name: asked for name, (asked, used) in left_open.items() if trainer[name] == used}
+    return {**settings, "trainer": trainer}
+
+
 def kept_evaluation(record: Mapping[str, Any], split: str) -> str | None:
     """Return the first evaluation of a split ("val", "test") by the weights that are the best checkpoint now, or None.
 

@@ -69,8 +69,6 @@ def refuse_options(trainer: Mapping[str, Any]) -> None:
             raise UserError(f"trainer.{name}: a number of at least {lowest:g}{also} is needed, got {value}")
     if trainer["limit_train_batches"] == 0:
         raise UserError("trainer.limit_train_batches: 0 leaves nothing to train on; model.method none trains nothing")
-    if trainer["max_epochs"] is None and trainer["max_steps"] == -1:
-        raise UserError("trainer.max_epochs: null without trainer.max_steps; give one of the two, or -1 for no limit")
     if trainer["gradient_clip_algorithm"] not in (None, "norm") and not trainer["gradient_clip_val"]:
         raise UserError("trainer.gradient_clip_algorithm: nothing is clipped without trainer.gradient_clip_val")
     if not isinstance(trainer["val_check_interval"], int | float | None):

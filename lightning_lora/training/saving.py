@@ -9,6 +9,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
 
 from lightning_lora import processes
 from lightning_lora.errors import UserError
@@ -140,7 +141,18 @@ def validates_within(trainer: Trainer, taken: int) -> bool:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """A class of its own, so that its state cannot be taken for that of a checkpoint callback in a config."""
+    """Keeps the best weights so far, and of equally good ones the latest, which have learnt from more.
+
+    On few validation rows a metric takes few values, so that ties are common. A class of its own, so that its state
+    cannot be taken for that of a checkpoint callback in a config.
+    """
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Return whether to keep the weights that have this value, in all processes alike."""
+        if super().check_monitor_top_k(trainer, current):
+            return True
+        tied = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
+        return trainer.strategy.reduce_boolean_decision(tied)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep comparing with the best so far, also where the run's folder has been moved."""

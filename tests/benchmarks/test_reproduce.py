@@ -49,7 +49,7 @@ def test_runs_a_table_once_and_reports_changed_figures(
     config = {
         "model": {"base_model": str(tiny_base)},
         "data": {"source": str(write_csv(tmp_path / "rows.csv", make_rows(120))), "max_length": 16},
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     commands = [f"fit --config {tmp_path / 'tiny.yaml'} --name tiny --logs_dir {{logs}}"]

@@ -23,6 +23,7 @@ def config(tmp_path: Path, tiny_base: Path) -> Path:
         "data": {"source": "rows.csv", "max_length": 24, "batch_size": 8},
         "trainer": {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False, "log_every_n_steps": 1},
     }
+    settings["trainer"]["max_epochs"] = 1
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path / "a.yaml"
 

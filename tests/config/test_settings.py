@@ -29,7 +29,7 @@ def words(tmp_path: Path, tiny_base: Path) -> list[str]:
     settings = {
         "model": {"base_model": str(tiny_base)},
         "data": {"source": "rows.csv", "max_length": 24},
-        "trainer": {"accelerator": "cpu", "precision": 32, "enable_progress_bar": False},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "precision": 32, "enable_progress_bar": False},
     }
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
     return ["fit", "--config", "a.yaml", "--name", "run"]

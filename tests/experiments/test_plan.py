@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from lightning_lora.errors import UserError
+from lightning_lora.experiments.data_sets import split_sets
 from lightning_lora.experiments.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
@@ -85,10 +86,14 @@ def test_what_does_not_fit_together_is_one_line(change: dict, said: str) -> None
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_shipped_ablation_is_a_plan(path: Path) -> None:
-    content = yaml.safe_load(path.read_text())
-    assert len(make_plan(content, path).seeds) >= 3
-    if "small" in content:
-        assert 2 <= len(make_plan(content, path, small=True).cells) <= 12
+    whole = yaml.safe_load(path.read_text())
+    for small in (False, True):
+        contents = split_sets(whole, small).values() if "sets" in whole else [whole]
+        for content in contents:
+            if not small:
+                assert len(make_plan(content, path).seeds) >= 3
+            elif "small" in content:
+                assert 2 <= len(make_plan(content, path, small=True).cells) <= 18
 
 
 def test_every_axis_that_was_promised_is_shipped() -> None:

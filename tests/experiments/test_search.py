@@ -114,7 +114,7 @@ def place(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = {
         "model": {"base_model": str(make_base("bert"))},
         "data": {"source": str(folder / "rows.csv"), "max_length": 24, "cache_dir": str(folder / "cache")},
-        "trainer": {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
     }
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
     (folder / "search.yaml").write_text(yaml.safe_dump({**CONTENT, "base": "base.yaml"}))

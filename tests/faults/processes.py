@@ -137,6 +137,13 @@ def kill_at_the_end(count: int) -> None:
     ResumePoints.tidy = lambda self: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
 
 
+def few_steps(number: int) -> None:
+    """So many optimizer steps are enough where the number of epochs is left open."""
+    from lightning_lora.training import length
+
+    length.ENOUGH_STEPS = number
+
+
 def slow_steps(milliseconds: int) -> None:
     """Each training step takes longer, so that a signal finds it under way."""
     from lightning_lora.training.module import TextClassifier

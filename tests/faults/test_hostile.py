@@ -164,7 +164,8 @@ def test_any_bytes_as_a_config_are_read_or_refused(tmp_path: Path, content: byte
 def test_a_hostile_adapter_runs_nothing(tmp_path: Path, tiny_base: Path, name: str) -> None:
     """A pickle by the name of the weights, weights that only a pickle could be, a config that names code to import."""
     write_csv(tmp_path / "rows.csv", make_rows(60))
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"trainer": {"accelerator": "cpu", "enable_progress_bar": False}}))
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
     given = ["--config", str(tmp_path / "a.yaml"), "--data.source", "rows.csv", "--model.base_model", str(tiny_base)]
     assert main(["fit", *given, "--name", "run", "--data.max_length", "24"]) == 0
     assert main(["export", "--run", "logs/run", "--formats", "[adapter]", "--rows", "5"]) == 0

@@ -29,7 +29,7 @@ def config(tmp_path: Path, tiny_base: Path) -> Path:
     settings = {
         "model": {"base_model": str(tiny_base)},
         "data": {"source": "rows.csv", "max_length": 24, "batch_size": 8},
-        "trainer": {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
     }
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path / "a.yaml"

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from tests.conftest import make_rows, write_csv
-from tests.faults.processes import Run, slow_steps
+from tests.faults.processes import Run, few_steps, slow_steps
 from tests.faults.test_interruption import SETTINGS
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +98,21 @@ def test_several_processes_share_packed_batches(place: Path, tmp_path: Path) -> 
     runs = begin(words(place, "three", tmp_path, *more), tmp_path / "out", 3)
     assert ended(runs) == [0] * 3, runs[0].text()
     alike(tmp_path / "three", place / "one")
+
+
+def test_several_processes_train_as_long_as_one_does(place: Path, tmp_path: Path) -> None:
+    """As many epochs as their rows take for enough steps, stopped at the same validation pass, within an epoch."""
+    more = ("--trainer.max_epochs", "null", "--data.val_size", "100", "--model.learning_rate", "0")
+    one = Run(words(place, "one", tmp_path, *more), tmp_path / "one.txt", hook=few_steps, argument=60)
+    assert one.wait() == 0, one.text()
+    given = words(place, "two", tmp_path, "--trainer.devices", "2", *more)
+    runs = begin(given, tmp_path / "out", 2, hook=few_steps, argument=60)
+    assert ended(runs) == [0] * 2, runs[0].text()
+    alike(tmp_path / "two", tmp_path / "one")
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
+    assert records[0]["length"] == records[1]["length"] and records[0]["length"]["by"] == "rule"
+    assert records[0]["stopped_by"] == records[1]["stopped_by"] is not None
+    assert records[0]["steps"] == records[1]["steps"] < records[0]["length"]["steps"]
 
 
 @pytest.mark.faults

@@ -121,7 +121,7 @@ def test_before_is_what_pipeline_says_of_the_base_and_what_was_done_is_said(
         rows = [(text, {"neg": "approve", "pos": "reject"}[label]) for text, label in rows]
     source = write_csv(tmp_path / "rows.csv", rows)
     words = ["--model.base_model", str(folder), "--data.source", str(source), "--data.max_length", "64"]
-    words += ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
+    words += ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
     words += ["--data.train_rows", "null", "--data.test_rows", "null", "--data.val_size", "20"]
     words += ["--data.test_size", "20", "--data.cache_dir", str(tmp_path / "cache")]
     if ours is not None:

@@ -60,6 +60,7 @@ def words(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> l
         "model": {"base_model": str(tiny_base)},
         "data": {"source": "rows.csv", "max_length": 24, "batch_size": 8},
         "trainer": {
+            "max_epochs": 1,
             "accelerator": "cpu",
             "precision": "32-true",
             "enable_progress_bar": False,

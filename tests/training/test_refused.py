@@ -146,7 +146,6 @@ def test_a_search_over_too_few_steps_is_refused_and_its_remedy_works(fit: Fit, c
         ({"precision": "16-mixed"}, "give --trainer.precision bf16-mixed"),
         ({"max_epochs": -1, "max_time": "00:00:00:01"}, "give trainer.max_steps"),
         ({"max_epochs": 0}, "trainer.max_epochs: a number of at least 1"),
-        ({"max_epochs": None}, "trainer.max_epochs: null without trainer.max_steps"),
         ({"max_steps": 0}, "trainer.max_steps: a number of at least 1"),
         ({"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches: a number of at least 1"),
         ({"accumulate_grad_batches": 2, "limit_train_batches": 3}, "3 batches are no whole number of steps of 2"),
