@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt plugins/amx_kernels/lightning_lora_
 
 quickstart: $(INSTALLED)  ## install, fine-tune on film reviews, test before and after (minutes)
 	$(BIN)/python main.py fit --name $(RUN)
-	$(BIN)/python main.py test --run logs/$(RUN)
+	$(BIN)/python main.py test --run logs/$(RUN) --baselines true
 	@echo "with:          source $(BIN)/activate"
 
 test: $(INSTALLED)  ## the whole test suite, offline, on the CPU

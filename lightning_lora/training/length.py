@@ -20,8 +20,8 @@ from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.training.saving import MONITOR
 from lightning_lora.units import duration
 
-#: Optimizer steps that a run gets at least.
-ENOUGH_STEPS = 600
+#: Optimizer steps that a run gets at least (docs/LOG.md: on 64 to 2,500 rows 150 are as good, and 600 no better).
+ENOUGH_STEPS = 300
 #: A run of so many epochs or more is validated at least so many times, and less than twice as many.
 VALIDATIONS = 10
 #: Validation passes in a row without a better ``MONITOR`` after which training stops.

@@ -35,11 +35,11 @@ Fit = Callable[..., int]
 @pytest.mark.parametrize(
     ("steps_per_epoch", "val_rows", "epochs", "check_every", "patience"),
     [
-        (4, 100, 150, 15, 4),  # 600 / 4
-        (16, 99, 39, 3, None),  # 600 / 16 = 37.5, up to a multiple of 3; too few rows to stop by
-        (157, 500, 4, 1, 4),
-        (599, 500, 2, 1, 4),
-        (600, 500, 1, 1, None),
+        (2, 100, 150, 15, 4),  # 300 / 2
+        (8, 99, 39, 3, None),  # 300 / 8 = 37.5, up to a multiple of 3; too few rows to stop by
+        (157, 500, 2, 1, 4),
+        (299, 500, 2, 1, 4),
+        (300, 500, 1, 1, None),
         (7500, 12000, 1, 1, None),
     ],
 )
@@ -65,14 +65,14 @@ def test_the_rule_for_any_number_of_steps() -> None:
 )
 def test_a_typed_interval_stays_and_stops_no_earlier(interval: float, epochs: int, patience: int) -> None:
     """By itself the rule validates every 15 of 150 epochs, and stops after 60 without a better value."""
-    found = plan_length(4, 100, interval)
+    found = plan_length(2, 100, interval)
     assert (found.epochs, found.check_every, found.patience) == (epochs, None, patience)
     assert found.settings == {"max_epochs": epochs}
 
 
 def test_least_epochs_and_steps_that_are_typed_are_kept() -> None:
-    assert plan_length(600, 0, min_epochs=5).epochs == 5
-    assert plan_length(600, 0, min_steps=1300).epochs == 3
+    assert plan_length(300, 0, min_epochs=5).epochs == 5
+    assert plan_length(300, 0, min_steps=1300).epochs == 5
     assert plan_length(100, 0, min_epochs=5, min_steps=700).epochs == 7
 
 
