@@ -119,7 +119,6 @@ class MeanHead:
         adapter = {
             key.replace(encoder, _PEFT, 1): value
             for key, value in state.items()
-            # With ``bias: all`` PEFT also gives biases of the head that it had before training.
             if not key.startswith(tuple(f"{_PEFT}{module}." for module in self.modules))
         }
         return adapter, {ours: state[theirs] for ours, theirs in self._names()}

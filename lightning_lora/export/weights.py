@@ -70,6 +70,8 @@ def load_weights(module: Any, path: Path) -> None:
         state = load_file(path / "adapter_model.safetensors")
         if (head := mean_head(module)) is not None:
             state = head.join_adapter(path, state)
+        # With ``bias: all`` PEFT writes the biases of modules that are saved whole twice, and reads them once.
+        state = {key: value for key, value in state.items() if ".modules_to_save." not in key}
         result: Any = set_peft_model_state_dict(module.model, state)
     except Exception as error:  # safetensors and torch raise kinds of their own
         raise UserError(
