@@ -42,7 +42,7 @@ def card_code(folder: Path) -> Callable[[list[str]], np.ndarray]:
 
 
 def label_names(folder: Path) -> list[str]:
-    """The label names that a folder's files hold: ``config.json``, or for an adapter what its card gives to PEFT."""
+    """The label names that a folder's files hold: ``config.json``, or for an adapter ``lightning_lora.json``."""
     config = folder / "config.json"
     if config.is_file():
         labels = json.loads(config.read_text(encoding="utf-8"))["id2label"]

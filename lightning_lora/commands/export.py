@@ -18,6 +18,7 @@ from lightning_lora.data.tokens import InputFormat, base_tokenizer
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.export.card import card, usage_code
 from lightning_lora.export.formats import ENCODED, FORMATS, FormatWriter, build_model, public_name, require_onnx
+from lightning_lora.export.mean_pooled import mean_head
 from lightning_lora.export.parity import PLAIN, Parity, parity_texts
 from lightning_lora.export.weights import trained_steps, weights_labels
 from lightning_lora.files import atomic_folder, refusal
@@ -70,6 +71,7 @@ def run(words: list[str]) -> int:
     columns = data.text_column or "text"
     usage = {
         "label_names": model.label_names,
+        "head": mean_head(model),
         "truncation": data.truncation,
         "pad_token_id": model.model.config.pad_token_id,  # the base's own may be another
         "pad_to_max": pad_to_max,

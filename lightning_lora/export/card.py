@@ -20,7 +20,8 @@ def usage_code(usage: Mapping[str, Any], name: str, path: str, plain: bool = Fal
     """Returns Python code that loads a format, defines ``logits`` or ``classify`` and classifies a text.
 
     Args:
-        usage: How texts are given to the formats: label_names, truncation, pad_token_id, pad_to_max, text_columns.
+        usage: How texts are given to the formats: label_names, truncation, pad_token_id, pad_to_max, text_columns;
+            and the head, where it reads the mean of a text's states.
         name: The format.
         path: A Python expression for its folder.
         plain: Let the tokenizer truncate, also where it does so otherwise than in training.
@@ -50,9 +51,10 @@ def card(place: str, facts: Mapping[str, Any]) -> str:
     paths = {name: f'"{name}"  # from the Hub: {hub} + "/{name}"' for name in facts["formats"]}
     paths = {place: '"."  # this folder'} if place else paths
     peft = place == "adapter" or (not place and "adapter" in facts["formats"])
+    whole = "sentence-transformers" if facts["usage"]["head"] else "transformers"
     return _TEMPLATES.get_template("card.md.j2").render(
         facts,
         codes={name: usage_code(facts["usage"], name, path) for name, path in paths.items()},
-        library="onnx" if place.startswith("onnx") else "peft" if peft else "transformers",
+        library="onnx" if place.startswith("onnx") else "peft" if peft else whole,
         results=card_metrics(facts["metrics"]),
     )

@@ -2,7 +2,7 @@
 
 =============  ==================================================================================
 ``adapter``    PEFT's folder: adapter_model.safetensors, adapter_config.json; for PEFT methods
-``merged``     a plain transformers folder
+``merged``     a plain transformers folder; of sentence-transformers where the head reads the mean
 ``onnx``       an ONNX graph of the merged model, by ``transformers.exporters``
 ``onnx-int8``  the same with weights of 8 bits, quantized by ONNX Runtime
 =============  ==================================================================================
@@ -25,6 +25,7 @@ import torch
 
 from lightning_lora.data.tokens import InputFormat
 from lightning_lora.errors import UserError
+from lightning_lora.export.mean_pooled import HEAD_FILE, MeanHead, mean_head
 from lightning_lora.locations import PACKAGE_PREFIX, resolve
 from lightning_lora.models.methods import merged
 from lightning_lora.models.quantization import Quantization
@@ -66,7 +67,10 @@ class FormatWriter:
         elif name == "merged":
             self.merged.config.problem_type = "single_label_classification"
             with quiet_loading():
-                self.merged.save_pretrained(folder)
+                if self.mean_head is None:
+                    self.merged.save_pretrained(folder)
+                else:
+                    self.mean_head.write_sentence_transformer(self.merged, folder, self.input_format.max_length)
         else:
             write_onnx(self.merged, folder, name == "onnx-int8", self.input_format.pad_id)
         write_tokenizer(folder, self._base_target, self.input_format, self.config.data.padding)
@@ -82,6 +86,11 @@ class FormatWriter:
         plain = merged(whole.tuned).eval()
         plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
         return plain
+
+    @cached_property
+    def mean_head(self) -> MeanHead | None:
+        """The head, where it reads the mean of a text's states."""
+        return mean_head(self.model)
 
     @property
     def _base_target(self) -> str:
@@ -113,6 +122,10 @@ class FormatWriter:
                     state[key] = torch.cat([value, -start[key]], dim=1)
             config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
         folder.mkdir(parents=True)
+        if self.mean_head is not None:
+            self.mean_head.adapt_encoder(config, self.model.target_modules)
+            state, head = self.mean_head.split_adapter(state)
+            save_file({key: value.contiguous() for key, value in head.items()}, folder / HEAD_FILE)
         config.save_pretrained(folder)
         tensors = {key: value.contiguous().clone() for key, value in state.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.export.formats import IDENTITY_FILE
+from lightning_lora.export.mean_pooled import HEAD_FILE, mean_head
 from lightning_lora.runs.checkpoints import checked_checkpoint, load_checkpoint, read_checkpoint, stored_labels
 
 
@@ -48,6 +49,8 @@ def check_weights(module: Any, path: Path) -> None:
         )
     if not (path / "adapter_model.safetensors").is_file():
         raise UserError(f"{path}: no adapter_model.safetensors in it; give the folder 'adapter' of an export")
+    if module.pooling == "mean" and not (path / HEAD_FILE).is_file():
+        raise UserError(f"{path}: no {HEAD_FILE} in it, which holds the head of a model that reads the mean")
 
 
 def load_weights(module: Any, path: Path) -> None:
@@ -64,7 +67,12 @@ def load_weights(module: Any, path: Path) -> None:
 
     check_weights(module, path)
     try:
-        result: Any = set_peft_model_state_dict(module.model, load_file(path / "adapter_model.safetensors"))
+        state = load_file(path / "adapter_model.safetensors")
+        if (head := mean_head(module)) is not None:
+            state = head.join_adapter(path, state)
+        # With ``bias: all`` PEFT writes the biases of modules that are saved whole twice, and reads them once.
+        state = {key: value for key, value in state.items() if ".modules_to_save." not in key}
+        result: Any = set_peft_model_state_dict(module.model, state)
     except Exception as error:  # safetensors and torch raise kinds of their own
         raise UserError(
             f"{path}: the adapter does not fit ({first_line(error, 150)}); model settings such as adapter.rank "

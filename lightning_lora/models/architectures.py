@@ -3,7 +3,7 @@
 Module names are those of the ``...ForSequenceClassification`` classes of transformers 5.23.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class Architecture:
             first token.
         states: Where there is no ``attention_end``, the module that gives the last states of all tokens.
         packs: Whether its attention is one that transformers lets others replace, as packed batches need.
+        head_layers: The linear layers of the head in their order, where it can be given the mean of a text's states;
+            there it is these with the activation between them, and nothing else.
+        head_activation: The name that transformers has for that activation, or of the setting in config.json that
+            holds it.
     """
 
     head: tuple[str, ...]
@@ -34,10 +38,18 @@ class Architecture:
     attention_end: str | None = None
     states: str | None = None
     packs: bool = True
+    head_layers: tuple[str, ...] = ()
+    head_activation: str = "tanh"
 
 
-_BERT = Architecture(head=("classifier",), pooler=("bert.pooler",), attention_end="attention.output")
-_ROBERTA = Architecture(head=("classifier",), attention_end="attention.output")
+_BERT = Architecture(
+    head=("classifier",), pooler=("bert.pooler",), attention_end="attention.output", head_layers=("classifier",)
+)
+_ROBERTA = Architecture(
+    head=("classifier",),
+    attention_end="attention.output",
+    head_layers=("classifier.dense", "classifier.out_proj"),
+)
 
 #: By ``model_type`` of the base model's config. MiniLM checkpoints are of type bert, roberta or xlm-roberta.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -45,7 +57,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
-    "electra": _ROBERTA,
+    "electra": replace(_ROBERTA, head_activation="gelu"),
     "distilbert": Architecture(
         head=("pre_classifier", "classifier"),
         query_value=("q_lin", "v_lin"),
@@ -53,6 +65,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         key="k_lin",
         feed_forward_out="ffn.lin2",
         attention_end="sa_layer_norm",
+        head_layers=("pre_classifier", "classifier"),
+        head_activation="relu",
     ),
     "deberta-v2": Architecture(
         head=("pooler", "classifier"),
@@ -61,6 +75,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         key="key_proj",
         attention_end="attention.output",
         packs=False,
+        head_layers=("pooler.dense", "classifier"),
+        head_activation="pooler_hidden_act",
     ),
     "modernbert": Architecture(
         head=("classifier",),
@@ -77,5 +93,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention=("query", "key", "value", "attention.dense"),
         feed_forward_out="ffn_output",
         states="albert.encoder",
+        head_layers=("classifier",),
     ),
 }
