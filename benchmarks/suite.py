@@ -93,6 +93,7 @@ def ours(system: System, task: Task, settings: Sequence[str], rate: float, seed:
     words = ["--data.source", str(task.folder), "--model.base_model", task.base, "--data.bad_rows", "drop"]
     words += ["--data.max_length", str(task.max_length), "--trainer.max_epochs", str(task.epochs)]
     words += ["--model.adapter.target_modules", "query_value", "--model.learning_rate", str(rate)]
+    words += ["--model.pooling", "first"]  # as the peer's head reads it
     words += ["--seed_everything", str(seed), "--logs_dir", str(work), "--name", "run", *settings]
     words += ["--data.cache_dir", str(work / "cache")]  # tokenized anew, as the peer does
     config = work / "task.yaml"
