@@ -62,7 +62,10 @@ def resolve(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], change:
             file = Path(directory) / f"{number}.yaml"
             file.write_text(yaml.safe_dump(dict(content)), encoding="utf-8")
             words += ["--config", str(file)]
-        settings = ConfiguredRun("fit", [*words, *overrides]).settings()
+        run = ConfiguredRun("fit", [*words, *overrides])
+    if run.config.budget is not None:
+        raise UserError("no option --budget: it is for fit alone; --help lists the options")
+    settings = run.settings()
     model = settings["model"]
     entry = find_method(model["method"])
     check_options(model["method"], AdapterOptions(**model["adapter"]))
