@@ -32,7 +32,7 @@ test-slow: $(INSTALLED)  ## the embedded default at full size
 
 faults: $(INSTALLED)  ## kills, signals, damage and hostile files, all of them (a quarter of an hour)
 	$(BIN)/python -m pytest tests/faults tests/experiments/test_ablate.py tests/experiments/test_search.py \
-		tests/experiments/test_cluster.py tests/inference/test_predict_files.py -m "faults or not faults"
+		tests/commands/test_fit_budget.py tests/experiments/test_cluster.py tests/inference/test_predict_files.py -m "faults or not faults"
 
 audit: $(INSTALLED)  ## known vulnerabilities of the pinned packages (needs the network)
 	$(BIN)/python -m pip install --quiet pip-audit

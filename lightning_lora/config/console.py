@@ -18,6 +18,7 @@ _EXPECTED = (
     r".*It is recommended to use `self.log\(.*sync_dist=True\)` when logging.*",  # the metrics are of all processes
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*could not find the monitored key in the returned metrics.*",  # no validation pass yet: fit says so at its end
+    r".*Please add the following callbacks: \['Timer'\]",  # the time limit of a trial, which is none of the run's
     r".*AMP with fp16 is not supported on CPU.*",  # refused in a line of its own
 )
 

@@ -28,6 +28,11 @@ COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
         "name": (str | None, None, "Name of the run folder; it must be new."),
         "logs_dir": (str, "logs", "The folder of all runs."),
         "resume": (str | None, None, "Resume an interrupted run: its folder."),
+        "budget": (
+            str | None,
+            None,
+            "Search settings that are not typed for so long (90s, 5m, 1.5h); keep the run that is best on validation.",
+        ),
     },
     "validate": {**_RUN, **_INT8},
     "test": {
@@ -87,6 +92,7 @@ EXAMPLES = {
         "python main.py fit --name reviews",
         "python main.py fit --data.source rows.csv --data.text_column review --data.label_column verdict",
         "python main.py fit --config configs/experiment/own_csv.yaml --model.adapter.rank 16",
+        "python main.py fit --budget 5m --name reviews",
         "python main.py fit --resume logs/reviews",
     ),
     "validate": ("python main.py validate --run logs/reviews",),

@@ -148,6 +148,27 @@ def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any
     return [*configs, *more], [*rest, *words[end:]]
 
 
+def split_fit(words: Sequence[str]) -> tuple[list[dict[str, Any]], list[str], set[str]]:
+    """Return what a command line of ``fit`` says of the run: its configs, its options, and the keys that were typed.
+
+    Typed is what an option or a config other than the default one gives; name and place of the run are left out.
+
+    Args:
+        words: What stands after the command.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("-c", "--config", action="append", default=[])
+    for name in COMMAND_OPTIONS["fit"]:
+        finder.add_argument(f"--{name}")
+    given, rest = finder.parse_known_args(list(words))
+    paths = [Path(path) for path in given.config] or [DEFAULT_CONFIG]
+    configs = [{k: v for k, v in read_config(path).items() if k not in COMMAND_OPTIONS["fit"]} for path in paths]
+    typed = {word[2:].partition("=")[0].rstrip("+") for word in rest if word.startswith("--")}
+    for path, config in zip(paths, configs, strict=True):
+        typed |= set() if path.resolve() == DEFAULT_CONFIG else set(flat(config))
+    return configs, rest, typed
+
+
 def restrict_imports() -> None:
     """Let configs name classes of ``ALLOWED`` only, without those of ``CALLBACKS``; naming another imports nothing.
 

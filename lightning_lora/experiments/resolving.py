@@ -12,6 +12,8 @@ import yaml
 
 from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.config.settings import flat
+from lightning_lora.data.augment import Augmentation
+from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.confounders import Change, changes
 from lightning_lora.experiments.plan import Plan, label_of
@@ -60,12 +62,24 @@ def resolve(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], change:
             file = Path(directory) / f"{number}.yaml"
             file.write_text(yaml.safe_dump(dict(content)), encoding="utf-8")
             words += ["--config", str(file)]
-        settings = ConfiguredRun("fit", [*words, *overrides]).settings()
+        run = ConfiguredRun("fit", [*words, *overrides])
+    if run.config.budget is not None:
+        raise UserError("no option --budget: it is for fit alone; --help lists the options")
+    settings = run.settings()
     model = settings["model"]
     entry = find_method(model["method"])
     check_options(model["method"], AdapterOptions(**model["adapter"]))
     check_quantization(Quantization(**model["quantization"]), model["method"], entry.bits, entry.cpu_bits)
     return settings
+
+
+def data_module(data: Mapping[str, Any]) -> TextDataModule:
+    """Return the data module of a cell.
+
+    Args:
+        data: The cell's settings of it, with ``base_model``.
+    """
+    return TextDataModule(**{**data, "augmentation": Augmentation(**data["augmentation"])})
 
 
 def nested(change: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,12 +24,10 @@ from lightning_lora.children import last_error, run_child
 from lightning_lora.claims import claimed, share_tasks
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.settings import DEFAULT_CONFIG, flat, read_config
-from lightning_lora.data.augment import Augmentation
-from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import BusyError, UserError
 from lightning_lora.experiments.confounders import Change
 from lightning_lora.experiments.plan import Cell, Plan, make_plan
-from lightning_lora.experiments.resolving import find_changes, resolve_cells
+from lightning_lora.experiments.resolving import data_module, find_changes, resolve_cells
 from lightning_lora.experiments.results import compare_arms, read_cells
 from lightning_lora.experiments.searcher import Searcher, read_found
 from lightning_lora.files import atomic_folder, locked_folder, write_text
@@ -200,7 +198,7 @@ class Worker:
         """Read, split and tokenize once, so that no cell's time or memory contains it; errors are left to the cell."""
         for data in {self._data_key(self.settings[cell.name]) for cell in cells}:
             with contextlib.suppress(UserError):
-                module = _data_module(data)
+                module = data_module(json.loads(data))
                 module.setup("fit")
                 module.setup("test")
 
@@ -322,7 +320,7 @@ class Worker:
         if data not in self._data:
             self._data[data] = {}
             with contextlib.suppress(UserError):
-                splits = _data_module(data).prepared.describe()["splits"]
+                splits = data_module(json.loads(data)).prepared.describe()["splits"]
                 self._data[data] = {name: split["fingerprint"] for name, split in splits.items()}
         return self._data[data]
 
@@ -342,8 +340,3 @@ class Worker:
             place.rename(target)
         write_text(target / "why.txt", f"{now()}: {why}\n")
         print(f"{place.name}: {why}; moved to {target}")
-
-
-def _data_module(data: str) -> TextDataModule:
-    settings = json.loads(data)
-    return TextDataModule(**{**settings, "augmentation": Augmentation(**settings["augmentation"])})

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,19 +101,34 @@ class Searcher:
         study.tell(number, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
     def _propose(self, arm: str, trials: list[Any]) -> Any:
-        """Return a new trial, proposed in a copy of the study: a kill between two settings leaves no half of a trial.
+        """Return a new trial of an arm."""
+        stream = f"{self.search.seed}/{arm}/{len(trials)}"
+        space = self.search.for_arm(self.plan.arms[arm].values)
+        return propose(self.search.sampler, stream, space, trials, self.plan.higher_is_better)
 
-        Each has a sampler with a seed of its own: what is proposed depends on the earlier trials alone, not on kills.
-        """
-        digest = hashlib.sha256(f"{self.search.seed}/{arm}/{len(trials)}".encode()).digest()
-        sampler = getattr(self.optuna.samplers, SAMPLERS[self.search.sampler])(seed=int.from_bytes(digest[:4], "big"))
-        direction = "maximize" if self.plan.higher_is_better else "minimize"
-        copy = self.optuna.create_study(direction=direction, sampler=sampler)
-        copy.add_trials(trials)
-        proposed = copy.ask(self.search.for_arm(self.plan.arms[arm].values))
-        running = self.optuna.trial.TrialState.RUNNING
-        create = self.optuna.trial.create_trial
-        return create(state=running, params=proposed.params, distributions=proposed.distributions)
+
+def propose(
+    sampler: str, stream: str, space: Mapping[str, Any], trials: Sequence[Any], higher_is_better: bool = True
+) -> Any:
+    """Return a new trial, proposed in a copy of the study: a kill between two settings leaves no half of a trial.
+
+    Each has a sampler with a seed of its own: what is proposed depends on the earlier trials alone, not on kills.
+
+    Args:
+        sampler: A key of ``SAMPLERS``.
+        stream: What the sampler's seed is made from.
+        space: Optuna's distribution of each parameter.
+        trials: Optuna's earlier trials.
+        higher_is_better: Whether more of their value is better.
+    """
+    optuna = import_optuna()
+    digest = hashlib.sha256(stream.encode()).digest()
+    made = getattr(optuna.samplers, SAMPLERS[sampler])(seed=int.from_bytes(digest[:4], "big"))
+    copy = optuna.create_study(direction="maximize" if higher_is_better else "minimize", sampler=made)
+    copy.add_trials(trials)
+    proposed = copy.ask(space)
+    running = optuna.trial.TrialState.RUNNING
+    return optuna.trial.create_trial(state=running, params=proposed.params, distributions=proposed.distributions)
 
 
 def open_journal(path: Path) -> Any:

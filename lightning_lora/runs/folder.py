@@ -28,6 +28,8 @@ from lightning_lora.files import atomic_folder, write_text
 from lightning_lora.fingerprint import code_fingerprint
 
 RECORD_FORMAT = 1
+#: In the folder of a search within a time (``fit --budget``) that has not ended: what it has tried.
+TUNING = "tuning.json"
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "peft", "bitsandbytes", "torchmetrics", "jsonargparse")
 #: What trains: with another fingerprint of this code, results may be others.
 _TRAINS = ("training.module", "training.baselines", "data.datamodule")
@@ -65,11 +67,7 @@ class RunFolder:
         Raises:
             UserError: The name is taken or not usable, or the folder cannot be made.
         """
-        if name is None:
-            plain_stem = re.sub(r"[^A-Za-z0-9.]+", "-", stem)[:60].strip("-.") or "run"
-            wanted = f"{plain_stem}-{datetime.now():%Y%m%d-%H%M%S}"
-        else:
-            wanted = folder_name(name)
+        wanted = f"{plain_stem(stem)}-{datetime.now():%Y%m%d-%H%M%S}" if name is None else folder_name(name)
         for number in itertools.count():
             path = logs_dir / (f"{wanted}-{number}" if number else wanted)
             try:
@@ -96,6 +94,9 @@ class RunFolder:
             UserError: It does not exist or is none.
         """
         if not (path / "config.yaml").is_file():
+            if (path / TUNING).is_file():
+                command = json.loads((path / TUNING).read_text(encoding="utf-8"))["command"]
+                raise UserError(f"{option}: {path} is a search that has not ended; give its command again: {command}")
             raise UserError(f"{option}: {path} is no run folder (no config.yaml in it); give a folder that fit made")
         return cls(path)
 
@@ -243,6 +244,11 @@ def folder_name(name: str, key: str = "--name") -> str:
     if not _NAME.fullmatch(name):
         raise UserError(f"{key}: '{name}' is no folder name; use letters, digits, '.', '_' and '-' (at most 100)")
     return name
+
+
+def plain_stem(stem: str) -> str:
+    """Return what the name of a folder that was given none begins with."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", stem)[:60].strip("-.") or "run"
 
 
 def new_record(command: list[str], seed: int) -> dict[str, Any]:

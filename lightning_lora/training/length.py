@@ -220,7 +220,9 @@ def stay_stopped(trainer: Trainer, longer: bool) -> None:
 
 def stopped_by(trainer: Trainer) -> str | None:
     """Return in words why training ended before its last epoch and step, or None."""
-    limits = ((trainer.current_epoch, trainer.max_epochs), (trainer.global_step, trainer.max_steps))
+    # An epoch that was cut counts as done.
+    epochs = trainer.current_epoch - (not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+    limits = ((epochs, trainer.max_epochs), (trainer.global_step, trainer.max_steps))
     if any(limit not in (None, -1) and done >= limit for done, limit in limits):
         return None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """How long a run trains where that is left open: the rule, what wins over it, and what is said and kept of it."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,6 +136,14 @@ def test_a_run_that_validation_ended_stays_so_or_goes_on_for_longer(fit: Fit, ca
     # Validation passes are counted anew from there.
     assert main(["fit", "--resume", "logs/run", "--trainer.max_epochs", "20"]) == 0
     assert record_of("run")["epochs"] == 9 and record_of("run")["stopped_by"]
+
+
+def test_a_time_limit_within_the_last_epoch_is_said(fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    step = TextClassifier.training_step
+    monkeypatch.setattr(TextClassifier, "training_step", lambda *words: (time.sleep(0.3), step(*words))[1])
+    assert fit("--trainer.max_epochs", "1", "--trainer.max_time", "00:00:00:01") == 0
+    assert "stopped by the time limit of" in capsys.readouterr().out
+    assert record_of("run")["steps"] < 10 and record_of("run")["best"]["step"] == record_of("run")["steps"]
 
 
 def test_few_validation_rows_end_nothing(fit: Fit, capsys) -> None:
