@@ -125,7 +125,9 @@ def write_sets_report(folder: Path) -> None:
     """Write and print the table of an ablation over several data sets, from the ablations in its folder."""
     reports = {place.parent.name: read_ablation(place.parent) for place in sorted(folder.glob("*/ablation.json"))}
     first = next(iter(reports.values()))
-    table = f"{markdown(sets_table(reports))}\n\n{first.split.capitalize()} {first.plan.metric}. {LEGEND}\n"
+    untested = ", ".join(name for name, report in reports.items() if report.split != "test")
+    rows = f"on validation rows for {untested}, where not all has finished" if untested else "on test rows"
+    table = f"{markdown(sets_table(reports))}\n\n{first.plan.metric.capitalize()} {rows}. {LEGEND}\n"
     print(f"\n{first.plan.question}\n\n{table}")
     each = "\n".join(f"- [{name}]({name}/report.md): {answer(report)}" for name, report in reports.items())
     write_text(folder / "report.md", f"# {first.plan.question}\n\n{table}\n{each}\n\ncommand: {first.command}\n")
