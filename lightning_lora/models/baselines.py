@@ -20,7 +20,7 @@ NGRAMS: dict[str, dict[str, Any]] = {
 MOST_NGRAMS = 200_000
 #: Inverse strengths of regularization that are tried, on TF-IDF and on standardized states.
 TFIDF_C = (1.0, 10.0, 100.0)
-PROBE_C = (1e-3, 1e-2, 0.1, 1.0, 10.0)
+PROBE_C = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 #: How the states of a text's tokens become one: the first token's, their mean, the last token's.
 POOLINGS = ("first", "mean", "last")
 #: The logit of a class that no training row has, beside others around 0.
