@@ -169,3 +169,19 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def reviews(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "reviews.csv", make_rows(200))
+
+
+@pytest.fixture(scope="module")
+def own_config(make_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with made-up rows and ``own.yaml``, a config that trains on them on the CPU."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("own")
+    write_csv(folder / "rows.csv", make_rows(120))
+    config = {
+        "model": {"base_model": str(make_base("bert"))},
+        "data": {"source": str(folder / "rows.csv"), "cache_dir": str(folder / "cache")},
+        "trainer": {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
+    }
+    (folder / "own.yaml").write_text(yaml.safe_dump(config))
+    return folder

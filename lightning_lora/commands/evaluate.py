@@ -38,6 +38,8 @@ def test(words: list[str]) -> int:
 def _evaluate(command: str, split: str, words: list[str]) -> int:
     cli = ConfiguredRun(command, words)
     count = cli.count_devices()
+    if count > 1 and cli.config.get("baselines"):
+        raise UserError("--baselines: they are fitted by one process; leave trainer.devices out, or baselines")
     if (status := run_processes([command, *words], count, cli.config.trainer.num_nodes)) is not None:
         return status
     follows = count > 1 and started_to_follow()

@@ -2,9 +2,6 @@
 
 import copy
 import gc
-import hashlib
-import json
-import shlex
 import shutil
 import sys
 import time
@@ -16,21 +13,17 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_lora.commands.fit_output import print_result, print_run, print_tuning, tuning_page
+from lightning_lora.commands.fit_output import print_result, print_run
 from lightning_lora.config.configured_run import ConfiguredRun, row_columns
 from lightning_lora.config.resuming import changed_limits, check_limits, find_state, warn_of_epoch, warn_of_schedule
-from lightning_lora.config.settings import split_fit
 from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
-from lightning_lora.experiments.search_space import import_optuna
-from lightning_lora.experiments.tuning import Tuner, budget_seconds
-from lightning_lora.experiments.tuning_space import make_space
 from lightning_lora.files import locked_folder, remove_partial, write_text
 from lightning_lora.interrupts import Interrupted, requeue, requeued
 from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.processes import started_to_follow
 from lightning_lora.runs.checkpoints import ResumePoints, read_checkpoint
-from lightning_lora.runs.folder import TUNING, RunFolder, as_asked, as_yaml, folder_name, new_record, now, plain_stem
+from lightning_lora.runs.folder import RunFolder, as_asked, as_yaml, new_record, now
 from lightning_lora.training.baselines import TextBaseline
 from lightning_lora.training.guard import NotFiniteError
 from lightning_lora.training.length import describe_length, stopped_by
@@ -38,7 +31,6 @@ from lightning_lora.training.loggers import run_ids
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.parallel import follow_the_leader, run_processes
 from lightning_lora.training.saving import StateSaver, describe_best
-from lightning_lora.units import duration
 
 
 def run(words: list[str]) -> int:
@@ -51,7 +43,9 @@ def run(words: list[str]) -> int:
             cli = ConfiguredRun("fit", ["--resume", str(folder.path)])  # the scheduler gives the same command again
     count = cli.count_devices()
     if cli.config.budget is not None:
-        tune(cli, words, started)
+        from lightning_lora.commands.fit_budget import tune
+
+        tune(cli, words, source_stem(cli), started)
         return 0
     if (status := run_processes(["fit", *words], count, cli.config.trainer.num_nodes)) is not None:
         return status
@@ -87,35 +81,6 @@ def source_stem(cli: ConfiguredRun) -> str:
     """Return what a run without a name is called after."""
     source = cli.config.data.source
     return Path(source).stem if isinstance(source, str) else "files"
-
-
-def tune(cli: ConfiguredRun, words: list[str], started: float) -> None:
-    """Search the settings that were left open within a time, and keep the run that is best on validation rows.
-
-    Args:
-        cli: The command line, parsed.
-        words: The same.
-        started: When the command began, by ``time.monotonic``.
-
-    Raises:
-        UserError: The time is none, the name is taken, or there is nothing to search.
-    """
-    config = cli.config
-    budget_s = budget_seconds(config.budget)
-    if cli.count_devices() > 1:
-        raise UserError("--budget: trials run on one device each; leave trainer.devices and num_nodes out")
-    configs, options, typed = split_fit(words)
-    key = hashlib.sha256(json.dumps([cli.settings(), sorted(typed), budget_s], default=str).encode()).hexdigest()[:8]
-    name = folder_name(config.name) if config.name else plain_stem(f"{source_stem(cli)}-budget-{key}")
-    folder = Path(config.logs_dir) / name
-    if folder.exists() and ((folder / "config.yaml").is_file() or not (folder / TUNING).is_file()):
-        RunFolder.create(folder.parent, name, "")  # which refuses it
-    import_optuna()  # before the data is read
-    space = make_space(configs, options, typed)
-    command = shlex.join(["python", "main.py", "fit", *words])
-    print(f"search within {duration(budget_s)}: {folder}; over {', '.join(space.dimensions)}", flush=True)
-    run = Tuner(space, folder, budget_s, config.seed_everything, command, tuning_page, started).run()
-    print_tuning(run)
 
 
 def first_record(cli: ConfiguredRun, folder: RunFolder, words: list[str]) -> dict[str, Any]:

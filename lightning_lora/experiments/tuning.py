@@ -1,4 +1,4 @@
-"""``fit --budget``: the best run that validation finds within a time. Test rows are never read.
+"""``fit --budget``: the best run that validation finds within a time. Test rows are never evaluated.
 
 While it lasts ``logs/NAME`` holds ``tuning.json`` (what was tried, and the time used) and ``trials/`` (a run folder
 each, trained by ``fit`` as a process of its own); at the end the best trial is moved up and becomes the run.
@@ -97,7 +97,7 @@ class Tuner:
         self.kept: int | None = None
 
     def run(self) -> RunFolder:
-        """Search, or go on with a search that was interrupted; return the folder of the best run.
+        """Search, or resume a search that was interrupted; return the folder of the best run.
 
         Raises:
             UserError: The default cannot be trained, no trial came to an end, or another process is at it.
@@ -117,7 +117,7 @@ class Tuner:
                             self._save(self.folder)
                     return self._keep()
             except (Interrupted, KeyboardInterrupt):
-                print(f"\ninterrupted after {duration(self.used_s)}; the same command goes on: {self.command}")
+                print(f"\ninterrupted after {duration(self.used_s)}; resume with the same command: {self.command}")
                 raise
 
     @property
@@ -249,7 +249,7 @@ class Tuner:
                 pass
         if [*place.glob("checkpoints/last*.ckpt")]:
             return run_child([["fit", "--resume", str(place)]], output)
-        shutil.rmtree(place, ignore_errors=True)  # nothing to go on with, and less time than it was given
+        shutil.rmtree(place, ignore_errors=True)  # nothing to resume from, and less time than it was given
         settings = self.space.settings(trial["point"])
         if trial["number"]:
             left = max(1, math.floor(self.left_s - self._startup_s))
@@ -286,7 +286,7 @@ class Tuner:
         return f"trial {trial['number']} ({changes_words(trial['settings'])}): {came_to}; {left}"
 
     def _keep(self) -> RunFolder:
-        """Make the best trial the run; where this was interrupted before, go on with it."""
+        """Make the best trial the run, or resume doing so."""
         best = self.best
         if best is None:
             raise UserError(f"{self.folder}: none of {len(self.trials)} trials finished: {self.trials[0]['reason']}")

@@ -79,7 +79,7 @@ def read_mean(base: Base, tokens: FirstTokens) -> Base:
         else:
             mean = mean_state(states, parameters.bind(*args, **kwargs).arguments["attention_mask"])
         output.last_hidden_state = mean[:, None]  # a batch of one token, for heads that read the first
-        if "pooler_output" in vars(type(output)).get("__dataclass_fields__", {}):
+        if hasattr(output, "pooler_output"):
             output.pooler_output = mean
         return output
 

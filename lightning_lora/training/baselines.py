@@ -87,6 +87,10 @@ class TextBaseline(EvaluationSteps):
 class LinearProbe(TextClassifier):
     """Logistic regression on pooled states of the frozen base model; takes what ``TextClassifier`` takes."""
 
+    baselines = ("probe",)
+    #: What was chosen on validation rows.
+    chosen: dict[str, Any]
+
     def configure_models(self) -> None:
         """Leaves the states of all tokens there, to be pooled."""
         self.speedups = replace(self.speedups, first_token_only=False, packing=False)

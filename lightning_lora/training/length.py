@@ -205,7 +205,7 @@ def stay_stopped(trainer: Trainer, longer: bool) -> None:
 
     Args:
         trainer: Whose callbacks have the state that is resumed from.
-        longer: Whether it is to train for longer than planned: then validation passes are counted anew.
+        longer: Whether it is to train for longer than planned: then validation passes are counted from there.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # a list, which Lightning hides
         if not isinstance(callback, EarlyStopping) or not has_stopped(callback):

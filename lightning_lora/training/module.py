@@ -9,12 +9,12 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from lightning_lora.data.datamodule import TextDataModule
-from lightning_lora.errors import check_range
+from lightning_lora.errors import UserError, check_range
 from lightning_lora.evaluation.documents import pooled
 from lightning_lora.evaluation.metrics import TrainCounter
 from lightning_lora.models.base import Base, enable_gradient_checkpointing, load_base
 from lightning_lora.models.kernel_plugins import check_engine
-from lightning_lora.models.methods import AdapterOptions, applied, check_options, find_method, tune
+from lightning_lora.models.methods import BASELINES, AdapterOptions, applied, check_options, find_method, tune
 from lightning_lora.models.pooling import Pooling, choose_pooling, read_mean
 from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.models.speedups import (
@@ -75,6 +75,9 @@ class TextClassifier(StepRunner):
         seed: Seed of everything newly initialised and of dropout; linked to ``seed_everything``.
     """
 
+    #: Baselines that a subclass fits.
+    baselines: tuple[str, ...] = ()
+
     def __init__(
         self,
         base_model: str,
@@ -102,6 +105,11 @@ class TextClassifier(StepRunner):
         quantization = Quantization(**quantization) if isinstance(quantization, dict) else quantization
         speedups = Speedups(**speedups) if isinstance(speedups, dict) else speedups
         entry = find_method(method)
+        if method in BASELINES and method not in self.baselines:
+            raise UserError(
+                f"model.method: '{method}' is a baseline, fitted without steps; use: "
+                f"python main.py fit --model.method {method}"
+            )
         check_options(method, adapter)
         check_quantization(quantization, method, entry.bits, entry.cpu_bits)
         check_range("model.warmup_ratio", warmup_ratio, 0, 1)
@@ -131,8 +139,6 @@ class TextClassifier(StepRunner):
         self.configure_losses()
         self.configure_metrics()
         self._counted: dict[str, Any] = {}
-        #: What a baseline chose on validation rows.
-        self.chosen: dict[str, Any] = {}
         #: The peak of the schedule, which a search may replace.
         self.scheduled_rate = self.learning_rate
         #: Optimizer steps that the schedule is laid out over: in the state that training continues from, and now.

@@ -16,21 +16,7 @@ from lightning_lora.cli import main
 from lightning_lora.experiments import tuning
 from lightning_lora.experiments.tuning import Tuner
 from lightning_lora.training import length
-from tests.conftest import make_rows, write_csv
 from tests.faults.processes import Run
-
-
-@pytest.fixture(scope="module")
-def place(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tuning")
-    write_csv(folder / "rows.csv", make_rows(120))
-    config = {
-        "model": {"base_model": str(make_base("bert"))},
-        "data": {"source": str(folder / "rows.csv"), "cache_dir": str(folder / "cache")},
-        "trainer": {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
-    }
-    (folder / "own.yaml").write_text(yaml.safe_dump(config))
-    return folder
 
 
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,14 +29,14 @@ SHORT = ("--trainer.max_epochs", "1", "--data.max_length", "24", "--seed_everyth
 
 
 @pytest.fixture
-def tuned(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tuned(own_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A search by the command whose second trial is the best, whatever the rows say."""
     in_process(monkeypatch)
     best = Tuner.best.fget
     monkeypatch.setattr(Tuner, "best", property(lambda self: self.trials[1] if len(self.trials) > 1 else best(self)))
     proposals = Tuner._next_point
     monkeypatch.setattr(Tuner, "_next_point", lambda self: proposals(self) if len(self.trials) < 3 else None)
-    words = ["fit", "--config", str(place / "own.yaml"), *SHORT, "--name", "run", "--logs_dir", str(tmp_path)]
+    words = ["fit", "--config", str(own_config / "own.yaml"), *SHORT, "--name", "run", "--logs_dir", str(tmp_path)]
     seen: dict[str, Any] = {}
     move = Tuner._keep
 
@@ -68,7 +54,7 @@ def tuned(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return run
 
 
-def test_the_best_run_is_a_run_like_any_other(tuned: Path, place: Path, tmp_path: Path, capsys) -> None:
+def test_the_best_run_is_a_run_like_any_other(tuned: Path, own_config: Path, tmp_path: Path, capsys) -> None:
     record = json.loads((tuned / "run.json").read_text())
     assert record["name"] == "run" and record["status"] == "finished" and record["tuning"]["kept"] == 1
     assert "--budget 10m" in record["command"]
@@ -82,7 +68,7 @@ def test_the_best_run_is_a_run_like_any_other(tuned: Path, place: Path, tmp_path
     for name, weight in states[0]["state_dict"].items():
         assert torch.equal(weight, states[1]["state_dict"][name]), name
     # The first trial is what fit trains without a budget.
-    words = ["fit", "--config", str(place / "own.yaml"), *SHORT, "--name", "default", "--logs_dir", str(tmp_path)]
+    words = ["fit", "--config", str(own_config / "own.yaml"), *SHORT, "--name", "default", "--logs_dir", str(tmp_path)]
     assert main(words) == 0
     configs = [run / "config.yaml" for run in (tuned / "trials" / "000", tmp_path / "default")]
     assert yaml.safe_load(configs[0].read_text()) == yaml.safe_load(configs[1].read_text())
@@ -102,18 +88,18 @@ def test_the_best_run_is_a_run_like_any_other(tuned: Path, place: Path, tmp_path
     assert longer["epochs"] == 2 and longer["tuning"] == record["tuning"]
 
 
-def test_the_words(tuned: Path, place: Path, tmp_path: Path, capsys) -> None:
+def test_the_words(tuned: Path, own_config: Path, tmp_path: Path, capsys) -> None:
     page = (tuned / "tuning.md").read_text()
     assert "Test rows played no part." in page and "| 0 | the default |" in page
     assert "| 1 | learning_rate 0.001 |" in page and page.count("finished, kept") == 1
-    words = ["fit", "--config", str(place / "own.yaml"), *SHORT, "--name", "run", "--logs_dir", str(tmp_path)]
+    words = ["fit", "--config", str(own_config / "own.yaml"), *SHORT, "--name", "run", "--logs_dir", str(tmp_path)]
     capsys.readouterr()
     assert main([*words, "--budget", "10m"]) == 2
     assert "run exists, and a run is never overwritten; choose another name" in capsys.readouterr().err
 
 
-def test_what_cannot_be_searched_is_one_line(place: Path, capsys, monkeypatch) -> None:
-    words = ["fit", "--config", str(place / "own.yaml"), "--budget", "5m"]
+def test_what_cannot_be_searched_is_one_line(own_config: Path, capsys, monkeypatch) -> None:
+    words = ["fit", "--config", str(own_config / "own.yaml"), "--budget", "5m"]
     for more, said in (
         (["--model.method", "tfidf"], "method 'tfidf' has no training"),
         (["--trainer.devices", "2"], "trials run on one device each"),
@@ -126,7 +112,7 @@ def test_what_cannot_be_searched_is_one_line(place: Path, capsys, monkeypatch) -
         assert main([*words, *more]) == 2
         error = capsys.readouterr().err.strip()
         assert said in error and "\n" not in error, error
-    assert main(["compare", "--config", str(place / "own.yaml"), "--budget", "5m"]) == 2
+    assert main(["compare", "--config", str(own_config / "own.yaml"), "--budget", "5m"]) == 2
     assert "no option --budget" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert main(words) == 2
@@ -134,8 +120,8 @@ def test_what_cannot_be_searched_is_one_line(place: Path, capsys, monkeypatch) -
     assert not Path("logs").exists() or not [*Path("logs").iterdir()]
 
 
-def test_a_default_that_cannot_be_trained_is_said_as_fit_says_it(place: Path, capsys, monkeypatch) -> None:
-    words = ["fit", "--config", str(place / "own.yaml"), "--data.max_length", "24"]
+def test_a_default_that_cannot_be_trained_is_said_as_fit_says_it(own_config: Path, capsys, monkeypatch) -> None:
+    words = ["fit", "--config", str(own_config / "own.yaml"), "--data.max_length", "24"]
     words += ["--model.adapter.target_modules", "[nothing]"]
     assert main(words) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -153,10 +139,10 @@ def test_a_default_that_cannot_be_trained_is_said_as_fit_says_it(place: Path, ca
     assert not Path("logs/run").exists()
 
 
-def test_the_search_by_itself_within_its_time(place: Path, monkeypatch, capsys) -> None:
+def test_the_search_by_itself_within_its_time(own_config: Path, monkeypatch, capsys) -> None:
     in_process(monkeypatch)
     monkeypatch.setattr(length, "ENOUGH_STEPS", 6)
-    words = ["fit", "--config", str(place / "own.yaml"), "--budget", "6s", "--data.max_length", "24"]
+    words = ["fit", "--config", str(own_config / "own.yaml"), "--budget", "6s", "--data.max_length", "24"]
     assert main(words) == 0
     (run,) = Path("logs").iterdir()
     assert run.name.startswith("rows-budget-")  # the same command without a name finds it again
@@ -177,8 +163,8 @@ def test_the_search_by_itself_within_its_time(place: Path, monkeypatch, capsys) 
         pytest.param(signal.SIGKILL, 1, "60s", marks=pytest.mark.faults),
     ],
 )
-def test_an_interrupted_search_goes_on(place: Path, tmp_path: Path, number: int, trial: int, budget: str) -> None:
-    words = ["fit", "--config", str(place / "own.yaml"), "--data.max_length", "24", "--trainer.max_epochs", "20"]
+def test_an_interrupted_search_goes_on(own_config: Path, tmp_path: Path, number: int, trial: int, budget: str) -> None:
+    words = ["fit", "--config", str(own_config / "own.yaml"), "--data.max_length", "24", "--trainer.max_epochs", "20"]
     words += ["--name", "run", "--logs_dir", str(tmp_path), "--budget", budget]
     run = Run(words, tmp_path / "stopped.txt")
     run.wait_for((tmp_path / "run" / "trials" / f"00{trial}" / "run.json").is_file)
@@ -189,7 +175,7 @@ def test_an_interrupted_search_goes_on(place: Path, tmp_path: Path, number: int,
                 child.send_signal(number)
     status = run.wait(60)
     assert status == (-number if number == signal.SIGKILL else 128 + number), run.text()
-    assert number == signal.SIGKILL or "the same command goes on: python main.py fit" in run.text()
+    assert number == signal.SIGKILL or "resume with the same command: python main.py fit" in run.text()
     state = json.loads((tmp_path / "run" / "tuning.json").read_text())
     assert [each["status"] for each in state["trials"]] == [*["finished"] * trial, "running"]
     assert main(["fit", "--resume", str(tmp_path / "run")]) == 2

@@ -8,25 +8,13 @@ import yaml
 
 from lightning_lora.experiments import tuning_space
 from lightning_lora.experiments.tuning_space import make_space
-from tests.conftest import make_rows, write_csv
 
 
-@pytest.fixture(scope="module")
-def place(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tuning")
-    write_csv(folder / "rows.csv", make_rows(120))
-    config = {
-        "model": {"base_model": str(make_base("bert"))},
-        "data": {"source": str(folder / "rows.csv"), "cache_dir": str(folder / "cache")},
-        "trainer": {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
-    }
-    (folder / "own.yaml").write_text(yaml.safe_dump(config))
-    return folder
-
-
-def space_of(place: Path, *words: str, lengths: tuple[int, ...] = (16, 24, 48, 96), **data: object) -> dict[str, Any]:
+def space_of(
+    own_config: Path, *words: str, lengths: tuple[int, ...] = (16, 24, 48, 96), **data: object
+) -> dict[str, Any]:
     """What would be searched; the texts have 5 to 30 tokens, the base takes 64."""
-    config = yaml.safe_load((place / "own.yaml").read_text())
+    config = yaml.safe_load((own_config / "own.yaml").read_text())
     config["data"] |= {"max_length": 24, **data}
     typed = {"model.base_model", "data.source", *(word[2:] for word in words if word.startswith("--"))}
     before = tuning_space.TRIED_LENGTHS
@@ -37,8 +25,8 @@ def space_of(place: Path, *words: str, lengths: tuple[int, ...] = (16, 24, 48, 9
         tuning_space.TRIED_LENGTHS = before
 
 
-def test_what_is_open_and_can_matter_is_searched(place: Path) -> None:
-    assert space_of(place) == {
+def test_what_is_open_and_can_matter_is_searched(own_config: Path) -> None:
+    assert space_of(own_config) == {
         "learning_rate_factor": {"low": 0.25, "high": 4.0, "log": True},
         "model.method": ["lora", "full"],
         "data.max_length": [16, 24, 48],  # 96 is more than the base takes, and nothing is cut at 48
@@ -60,12 +48,12 @@ def test_what_is_open_and_can_matter_is_searched(place: Path) -> None:
         (["--trainer.max_steps", "9"], {"epochs_factor"}),
     ],
 )
-def test_what_was_typed_is_not_searched(place: Path, words: list[str], fixed: set[str]) -> None:
-    assert set(space_of(place)) - set(space_of(place, *words)) == fixed
+def test_what_was_typed_is_not_searched(own_config: Path, words: list[str], fixed: set[str]) -> None:
+    assert set(space_of(own_config)) - set(space_of(own_config, *words)) == fixed
 
 
-def test_lengths_at_which_hardly_any_text_is_cut_are_not_tried(place: Path) -> None:
-    assert "data.max_length" not in space_of(place, lengths=(40, 48), max_length=40)
-    assert "data.truncation" not in space_of(place, lengths=(40, 48), max_length=40)
-    assert space_of(place, lengths=(16, 48), max_length=40)["data.max_length"] == [16, 40]
-    assert "data.max_length" not in space_of(place, truncation="windows")
+def test_lengths_at_which_hardly_any_text_is_cut_are_not_tried(own_config: Path) -> None:
+    assert "data.max_length" not in space_of(own_config, lengths=(40, 48), max_length=40)
+    assert "data.truncation" not in space_of(own_config, lengths=(40, 48), max_length=40)
+    assert space_of(own_config, lengths=(16, 48), max_length=40)["data.max_length"] == [16, 40]
+    assert "data.max_length" not in space_of(own_config, truncation="windows")

@@ -51,9 +51,12 @@ def test_packed_texts_give_the_logits_and_gradients_of_padded_ones(
     speedups = Speedups(first_token_only=first_token_only, kernels=False)
     model = TextClassifier(str(base), ["a", "b", "c"], "full", speedups=speedups)
     assert model.packed_batches.cannot is None
-    model.eval()
+    assert_packed_as_padded(model.eval(), rows(keep))
+
+
+def assert_packed_as_padded(model: TextClassifier, data: TokenDataset) -> None:
     found = []
-    for batch in both(rows(keep)):
+    for batch in both(data):
         logits = model.document_logits(batch)
         loss = torch.nn.functional.cross_entropy(logits, batch["labels"])
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}

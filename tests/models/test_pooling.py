@@ -13,7 +13,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.models.architectures import ARCHITECTURES
 from lightning_lora.models.pooling import pools_mean
 from lightning_lora.training.module import TextClassifier
-from tests.models.test_packed import both, rows
+from tests.models.test_packed import assert_packed_as_padded, rows
 
 MEANS = [name for name in ARCHITECTURES if name != "modernbert"]  # which has a setting of its own
 
@@ -64,18 +64,7 @@ def test_the_head_reads_the_mean_of_what_transformers_gives_each_text_alone(
 def test_packed_texts_give_the_logits_and_gradients_of_padded_ones(make_base, model_type: str, keep: str) -> None:
     model = TextClassifier(str(make_base(model_type)), ["a", "b", "c"], "full", pooling="mean").eval()
     assert model.packed_batches.cannot is None
-    found = []
-    for batch in both(rows(keep)):
-        logits = model.document_logits(batch)
-        loss = torch.nn.functional.cross_entropy(logits, batch["labels"])
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        found.append((logits, dict(zip(parameters, gradients, strict=True))))
-    assert model.packed_batches.distrust is None
-    (plain, expected), (packed, gradients) = found
-    torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert_packed_as_padded(model, rows(keep))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.models.baselines import PROBE_C, TFIDF_C, Majority, Tfidf, choose_regression, pool
 from lightning_lora.models.methods import BASELINES
 from lightning_lora.runs.folder import RunFolder
+from lightning_lora.training.module import TextClassifier
 from tests.conftest import make_rows, write_csv
 
 LABELS = ("neg", "pos", "mixed")
@@ -234,3 +235,16 @@ def test_a_test_beside_baselines_pairs_them_on_the_same_rows(fit, capsys) -> Non
         assert f"better than {name} by" in shown
     table = [line for line in shown.splitlines() if line.startswith("│") and "0." in line]
     assert len(table) == 6 and max(map(len, table)) <= 80
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_a_text_classifier_is_no_baseline_in_silence(tiny_base: Path, method: str) -> None:
+    with pytest.raises(UserError, match=f"'{method}' is a baseline.*main.py fit"):
+        TextClassifier(str(tiny_base), ["a", "b"], method)
+
+
+def test_baselines_beside_a_test_on_several_devices_are_refused(fit, capsys) -> None:
+    run = fit("majority")
+    capsys.readouterr()
+    words = ["test", str(run), "--baselines", "true", "--trainer.devices", "2"]
+    assert main(words) == 2 and "--baselines" in capsys.readouterr().err

@@ -133,7 +133,7 @@ def test_a_run_that_validation_ended_stays_so_or_goes_on_for_longer(fit: Fit, ca
     out, record = capsys.readouterr().out, record_of("run")
     assert "training length: 7 epochs = 70 steps (trainer.max_epochs 7)" in out and "stopped by" not in out
     assert (record["epochs"], record["stopped_by"], record["length"]["by"]) == (7, None, "typed")
-    # Validation passes are counted anew from there.
+    # Validation passes are counted from there.
     assert main(["fit", "--resume", "logs/run", "--trainer.max_epochs", "20"]) == 0
     assert record_of("run")["epochs"] == 9 and record_of("run")["stopped_by"]
 
