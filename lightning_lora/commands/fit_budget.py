@@ -3,15 +3,17 @@
 import hashlib
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from lightning_lora.commands.fit_output import print_tuning, tuning_page
 from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.config.settings import split_fit
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.search_space import import_optuna
-from lightning_lora.experiments.tuning import Tuner, budget_seconds
+from lightning_lora.experiments.tuning import Tuner, budget_seconds, changes_words
 from lightning_lora.experiments.tuning_space import make_space
+from lightning_lora.reports.tables import markdown
 from lightning_lora.runs.folder import TUNING, RunFolder, folder_name, plain_stem
 from lightning_lora.units import duration
 
@@ -44,3 +46,45 @@ def tune(cli: ConfiguredRun, words: list[str], stem: str, started: float) -> Non
     print(f"search within {duration(budget_s)}: {folder}; over {', '.join(space.dimensions)}", flush=True)
     run = Tuner(space, folder, budget_s, config.seed_everything, command, tuning_page, started).run()
     print_tuning(run)
+
+
+def print_tuning(folder: RunFolder) -> None:
+    """Print what a search within a time has kept, and what to type next."""
+    record = folder.read()
+    tuning, rows = record["tuning"], record["data"]["splits"]["val"]["rows"]
+    print(f"\nkept: {kept_words(tuning)}")
+    print(f"chosen on {rows:,} validation rows, which its F1 is optimistically biased on; test rows played no part")
+    print(f"run folder: {folder.path} (what was tried: tuning.md)")
+    print(f"next: python main.py test --run {folder.path}")
+
+
+def kept_words(tuning: Mapping[str, Any]) -> str:
+    """Return which trial was kept, beside the default."""
+    default, kept = tuning["trials"][0], tuning["trials"][tuning["kept"]]
+    words = f"trial {kept['number']} of {len(tuning['trials'])} ({changes_words(kept['settings'])}), "
+    words += f"validation F1 {kept['f1_macro']:.4f}"
+    if kept is default:
+        return words
+    return (
+        f"{words}; the default has {default['f1_macro']:.4f}"
+        if "f1_macro" in default
+        else f"{words}; the default failed"
+    )
+
+
+def tuning_page(tuning: Mapping[str, Any]) -> str:
+    """Return ``tuning.md`` of what a record has under ``tuning``."""
+    rows = [["trial", "differs from the default", "F1 (macro)", "accuracy", "loss", "seconds", "status"]]
+    for trial in tuning["trials"]:
+        scores = [f"{trial[name]:.4f}" if name in trial else "" for name in ("f1_macro", "accuracy", "loss")]
+        status = f"failed: {trial['reason']}" if "reason" in trial else trial["status"]
+        status += ", stopped by the time left" if trial.get("stopped_by_time") else ""
+        status += ", kept" if trial["number"] == tuning["kept"] else ""
+        changed = changes_words(trial["settings"])
+        rows.append([str(trial["number"]), changed, *scores, f"{trial['seconds']:.1f}", status])
+    told = f"Budget {duration(tuning['budget_s'])}, used {duration(tuning['used_s'])}. Kept: {kept_words(tuning)}."
+    judged = (
+        "All figures are of validation rows, by which the trial was chosen: those of the kept one are optimistically "
+    )
+    judged += "biased. Test rows played no part."
+    return f"# Search within a time\n\n{told}\n\n{judged}\n\n{markdown(rows)}\n"

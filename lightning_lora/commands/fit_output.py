@@ -8,9 +8,7 @@ from lightning import Trainer
 
 from lightning_lora.data.labels import few
 from lightning_lora.errors import print_warnings
-from lightning_lora.experiments.tuning import changes_words
 from lightning_lora.models.methods import BASELINES, find_method
-from lightning_lora.reports.tables import markdown
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training.length import length_words
 from lightning_lora.training.saving import MONITOR
@@ -99,48 +97,6 @@ def print_result(folder: RunFolder, record: dict[str, Any]) -> None:
         print(f"next: python main.py test --run {folder.path} --checkpoint last")
     else:
         print("no checkpoint was kept (trainer.enable_checkpointing or fast_dev_run); the weights are gone")
-
-
-def print_tuning(folder: RunFolder) -> None:
-    """Print what a search within a time has kept, and what to type next."""
-    record = folder.read()
-    tuning, rows = record["tuning"], record["data"]["splits"]["val"]["rows"]
-    print(f"\nkept: {kept_words(tuning)}")
-    print(f"chosen on {rows:,} validation rows, which its F1 is optimistically biased on; test rows played no part")
-    print(f"run folder: {folder.path} (what was tried: tuning.md)")
-    print(f"next: python main.py test --run {folder.path}")
-
-
-def kept_words(tuning: Mapping[str, Any]) -> str:
-    """Return which trial was kept, beside the default."""
-    default, kept = tuning["trials"][0], tuning["trials"][tuning["kept"]]
-    words = f"trial {kept['number']} of {len(tuning['trials'])} ({changes_words(kept['settings'])}), "
-    words += f"validation F1 {kept['f1_macro']:.4f}"
-    if kept is default:
-        return words
-    return (
-        f"{words}; the default has {default['f1_macro']:.4f}"
-        if "f1_macro" in default
-        else f"{words}; the default failed"
-    )
-
-
-def tuning_page(tuning: Mapping[str, Any]) -> str:
-    """Return ``tuning.md`` of what a record has under ``tuning``."""
-    rows = [["trial", "differs from the default", "F1 (macro)", "accuracy", "loss", "seconds", "status"]]
-    for trial in tuning["trials"]:
-        scores = [f"{trial[name]:.4f}" if name in trial else "" for name in ("f1_macro", "accuracy", "loss")]
-        status = f"failed: {trial['reason']}" if "reason" in trial else trial["status"]
-        status += ", stopped by the time left" if trial.get("stopped_by_time") else ""
-        status += ", kept" if trial["number"] == tuning["kept"] else ""
-        changed = changes_words(trial["settings"])
-        rows.append([str(trial["number"]), changed, *scores, f"{trial['seconds']:.1f}", status])
-    told = f"Budget {duration(tuning['budget_s'])}, used {duration(tuning['used_s'])}. Kept: {kept_words(tuning)}."
-    judged = (
-        "All figures are of validation rows, by which the trial was chosen: those of the kept one are optimistically "
-    )
-    judged += "biased. Test rows played no part."
-    return f"# Search within a time\n\n{told}\n\n{judged}\n\n{markdown(rows)}\n"
 
 
 def shown(metrics: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lightning_lora.cli import main
-from lightning_lora.commands.fit_output import tuning_page
+from lightning_lora.commands.fit_budget import tuning_page
 from lightning_lora.errors import UserError
 from lightning_lora.experiments import tuning, tuning_space
 from lightning_lora.experiments.search_space import make_search
