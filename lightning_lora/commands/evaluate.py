@@ -81,7 +81,7 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
             evaluation["int8"], evaluation["int8_s"] = _run_pass(cli, command, split, cli.make_trainer(None))
             found["-int8"] = cli.collector.last[split]
         if cli.config.get("baselines"):
-            evaluation["baselines"] = {name: _baseline(cli, name, split, found[""]) for name in ("tfidf", "probe")}
+            evaluation["baselines"] = {name: _baseline(cli, name, split, found[""]) for name in BASELINES}
     finally:  # an interruption keeps what was evaluated before it
         if not follows:
             _finish(cli, folder, split, evaluation, found)

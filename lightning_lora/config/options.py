@@ -39,7 +39,11 @@ COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
         **_RUN,
         **_INT8,
         "before": (bool, True, "Also test the model as it was before training."),
-        "baselines": (bool, False, "Also fit TF-IDF and a linear probe to the training rows, and test them."),
+        "baselines": (
+            bool,
+            False,
+            "Also fit the baselines (majority, tfidf, probe) to the training rows, and test them.",
+        ),
     },
     "export": {
         **_RUN,

@@ -72,7 +72,7 @@ class TextDataModule(LightningDataModule):
         text_column: str | list[str] | None = None,
         label_column: str | None = None,
         label_names: list[Word] | dict[Word, Word] | None = None,
-        max_length: int = 256,
+        max_length: int = 512,
         truncation: Truncation = "head",
         window_overlap: int | None = None,
         padding: Literal["longest", "max_length"] = "longest",

@@ -103,11 +103,12 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def print_tables(title: str, metrics: list[list[str]], costs: list[list[str]]) -> None:
     """Print both tables to the terminal, the first with a line for each metric, which fits into 80 columns."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in (row[0] for row in metrics):
         table.add_column(heading, justify="right" if heading else "left", style="bold" if heading == "after" else None)
     for line in list(zip(*metrics, strict=True))[1:]:

@@ -222,7 +222,7 @@ def test_a_test_beside_baselines_pairs_them_on_the_same_rows(fit, capsys) -> Non
     assert main(["test", str(run), "--baselines", "true"]) == 0
     shown = capsys.readouterr().out
     found = RunFolder(run).read()["evaluations"]["test"]
-    for name in ("tfidf", "probe"):
+    for name in ("majority", "tfidf", "probe"):
         other = fit(name)
         assert main(["test", str(other)]) == 0
         theirs = RunFolder(other).read()["evaluations"]["test"]["after"]
@@ -233,8 +233,9 @@ def test_a_test_beside_baselines_pairs_them_on_the_same_rows(fit, capsys) -> Non
         low, high = found["baselines"][name]["interval"]
         assert low <= found["baselines"][name]["ours_better_by"] <= high
         assert f"better than {name} by" in shown
-    table = [line for line in shown.splitlines() if line.startswith("│") and "0." in line]
-    assert len(table) == 6 and max(map(len, table)) <= 80
+    table = shown.rpartition("test: 30 rows")[2].partition("base model")[0].splitlines()
+    assert "majority   tfidf   probe  before   after      95% interval" in "\n".join(table)
+    assert len([line for line in table if "0." in line]) == 6 and max(map(len, table)) <= 80
 
 
 @pytest.mark.parametrize("method", BASELINES)
