@@ -42,7 +42,7 @@ COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
         "baselines": (
             bool,
             False,
-            "Also fit the baselines (majority, tfidf, probe) to the training rows, and test them.",
+            "Also fit majority, tfidf and probe to the training rows, and test them.",
         ),
     },
     "export": {
