@@ -4,8 +4,8 @@ Nothing of lightning_lora is imported: this is how other software sees the files
 
     python examples/load_anywhere.py logs/NAME/export texts.txt [logits.json]
 
-``texts.txt`` holds a text a line. Ends with status 1 when label names differ, or when a form in full precision is
-further than 1e-4 from another in any logit, in padded batches or one text at a time.
+``texts.txt`` holds a text a line, or a pair of texts with a tab between. Ends with status 1 when label names differ, or
+when a form in full precision is further than 1e-4 from another in any logit, in padded batches or one text at a time.
 """
 
 import contextlib
@@ -34,7 +34,8 @@ def card_code(folder: Path) -> Callable[[list[str]], np.ndarray]:
     names = [classify.model.config.id2label[i] for i in range(classify.model.config.num_labels)]
 
     def logits(texts: list[str]) -> np.ndarray:
-        said = classify(texts, top_k=None, function_to_apply="none", batch_size=len(texts))
+        pairs = [dict(zip(("text", "text_pair"), each, strict=True)) for each in texts if isinstance(each, tuple)]
+        said = classify(pairs or texts, top_k=None, function_to_apply="none", batch_size=len(texts))
         rows = [{each["label"]: each["score"] for each in row} for row in said]
         return np.array([[row[name] for name in names] for row in rows], dtype=np.float32)
 
@@ -53,7 +54,9 @@ def label_names(folder: Path) -> list[str]:
 def main() -> int:
     """Prints how far each form is from the merged model."""
     export = Path(sys.argv[1])
-    texts = Path(sys.argv[2]).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    texts: list = Path(sys.argv[2]).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    if all("\t" in text for text in texts):
+        texts = [tuple(text.split("\t", 1)) for text in texts]
     forms = [name for name in ("merged", "adapter", "onnx", "onnx-int8") if (export / name).is_dir()]
     said, names = {}, {}
     for name in forms:

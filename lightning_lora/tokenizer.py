@@ -5,6 +5,7 @@ loads an exported folder does both: the token is chosen here and nowhere else.
 """
 
 import math
+from inspect import signature
 from typing import Any
 
 from lightning_lora.errors import UserError, first_line
@@ -62,6 +63,20 @@ def _embedding_rows(target: str) -> float:
         return getattr(AutoConfig.from_pretrained(target).get_text_config(), "vocab_size", None) or math.inf
     except Exception:  # a folder without a model, of which others say so
         return math.inf
+
+
+def has_token_types(tokenizer: Any) -> bool:
+    """Say whether the tokenizer gives token types and its base model has an embedding for more than one."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+
+    if "token_type_ids" not in tokenizer.model_input_names:
+        return False
+    try:
+        config = AutoConfig.from_pretrained(tokenizer.name_or_path)
+        model: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+    except Exception:  # a folder without a model, of which others say so
+        return False
+    return "token_type_ids" in signature(model.forward).parameters and getattr(config, "type_vocab_size", 2) > 1
 
 
 def tokens_beyond(tokenizer: Any, rows: int) -> list[str]:

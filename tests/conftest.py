@@ -3,7 +3,7 @@
 import csv
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of a hub client
@@ -52,7 +52,23 @@ def make_rows(count: int, labels: tuple[str, ...] = ("neg", "pos"), seed: int = 
     return list(rows.items())
 
 
-def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("text", "label")) -> Path:
+def make_pairs(count: int, seed: int = 0) -> list[tuple[str, str, str]]:
+    """Rows of premise, hypothesis and label, which shows in the words of both; no two pairs are the same."""
+    rng = random.Random(seed)
+    texts = [text for text, _ in make_rows(2 * count, ("neg", "pos"), seed)]
+    rng.shuffle(texts)
+
+    def kind(text: str) -> str:
+        return "neg" if set(text.split()) & set(WORDS["neg"]) else "pos"
+
+    pairs = list(zip(texts[:count], texts[count:], strict=True))
+    return [(a, b, "same" if kind(a) == kind(b) else "other") for a, b in pairs]
+
+
+PAIR_HEADER = ("premise", "hypothesis", "label")
+
+
+def write_csv(path: Path, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ("text", "label")) -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
@@ -97,7 +113,7 @@ def save_tokenizer(folder: Path, model_max_length: int = 64) -> None:
     backend.normalizer = normalizers.BertNormalizer()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -108,6 +124,34 @@ def save_tokenizer(folder: Path, model_max_length: int = 64) -> None:
         sep_token="[SEP]",
         mask_token="[MASK]",
     ).save_pretrained(folder)
+
+
+#: Architectures whose tokenizers give token types.
+TYPED = ("bert", "albert", "electra", "deberta-v2")
+
+
+def save_pair_base(base: Path, folder: Path, framing: str) -> Path:
+    """Copies a base model, with a tokenizer that gives for a pair what those of an architecture give."""
+    import json
+    import shutil
+
+    from tokenizers import Tokenizer, processors
+
+    shutil.copytree(base, folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if framing in ("roberta", "xlm-roberta", "camembert"):
+        tokenizer.post_processor = processors.RobertaProcessing(("[SEP]", 3), ("[CLS]", 2))
+    elif framing == "none":
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    elif framing == "odd":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A [CLS]", pair="$A [SEP]:0 $B:1 [SEP]:1 [CLS]:0", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = ["input_ids", *["token_type_ids"] * (framing in (*TYPED, "odd")), "attention_mask"]
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": names}))
+    return folder
 
 
 def tiny_config(model_type: str, **changes: object):

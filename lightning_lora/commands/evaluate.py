@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Timer
 
 from lightning_lora.config.configured_run import ConfiguredRun, row_columns
 from lightning_lora.config.options import EXAMPLE_TEXT
+from lightning_lora.data.pairs import is_pair
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import peak_memory_mb
@@ -153,4 +154,5 @@ def _finish(
     print(f"\nrun folder:    {folder.path} (this table: {name}.md, every row: predictions/{files})")
     if (folder.path / "tensorboard").is_dir():
         print(f"curves:        tensorboard --logdir {folder.path.parent}")
-    print(f"your own text: python main.py predict --run {folder.path} '{EXAMPLE_TEXT}'")
+    examples = " ".join([f"'{EXAMPLE_TEXT}'"] * (1 + is_pair(cli.config.data.truncation)))
+    print(f"your own text: python main.py predict --run {folder.path} {examples}")

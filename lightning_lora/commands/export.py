@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.data.pairs import is_pair
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.specs import find_spec
 from lightning_lora.data.splits import text_keys
@@ -62,7 +63,7 @@ def run(words: list[str]) -> int:
     data, tokenizer = config.data, base_tokenizer(config.model.base_model)
     input_format = InputFormat.of(tokenizer, data.max_length, data.truncation, data.window_overlap)
     pad_to_max = data.padding == "max_length"
-    texts, labels = parity_texts(rows, config.rows, tokenizer, input_format.room)
+    texts, labels = parity_texts(rows, config.rows, tokenizer, input_format)
     parity = Parity(model, tokenizer, input_format, pad_to_max, texts, labels)
     if not math.isfinite(parity.certificate["trained"]["max_logit_difference"]):
         raise UserError(
@@ -73,6 +74,8 @@ def run(words: list[str]) -> int:
         "label_names": model.label_names,
         "head": mean_head(model),
         "truncation": data.truncation,
+        "pair": is_pair(data.truncation),
+        "token_types": bool(input_format.types),
         "pad_token_id": model.model.config.pad_token_id,  # the base's own may be another
         "pad_to_max": pad_to_max,
         "text_columns": [columns] if isinstance(columns, str) else list(columns),

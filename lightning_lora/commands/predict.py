@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.config.configured_run import ConfiguredRun
+from lightning_lora.data.pairs import is_pair
 from lightning_lora.errors import UserError
 from lightning_lora.export.weights import weights_labels
 from lightning_lora.files import check_writable
@@ -49,6 +50,9 @@ def run(words: list[str]) -> int:
     new = new_columns(labels)
     ending = output.suffix.lower() if output else f".{config.format}"
     columns: dict[str, Any] = {"text": rows.texts, **dict.fromkeys(new.names)}
+    if is_pair(config.data.truncation):
+        columns = {name: [text[i] for text in rows.texts] for i, name in enumerate(rows.text_columns)}
+        columns |= dict.fromkeys(new.names)
     if output or config.format != "table":
         names = output_columns([*rows.table.columns], rows.text_columns, new.names, config.input)
         kept = {name: rows.table.columns[source] for name, source in names.items() if source is not None}
@@ -65,7 +69,7 @@ def run(words: list[str]) -> int:
         write_output(output, columns, new)
         print(f"{len(rows.texts):,} rows written to {output}", file=sys.stderr)
     elif config.format == "table":
-        print_table(columns)
+        print_table(columns, [*columns][: -len(new)])
     else:
         sys.stdout.write(as_text(columns, ending))
     warn_of_faults(rows.faulty_places, len(rows.faults), len(rows.texts))
@@ -97,12 +101,13 @@ def gather_rows(config: Any) -> InputRows:
     """
     if config.texts and config.input:
         raise UserError("predict takes texts or --input, not both")
+    pair = config.data.text_column if is_pair(config.data.truncation) else ()
     if config.texts:
-        rows = typed_rows(config.texts)
+        rows = typed_rows(config.texts, pair)
     elif config.input in (None, "-"):
-        rows = piped_rows()
+        rows = piped_rows(pair)
     else:
-        rows = file_rows(config.input, text_columns_of(config), config.data.encoding)
+        rows = file_rows(config.input, text_columns_of(config), config.data.encoding, pair)
     # A text that is typed and empty is most likely a variable that was never set.
     if (config.bad_rows or ("error" if config.texts else "empty")) == "error":
         rows.refuse_faults()

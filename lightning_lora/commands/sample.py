@@ -12,6 +12,7 @@ import numpy as np
 
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.data.cache import default_cache_dir
+from lightning_lora.data.pairs import Text
 from lightning_lora.data.prepare import SourceOptions, prepare
 from lightning_lora.errors import UserError
 from lightning_lora.runs.folder import RunFolder
@@ -68,7 +69,7 @@ def read_predictions(folder: RunFolder, split: str) -> list[dict[str, Any]]:
         raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from error
 
 
-def texts_of(folder: RunFolder, split: str, shown: Sequence[dict[str, Any]]) -> list[str]:
+def texts_of(folder: RunFolder, split: str, shown: Sequence[dict[str, Any]]) -> list[Text]:
     """Return the texts of evaluated rows, from the run's source.
 
     Raises:
@@ -93,7 +94,7 @@ def texts_of(folder: RunFolder, split: str, shown: Sequence[dict[str, Any]]) -> 
     return texts
 
 
-def print_rows(shown: Sequence[dict[str, Any]], texts: Sequence[str], chars: int) -> None:
+def print_rows(shown: Sequence[dict[str, Any]], texts: Sequence[Text], chars: int) -> None:
     """Print a table of rows with their texts, each cut to so many characters."""
     from rich.console import Console
     from rich.table import Table
@@ -105,7 +106,7 @@ def print_rows(shown: Sequence[dict[str, Any]], texts: Sequence[str], chars: int
     table.add_column("text", ratio=1, overflow="fold")
     for row, text in zip(shown, texts, strict=True):
         mark = Text("✓ hit", "green") if row["label"] == row["prediction"] else Text("✗ miss", "bold red")
-        words = " ".join(text.split())
-        cut = words if len(words) <= chars else f"{words[:chars]} ..."
+        lines = [" ".join(side.split()) for side in ([text] if isinstance(text, str) else text)]
+        cut = "\n".join(line if len(line) <= chars else f"{line[:chars]} ..." for line in lines)
         table.add_row(mark, Text(row["label"]), Text(row["prediction"]), f"{row['probability']:.3f}", Text(cut))
     Console().print(table)

@@ -19,6 +19,7 @@ from lightning_lora.config.options import COMMAND_KEYS
 from lightning_lora.config.parse_errors import root_cause
 from lightning_lora.config.settings import ALLOWED, flat, make_parser, parse_settings, places
 from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.data.pairs import as_texts
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.splits import text_keys
 from lightning_lora.devices import keep_freed_memory
@@ -246,7 +247,7 @@ def as_list(value: Any) -> list[Any]:
 
 def row_columns(rows: Rows) -> dict[str, Any]:
     """Return what stands beside the predictions of each row: where it comes from, its key, its length."""
-    characters = [len(text) for text in rows.texts]
+    characters = [len(text) for text in as_texts(rows.texts)]
     return {"row": rows.numbers, "origin": rows.origins, "key": text_keys(rows.texts), "characters": characters}
 
 

@@ -62,7 +62,7 @@ COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
     "predict": {
         **_RUN,
         "input": (str | None, None, _INPUT),
-        "text_column": (str | list[str] | None, None, "Of --input; of several, as [title,body], the texts are joined."),
+        "text_column": (str | list[str] | None, None, "Of --input; several, as [title,body], as in training."),
         "bad_rows": (Literal["empty", "error"] | None, None, _BAD_ROWS),
         "output": (str | None, None, "A .csv, .jsonl or .parquet file; of many input files a folder."),
         "format": (Literal["table", "csv", "jsonl"], "table", "What to print without --output: table, csv or jsonl."),

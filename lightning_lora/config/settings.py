@@ -3,6 +3,7 @@
 import argparse
 import enum
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lightning_lora.config.options import COMMAND_OPTIONS, refuse_unused, show_h
 from lightning_lora.config.parse_errors import explained
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.order import evaluated_together
+from lightning_lora.data.pairs import choose_truncation
 from lightning_lora.data.prepare import SourceOptions, columns_of
 from lightning_lora.errors import UserError
 from lightning_lora.models.methods import BASELINES, METHODS
@@ -131,7 +133,7 @@ def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any
             configs[0]["trainer"] = {**trainer, "devices": one, "num_nodes": 1, "strategy": "auto"}
         rest += [option, given.run]
     elif not given.config:
-        configs = [read_config(DEFAULT_CONFIG)]
+        configs = [read_for(words, DEFAULT_CONFIG)]
     more = [read_config(Path(path)) for path in given.config]
     limits = [f"--trainer.{name}" for name in LIMITS]
     if command == "fit" and given.run is not None:
@@ -162,11 +164,19 @@ def split_fit(words: Sequence[str]) -> tuple[list[dict[str, Any]], list[str], se
         finder.add_argument(f"--{name}")
     given, rest = finder.parse_known_args(list(words))
     paths = [Path(path) for path in given.config] or [DEFAULT_CONFIG]
-    configs = [{k: v for k, v in read_config(path).items() if k not in COMMAND_OPTIONS["fit"]} for path in paths]
+    configs = [{k: v for k, v in read_for(words, path).items() if k not in COMMAND_OPTIONS["fit"]} for path in paths]
     typed = {word[2:].partition("=")[0].rstrip("+") for word in rest if word.startswith("--")}
     for path, config in zip(paths, configs, strict=True):
         typed |= set() if path.resolve() == DEFAULT_CONFIG else set(flat(config))
     return configs, rest, typed
+
+
+def read_for(words: Sequence[str], path: Path) -> dict[str, Any]:
+    """Return the settings in a YAML file; the default one's truncation is of one text, and is left out for a pair."""
+    config, line = read_config(path), " ".join(words)
+    if path.resolve() == DEFAULT_CONFIG and re.search(r"--data\.text_column[= ] *\[[^],]+,[^],]+\]", line):
+        del config["data"]["truncation"]
+    return config
 
 
 def restrict_imports() -> None:
@@ -253,6 +263,8 @@ def resolved(config: Namespace) -> Namespace:
         texts, label = columns_of(SourceOptions(source, *given))
         config["data.text_column"] = given[0] or (texts if len(texts) > 1 else texts[0])
         config["data.label_column"] = label
+        if "data.truncation" in config:
+            config["data.truncation"] = choose_truncation(config["data.truncation"], texts)
     if "data.eval_batch_size" in config:
         config["data.eval_batch_size"] = evaluated_together(config["data.eval_batch_size"])
     if "trainer.precision" in config:

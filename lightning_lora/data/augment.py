@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from lightning_lora.data.batching import TokenDataset
+from lightning_lora.data.pairs import Text
 from lightning_lora.data.tokens import tokenize
 from lightning_lora.seeding import stream_seed
 
@@ -51,7 +52,7 @@ class AugmentedDataset(TokenDataset):
     Batches are still put together by the lengths of the unchanged texts.
     """
 
-    texts: Sequence[str]
+    texts: Sequence[Text]
     tokenizer: Any
     options: Augmentation
     seed: int
@@ -61,11 +62,13 @@ class AugmentedDataset(TokenDataset):
         """Tokens of the longest text that there can be: a changed text may have more than it had."""
         return self.frame.max_length
 
-    def ids(self, rows: Sequence[int], epoch: int) -> list[np.ndarray]:
+    def ids(self, rows: Sequence[int], epoch: int) -> list[Any]:
         """Token ids of the rows' texts as this epoch has them."""
-        texts = []
+        texts: list[Any] = []
         for row in rows:
             rng = np.random.Generator(np.random.PCG64(stream_seed(self.seed, f"augment/{epoch}/{row}")))
-            texts.append(augmented(self.texts[row], self.options, rng))
+            text = self.texts[row]
+            pair = not isinstance(text, str) and tuple(augmented(each, self.options, rng) for each in text)
+            texts.append(pair or augmented(cast(str, text), self.options, rng))
         changed = tokenize(texts, self.tokenizer)
         return [changed[i] for i in range(len(changed))]

@@ -20,7 +20,8 @@ from lightning_lora.data.order import (
     training_batches,
 )
 from lightning_lora.data.packing import Packing
-from lightning_lora.data.tokens import InputFormat, TokenRows
+from lightning_lora.data.pairs import Text
+from lightning_lora.data.tokens import InputFormat, PairTokens, TokenRows
 
 
 class StepPart(list[int]):
@@ -65,10 +66,11 @@ class TokenDataset(Dataset):
     ``attention_mask`` hold W windows instead of B texts, and ``documents`` (int64, (W,)) says to which of the B rows
     each belongs. Where ``packing`` is set, ``packed`` (int64, flat) and its ``shape`` (a ``PackedShape``), and whether
     that is ``static``, stand in place of ``input_ids``, ``attention_mask`` and ``documents``. Where
-    ``batch_texts`` is set, ``texts`` (B strings).
+    ``batch_texts`` is set, ``texts`` (B strings, or pairs of them). For a model that reads the token types of pairs,
+    ``token_type_ids`` (int64, (B, T)), or as many more in ``packed``.
     """
 
-    tokens: TokenRows
+    tokens: TokenRows | PairTokens
     frame: InputFormat
     labels: np.ndarray | None
     pad_to_max: bool
@@ -78,18 +80,21 @@ class TokenDataset(Dataset):
         #: How batches are packed; None for padded ones.
         self.packing: Packing | None = None
         #: The texts, where batches are to hold them.
-        self.batch_texts: Sequence[str] | None = None
+        self.batch_texts: Sequence[Text] | None = None
 
     def pack_like(self, batches: Sequence[Sequence[int]], most: int) -> None:
         """Pack batches from now on, in at most so many sizes, chosen for batches of rows like the given ones."""
         windows = -(-self.lengths // self.frame.max_length) if self.frame.keep == "windows" else None
         several = [np.asarray(batch) for batch in batches]
-        self.packing = Packing.of(self.lengths, several, windows, self.longest, self.frame.pad_id, most)
+        self.packing = Packing.of(
+            self.lengths, several, windows, self.longest, self.frame.pad_id, most, bool(self.frame.types)
+        )
 
     def pack_evaluation(self, room: int, texts: int) -> None:
         """Pack batches from now on, of at most so many tokens and texts, in shapes that do not depend on the texts."""
         windows = self.frame.keep == "windows"
-        self.packing = Packing.of_evaluation(room, texts, self.frame.max_length, self.frame.pad_id, windows)
+        most, types = self.frame.max_length, bool(self.frame.types)
+        self.packing = Packing.of_evaluation(room, texts, most, self.frame.pad_id, windows, types)
 
     @property
     def longest(self) -> int:
@@ -109,15 +114,17 @@ class TokenDataset(Dataset):
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def ids(self, rows: Sequence[int], epoch: int) -> list[np.ndarray]:
-        """Token ids of the rows' whole texts; the same in every epoch."""
+    def ids(self, rows: Sequence[int], epoch: int) -> list[Any]:
+        """Token ids of the rows' whole texts, of a pair two arrays; the same in every epoch."""
         del epoch
         return [self.tokens[row] for row in rows]
 
     def __getitems__(self, rows: Sequence[int]) -> TextBatch:
         """The batch of the given rows: packed, or padded to about its longest input, or to ``max_length`` if asked."""
         part = rows if isinstance(rows, StepPart) else StepPart(rows)
-        documents = [self.frame.inputs(ids) for ids in self.ids(part, part.epoch)]
+        whole = self.ids(part, part.epoch)
+        documents = [self.frame.inputs(ids) for ids in whole]
+        types = [self.frame.token_types(ids) for ids in whole] if self.frame.types else []
         inputs = list(itertools.chain.from_iterable(documents))
         owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in documents])
         labels = None if self.labels is None else self.labels[rows].astype(np.int64, copy=False)
@@ -128,10 +135,10 @@ class TokenDataset(Dataset):
             part_share=part.part_share,
         )
         if self.packing is not None:
-            flat, shape = self.packing.pack(inputs, owners, labels, len(documents), part.share)
+            flat, shape = self.packing.pack(inputs, owners, labels, len(documents), part.share, types)
             batch |= {"packed": flat, "shape": shape, "static": self.packing.is_static(shape)}
         else:
-            batch |= self._padded(inputs)
+            batch |= self._padded(inputs, types)
             if self.frame.keep == "windows":
                 batch["documents"] = torch.from_numpy(owners)
         if labels is not None:
@@ -140,14 +147,18 @@ class TokenDataset(Dataset):
             batch["texts"] = [self.batch_texts[row] for row in rows]
         return batch
 
-    def _padded(self, inputs: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+    def _padded(self, inputs: Sequence[np.ndarray], types: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         lengths = np.array([len(ids) for ids in inputs])
         width = self.frame.max_length if self.pad_to_max else int(self._capped(lengths.max()))
         input_ids = np.full((len(inputs), width), self.frame.pad_id, dtype=np.int64)
         for i, ids in enumerate(inputs):
             input_ids[i, : len(ids)] = ids
         mask = np.arange(width) < lengths[:, None]
-        return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask).long()}
+        batch = {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask).long()}
+        if types:
+            batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+            batch["token_type_ids"][torch.from_numpy(mask)] = torch.from_numpy(np.concatenate(types))
+        return batch
 
 
 class ResumableLoader(DataLoader):

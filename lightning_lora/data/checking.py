@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_lora.data.pairs import Text
 from lightning_lora.data.reading import Table
 from lightning_lora.errors import UserError
 
@@ -12,7 +13,7 @@ from lightning_lora.errors import UserError
 _INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 
 
-def incomplete_rows(table: Table, text_columns: Sequence[str], label_column: str) -> dict[int, str]:
+def incomplete_rows(table: Table, text_columns: Sequence[str], label_column: str, pair: bool = False) -> dict[int, str]:
     """Positions of the rows whose text or label is missing, each with what is wrong.
 
     Raises:
@@ -29,9 +30,8 @@ def incomplete_rows(table: Table, text_columns: Sequence[str], label_column: str
             if cell and ("\0" in cell or not is_unicode(cell)):
                 odd = "a NUL byte" if "\0" in cell else "half of a surrogate pair"
                 raise UserError(f"{table.where(i, column)}: {odd} is no character; correct the row")
-        if all(map(is_blank, row)):
-            what = "null" if row[0] is None else "empty"
-            found[i] = f"{table.where(i, ' + '.join(text_columns))}: the text is {what}"
+        if (blank := blank_text(text_columns, row, pair)) is not None:
+            found[i] = f"{table.where(i, blank[0])}: the text is {'null' if blank[1] is None else 'empty'}"
     for i, cell in enumerate(table.columns[label_column]):
         if cell is None or not str(cell).strip() or (isinstance(cell, float) and math.isnan(cell)):
             found.setdefault(i, f"{table.where(i, label_column)}: the label is missing")
@@ -56,9 +56,18 @@ def is_blank(cell: Any) -> bool:
     return cell is None or (isinstance(cell, str) and all(unicodedata.category(c) in _INVISIBLE for c in cell))
 
 
-def joined_text(cells: Sequence[Any]) -> str:
-    """The text of a row: those of its text columns that are not blank, joined by a space.
+def blank_text(columns: Sequence[str], cells: Sequence[Any], pair: bool) -> tuple[str, Any] | None:
+    """The columns in which a row lacks a text, and the cell: one column of a pair, else all of them, or None."""
+    blank = [(column, cell) for column, cell in zip(columns, cells, strict=True) if is_blank(cell)]
+    if pair:
+        return blank[0] if blank else None
+    return (" + ".join(columns), cells[0]) if len(blank) == len(columns) else None
 
-    This is the rule in training, ``predict`` and exports. A row lacks a text only if all of them are blank.
+
+def row_text(cells: Sequence[Any], pair: bool) -> Text:
+    """The text of a row: those of its text columns that are not blank, joined by a space; or a pair of texts.
+
+    This is the rule in training, ``predict`` and exports.
     """
-    return " ".join(str(cell) for cell in cells if not is_blank(cell))
+    shown = ["" if is_blank(cell) else str(cell) for cell in cells]
+    return (shown[0], shown[1]) if pair else " ".join(filter(None, shown))

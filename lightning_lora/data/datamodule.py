@@ -15,9 +15,10 @@ from lightning_lora.data.batching import LengthBatchSampler, ResumableLoader, To
 from lightning_lora.data.cache import default_cache_dir
 from lightning_lora.data.order import BatchBy, evaluated_together
 from lightning_lora.data.packing import BATCHES_A_SIZE, MOST_SIZES
-from lightning_lora.data.prepare import Prepared, SourceOptions, prepare
+from lightning_lora.data.pairs import Truncation, choose_truncation
+from lightning_lora.data.prepare import Prepared, SourceOptions, columns_of, prepare
 from lightning_lora.data.rows import Rows
-from lightning_lora.data.tokens import InputFormat, Truncation, base_tokenizer, cached_tokens
+from lightning_lora.data.tokens import InputFormat, base_tokenizer, cached_tokens
 from lightning_lora.errors import UserError, check_range
 
 #: A label or a name as YAML reads it; null is then refused with its remedy.
@@ -32,8 +33,8 @@ class TextDataModule(LightningDataModule):
             a folder with a file a split or by ``save_to_disk``, a Hub id, ``package:NAME/path``, or files by split, as
             ``{train: 's3://bucket/*.parquet', test: b.csv}``.
         base_model: The base model whose tokenizer is used; linked to ``model.base_model``.
-        text_column: The column with the text ("text" unless the data set is known); several are joined by
-            a space.
+        text_column: The column with the text ("text" unless the data set is known). Two are a pair of texts, such as
+            [premise, hypothesis]; several that ``truncation`` does not make a pair are joined by a space.
         label_column: The column with the label ("label" unless the data set is known).
         label_names: What the labels mean, by default themselves: ``{1: World, 2: Sports, ...}`` names each (several
             may mean one class); a list names the classes of a source that declares them, or the numbers of one that
@@ -41,7 +42,8 @@ class TextDataModule(LightningDataModule):
         max_length: Tokens of a text that the model sees, special tokens included; the rest is cut.
         truncation: What stays of a longer text: its "head", its "tail", or "both" (a quarter and three
             quarters); or "windows": all of it is read in pieces of ``max_length``, whose probabilities are
-            averaged.
+            averaged. Of a longer pair the longer text is cut first ("longest_first"), or one of both ("only_first",
+            "only_second"). By default "longest_first" of two columns, else "head".
         window_overlap: Tokens that two windows share, by default a quarter of one.
         padding: Pad a batch to its "longest" text, or to "max_length".
         batch_size: Texts a training batch. Several devices share it, so that their number does not change what is
@@ -73,7 +75,7 @@ class TextDataModule(LightningDataModule):
         label_column: str | None = None,
         label_names: list[Word] | dict[Word, Word] | None = None,
         max_length: int = 512,
-        truncation: Truncation = "head",
+        truncation: Truncation | None = None,
         window_overlap: int | None = None,
         padding: Literal["longest", "max_length"] = "longest",
         batch_size: int = 16,
@@ -102,6 +104,7 @@ class TextDataModule(LightningDataModule):
             text_column=text_column,
             label_column=label_column,
             label_names=label_names,
+            truncation=truncation,
             encoding=encoding,
             bad_rows=bad_rows,
             test_size=test_size,
@@ -112,7 +115,7 @@ class TextDataModule(LightningDataModule):
         )
         self.base_model = base_model
         self.max_length = max_length
-        self.truncation: Truncation = truncation
+        self.truncation = choose_truncation(truncation, columns_of(self.options)[0])
         self.window_overlap = window_overlap
         self.augmentation = augmentation
         self.padding = padding
@@ -168,6 +171,11 @@ class TextDataModule(LightningDataModule):
             rows, tokenizer, frame = self.rows(split), self.tokenizer, self.frame
             with tqdm(desc=f"Tokenizing {split}", total=len(rows), disable=None, leave=False, delay=0.5) as bar:
                 tokens, cached = cached_tokens(rows, tokenizer, self.cache_dir, bar.update)
+            if len(both := frame.cut_both(tokens)):
+                self.prepared.warnings.append(
+                    f"{len(both):,} pairs of {split} have both texts cut, as one alone fills data.max_length (the "
+                    f"first: {rows.origins[both[0]]}, {rows.numbers[both[0]]}); longest_first cuts the longer one first"
+                )
             common = (tokens, frame, rows.labels, self.padding == "max_length")
             dataset = TokenDataset(*common)
             if split == "train" and self.augmentation.active:

@@ -34,6 +34,7 @@ class PackedShape:
         longest: Tokens of the longest text (or window) that there can be.
         pad_id: The token of what belongs to no text.
         windows: Whether several inputs may belong to one text.
+        token_types: Whether each token has a type.
     """
 
     tokens: int
@@ -42,6 +43,7 @@ class PackedShape:
     longest: int
     pad_id: int
     windows: bool
+    token_types: bool = False
 
     @property
     def offsets(self) -> int:
@@ -50,8 +52,9 @@ class PackedShape:
 
     @property
     def parts(self) -> list[int]:
-        """Lengths of the parts of the flat tensor: tokens, positions, offsets, documents, labels, count and scale."""
-        return [self.tokens, self.tokens, self.offsets, self.inputs, self.texts, 1, 1]
+        """Lengths of the flat tensor's parts: tokens, positions, types, offsets, documents, labels, count and scale."""
+        types = self.tokens * self.token_types
+        return [self.tokens, self.tokens, types, self.offsets, self.inputs, self.texts, 1, 1]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class PackedViews:
     Args:
         input_ids: (1, T).
         position_ids: Counted from 0 in each text, (1, T).
+        token_type_ids: (1, T); None where tokens have no types.
         offsets: Where each text or window begins and the last one ends, from W + 2 on: texts that are not there have no
             token, and behind them comes what is left of the row, cut into texts of no more than ``longest`` tokens.
         documents: The text that each window belongs to, (W,); B for one that is not there.
@@ -71,6 +75,7 @@ class PackedViews:
 
     input_ids: Tensor
     position_ids: Tensor
+    token_type_ids: Tensor | None
     offsets: Tensor
     documents: Tensor
     labels: Tensor
@@ -80,8 +85,9 @@ class PackedViews:
 
 def unpack(flat: Tensor, shape: PackedShape) -> PackedViews:
     """View the parts of a flat tensor that ``Packing.pack`` made."""
-    ids, positions, offsets, documents, labels, count, scale = flat.split(shape.parts)
-    return PackedViews(ids[None], positions[None], offsets, documents, labels, count[0], scale.view(torch.float64)[0])
+    ids, positions, types, offsets, documents, labels, count, scale = flat.split(shape.parts)
+    rows = ids[None], positions[None], types[None] if shape.token_types else None
+    return PackedViews(*rows, offsets, documents, labels, count[0], scale.view(torch.float64)[0])
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class Packing:
         longest: Tokens of the longest text (or window) that there can be.
         pad_id: The token of what belongs to no text.
         windows: Whether several inputs may belong to one text.
+        token_types: Whether each token has a type.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -103,6 +110,7 @@ class Packing:
     longest: int
     pad_id: int
     windows: bool
+    token_types: bool = False
 
     @classmethod
     def of(
@@ -113,6 +121,7 @@ class Packing:
         longest: int,
         pad_id: int,
         most: int = MOST_SIZES,
+        token_types: bool = False,
     ) -> "Packing":
         """Choose shapes for batches like the given ones.
 
@@ -123,6 +132,7 @@ class Packing:
             longest: Tokens of a text or window at most.
             pad_id: The padding token.
             most: Sizes at most.
+            token_types: Whether each token has a type.
         """
         totals = np.array([int(lengths[batch].sum()) for batch in batches])
         texts = max(len(batch) for batch in batches)
@@ -131,10 +141,13 @@ class Packing:
         longest_of = np.zeros(len(sizes), np.int64)
         np.maximum.at(longest_of, np.searchsorted(sizes, totals), [lengths[batch].max() for batch in batches])
         cut = [min(_power_of_two(int(each)), longest) for each in longest_of]
-        return cls(tuple(zip(sizes, cut, strict=True)), inputs, texts, longest, pad_id, windows is not None)
+        shapes = tuple(zip(sizes, cut, strict=True))
+        return cls(shapes, inputs, texts, longest, pad_id, windows is not None, token_types)
 
     @classmethod
-    def of_evaluation(cls, room: int, texts: int, longest: int, pad_id: int, windows: bool) -> "Packing":
+    def of_evaluation(
+        cls, room: int, texts: int, longest: int, pad_id: int, windows: bool, token_types: bool = False
+    ) -> "Packing":
         """The shapes of evaluation batches, the same for all texts: a pass that was captured serves others too.
 
         Args:
@@ -143,12 +156,14 @@ class Packing:
             longest: Tokens of a text or window at most.
             pad_id: The padding token.
             windows: Whether several inputs may belong to one text.
+            token_types: Whether each token has a type.
         """
         sizes = {math.ceil(room * share / SIZE_STEP) * SIZE_STEP for share in EVALUATION_SHARES}
         # Kernels for short texts are faster.
         lengths = {min(1 << power, longest) for power in range(6, max(longest.bit_length() + 1, 7))}
         inputs = texts + room // longest if windows else texts
-        return cls(tuple(sorted(itertools.product(sizes, lengths))), inputs, texts, longest, pad_id, windows)
+        shapes = tuple(sorted(itertools.product(sizes, lengths)))
+        return cls(shapes, inputs, texts, longest, pad_id, windows, token_types)
 
     def shape(self, tokens: int, inputs: int, texts: int, longest: int) -> PackedShape:
         """The smallest static shape for so many tokens; one of its own for a batch that fits into none.
@@ -164,10 +179,10 @@ class Packing:
             return self._static(*fits[0])
         size = -(-tokens // SIZE_STEP) * SIZE_STEP
         room = max(inputs, self.inputs), max(texts, self.texts)
-        return PackedShape(size, *room, max(longest, self.longest), self.pad_id, self.windows)
+        return PackedShape(size, *room, max(longest, self.longest), self.pad_id, self.windows, self.token_types)
 
     def _static(self, size: int, longest: int) -> PackedShape:
-        return PackedShape(size, self.inputs, self.texts, longest, self.pad_id, self.windows)
+        return PackedShape(size, self.inputs, self.texts, longest, self.pad_id, self.windows, self.token_types)
 
     def static_shapes(self) -> list[PackedShape]:
         """The shapes that batches share, largest first: a smaller one finds its memory in that of a larger one."""
@@ -185,6 +200,7 @@ class Packing:
         labels: np.ndarray | None,
         count: int,
         scale: float = 1.0,
+        types: Sequence[np.ndarray] = (),
     ) -> tuple[Tensor, PackedShape]:
         """Lay texts end to end.
 
@@ -194,6 +210,7 @@ class Packing:
             labels: Class numbers of the texts, if they are known.
             count: Texts.
             scale: What the mean loss is multiplied by.
+            types: Token types of each text, where tokens have any.
 
         Returns:
             The flat tensor, int64 (``sum(shape.parts)``,), and its shape.
@@ -203,8 +220,10 @@ class Packing:
         total = int(ends[-1])
         shape = self.shape(total, len(inputs), count, int(lengths.max()))
         flat = empty(shape)
-        row, positions, offsets, owners, classes, number, factor = np.split(flat, np.cumsum(shape.parts)[:-1])
+        row, positions, kinds, offsets, owners, classes, number, factor = np.split(flat, np.cumsum(shape.parts)[:-1])
         np.concatenate(inputs, out=row[:total], casting="unsafe")
+        if types:
+            kinds[:total] = np.concatenate(types)
         positions[:total] = np.arange(total) - np.repeat(ends - lengths, lengths)
         offsets[shape.inputs :] = np.minimum(offsets[shape.inputs :] + total, shape.tokens)
         offsets[1 : len(inputs) + 1] = ends
@@ -224,7 +243,7 @@ def _power_of_two(number: int) -> int:
 def empty(shape: PackedShape) -> np.ndarray:
     """Make the flat tensor of a batch without texts, int64; as it is divided by, its count is 1."""
     flat = np.zeros(sum(shape.parts), np.int64)
-    row, _, offsets, owners, _, number, _ = np.split(flat, np.cumsum(shape.parts)[:-1])
+    row, _, _, offsets, owners, _, number, _ = np.split(flat, np.cumsum(shape.parts)[:-1])
     row[:] = shape.pad_id
     offsets[shape.inputs :] = np.minimum(np.arange(len(offsets) - shape.inputs) * shape.longest, shape.tokens)
     owners[:] = shape.texts  # of windows that are not there
@@ -232,7 +251,7 @@ def empty(shape: PackedShape) -> np.ndarray:
     return flat
 
 
-def padded(views: PackedViews, shape: PackedShape, inputs: int) -> tuple[Tensor, Tensor]:
+def padded(views: PackedViews, shape: PackedShape, inputs: int) -> tuple[Tensor, ...]:
     """Turn a packed batch into a padded one.
 
     Args:
@@ -241,13 +260,14 @@ def padded(views: PackedViews, shape: PackedShape, inputs: int) -> tuple[Tensor,
         inputs: W, texts or windows that are there.
 
     Returns:
-        Token ids and their mask, (W, longest).
+        Token ids, their mask, and their types where they have any, (W, longest).
     """
     lengths = views.offsets[: inputs + 1].diff()
     at = torch.arange(shape.longest, device=lengths.device)
     mask = at < lengths[:, None]
     tokens = (views.offsets[:inputs, None] + at).clamp(max=shape.tokens - 1)
-    return views.input_ids[0][tokens].masked_fill(~mask, shape.pad_id), mask.long()
+    types = () if views.token_type_ids is None else (views.token_type_ids[0][tokens].masked_fill(~mask, 0),)
+    return views.input_ids[0][tokens].masked_fill(~mask, shape.pad_id), mask.long(), *types
 
 
 def choose_sizes(totals: np.ndarray, most: int) -> tuple[int, ...]:

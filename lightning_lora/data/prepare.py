@@ -16,6 +16,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from lightning_lora.data.labels import encode_labels, few
+from lightning_lora.data.pairs import Truncation, choose_truncation, is_pair
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.sources import SPLITS, row_sources
 from lightning_lora.data.specs import find_spec
@@ -36,6 +37,7 @@ class SourceOptions:
     text_column: str | Sequence[str] | None = None
     label_column: str | None = None
     label_names: Sequence[Any] | Mapping[Any, Any] | None = None
+    truncation: Truncation | None = None
     encoding: str | None = None
     bad_rows: str = "error"
     test_size: int | float | None = None
@@ -100,7 +102,14 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
     spec = find_spec(options.source)
     sources, warnings = row_sources(spec.source if spec else options.source, options.encoding)
     text_columns, label_column = columns_of(options)
-    rules = RowRules(text_columns, label_column, options.bad_rows, spec.keep_rows if spec else {})
+    truncation = choose_truncation(options.truncation, text_columns)
+    pair = is_pair(truncation)
+    if len(text_columns) == 2 and not pair:
+        warnings.append(
+            f"data.truncation: {truncation} is of one text, so {' and '.join(text_columns)} are joined by a space; "
+            "longest_first reads them as a pair"
+        )
+    rules = RowRules(text_columns, label_column, options.bad_rows, spec.keep_rows if spec else {}, pair)
     files = {}
     for split, parts in sources.items():
         with tqdm(desc=f"Reading {split}", disable=None, leave=False, delay=0.5) as bar:

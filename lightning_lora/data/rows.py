@@ -12,16 +12,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lightning_lora.data.pairs import Text
 from lightning_lora.data.reading import Table
 
 #: What an Arrow file holds of each row of a source. The label is null where the row is left out.
 SCHEMA = pa.schema(
     {
         "text": pa.string(),
+        "text_pair": pa.string(),  # of a pair the second text, else null
         "label": pa.string(),  # the cell, as JSON: 1, 1.0, true and "1" are four labels
         "row": pa.int64(),  # 1-based, in the source
         "key": pa.binary(16),  # text_keys
-        "digest": pa.binary(32),  # SHA-256 of the text
+        "digest": pa.binary(32),  # SHA-256 of the text, or of both with a NUL byte between
     }
 )
 #: Labels that are converted together.
@@ -37,12 +39,14 @@ class RowFile:
         content: An Arrow file of ``SCHEMA``: its path in the cache, or its bytes.
         unit: What the numbers of rows count: "line" or "row".
         class_names: Names of the classes that the source declares, by column.
+        pair: Whether rows hold a pair of texts.
     """
 
     origin: str
     content: Path | pa.Buffer
     unit: str
     class_names: dict[str, list[str]]
+    pair: bool
 
     @classmethod
     def open(cls, origin: str, content: Path | pa.Buffer) -> "RowFile":
@@ -114,10 +118,16 @@ class Rows:
         for _, batch in self.batches(name):
             yield from batch[name].to_pylist()
 
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        """The fields of ``SCHEMA`` that hold the texts: one, or the two of pairs."""
+        return ("text", "text_pair") if self.files[0].pair else ("text",)
+
     @cached_property
-    def texts(self) -> list[str]:
-        """The texts, all in memory."""
-        return list(self._column("text"))
+    def texts(self) -> list[Text]:
+        """The texts or pairs of texts, all in memory."""
+        sides = [list(self._column(name)) for name in self.text_fields]
+        return sides[0] if len(sides) == 1 else list(zip(*sides, strict=True))
 
     @cached_property
     def keys(self) -> list[bytes]:

@@ -6,6 +6,7 @@ from hashlib import blake2b
 
 import numpy as np
 
+from lightning_lora.data.pairs import Text
 from lightning_lora.errors import UserError
 from lightning_lora.seeding import stream_seed
 
@@ -128,8 +129,8 @@ def _texts(keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return texts.reshape(-1), firsts
 
 
-def text_keys(texts: Sequence[str]) -> list[bytes]:
-    """A key for each text, equal for texts with the same letters and digits in the same order.
+def text_keys(texts: Sequence[Text]) -> list[bytes]:
+    """A key for each text, equal for texts with the same letters and digits in the same order; of a pair for both.
 
     Case, spaces and punctuation do not count, so a review that was copied with another line break is
     found. Vowel signs and symbols such as emoji do, and in a text of less than ``SHORT`` letters and digits
@@ -137,6 +138,9 @@ def text_keys(texts: Sequence[str]) -> list[bytes]:
     """
     keys = []
     for text in texts:
+        if not isinstance(text, str):
+            keys.append(blake2b(b"".join(text_keys(text)), digest_size=16).digest())
+            continue
         if text.isascii():  # the same, ten times as fast
             plain = text.lower().encode().translate(None, _NOT_ASCII_LETTER_OR_DIGIT)
         else:

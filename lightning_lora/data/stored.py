@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from lightning_lora.data.cache import cached
-from lightning_lora.data.checking import incomplete_rows, joined_text
+from lightning_lora.data.checking import incomplete_rows, row_text
 from lightning_lora.data.reading import BATCH_ROWS, Table
 from lightning_lora.data.rows import SCHEMA, RowFile
 from lightning_lora.data.sources import RowSource
@@ -29,16 +29,18 @@ class RowRules:
     """Which rows of a file are taken, and what of them.
 
     Args:
-        text_columns: The columns that are joined to the text.
+        text_columns: The columns that are joined to the text, or the two of a pair.
         label_column: That of the label.
         bad_rows: What to do with rows without text or label: "error" or "drop".
         keep_rows: Only rows that hold these values are taken, as ``{column: value}``.
+        pair: Whether the two columns are a pair of texts.
     """
 
     text_columns: list[str]
     label_column: str
     bad_rows: str
     keep_rows: Mapping[str, str] = field(default_factory=dict)
+    pair: bool = False
 
 
 def stored_rows(
@@ -56,7 +58,7 @@ def stored_rows(
     def write(sink: Any) -> None:
         tables = source.tables([*dict.fromkeys([*rules.text_columns, rules.label_column, *rules.keep_rows])])
         first = next(tables, Table(source.origin, {}, []))
-        facts = json.dumps({"unit": first.unit, "class_names": first.class_names})
+        facts = json.dumps({"unit": first.unit, "class_names": first.class_names, "pair": rules.pair})
         with pa.ipc.new_file(sink, SCHEMA.with_metadata({"facts": facts})) as writer:
             for table in filter(len, chain([first], tables)):
                 writer.write_table(_checked(table, rules), max_chunksize=BATCH_ROWS)
@@ -77,12 +79,15 @@ def _checked(table: Table, rules: RowRules) -> pa.Table:
     for name, value in rules.keep_rows.items():
         keep = [i for i, cell in enumerate(table.columns[name]) if cell == value]
         table = table.select(keep)
-    bad = incomplete_rows(table, rules.text_columns, rules.label_column)
+    bad = incomplete_rows(table, rules.text_columns, rules.label_column, rules.pair)
     if bad and rules.bad_rows == "error":
         more = f" (and {len(bad) - 1} more such rows up to {table.unit} {table.rows[-1]})" if len(bad) > 1 else ""
         raise UserError(f"{bad[min(bad)]}{more}; correct it, or leave such rows out with data.bad_rows=drop")
-    texts = [joined_text(row) for row in zip(*(table.columns[name] for name in rules.text_columns), strict=True)]
+    rows = zip(*(table.columns[name] for name in rules.text_columns), strict=True)
+    texts = [row_text(row, rules.pair) for row in rows]
+    sides = [(text, None) if isinstance(text, str) else text for text in texts]
     labels = [None if i in bad else _cell_text(cell) for i, cell in enumerate(table.columns[rules.label_column])]
-    digests = [hashlib.sha256(text.encode()).digest() for text in texts]
-    columns = {"text": texts, "label": labels, "row": table.rows, "key": text_keys(texts), "digest": digests}
+    digests = [hashlib.sha256("\0".join(filter(None, each)).encode()).digest() for each in sides]
+    columns = {"text": [each[0] for each in sides], "text_pair": [each[1] for each in sides], "label": labels}
+    columns |= {"row": table.rows, "key": text_keys(texts), "digest": digests}
     return pa.table(columns, SCHEMA)

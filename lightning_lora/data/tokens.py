@@ -10,19 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from lightning_lora.data.cache import cached
+from lightning_lora.data.pairs import Text, Truncation, as_texts, is_pair, lengths_kept
 from lightning_lora.data.rows import Rows
 from lightning_lora.errors import UserError, check_range
 from lightning_lora.locations import resolve
-from lightning_lora.tokenizer import load_tokenizer
+from lightning_lora.tokenizer import has_token_types, load_tokenizer
 
-Truncation = Literal["head", "tail", "both", "windows"]
 CACHE_FORMAT = 2
 _CHUNK = 1024
 _LISTS = pa.list_(pa.int32())
@@ -53,9 +53,32 @@ class TokenRows:
         return ids[offsets[row] : offsets[row + 1]]
 
 
+class PairTokens:
+    """Token ids of many pairs of texts, without special tokens.
+
+    Args:
+        first: Those of the first texts.
+        second: Those of the second texts.
+    """
+
+    def __init__(self, first: TokenRows, second: TokenRows) -> None:
+        self.first, self.second = first, second
+        #: Tokens of each pair, shape (pairs,).
+        self.lengths = first.lengths + second.lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of both texts of a pair, int32."""
+        return self.first[index], self.second[index]
+
+
 @dataclass(frozen=True)
 class InputFormat:
     """The special tokens around a text, ``prefix + ids + suffix``, and its truncation to ``max_length`` tokens.
+
+    Those of a pair are ``prefix + first + middle + second + suffix``.
 
     Args:
         prefix: Special tokens before a text.
@@ -64,8 +87,11 @@ class InputFormat:
         max_length: Tokens that the model sees at most, special tokens included.
         keep: What stays of a text that is longer: its "head", its "tail", or "both" (the first quarter and
             the last three quarters of the room, the shares of Sun et al. 2019, arXiv:1905.05583); or all of
-            it, in "windows".
+            it, in "windows". Of a pair that is longer one of ``PAIR_TRUNCATIONS``.
         overlap: Tokens that two windows share.
+        middle: Special tokens between the texts of a pair.
+        types: Where a model reads the token types of a pair, those of each special token and of either text, in their
+            order.
     """
 
     prefix: tuple[int, ...]
@@ -74,12 +100,14 @@ class InputFormat:
     max_length: int
     keep: Truncation = "head"
     overlap: int = 0
+    middle: tuple[int, ...] = ()
+    types: tuple[int, ...] = ()
 
     @classmethod
     def of(
         cls, tokenizer: Any, max_length: int, keep: Truncation = "head", overlap: int | None = None
     ) -> "InputFormat":
-        """The format of a tokenizer's inputs, read off what it adds to one text.
+        """The format of a tokenizer's inputs, read off what it adds to one text, or to a pair.
 
         Raises:
             UserError: ``max_length`` leaves no room for a token, or exceeds what the model can take; or there
@@ -87,31 +115,54 @@ class InputFormat:
         """
         if max_length > (limit := tokenizer.model_max_length):
             raise UserError(f"data.max_length: {max_length}, but the base model takes at most {limit} tokens")
-        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        framed = tokenizer("a")["input_ids"]
-        start = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
-        prefix, suffix = tuple(framed[:start]), tuple(framed[start + len(bare) :])
-        room = max_length - len(prefix) - len(suffix)
-        if room < 1:
-            raise UserError(f"data.max_length: {max_length} leaves no room beside {len(framed) - 1} special tokens")
+        texts = ["a"] * (1 + is_pair(keep))
+        encoding = tokenizer.backend_tokenizer.encode(*texts)
+        ids, kinds, of_text = encoding.ids, encoding.type_ids, encoding.sequence_ids  # None of a special token
+        starts = [of_text.index(i) for i, _ in enumerate(texts)]
+        ends = [start + of_text.count(i) for i, start in enumerate(starts)]
+        special = [ids[: starts[0]], ids[ends[0] : starts[-1]], ids[ends[-1] :]]
+        types: list[int] = []
+        if len(texts) == 2 and has_token_types(tokenizer):
+            types = [*kinds[: starts[0] + 1], *kinds[ends[0] : starts[1] + 1], *kinds[ends[1] :]]
+        room = max_length - sum(map(len, special))
+        if room < len(texts):
+            raise UserError(f"data.max_length: {max_length} leaves no room beside {max_length - room} special tokens")
         if overlap is None:
             overlap = room // 4 if keep == "windows" else 0
         elif keep != "windows":
             raise UserError(f"data.window_overlap: {overlap}, but only truncation: windows uses it")
         check_range("data.window_overlap", overlap, 0, room)
-        return cls(prefix, suffix, tokenizer.pad_token_id, max_length, keep, overlap)
+        prefix, middle, suffix = map(tuple, special)
+        return cls(prefix, suffix, tokenizer.pad_token_id, max_length, keep, overlap, middle, tuple(types))
+
+    @property
+    def special(self) -> int:
+        """Special tokens of a text or pair."""
+        return len(self.prefix) + len(self.middle) + len(self.suffix)
 
     @property
     def room(self) -> int:
-        """Tokens of a text that fit."""
-        return self.max_length - len(self.prefix) - len(self.suffix)
+        """Tokens of a text, or of both texts of a pair, that fit."""
+        return self.max_length - self.special
 
-    def inputs(self, ids: np.ndarray) -> list[np.ndarray]:
-        """The ids of one text as the model sees them: truncated, with special tokens; or its windows."""
+    def inputs(self, ids: Any) -> list[np.ndarray]:
+        """The ids of one text as the model sees them: truncated, with special tokens; or its windows; or of a pair."""
+        if isinstance(ids, tuple):
+            first, second = self._kept(ids)
+            return [np.concatenate((self.prefix, ids[0][:first], self.middle, ids[1][:second], self.suffix))]
         if self.keep != "windows" or len(ids) <= self.room:
             return [self._cut(ids)]
         starts = [*range(0, len(ids) - self.room, self.room - self.overlap), len(ids) - self.room]  # the last ends it
         return [np.concatenate((self.prefix, ids[start : start + self.room], self.suffix)) for start in starts]
+
+    def token_types(self, ids: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """The token types of a pair's ``inputs``."""
+        first, second = self._kept(ids)
+        before, between, after = ([1] * len(each) for each in (self.prefix, self.middle, self.suffix))
+        return np.repeat(self.types, [*before, first, *between, second, *after])
+
+    def _kept(self, ids: tuple[np.ndarray, np.ndarray]) -> tuple[int, int]:
+        return lengths_kept(len(ids[0]), len(ids[1]), self.room, self.keep)
 
     def _cut(self, ids: np.ndarray) -> np.ndarray:
         if len(ids) > self.room:
@@ -119,13 +170,17 @@ class InputFormat:
             ids = np.concatenate((ids[:head], ids[len(ids) - (self.room - head) :]))
         return np.concatenate((self.prefix, ids, self.suffix))
 
-    def input_lengths(self, tokens: TokenRows) -> np.ndarray:
+    def cut_both(self, tokens: Any) -> np.ndarray:
+        """Positions of the pairs whose text that is to stay whole leaves the other no token, so that both are cut."""
+        whole = {"only_first": "second", "only_second": "first"}.get(self.keep)
+        return np.flatnonzero(getattr(tokens, whole).lengths >= self.room) if whole else np.zeros(0, np.int64)
+
+    def input_lengths(self, tokens: TokenRows | PairTokens) -> np.ndarray:
         """Tokens of each text as the model sees it, with special tokens, in all its windows; shape (texts,)."""
-        special = len(self.prefix) + len(self.suffix)
         if self.keep != "windows":
-            return np.minimum(tokens.lengths, self.room) + special
+            return np.minimum(tokens.lengths, self.room) + self.special
         windows = 1 + np.maximum(np.ceil((tokens.lengths - self.room) / (self.room - self.overlap)), 0).astype(np.int64)
-        return np.where(windows == 1, tokens.lengths + special, windows * self.max_length)
+        return np.where(windows == 1, tokens.lengths + self.special, windows * self.max_length)
 
 
 def base_tokenizer(base_model: str) -> Any:
@@ -133,9 +188,14 @@ def base_tokenizer(base_model: str) -> Any:
     return load_tokenizer(resolve(base_model, "model.base_model").target, "model.base_model")
 
 
-def tokenize(texts: Sequence[str], tokenizer: Any) -> TokenRows:
-    """The tokens of the texts."""
-    chunks = [_token_lists(texts[start : start + _CHUNK], tokenizer) for start in range(0, len(texts), _CHUNK)]
+def tokenize(texts: Sequence[Text], tokenizer: Any) -> Any:
+    """The tokens of the texts, as ``TokenRows``; of pairs as ``PairTokens``."""
+    if texts and not isinstance(texts[0], str):
+        first, second = zip(*texts, strict=True)
+        return PairTokens(tokenize(first, tokenizer), tokenize(second, tokenizer))
+    chunks = [
+        _token_lists(as_texts(texts[start : start + _CHUNK]), tokenizer) for start in range(0, len(texts), _CHUNK)
+    ]
     return TokenRows(pa.chunked_array(chunks, _LISTS))
 
 
@@ -146,22 +206,27 @@ def _token_lists(texts: Sequence[str], tokenizer: Any) -> pa.ListArray:
 
 def cached_tokens(
     rows: Rows, tokenizer: Any, cache_dir: Path, advance: Callable[[int], Any] = lambda n: None
-) -> tuple[TokenRows, bool]:
-    """The tokens of the rows' texts, and whether they came from the cache; ``advance(n)`` is called after n texts."""
+) -> tuple[TokenRows | PairTokens, bool]:
+    """The tokens of the rows' texts, and whether they came from the cache; ``advance(n)`` is called after n rows."""
     import tokenizers
 
     facts = f"{CACHE_FORMAT}/{tokenizers.__version__}/{tokenizer.backend_tokenizer.to_str()}{rows.fingerprint}"
     key = hashlib.sha256(facts.encode()).hexdigest()[:32]
 
+    # The columns of the file, and the field of the rows that each is made of.
+    columns = dict(zip(("ids", "pair_ids"), rows.text_fields, strict=False))
+
     def write(path: Path) -> None:
-        with pa.ipc.new_file(str(path), pa.schema({"ids": _LISTS})) as writer:
-            for _, batch in rows.batches("text"):
-                lists = _token_lists(batch["text"].to_pylist(), tokenizer)
-                writer.write(pa.record_batch({"ids": lists}))
+        with pa.ipc.new_file(str(path), pa.schema(dict.fromkeys(columns, _LISTS))) as writer:
+            for _, batch in rows.batches(*columns.values()):
+                lists = {ids: _token_lists(batch[texts].to_pylist(), tokenizer) for ids, texts in columns.items()}
+                writer.write(pa.record_batch(lists))
                 advance(len(batch))
 
-    def read(path: Path) -> TokenRows:
-        tokens = TokenRows(pa.ipc.open_file(pa.memory_map(str(path))).read_all()["ids"])
+    def read(path: Path) -> TokenRows | PairTokens:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        sides = [TokenRows(table[name]) for name in columns]
+        tokens = PairTokens(*sides) if len(sides) == 2 else sides[0]
         if len(tokens) != len(rows):
             raise ValueError(f"{path} holds {len(tokens)} texts of {len(rows)}")
         return tokens

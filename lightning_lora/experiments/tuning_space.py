@@ -14,6 +14,7 @@ import numpy as np
 from transformers import AutoConfig
 
 from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.data.pairs import is_pair
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.resolving import data_module, resolve
 from lightning_lora.locations import check_model
@@ -169,8 +170,7 @@ def _text_choices(data: TextDataModule, typed: Collection[str]) -> dict[str, lis
     """Return the lengths and truncations that can matter on the training texts, the default's among them."""
     if data.truncation == "windows":  # nothing is cut
         return {}
-    special = len(data.frame.prefix) + len(data.frame.suffix)
-    tokens = data.dataset("train").tokens.lengths + special  # of each text, shape (rows,)
+    tokens = data.dataset("train").tokens.lengths + data.frame.special  # of each text, shape (rows,)
 
     def cuts(length: int) -> bool:
         return float(np.mean(tokens > length)) >= _CUT_SHARE
@@ -184,6 +184,6 @@ def _text_choices(data: TextDataModule, typed: Collection[str]) -> dict[str, lis
         longer = [each for before, each in itertools.pairwise(known) if each > own and cuts(before)]
         lengths = [*shorter, own, *longer]
     choices: dict[str, list[Any]] = {"data.max_length": lengths}
-    if _is_open("data.truncation", typed) and cuts(lengths[0]):
+    if _is_open("data.truncation", typed) and cuts(lengths[0]) and not is_pair(data.truncation):
         choices["data.truncation"] = sorted({data.truncation, *TRIED_TRUNCATIONS})
     return choices

@@ -20,8 +20,9 @@ def usage_code(usage: Mapping[str, Any], name: str, path: str, plain: bool = Fal
     """Returns Python code that loads a format, defines ``logits`` or ``classify`` and classifies a text.
 
     Args:
-        usage: How texts are given to the formats: label_names, truncation, pad_token_id, pad_to_max, text_columns;
-            and the head, where it reads the mean of a text's states.
+        usage: How texts are given to the formats: label_names, truncation, pair (whether that is of a pair),
+            token_types (whether pairs have them), pad_token_id, pad_to_max, text_columns; and the head, where it reads
+            the mean of a text's states.
         name: The format.
         path: A Python expression for its folder.
         plain: Let the tokenizer truncate, also where it does so otherwise than in training.

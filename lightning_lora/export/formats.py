@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from lightning_lora.data.pairs import is_pair
 from lightning_lora.data.tokens import InputFormat
 from lightning_lora.errors import UserError
 from lightning_lora.export.mean_pooled import HEAD_FILE, MeanHead, mean_head
@@ -72,7 +73,7 @@ class FormatWriter:
                 else:
                     self.mean_head.write_sentence_transformer(self.merged, folder, self.input_format.max_length)
         else:
-            write_onnx(self.merged, folder, name == "onnx-int8", self.input_format.pad_id)
+            write_onnx(self.merged, folder, name == "onnx-int8", self.input_format)
         write_tokenizer(folder, self._base_target, self.input_format, self.config.data.padding)
         # A path of this machine says nothing elsewhere, and is nobody's business.
         identity = replace(self.model.identity, base_model=public_name(self.config))
@@ -142,16 +143,19 @@ def require_onnx() -> None:
             raise UserError(f"onnx needs the package '{package}': pip install -e '.[export]' in this project's folder")
 
 
-def write_onnx(model: Any, folder: Path, int8: bool, pad_id: int) -> None:
+def write_onnx(model: Any, folder: Path, int8: bool, input_format: InputFormat) -> None:
     """Writes a plain transformers model as an ONNX graph for any batch size and length (extra "export")."""
     require_onnx()
     from transformers.exporters import OnnxConfig, OnnxExporter
     from transformers.exporters.quantizers import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
     # Two rows of two lengths: neither is taken for a constant.
+    pad_id = input_format.pad_id
     token = 2 if pad_id != 2 else 1
     sample: dict[str, Any] = {"input_ids": torch.tensor([[token] * 9, [token] * 5 + [pad_id] * 4])}
     sample["attention_mask"] = (sample["input_ids"] != pad_id).long()
+    if input_format.types:
+        sample["token_type_ids"] = torch.zeros_like(sample["input_ids"])
     quantizer = OnnxRuntimeQuantizer(OnnxRuntimeDynamicConfig(per_channel=True)) if int8 else None
     with quiet_export():
         exported = OnnxExporter().export(model.eval(), sample, config=OnnxConfig(dynamic=True, quantizer=quantizer))
@@ -171,19 +175,20 @@ def write_tokenizer(folder: Path, target: str, input_format: InputFormat, paddin
 
     pad_id, max_length = input_format.pad_id, input_format.max_length
     side = "left" if input_format.keep in ("tail", "both") else "right"
-    # Given here, these are saved with it. Training gives the model no token_type_ids.
+    # Given here, these are saved with it. Training gives the model token_type_ids of pairs only.
     tokenizer = AutoTokenizer.from_pretrained(
         target,
         trust_remote_code=False,
         model_max_length=max_length,
         truncation_side=side,
         padding_side="right",
-        model_input_names=["input_ids", "attention_mask"],
+        model_input_names=["input_ids", *["token_type_ids"] * bool(input_format.types), "attention_mask"],
     )
     if tokenizer.pad_token_id != pad_id:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     # For those who read tokenizer.json without transformers, which sets both in each call.
-    tokenizer.backend_tokenizer.enable_truncation(max_length, direction=side)
+    strategy = input_format.keep if is_pair(input_format.keep) else "longest_first"
+    tokenizer.backend_tokenizer.enable_truncation(max_length, strategy=strategy, direction=side)
     width = max_length if padding == "max_length" else None
     tokenizer.backend_tokenizer.enable_padding(pad_id=pad_id, pad_token=tokenizer.pad_token, length=width)
     tokenizer.save_pretrained(folder)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_lora.data.batching import TokenDataset
+from lightning_lora.data.pairs import Text, is_pair
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.tokens import InputFormat, tokenize
 from lightning_lora.evaluation.intervals import metrics_of
@@ -33,22 +34,24 @@ LONG_TEXTS, MADE_UP_TEXTS = 20, 200
 #: Ends the name of the certificate's row for a tokenizer's own truncation.
 PLAIN = " without encode.py"
 #: Returns the logits (texts, C) of raw texts, float32.
-TextModel = Callable[[list[str]], NDArray]
+TextModel = Callable[[list[Text]], NDArray]
 
 
-def parity_texts(rows: Rows | None, count: int, tokenizer: Any, room: int) -> tuple[list[str], NDArray]:
+def parity_texts(
+    rows: Rows | None, count: int, tokenizer: Any, input_format: InputFormat
+) -> tuple[list[Text], NDArray]:
     """Returns texts to compare formats on: test rows, evenly spread over all, and random tokens of the vocabulary.
 
     Args:
         rows: The test rows, or None where they cannot be had.
         count: Test rows at most.
         tokenizer: The base model's.
-        room: Tokens of a text that the model reads.
+        input_format: How texts are encoded.
 
     Returns:
-        Texts, and their true class numbers; -1 of those that are made up.
+        Texts or pairs, and their true class numbers; -1 of those that are made up.
     """
-    texts, labels = [], np.zeros(0, dtype=np.int64)
+    texts, labels, room = list[Text](), np.zeros(0, dtype=np.int64), input_format.room
     lengths = np.linspace(1, 3 * room, min(count, MADE_UP_TEXTS))
     if rows is not None:
         chosen = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
@@ -57,8 +60,14 @@ def parity_texts(rows: Rows | None, count: int, tokenizer: Any, room: int) -> tu
     rng = np.random.default_rng(0)
     vocabulary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
     made_up = [tokenizer.decode(rng.choice(vocabulary, int(length))) for length in rng.permutation(lengths)]
-    texts += [text for text in made_up if text.strip()]
-    return texts, np.concatenate([labels, np.full(len(texts) - len(labels), -1)])
+    made_up = [text for text in made_up if text.strip()]
+    if not is_pair(input_format.keep):
+        return [*texts, *made_up], np.concatenate([labels, np.full(len(made_up), -1)])
+    others = [text[: room // 4].strip() or "a" for text in made_up]  # beside a long text, one that leaves it room
+    texts += zip(*((made_up, others) if input_format.keep == "only_first" else (others, made_up)), strict=True)
+    # Other software refuses pairs of which both texts have to be cut.
+    keep = np.setdiff1d(np.arange(len(texts)), input_format.cut_both(tokenize(texts, tokenizer)))
+    return [texts[i] for i in keep], np.concatenate([labels, np.full(len(made_up), -1)])[keep]
 
 
 class Parity:
@@ -69,7 +78,7 @@ class Parity:
         tokenizer: The base model's.
         input_format: How texts are encoded.
         pad_to_max: Whether every text is padded to ``max_length``.
-        texts: Raw texts.
+        texts: Raw texts, or pairs of them.
         labels: True class numbers, shape (texts,); -1 where a text is made up.
     """
 
@@ -79,10 +88,10 @@ class Parity:
         tokenizer: Any,
         input_format: InputFormat,
         pad_to_max: bool,
-        texts: list[str],
+        texts: list[Text],
         labels: NDArray,
     ) -> None:
-        def trained(texts: list[str]) -> NDArray:
+        def trained(texts: list[Text]) -> NDArray:
             dataset = TokenDataset(tokenize(texts, tokenizer), input_format, None, pad_to_max)
             with torch.inference_mode():
                 return model.document_logits(dataset.__getitems__(list(range(len(texts))))).numpy()
@@ -195,9 +204,12 @@ def run_code(code: str) -> TextModel:
     classify = namespace["classify"]
     numbers = classify.model.config.label2id
 
-    def run(texts: list[str]) -> NDArray:
+    def run(texts: list[Text]) -> NDArray:
         logits = np.empty((len(texts), len(numbers)), dtype=np.float32)
-        said = classify(texts, top_k=None, function_to_apply="none", batch_size=len(texts))
+        inputs = [
+            text if isinstance(text, str) else dict(zip(("text", "text_pair"), text, strict=True)) for text in texts
+        ]
+        said = classify(inputs, top_k=None, function_to_apply="none", batch_size=len(texts))
         for row, scores in zip(logits, said, strict=True):
             for each in scores:
                 row[numbers[each["label"]]] = each["score"]
@@ -206,5 +218,5 @@ def run_code(code: str) -> TextModel:
     return run
 
 
-def _batch_logits(run: TextModel, texts: list[str]) -> NDArray:
+def _batch_logits(run: TextModel, texts: list[Text]) -> NDArray:
     return np.concatenate([run(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)])

@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from lightning_lora.data.checking import is_blank, is_unicode, joined_text
+from lightning_lora.data.checking import blank_text, is_blank, is_unicode, row_text
+from lightning_lora.data.pairs import Text, is_pair
 from lightning_lora.data.reading import READERS, Table, cells, format_of, read_file, read_text
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.predictions import Predictions
@@ -24,26 +25,29 @@ class InputRows:
     Args:
         table: All columns of the rows as they came, with the place of each row.
         text_columns: Those that hold the text.
-        texts: The text of each row.
+        texts: The text of each row, or its pair of texts.
         faults: Rows without a text to predict, by position: the place and what is wrong with it.
     """
 
     table: Table
     text_columns: Sequence[str]
-    texts: list[str]
+    texts: list[Text]
     faults: Mapping[int, str]
 
     @classmethod
-    def of(cls, table: Table, text_columns: Sequence[str]) -> "InputRows":
-        """Returns the rows of a table; a cell that is neither a text nor blank is a fault, as are only blank ones."""
+    def of(cls, table: Table, text_columns: Sequence[str], pair: bool = False) -> "InputRows":
+        """Returns the rows of a table.
+
+        A cell that is neither a text nor blank is a fault, as are only blank ones, or a blank one of a pair.
+        """
         columns: list[Any] = [table.columns[name] for name in text_columns]
         columns = [cells(column) if isinstance(column, pa.ChunkedArray) else column for column in columns]
-        texts, faults = list[str](), dict[int, str]()
+        texts, faults = list[Text](), dict[int, str]()
         for i, row in enumerate(zip(*columns, strict=True)):
-            texts.append(joined_text(row))
+            texts.append(row_text(row, pair))
             wrong = [(name, cell) for name, cell in zip(text_columns, row, strict=True) if not _is_allowed(cell)]
-            if not wrong and all(map(is_blank, row)):
-                wrong = [(" + ".join(text_columns), row[0])]
+            if not wrong and (blank := blank_text(text_columns, row, pair)) is not None:
+                wrong = [blank]
             for name, cell in wrong[:1]:
                 got = "null" if cell is None else repr(cell)[:40]
                 kind = "bytes that are not UTF-8: " if isinstance(cell, bytes) else ""
@@ -51,7 +55,7 @@ class InputRows:
         return cls(table, text_columns, texts, faults)
 
     @property
-    def usable(self) -> list[str]:
+    def usable(self) -> list[Text]:
         """The texts to predict, in their order."""
         return [text for i, text in enumerate(self.texts) if i not in self.faults]
 
@@ -92,18 +96,33 @@ def warn_of_faults(places: Sequence[str], count: int, total: int) -> None:
 
 
 def text_columns_of(config: Any) -> list[str]:
-    """Returns the columns of an input that hold its text."""
+    """Returns the columns of an input that hold its text.
+
+    Raises:
+        UserError: The run reads pairs, and there are not two.
+    """
     columns = config.text_column or config.data.text_column or "text"
-    return [columns] if isinstance(columns, str) else list(columns)
+    columns = [columns] if isinstance(columns, str) else list(columns)
+    if is_pair(config.data.truncation) and len(columns) != 2:
+        raise UserError(f"--text_column: the run reads pairs of texts; give two columns, got {', '.join(columns)}")
+    return columns
 
 
-def typed_rows(texts: Sequence[str]) -> InputRows:
-    """Returns the texts of the command line."""
-    return InputRows.of(Table("command line", {"text": list(texts)}, range(1, len(texts) + 1), "text"), ["text"])
+def typed_rows(texts: Sequence[str], pair: Sequence[str] = ()) -> InputRows:
+    """Returns the texts of the command line; two at a time are a pair, whose columns are given.
+
+    Raises:
+        UserError: The last pair is not whole.
+    """
+    if pair and len(texts) % 2:
+        raise UserError(f"the run reads pairs of texts ({', '.join(pair)}): give two texts for each, got {len(texts)}")
+    columns = {name: list(texts[i::2]) for i, name in enumerate(pair)} or {"text": list(texts)}
+    rows = range(1, len(next(iter(columns.values()))) + 1)
+    return InputRows.of(Table("command line", columns, rows, "pair" if pair else "text"), [*columns], bool(pair))
 
 
-def piped_rows() -> InputRows:
-    """Returns the lines of standard input.
+def piped_rows(pair: Sequence[str] = ()) -> InputRows:
+    """Returns the lines of standard input, as of a file.
 
     Raises:
         UserError: It is a terminal, is not UTF-8 or holds nothing.
@@ -111,13 +130,21 @@ def piped_rows() -> InputRows:
     if sys.stdin.isatty():
         raise UserError("no texts: give them as words in quotes, with --input FILE, or on standard input")
     try:
-        return _lines("standard input", sys.stdin.read())
+        return _lines("standard input", sys.stdin.read(), pair)
     except UnicodeDecodeError as error:
         raise UserError(f"standard input: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-def file_rows(source: str, text_columns: Sequence[str], encoding: str | None = None) -> InputRows:
+def file_rows(
+    source: str, text_columns: Sequence[str], encoding: str | None = None, pair: Sequence[str] = ()
+) -> InputRows:
     """Returns the rows of a file, with all their columns.
+
+    Args:
+        source: The file.
+        text_columns: Columns of its text.
+        encoding: That of a text file that is not UTF-8.
+        pair: The columns that the texts of a pair are to have, where the run reads pairs; a tab parts those of a line.
 
     Raises:
         UserError: There is no such file, or it cannot be read, lacks a text column or holds no rows.
@@ -126,11 +153,11 @@ def file_rows(source: str, text_columns: Sequence[str], encoding: str | None = N
     if not path.is_file():
         raise UserError(f"--input: no file '{source}'")
     if path.suffix.lower() in (".txt", ""):
-        return _lines(str(path), read_text(path, encoding))
+        return _lines(str(path), read_text(path, encoding), pair)
     if format_of(path) not in READERS:
         raise UserError(f"--input: '{path.name}' must end in one of .txt, {', '.join(READERS)}")
-    rows = InputRows.of(read_file(path, text_columns, encoding), text_columns)
-    wrong = next((i for i, text in enumerate(rows.texts) if text), None)
+    rows = InputRows.of(read_file(path, text_columns, encoding), text_columns, bool(pair))
+    wrong = next((i for i, text in enumerate(rows.texts) if any(text)), None)
     if wrong is not None and len(rows.faults) == len(rows.texts):
         raise UserError(f"{rows.faults[wrong]}; no row has a text. Set --text_column")
     return rows
@@ -140,10 +167,16 @@ def _is_allowed(cell: Any) -> bool:
     return is_blank(cell) or (isinstance(cell, str) and is_unicode(cell))
 
 
-def _lines(origin: str, content: str) -> InputRows:
+def _lines(origin: str, content: str, pair: Sequence[str]) -> InputRows:
     # Only \n ends a line: splitlines() would also cut at a form feed or U+2028 inside a text.
     lines = content.removesuffix("\n").split("\n") if content else []
     if not lines:
         raise UserError(f"{origin}: no texts")
     texts = [line.removesuffix("\r") for line in lines]
-    return InputRows.of(Table(origin, {"text": texts}, range(1, len(lines) + 1), "line"), ["text"])
+    columns: dict[str, Any] = {"text": texts}
+    if pair:
+        if not any("\t" in line for line in texts):
+            raise UserError(f"{origin}: the run reads pairs of texts; give {' and '.join(pair)} with a tab between")
+        firsts, _, seconds = zip(*(line.partition("\t") for line in texts), strict=True)
+        columns = dict(zip(pair, (list(firsts), list(seconds)), strict=True))
+    return InputRows.of(Table(origin, columns, range(1, len(lines) + 1), "line"), [*columns], bool(pair))

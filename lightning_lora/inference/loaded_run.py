@@ -12,9 +12,10 @@ from lightning import Trainer
 
 from lightning_lora.config.console import quiet_libraries
 from lightning_lora.data.batching import TokenDataset
-from lightning_lora.data.checking import is_blank
+from lightning_lora.data.checking import is_blank, row_text
 from lightning_lora.data.datamodule import evaluation_sampler, make_loader
 from lightning_lora.data.order import evaluated_together
+from lightning_lora.data.pairs import Text, is_pair
 from lightning_lora.data.tokens import InputFormat, base_tokenizer, tokenize
 from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError
@@ -53,25 +54,28 @@ class LoadedRun:
         """Names of the classes in the order of their numbers."""
         return self.model.label_names
 
-    def predict(self, texts: Sequence[str]) -> Predictions:
+    def predict(self, texts: Sequence[Text]) -> Predictions:
         """Classify texts.
 
         Args:
-            texts: N texts.
+            texts: N texts, or N pairs of texts for a run that reads pairs.
 
         Returns:
             Logits (N, C), probabilities (N, C) and predicted names (N), in the order of the texts.
 
         Raises:
-            UserError: A text is not a string, or is blank.
+            UserError: A text is not a string, or is blank; or is a pair where a text is needed, or the other way round.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        for i, text in enumerate(texts):
-            if not isinstance(text, str) or is_blank(text):
-                raise UserError(f"text {i}: a text is needed, got {text!r:.40}")
-        return self.predict_dataset(self.dataset(texts))
+        pair, checked = is_pair(self.frame.keep), list[Text]()
+        for i, text in enumerate([texts] if isinstance(texts, str) else texts):
+            sides = list(text) if pair and isinstance(text, list | tuple) else [text]
+            if len(sides) != 1 + pair or any(not isinstance(side, str) or is_blank(side) for side in sides):
+                kind = "a pair of texts" if pair else "a text"
+                raise UserError(f"text {i}: {kind} is needed, got {text!r:.40}")
+            checked.append(row_text(sides, pair))
+        return self.predict_dataset(self.dataset(checked))
 
-    def dataset(self, texts: Sequence[str]) -> TokenDataset:
+    def dataset(self, texts: Sequence[Text]) -> TokenDataset:
         """The texts, tokenized."""
         dataset = TokenDataset(tokenize(texts, self.tokenizer), self.frame, None, self.padding == "max_length")
         dataset.batch_texts = texts if isinstance(self.model, TextBaseline) else None
@@ -141,12 +145,12 @@ def load_run(folder: str | Path, checkpoint: str = "best", **trainer: Any) -> Lo
     return assemble(settings["model"], settings["data"], path, weights_labels(path), Trainer(**(quiet | options)))
 
 
-def predict(run: str | Path | LoadedRun, texts: Sequence[str]) -> Predictions:
+def predict(run: str | Path | LoadedRun, texts: Sequence[Text]) -> Predictions:
     """Classify texts by a trained run: ``predict("logs/reviews", ["What a film!"]).names``.
 
     Args:
         run: A folder that ``main.py fit`` made, or what ``load_run`` returned.
-        texts: N texts.
+        texts: N texts, or N pairs of texts.
 
     Raises:
         UserError: As ``load_run`` and ``LoadedRun.predict``.

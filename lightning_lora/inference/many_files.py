@@ -147,13 +147,16 @@ def reading(path: Path) -> Iterator[None]:
         raise RefusedError(f"{path}: not a readable Parquet file ({first_line(error)})") from None
 
 
-def read_rows(task: FileTask, text_columns: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[InputRows]:
+def read_rows(
+    task: FileTask, text_columns: Sequence[str], columns: Sequence[str] | None = None, pair: bool = False
+) -> Iterator[InputRows]:
     """Yields the rows of an input file in order, about ``CHUNK_ROWS`` at a time.
 
     Args:
         task: The file.
         text_columns: Columns of the text.
         columns: Columns to read; by default all.
+        pair: Whether those of the text are a pair.
 
     Raises:
         RefusedError: The file cannot be read, or is another one than when the task was planned.
@@ -166,7 +169,7 @@ def read_rows(task: FileTask, text_columns: Sequence[str], columns: Sequence[str
         for chunk in _chunks(file, columns):
             numbers = range(first, first + chunk.num_rows)
             values: dict[str, Any] = dict(zip(chunk.column_names, chunk.columns, strict=True))
-            yield InputRows.of(Table(str(task.source), values, numbers), text_columns)
+            yield InputRows.of(Table(str(task.source), values, numbers), text_columns, pair)
             first += chunk.num_rows
 
 

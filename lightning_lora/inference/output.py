@@ -140,8 +140,13 @@ def _plain(value: Any) -> str:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
-def print_table(columns: Mapping[str, Any]) -> None:
-    """Prints the rows to the terminal: texts are cut to its width, and classes left out where there is no room."""
+def print_table(columns: Mapping[str, Any], texts: Sequence[str] = ("text",)) -> None:
+    """Prints the rows to the terminal: texts are cut to its width, and classes left out where there is no room.
+
+    Args:
+        columns: The columns, those of the texts first.
+        texts: The names of these.
+    """
     from rich import box
     from rich.cells import cell_len
     from rich.console import Console
@@ -150,15 +155,16 @@ def print_table(columns: Mapping[str, Any]) -> None:
 
     console = Console(markup=False, highlight=False, emoji=False)
     cells = {name: [_shown(value) for value in values] for name, values in columns.items()}
-    widths = [max(map(cell_len, [name, *values])) + 3 for name, values in cells.items() if name != "text"]
-    if len(widths) > 2 + SHOWN_CLASSES or console.width - sum(widths) - 4 < _TEXT_WIDTH:
-        cells = {name: cells[name] for name in ("text", "prediction", "probability")}
+    widths = [max(map(cell_len, [name, *values])) + 3 for name, values in cells.items() if name not in texts]
+    if len(widths) > 2 + SHOWN_CLASSES or console.width - sum(widths) - 4 < _TEXT_WIDTH * len(texts):
+        cells = {name: cells[name] for name in (*texts, "prediction", "probability")}
     table = RichTable(box=box.ROUNDED)
     for name in cells:
-        is_text = name in ("text", "prediction")
+        is_text = name in (*texts, "prediction")
         table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text)
-    for text, *others in zip(*cells.values(), strict=True):
-        table.add_row(Text(text, no_wrap=True, overflow="ellipsis"), *others)
+    for row in zip(*cells.values(), strict=True):
+        shown = [Text(text, no_wrap=True, overflow="ellipsis") for text in row[: len(texts)]]
+        table.add_row(*shown, *row[len(texts) :])
     console.print(table)
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from lightning_lora.claims import share_tasks
 from lightning_lora.config.configured_run import ConfiguredRun, check_base
+from lightning_lora.data.pairs import is_pair
 from lightning_lora.errors import UserError
 from lightning_lora.export.weights import weights_labels
 from lightning_lora.files import atomic_path, check_writable, remove_partial
@@ -78,7 +79,7 @@ def run_files(cli: ConfiguredRun) -> int:
     if config.bad_rows == "error":
         columns = job.settings["text_column"]
         for task in job.tasks:
-            for rows in read_rows(task, columns, columns):
+            for rows in read_rows(task, columns, columns, is_pair(config.data.truncation)):
                 rows.refuse_faults()
     output = job.tasks[0].output.parent
     check_writable(output)
@@ -171,7 +172,8 @@ def predict_file(loaded: LoadedRun, job: PredictJob, task: FileTask, advance: Ad
     schema = pa.schema(source.field(n).with_name(name) if n else new.field(name) for name, n in task.columns.items())
     empty, places = 0, list[str]()
     tokenized = (
-        (rows, loaded.dataset(rows.usable), rows.table.columns) for rows in read_rows(task, job.settings["text_column"])
+        (rows, loaded.dataset(rows.usable), rows.table.columns)
+        for rows in read_rows(task, job.settings["text_column"], pair=is_pair(loaded.frame.keep))
     )
     with atomic_path(task.output) as staging, pq.ParquetWriter(staging, schema) as writer:
         for rows, dataset, columns in _one_ahead(tokenized):

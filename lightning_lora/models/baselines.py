@@ -222,11 +222,11 @@ class Probe(nn.Module):
         """Set the implementation of the attention."""
         self.encoder.set_attn_implementation(name)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """Logits (B, C) of token ids (B, T) and their mask; or states (B, P D), one after another by ``POOLINGS``."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **types: Tensor) -> Any:
+        """Logits (B, C) of token ids (B, T), mask and types; or states (B, P D), one after another by ``POOLINGS``."""
         from transformers.modeling_outputs import SequenceClassifierOutput
 
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0].float()
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types)[0].float()
         if self.gives_states:
             return SequenceClassifierOutput(logits=torch.cat([pool(states, attention_mask, p) for p in POOLINGS], 1))
         pooled = pool(states, attention_mask, POOLINGS[int(self.get_buffer("pooling"))])

@@ -9,6 +9,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.data.pairs import as_texts
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.predictions import PredictionCollector
 from lightning_lora.models.baselines import TEXT_BASELINES, Probe
@@ -20,6 +21,8 @@ from lightning_lora.training.module import TextClassifier
 
 class TextBaseline(EvaluationSteps):
     """A baseline that reads texts and no token ids: the majority class, or TF-IDF with logistic regression.
+
+    The texts of a pair are joined by a space.
 
     Args:
         label_names: Names of the classes in the order of their numbers.
@@ -54,11 +57,11 @@ class TextBaseline(EvaluationSteps):
         """Fits to the training rows; what can be chosen is chosen on validation rows, and returned."""
         del trainer
         train, val = data.rows("train"), data.rows("val")
-        return self.model.fit(train.texts, train.labels, val.texts, val.labels)
+        return self.model.fit(as_texts(train.texts), train.labels, as_texts(val.texts), val.labels)
 
     def document_logits(self, batch: dict[str, Any]) -> Tensor:
         """Logits, float32 (B, C), of the batch's texts."""
-        return self.model(batch["texts"]).to(self.device)
+        return self.model(as_texts(batch["texts"])).to(self.device)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Stays on the CPU, where scikit-learn computes."""

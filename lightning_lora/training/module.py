@@ -226,16 +226,18 @@ class TextClassifier(StepRunner):
         attention = self.attention_for(training=False) if self.lowers_frozen(precision) else None
         return check_engine("int8", self.model, attention)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits, float32 (B, C), of token ids (B, T) and their mask."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Logits, float32 (B, C), of token ids (B, T), their mask, and the token types of pairs."""
         self.use_attention(self.attention_for(self.training))
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits.float()
 
     def document_logits(self, batch: dict[str, Any]) -> Tensor:
         """Logits, float32 (B, C), of the batch's documents; those of several windows are pooled."""
         if "packed" in batch:
             return self.packed_batches.logits(batch)
-        logits = self(batch["input_ids"], batch["attention_mask"])
+        types = [batch["token_type_ids"]] if "token_type_ids" in batch else []
+        logits = self(batch["input_ids"], batch["attention_mask"], *types)
         return pooled(logits, batch["documents"], len(batch["rows"])) if "documents" in batch else logits
 
     def shared_step(self, batch: dict[str, Any], stage: str) -> dict[str, Tensor]:

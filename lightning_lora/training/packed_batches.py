@@ -135,6 +135,7 @@ class PackedBatches:
         module.use_attention(PACKED)
         offsets = views.offsets.int()
         starts = views.offsets[: shape.inputs].clamp(max=shape.tokens - 1)
+        types = {} if views.token_type_ids is None else {"token_type_ids": views.token_type_ids}
         with self.first_tokens.at(starts, views.offsets[: shape.inputs + 1]):
             logits = module.model(
                 input_ids=views.input_ids,
@@ -144,6 +145,7 @@ class PackedBatches:
                 cu_seq_lens_k=offsets,
                 max_length_q=shape.longest,
                 max_length_k=shape.longest,
+                **types,
             ).logits.float()
         # Windows that are not there are pooled into one text more.
         return pooled(logits, views.documents, shape.texts + 1)[: shape.texts] if shape.windows else logits

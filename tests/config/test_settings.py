@@ -8,7 +8,7 @@ import yaml
 
 from lightning_lora.cli import main
 from lightning_lora.commands.compare import choose_arms
-from lightning_lora.config.settings import read_config
+from lightning_lora.config.settings import make_parser, parse_settings, read_config, split_fit
 from lightning_lora.experiments.resolving import resolve
 from lightning_lora.models.methods import METHODS
 from tests.conftest import make_rows, write_csv
@@ -105,3 +105,18 @@ def test_what_was_used_on_one_machine_can_be_evaluated_on_another(words: list[st
     assert main(test) == 2
     assert "--trainer.accelerator auto takes what this machine has" in capsys.readouterr().err
     assert main([*test, "--trainer.accelerator", "auto"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--data.text_column", "[first, second]"], "longest_first"),
+        (["--data.text_column=[first,second]"], "longest_first"),
+        (["--data.text_column", "[first, second]", "--data.truncation", "both"], "both"),
+        (["--data.text_column", "[a, b, c]"], "both"),
+        (["--data.text_column", "a"], "both"),
+    ],
+)
+def test_the_default_config_s_truncation_is_not_of_pairs(words: list[str], expected: str) -> None:
+    assert parse_settings(make_parser("fit"), "fit", words)["data.truncation"] == expected
+    assert ("truncation" in split_fit(words)[0][0]["data"]) == ("first" not in str(words))

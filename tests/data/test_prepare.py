@@ -93,7 +93,7 @@ def test_which_row_went_where_is_stored(reviews: Path, tmp_path: Path) -> None:
 def test_several_text_columns_are_joined(tmp_path: Path) -> None:
     path = tmp_path / "news.csv"
     path.write_text("title,body,label\n" + "".join(f"t{i},b{i},{i % 2}\n" for i in range(40)))
-    prepared = prepare(SourceOptions(str(path), text_column=["title", "body"]))
+    prepared = prepare(SourceOptions(str(path), text_column=["title", "body"], truncation="head"))
     assert "t3 b3" in set().union(*(texts_of(prepared, split) for split in prepared.splits))
 
 
@@ -102,8 +102,8 @@ def test_a_row_has_a_text_if_one_of_its_text_columns_has(tmp_path: Path) -> None
     blank = ["title only,,1", ",body only,0", " \u200b,invisible title,1", " ,\u200b,1"]
     path.write_text("\n".join(["title,body,label", *(f"t{i},b{i},{i % 2}" for i in range(40)), *blank]))
     with pytest.raises(UserError, match=r"line 45, column 'title \+ body': the text is empty"):
-        prepare(SourceOptions(str(path), text_column=["title", "body"]))
-    prepared = prepare(SourceOptions(str(path), text_column=["title", "body"], bad_rows="drop"))
+        prepare(SourceOptions(str(path), text_column=["title", "body"], truncation="head"))
+    prepared = prepare(SourceOptions(str(path), text_column=["title", "body"], truncation="head", bad_rows="drop"))
     texts = set().union(*(texts_of(prepared, split) for split in prepared.splits))
     assert texts == {*(f"t{i} b{i}" for i in range(40)), "title only", "body only", "invisible title"}
     assert prepared.bad_rows_dropped == 1
