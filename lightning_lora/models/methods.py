@@ -304,16 +304,16 @@ def _full(base: Base, options: AdapterOptions) -> Tuned:
 
 _LORA = ("rank", "alpha", "dropout", "target_modules", "bias", "modules_to_save")
 
-# Learning rates are starting points near those of the papers' experiments on classification (head: a sweep of this
-# project, docs/LOG.md): an ablation over model.learning_rate is what settles one.
+# Learning rates are starting points near those of the papers' experiments on classification (head, lora: sweeps of this
+# project on MiniLM, docs/LOG.md; recipes of larger bases have lower ones).
 METHODS: dict[str, Method] = {
-    "lora": Method("low-rank adapters on a frozen base", 5e-4, True, _LORA, _lora()),
+    "lora": Method("low-rank adapters on a frozen base", 1e-3, True, _LORA, _lora()),
     # Kalajdzievski 2023, arXiv:2312.03732
-    "rslora": Method("LoRA scaled by alpha / sqrt(rank), for high ranks", 5e-4, True, _LORA, _lora(use_rslora=True)),
+    "rslora": Method("LoRA scaled by alpha / sqrt(rank), for high ranks", 1e-3, True, _LORA, _lora(use_rslora=True)),
     # Liu et al. 2024, arXiv:2402.09353
     "dora": Method(
         "LoRA on the direction, with a trained magnitude",
-        5e-4,
+        1e-3,
         True,
         _LORA,
         _lora(use_dora=True),

@@ -56,7 +56,7 @@ class TextClassifier(StepRunner):
         quantization: How the weights of the frozen encoder are stored.
         pooling: What the head reads of a text: the state of its "first" token, the "mean" of the states of all, or
             "auto": the mean where the base was trained through it, as those of sentence-transformers were.
-        learning_rate: Peak of the schedule; by default what suits the method (lora 5e-4, head 1e-2, full
+        learning_rate: Peak of the schedule; by default what suits the method (lora 1e-3, head 1e-2, full
             5e-5).
         schedule: How the learning rate falls after warm-up: "linear", "cosine" or "constant".
         warmup_ratio: Share of all optimizer steps over which the learning rate rises.

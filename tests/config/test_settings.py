@@ -14,7 +14,7 @@ from lightning_lora.models.methods import METHODS
 from tests.conftest import make_rows, write_csv
 
 USED = {
-    "model.learning_rate": 5e-4,
+    "model.learning_rate": 1e-3,
     "model.adapter.rank": 8,
     "data.text_column": "text",
     "data.label_column": "label",
@@ -87,10 +87,10 @@ def test_the_config_of_a_run_passes_no_default_on_to_another_method(words: list[
     arm = choose_arms([method], None)[method]
     assert resolve([read_config(Path("logs/run/config.yaml"))], [], arm)["model"] == alone
     # What is typed, or stands in a config that is no run's, is kept.
-    assert printed(capsys, *again, "--model.learning_rate", "0.0005")["model"]["learning_rate"] == 5e-4
+    assert printed(capsys, *again, "--model.learning_rate", "0.001")["model"]["learning_rate"] == 1e-3
     Path("b.yaml").write_text(Path("logs/run/config.yaml").read_text())
     mine = resolve([read_config(Path("b.yaml"))], ["--model.adapter.rank", "null"], {"model": {"method": method}})
-    assert mine["model"]["learning_rate"] == 5e-4
+    assert mine["model"]["learning_rate"] == 1e-3
 
 
 def test_what_was_used_on_one_machine_can_be_evaluated_on_another(words: list[str], capsys) -> None:

@@ -77,7 +77,7 @@ def test_a_logger_of_a_config_is_added_with_the_settings_and_continued(words: li
         assert any(row["val/loss"] for row in csv.DictReader(file))
     assert list(Path("logs/run/tensorboard").glob("events*"))
     (settings,) = ServiceLogger.logged["hyperparameters"]
-    assert settings["model.learning_rate"] == 5e-4 and settings["model.adapter.rank"] == 8
+    assert settings["model.learning_rate"] == 1e-3 and settings["model.adapter.rank"] == 8
     assert any("val/loss" in row for row in ServiceLogger.logged["metrics"])
     assert set(ServiceLogger.began) == {"run-0"}
     assert json.loads(Path("logs/run/run.json").read_text())["loggers"] == {"ServiceLogger": "run-0"}
