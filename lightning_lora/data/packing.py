@@ -34,6 +34,8 @@ class PackedShape:
         longest: Tokens of the longest text (or window) that there can be.
         pad_id: The token of what belongs to no text.
         windows: Whether several inputs may belong to one text.
+        label_width: C, where a text may have several labels, else 0.
+        numbers: Whether labels are float32.
     """
 
     tokens: int
@@ -42,6 +44,8 @@ class PackedShape:
     longest: int
     pad_id: int
     windows: bool
+    label_width: int = 0
+    numbers: bool = False
 
     @property
     def offsets(self) -> int:
@@ -51,7 +55,7 @@ class PackedShape:
     @property
     def parts(self) -> list[int]:
         """Lengths of the parts of the flat tensor: tokens, positions, offsets, documents, labels, count and scale."""
-        return [self.tokens, self.tokens, self.offsets, self.inputs, self.texts, 1, 1]
+        return [self.tokens, self.tokens, self.offsets, self.inputs, self.texts * max(1, self.label_width), 1, 1]
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class PackedViews:
         offsets: Where each text or window begins and the last one ends, from W + 2 on: texts that are not there have no
             token, and behind them comes what is left of the row, cut into texts of no more than ``longest`` tokens.
         documents: The text that each window belongs to, (W,); B for one that is not there.
-        labels: (B,).
+        labels: (B,), of several labels (B, C).
         count: Texts that are there, ().
         scale: What the mean loss of the texts is multiplied by, float64, ().
     """
@@ -81,6 +85,9 @@ class PackedViews:
 def unpack(flat: Tensor, shape: PackedShape) -> PackedViews:
     """View the parts of a flat tensor that ``Packing.pack`` made."""
     ids, positions, offsets, documents, labels, count, scale = flat.split(shape.parts)
+    if shape.numbers:
+        labels = labels.view(torch.float64).float()
+    labels = labels.view(-1, shape.label_width) if shape.label_width else labels
     return PackedViews(ids[None], positions[None], offsets, documents, labels, count[0], scale.view(torch.float64)[0])
 
 
@@ -95,6 +102,8 @@ class Packing:
         longest: Tokens of the longest text (or window) that there can be.
         pad_id: The token of what belongs to no text.
         windows: Whether several inputs may belong to one text.
+        label_width: C, where a text may have several labels, else 0.
+        numbers: Whether labels are float32.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -103,6 +112,8 @@ class Packing:
     longest: int
     pad_id: int
     windows: bool
+    label_width: int = 0
+    numbers: bool = False
 
     @classmethod
     def of(
@@ -164,10 +175,14 @@ class Packing:
             return self._static(*fits[0])
         size = -(-tokens // SIZE_STEP) * SIZE_STEP
         room = max(inputs, self.inputs), max(texts, self.texts)
-        return PackedShape(size, *room, max(longest, self.longest), self.pad_id, self.windows)
+        return self._shape(size, *room, max(longest, self.longest))
 
     def _static(self, size: int, longest: int) -> PackedShape:
-        return PackedShape(size, self.inputs, self.texts, longest, self.pad_id, self.windows)
+        return self._shape(size, self.inputs, self.texts, longest)
+
+    def _shape(self, size: int, inputs: int, texts: int, longest: int) -> PackedShape:
+        layout = self.windows, self.label_width, self.numbers
+        return PackedShape(size, inputs, texts, longest, self.pad_id, *layout)
 
     def static_shapes(self) -> list[PackedShape]:
         """The shapes that batches share, largest first: a smaller one finds its memory in that of a larger one."""
@@ -191,7 +206,7 @@ class Packing:
         Args:
             inputs: Token ids of each text or window.
             documents: The text, from 0, that each belongs to.
-            labels: Class numbers of the texts, if they are known.
+            labels: Of the texts, if they are known.
             count: Texts.
             scale: What the mean loss is multiplied by.
 
@@ -211,7 +226,8 @@ class Packing:
         offsets[len(inputs) + 1 : shape.inputs] = total
         owners[: len(inputs)] = documents
         if labels is not None:
-            classes[:count] = labels
+            values = labels.astype(np.float64).view(np.int64) if self.numbers else labels
+            classes[: labels.size] = values.ravel()
         number[0], factor[:] = count, np.array([scale]).view(np.int64)
         return torch.from_numpy(flat), shape
 

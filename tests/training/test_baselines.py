@@ -234,7 +234,7 @@ def test_a_test_beside_baselines_pairs_them_on_the_same_rows(fit, capsys) -> Non
         assert low <= found["baselines"][name]["ours_better_by"] <= high
         assert f"better than {name} by" in shown
     table = [line for line in shown.splitlines() if line.startswith("│") and "0." in line]
-    assert len(table) == 6 and max(map(len, table)) <= 80
+    assert len(table) == 7 and max(map(len, table)) <= 80
 
 
 @pytest.mark.parametrize("method", BASELINES)
