@@ -22,7 +22,7 @@ _EXPECTED = (
     r".*could not find the monitored key in the returned metrics.*",  # no validation pass yet: fit says so at its end
     r".*Please add the following callbacks: \['Timer'\]",  # the time limit of a trial, which is none of the run's
     r".*will save all (targets and predictions|data points) in.* buffer.*",  # as the project itself does
-    r".*(No positive samples found|Average precision score for one or more).*",  # labels that no row has: the data says so
+    r".*(No positive samples found|Average precision score for one or more).*",  # data says of which labels
     r".*AMP with fp16 is not supported on CPU.*",  # refused in a line of its own
 )
 

@@ -102,6 +102,8 @@ class TextDataModule(LightningDataModule):
         check_range("data.max_length", max_length, 1, None)
         check_range("data.batch_size", batch_size, 1, None)
         check_range("data.eval_batch_size", eval_batch_size, 1, None)
+        if label_separator is not None and (not label_separator or isinstance(label_column, list)):
+            raise UserError("data.label_separator: a text such as ';' is needed, for one label column")
         check_range("data.augmentation.delete", augmentation.delete, 0, 1)
         check_range("data.augmentation.swap", augmentation.swap, 0, 1)
         self.options = SourceOptions(

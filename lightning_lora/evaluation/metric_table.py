@@ -212,7 +212,6 @@ METRICS: dict[str, MetricSpec] = {
         tasks=MULTI,
         higher_is_better=False,
     ),
-    # Of labels that some row has.
     "average_precision": MetricSpec(
         lambda t, size: t.AveragePrecision(**size, average="macro"),
         "average precision (macro)",

@@ -92,10 +92,11 @@ def as_document(report: Report) -> dict[str, Any]:
 
 def more_tables(report: Report) -> list[tuple[str, TextTable]]:
     """Return the other tables with their titles, without those that have no rows."""
+    what = "Labels of texts" if report.task == "multi_label" else "Texts"
     tables = {
-        "Texts fixed and broken against the baseline, by class": fixed_and_broken(report, by_class(report)),
+        f"{what} fixed and broken against the baseline, by class": fixed_and_broken(report, by_class(report)),
         "What the search has tried": trial_table(report),
-        "Texts fixed and broken against the baseline, by length": fixed_and_broken(report, by_length(report)),
+        f"{what} fixed and broken against the baseline, by length": fixed_and_broken(report, by_length(report)),
         "Each seed by itself": seed_table(report),
         "Cells": cell_table(report),
         "In what each arm differs from the baseline": change_table(report),
