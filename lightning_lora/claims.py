@@ -17,7 +17,7 @@ from lightning_lora.files import POLL_S, locked_folder
 #: The folder, beside what the tasks make, that holds a folder to lock for each task under way.
 CLAIMS = ".claims"
 
-Task = TypeVar("Task")
+Item = TypeVar("Item")
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def claimed(folder: Path, name: str) -> Iterator[None]:
             claim.parent.rmdir()
 
 
-def share_tasks(tasks: Iterable[Task], folder: Path, name: Callable[[Task], str], do: Callable[[Task], None]) -> None:
+def share_tasks(tasks: Iterable[Item], folder: Path, name: Callable[[Item], str], do: Callable[[Item], None]) -> None:
     """Do the tasks that no other process does, and wait until the others are done.
 
     Args:

@@ -19,9 +19,9 @@ from tests.conftest import fit_tiny
 
 LABELS = ["mixed", "neg", "pos"]
 TOP_2 = MetricSpec(
-    lambda t, c: t.MulticlassAccuracy(c, average="micro", top_k=2),
+    lambda t, size: t.Accuracy(**size, average="micro", top_k=2),
     "top-2 accuracy",
-    lambda log_p, labels: (np.argsort(log_p, axis=1)[:, -2:] == labels[:, None]).any(axis=1, keepdims=True),
+    lambda given: (np.argsort(given.log_p, axis=1)[:, -2:] == given.truth[:, None]).any(axis=1, keepdims=True),
     of_training=False,
     hub_type="top_2_accuracy",
 )

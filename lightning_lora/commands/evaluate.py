@@ -14,10 +14,12 @@ from lightning_lora.data.pairs import is_pair
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import peak_memory_mb
-from lightning_lora.evaluation.intervals import difference_interval, intervals
+from lightning_lora.evaluation.intervals import difference_interval, intervals, metrics_of
+from lightning_lora.evaluation.metric_table import METRICS, row_metrics
 from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.export.weights import check_weights, load_weights, trained_steps
 from lightning_lora.files import check_writable, write_text
+from lightning_lora.models.head import scale_output
 from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.processes import started_to_follow
 from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, print_tables
@@ -62,10 +64,13 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
         "command": shlex.join(["python", "main.py", command, *cli.words]),
         "checkpoint": str(path),
         "step": cli.steps_done,
+        "task": cli.model.task,
         "fingerprint": rows.fingerprint,
     }
     trained = cli.config.model.method not in BASELINES  # there is nothing before a baseline
     if cli.config.get("before") and trained:
+        if cli.model.task == "regression":  # a fresh head in the units of the data
+            scale_output(cli.model.model, *cli.datamodule.target_moments)
         print(f"{split} rows before fine-tuning (base model with {cli.model.head_origin}): {len(rows):,}")
         evaluation["before"], evaluation["before_s"] = _run_pass(cli, command, split, cli.make_trainer(None))
     load_weights(cli.model, path)
@@ -90,19 +95,22 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
 
 
 def _baseline(cli: ConfiguredRun, name: str, split: str, ours: Predictions) -> dict[str, Any]:
-    """Fit a baseline to the run's training rows; its metrics, and how much more accurate our predictions are."""
+    """Fit a baseline to the run's training rows; its metrics, and how much better ours is by row."""
     started = time.perf_counter()
     print(f"{split} rows by {name} ({find_method(name).summary}), fitted to the same training rows: {len(ours):,}")
     base, seed = cli.config.model.base_model, cli.config.seed_everything
-    model, trainer = make_classifier(base, list(ours.label_names), name, seed=seed), cli.make_trainer(None)
+    own = {"task": ours.task, "threshold": cli.config.model.threshold, "seed": seed}
+    model, trainer = make_classifier(base, list(ours.label_names), name, **own), cli.make_trainer(None)
     cli.datamodule.setup("fit")
     chosen = model.fit_rows(cli.datamodule, trainer)
     metrics, _ = _run_pass(cli, split, split, trainer, model)
     theirs = cli.collector.last[split]
     found: dict[str, Any] = {**metrics, "chosen": chosen, "seconds": time.perf_counter() - started}
     if ours.labels is not None and len(ours) > 1:
-        found["ours_better_by"] = float((ours.classes == ours.labels).mean() - (theirs.classes == ours.labels).mean())
-        found["interval"] = difference_interval(ours.logits, theirs.logits, ours.labels, "accuracy")
+        metric = row_metrics(ours.task)[0]
+        first, second = (ours, theirs) if METRICS[metric].higher_is_better else (theirs, ours)
+        found["ours_better_by"] = metrics_of(first)[metric] - metrics_of(second)[metric]
+        found |= {"interval": difference_interval(first, second, metric), "compared_by": metric}
     return found
 
 
@@ -132,14 +140,18 @@ def _finish(
     predictions, rows = found[""], cli.datamodule.rows(split)
     evaluation |= {"rows": len(predictions), **peak_memory_mb()}
     if predictions.labels is not None:
-        evaluation["after_interval"] = intervals(predictions.logits, predictions.labels)
-    majority = np.bincount(cli.datamodule.rows("train").labels).argmax()  # the most frequent class in training
-    evaluation["majority_accuracy"] = float((rows.labels[predictions.rows] == majority).mean())
+        evaluation["after_interval"] = intervals(predictions)
+    if predictions.thresholds is not None:
+        names = predictions.label_names
+        evaluation["thresholds"] = dict(zip(names, predictions.thresholds.round(4).tolist(), strict=True))
+    if predictions.task == "single_label":
+        majority = np.bincount(cli.datamodule.rows("train").labels).argmax()  # the most frequent class in training
+        evaluation["majority_accuracy"] = float((rows.labels[predictions.rows] == majority).mean())
     if (int8 := found.get("-int8")) is not None:
-        evaluation["int8_flipped"] = int((int8.classes != predictions.classes).sum())
+        evaluation["int8_flipped"] = int(int8.changed(predictions).sum())
         if predictions.labels is not None and len(predictions) > 1:
-            bounds = difference_interval(int8.logits, predictions.logits, predictions.labels, "accuracy")
-            evaluation["int8_accuracy_difference"] = bounds
+            metric = row_metrics(predictions.task)[0]
+            evaluation[f"int8_{metric}_difference"] = difference_interval(int8, predictions, metric)
     name = folder.new_evaluation(split)
     stem = "val-best" if name == "val" else name  # val.parquet holds what fit's last pass gave
     for suffix, each in found.items():

@@ -18,12 +18,21 @@ from lightning_lora.data.splits import text_keys
 from lightning_lora.data.tokens import InputFormat, base_tokenizer
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.export.card import card, usage_code
-from lightning_lora.export.formats import ENCODED, FORMATS, FormatWriter, build_model, public_name, require_onnx
+from lightning_lora.export.formats import (
+    ENCODED,
+    FORMATS,
+    FormatWriter,
+    build_model,
+    public_name,
+    require_onnx,
+    shown_thresholds,
+)
 from lightning_lora.export.mean_pooled import mean_head
 from lightning_lora.export.parity import PLAIN, Parity, parity_texts
-from lightning_lora.export.weights import trained_steps, weights_labels
+from lightning_lora.export.weights import trained_for, trained_steps
 from lightning_lora.files import atomic_folder, refusal
 from lightning_lora.locations import resolve
+from lightning_lora.models.head import fold_scale
 from lightning_lora.models.methods import BASELINES
 from lightning_lora.runs.checkpoints import load_checkpoint
 from lightning_lora.runs.folder import RunFolder
@@ -53,8 +62,9 @@ def run(words: list[str]) -> int:
     base_id = config.base_model_id or (location.name if location.is_hub else None)
     if config.push_to_hub:
         check_push(config.push_to_hub, base_id, location.target)
-    model = build_model(config, list(weights_labels(checkpoint)))
+    model = build_model(config, trained_for(checkpoint))
     load_checkpoint(model, checkpoint)
+    fold_scale(model.model)
     model.cpu().eval()
     formats = choose_formats(config.formats, model)
     print(f"export of {checkpoint} to {output}: {', '.join(formats)}")
@@ -72,6 +82,8 @@ def run(words: list[str]) -> int:
     columns = data.text_column or "text"
     usage = {
         "label_names": model.label_names,
+        "task": model.task,
+        "thresholds": shown_thresholds(model),
         "head": mean_head(model),
         "truncation": data.truncation,
         "pair": is_pair(data.truncation),

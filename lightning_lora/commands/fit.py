@@ -243,7 +243,7 @@ def describe_result(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any
     if cli.model.began:
         record["speed"] |= cli.model.how_steps_ran()
     record |= {"steps": trainer.global_step, "epochs": trainer.current_epoch, "stopped_by": stopped_by(trainer)}
-    if best := describe_best(folder):
+    if best := describe_best(folder, cli.model.task):
         record["best"] = best
     if cli.config.model.method in BASELINES:  # whose size follows from the texts
         record["costs"] |= parameter_counts(cli.model.model)

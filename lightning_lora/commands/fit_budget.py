@@ -10,8 +10,9 @@ from typing import Any
 from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.config.settings import split_fit
 from lightning_lora.errors import UserError
+from lightning_lora.evaluation.metric_table import METRICS, judged_by
 from lightning_lora.experiments.search_space import import_optuna
-from lightning_lora.experiments.tuning import Tuner, budget_seconds, changes_words
+from lightning_lora.experiments.tuning import Tuner, budget_seconds, changes_words, scores_of
 from lightning_lora.experiments.tuning_space import make_space
 from lightning_lora.reports.tables import markdown
 from lightning_lora.runs.folder import TUNING, RunFolder, folder_name, plain_stem
@@ -53,7 +54,9 @@ def print_tuning(folder: RunFolder) -> None:
     record = folder.read()
     tuning, rows = record["tuning"], record["data"]["splits"]["val"]["rows"]
     print(f"\nkept: {kept_words(tuning)}")
-    print(f"chosen on {rows:,} validation rows, which its F1 is optimistically biased on; test rows played no part")
+    metric = judged_by(tuning.get("task", "single_label"))[1]
+    biased = f"chosen on {rows:,} validation rows, which its {metric} is optimistically biased on"
+    print(f"{biased}; test rows played no part")
     print(f"run folder: {folder.path} (what was tried: tuning.md)")
     print(f"next: python main.py test --run {folder.path}")
 
@@ -62,21 +65,19 @@ def kept_words(tuning: Mapping[str, Any]) -> str:
     """Return which trial was kept, beside the default."""
     default, kept = tuning["trials"][0], tuning["trials"][tuning["kept"]]
     words = f"trial {kept['number']} of {len(tuning['trials'])} ({changes_words(kept['settings'])}), "
-    words += f"validation F1 {kept['f1_macro']:.4f}"
+    name, heading = judged_by(tuning.get("task", "single_label"))
+    words += f"validation {heading} {kept[name]:.4f}"
     if kept is default:
         return words
-    return (
-        f"{words}; the default has {default['f1_macro']:.4f}"
-        if "f1_macro" in default
-        else f"{words}; the default failed"
-    )
+    return f"{words}; the default has {default[name]:.4f}" if name in default else f"{words}; the default failed"
 
 
 def tuning_page(tuning: Mapping[str, Any]) -> str:
     """Return ``tuning.md`` of what a record has under ``tuning``."""
-    rows = [["trial", "differs from the default", "F1 (macro)", "accuracy", "loss", "seconds", "status"]]
+    names = scores_of(tuning.get("task", "single_label"))
+    rows = [["trial", "differs from the default", *(METRICS[name].heading for name in names), "seconds", "status"]]
     for trial in tuning["trials"]:
-        scores = [f"{trial[name]:.4f}" if name in trial else "" for name in ("f1_macro", "accuracy", "loss")]
+        scores = [f"{trial[name]:.4f}" if name in trial else "" for name in names]
         status = f"failed: {trial['reason']}" if "reason" in trial else trial["status"]
         status += ", stopped by the time left" if trial.get("stopped_by_time") else ""
         status += ", kept" if trial["number"] == tuning["kept"] else ""

@@ -8,10 +8,10 @@ from lightning import Trainer
 
 from lightning_lora.data.labels import few
 from lightning_lora.errors import print_warnings
+from lightning_lora.evaluation.metric_table import SHOWN
 from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training.length import length_words
-from lightning_lora.training.saving import MONITOR
 from lightning_lora.units import duration
 
 
@@ -32,7 +32,11 @@ def print_run(record: dict[str, Any], trainer: Trainer) -> None:
     for name in data["label_names"]:
         values = data["label_values"][name]  # what the data says for the class
         labels.append(name if values in ([], [name]) else f"{name} ({', '.join(values)})")
-    print(f"labels: {few(labels, 30)}")
+    if data["task"] == "regression":
+        numbers = data["splits"]["train"]["numbers"]
+        print(f"numbers: {labels[0]}, in train {numbers['min']:g} to {numbers['max']:g}, mean {numbers['mean']:g}")
+    else:
+        print(f"{'labels, any number a text' if data['task'] == 'multi_label' else 'labels'}: {few(labels, 30)}")
     print_warnings(data["warnings"])
     if "architecture" in model:
         print_model(record, trainer)
@@ -76,8 +80,9 @@ def print_result(folder: RunFolder, record: dict[str, Any]) -> None:
     if took and not record["steps"]:
         print(f"\nfitted in {duration(took)}")
         if chosen:
-            tried = len(chosen["val_f1_macro"])
-            print(f"kept: {chosen['features']}, C {chosen['C']:g}, the best of {tried} by validation F1")
+            key, tried = next((key, tried) for key, tried in chosen.items() if key.startswith("val_"))
+            judged = {"val_f1_macro": "F1", "val_mse": "mean squared error"}[key]
+            print(f"kept: {chosen['features']}, C {chosen['C']:g}, the best of {len(tried)} by validation {judged}")
     else:
         planned = (record.get("length") or {}).get("epochs") if record.get("stopped_by") else None
         of_planned = f" of {planned}" if planned else ""
@@ -86,7 +91,7 @@ def print_result(folder: RunFolder, record: dict[str, Any]) -> None:
     if record.get("stopped_by"):
         print(f"stopped by {record['stopped_by']}")
     if best and record["steps"]:
-        print(f"kept: epoch {best['epoch']}, step {best['step']} (best {MONITOR}): {shown(best['metrics'])}")
+        print(f"kept: epoch {best['epoch']}, step {best['step']} (best {best['monitor']}): {shown(best['metrics'])}")
     if not (best and record["steps"] and best["metrics"].items() <= last.items()) and (said := shown(last)):
         print(f"{'last validation' if record['steps'] else 'validation'}: {said}")
     print(f"run folder: {folder.path}")
@@ -101,4 +106,5 @@ def print_result(folder: RunFolder, record: dict[str, Any]) -> None:
 
 def shown(metrics: Mapping[str, float]) -> str:
     """Return the validation metrics that people look at first."""
-    return ", ".join(f"{name} {metrics[name]:.4f}" for name in ("val/accuracy", MONITOR, "val/loss") if name in metrics)
+    names = next((each for each in SHOWN.values() if f"val/{each[0]}" in metrics), ())
+    return ", ".join(f"val/{name} {metrics[f'val/{name}']:.4f}" for name in names if f"val/{name}" in metrics)

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.data.pairs import is_pair
 from lightning_lora.errors import UserError
-from lightning_lora.export.weights import weights_labels
+from lightning_lora.export.weights import trained_for
 from lightning_lora.files import check_writable
 from lightning_lora.inference.input_rows import (
     InputRows,
@@ -46,8 +46,8 @@ def run(words: list[str]) -> int:
     check_options(config, output)
     rows = gather_rows(config)
     path = RunFolder.open(Path(config.run)).checkpoint(config.checkpoint)
-    labels = weights_labels(path)
-    new = new_columns(labels)
+    labels = trained_for(path)
+    new = new_columns(labels["label_names"], labels["task"])
     ending = output.suffix.lower() if output else f".{config.format}"
     columns: dict[str, Any] = {"text": rows.texts, **dict.fromkeys(new.names)}
     if is_pair(config.data.truncation):

@@ -13,7 +13,7 @@ import numpy as np
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.data.cache import default_cache_dir
 from lightning_lora.data.pairs import Text
-from lightning_lora.data.prepare import SourceOptions, prepare
+from lightning_lora.data.prepare import Prepared, SourceOptions, prepare
 from lightning_lora.errors import UserError
 from lightning_lora.runs.folder import RunFolder
 
@@ -32,6 +32,9 @@ def run(words: list[str]) -> int:
     options = parser.parse_args(words)
     folder = RunFolder.open(Path(options.run))
     rows = read_predictions(folder, options.split)
+    numbers = isinstance(rows[0]["label"], float)
+    if numbers and options.only != "all":
+        raise UserError(f"--only: a predicted number is neither hit nor miss; leave '{options.only}' out")
     hit = np.array([row["label"] == row["prediction"] for row in rows])
     pool = np.flatnonzero({"all": hit | ~hit, "hits": hit, "misses": ~hit}[options.only])
     if options.n < 1:
@@ -41,6 +44,11 @@ def run(words: list[str]) -> int:
     chosen = np.sort(np.random.default_rng(options.seed).permutation(pool)[: options.n])
     shown = [rows[i] for i in chosen]
     print_rows(shown, texts_of(folder, options.split, shown), options.chars)
+    if numbers:
+        errors = np.array([abs(row["label"] - row["prediction"]) for row in rows])
+        said = f"mean absolute error {errors[chosen].mean():.4f} on these {len(chosen)}"
+        print(f"{said}; {errors.mean():.4f} on all {len(hit):,} {options.split} rows")
+        return 0
     if options.only == "all":
         print(f"{hit[chosen].sum()} of these {len(chosen)} are right ({hit[chosen].mean():.1%})", end="; ")
     print(f"of all {len(hit):,} {options.split} rows {hit.sum():,} are right ({hit.mean():.2%})")
@@ -48,7 +56,7 @@ def run(words: list[str]) -> int:
 
 
 def read_predictions(folder: RunFolder, split: str) -> list[dict[str, Any]]:
-    """Return label, prediction, probability, origin, row and key of each test or validation row.
+    """Return label, prediction, probability (of single labels), origin, row and key of each test or validation row.
 
     Of the validation rows what the best checkpoint predicted where ``validate`` was run, else fit's last pass.
 
@@ -64,7 +72,8 @@ def read_predictions(folder: RunFolder, split: str) -> list[dict[str, Any]]:
     if not file.is_file():
         raise UserError(f"--split: {file} is not there; run first: python main.py {command} --run {folder.path}")
     try:
-        return pq.read_table(file, columns=_COLUMNS).to_pylist()
+        with pq.ParquetFile(file) as table:
+            return table.read([name for name in _COLUMNS if name in table.schema_arrow.names]).to_pylist()
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from error
 
@@ -85,13 +94,22 @@ def texts_of(folder: RunFolder, split: str, shown: Sequence[dict[str, Any]]) -> 
     for row in shown:
         found = places.get((row["origin"], row["row"]))
         same = found is not None and rows.keys[found] == row["key"]
-        if found is None or not same or prepared.label_names[rows.labels[found]] != row["label"]:
+        if found is None or not same or _truth(prepared, rows.labels[found]) != row["label"]:
             raise UserError(
                 f"{row['origin']}, row {row['row']}: not the row that was evaluated; the source has changed since, or "
                 "it was evaluated with other data settings than the run's"
             )
         texts.append(rows.texts[found])
     return texts
+
+
+def _truth(prepared: Prepared, label: Any) -> Any:
+    """The label of a row, as files of predictions have it."""
+    if prepared.task == "regression":
+        return float(np.float32(label))
+    if prepared.task == "single_label":
+        return prepared.label_names[label]
+    return [name for name, has in zip(prepared.label_names, label, strict=True) if has]
 
 
 def print_rows(shown: Sequence[dict[str, Any]], texts: Sequence[Text], chars: int) -> None:
@@ -105,8 +123,18 @@ def print_rows(shown: Sequence[dict[str, Any]], texts: Sequence[Text], chars: in
         table.add_column(heading, no_wrap=True, justify="right" if heading == "probability" else "left")
     table.add_column("text", ratio=1, overflow="fold")
     for row, text in zip(shown, texts, strict=True):
-        mark = Text("✓ hit", "green") if row["label"] == row["prediction"] else Text("✗ miss", "bold red")
+        truth, predicted = (_words(row[name]) for name in ("label", "prediction"))
+        mark = Text("✓ hit", "green") if truth == predicted else Text("✗ miss", "bold red")
+        mark = Text("") if isinstance(row["label"], float) else mark
+        probability = f"{row['probability']:.3f}" if "probability" in row else ""
         lines = [" ".join(side.split()) for side in ([text] if isinstance(text, str) else text)]
         cut = "\n".join(line if len(line) <= chars else f"{line[:chars]} ..." for line in lines)
-        table.add_row(mark, Text(row["label"]), Text(row["prediction"]), f"{row['probability']:.3f}", Text(cut))
+        table.add_row(mark, Text(truth), Text(predicted), probability, Text(cut))
     Console().print(table)
+
+
+def _words(value: Any) -> str:
+    """A label, several or a number as a cell."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(value) if isinstance(value, list) else str(value)

@@ -194,7 +194,7 @@ class ConfiguredRun:
         saves = bool(folder and fits and config["enable_checkpointing"] is not False and not config["fast_dev_run"])
         config["enable_checkpointing"] = saves
         if folder and fits:
-            check_monitors(given, self.model.label_names, config["limit_val_batches"] != 0)
+            check_monitors(given, self.model.label_names, config["limit_val_batches"] != 0, self.model.task)
             place_checkpoints(given, folder)
             # After those of the config, one of which may search for the learning rate.
             given.append(LambdaCallback(on_fit_start=lambda *_: self._begin()))
@@ -204,7 +204,10 @@ class ConfiguredRun:
             if fits and not any(isinstance(c, LearningRateMonitor) for c in given):
                 callbacks.append(LearningRateMonitor(logging_interval="step"))
         if folder and saves:
-            callbacks += [best_checkpoint(folder), StateSaver(ResumePoints(folder.checkpoints), self.stop_request)]
+            callbacks += [
+                best_checkpoint(folder, self.model.task),
+                StateSaver(ResumePoints(folder.checkpoints), self.stop_request),
+            ]
         config["callbacks"] = [*callbacks, *given]
         config["strategy"] = data_parallel(config["strategy"]) if self.count_devices() > 1 else "auto"
         config["plugins"] = [AtomicCheckpointIO(), *as_list(config["plugins"])]

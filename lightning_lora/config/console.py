@@ -7,6 +7,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
+from lightning_lora.evaluation.metric_table import SHOWN
+
 #: Messages of libraries about themselves, each expected here; everything else is still shown.
 _EXPECTED = (
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
@@ -19,6 +21,8 @@ _EXPECTED = (
     r".*The number of training batches .* is smaller than the logging interval.*",
     r".*could not find the monitored key in the returned metrics.*",  # no validation pass yet: fit says so at its end
     r".*Please add the following callbacks: \['Timer'\]",  # the time limit of a trial, which is none of the run's
+    r".*will save all (targets and predictions|data points) in.* buffer.*",  # as the project itself does
+    r".*(No positive samples found|Average precision score for one or more).*",  # data says of which labels
     r".*AMP with fp16 is not supported on CPU.*",  # refused in a line of its own
 )
 
@@ -41,6 +45,9 @@ class Progress(RichProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the metrics beside the bar, by short names, which a narrow terminal has room for."""
-        short = {"train/loss_step": "loss", "val/accuracy": "val", "test/accuracy": "test"}
+        short = {
+            "train/loss_step": "loss",
+            **{f"{s}/{names[0]}": s for s in ("val", "test") for names in SHOWN.values()},
+        }
         metrics = super().get_metrics(trainer, pl_module)
         return {short.get(name, name): value for name, value in metrics.items() if name != "v_num"}

@@ -10,7 +10,7 @@ from lightning_lora.config.argument_parser import did_you_mean, unknown_options
 from lightning_lora.training.refused import CALLBACKS
 
 #: Settings that take the value of another one.
-LINKED = ("data.base_model", "model.seed", "data.seed", "model.label_names")
+LINKED = ("data.base_model", "model.seed", "data.seed", "model.label_names", "model.task")
 _CLASSES = (*callbacks.__all__, *loggers.__all__, *profilers.__all__)
 _NOT_ACCEPTED = re.compile(r"(?:Group '([^']*)' does not accept o|O)ption '([^']*)'")
 _IN_CLASS = re.compile(r"given class_path '[^']*?(\w+)':\s*(.*?)(?=\n\s*- |\n\s*Given value type|\Z)", re.DOTALL)

@@ -84,7 +84,8 @@ def make_parser(command: str) -> SettingsParser:
     parser.link_arguments("model.base_model", "data.base_model")
     parser.link_arguments("seed_everything", "model.seed")
     parser.link_arguments("seed_everything", "data.seed")
-    parser.link_arguments("data.label_names", "model.label_names", apply_on="instantiate")
+    for name in ("label_names", "task"):
+        parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
     return parser
 
 
@@ -262,7 +263,7 @@ def resolved(config: Namespace) -> Namespace:
         given = (config.get("data.text_column"), config.get("data.label_column"))
         texts, label = columns_of(SourceOptions(source, *given))
         config["data.text_column"] = given[0] or (texts if len(texts) > 1 else texts[0])
-        config["data.label_column"] = label
+        config["data.label_column"] = label if isinstance(label, str) else list(label)
         if "data.truncation" in config:
             config["data.truncation"] = choose_truncation(config["data.truncation"], texts)
     if "data.eval_batch_size" in config:

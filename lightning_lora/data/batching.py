@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,9 @@ class TextBatch(dict[str, Any]):
 class TokenDataset(Dataset):
     """Rows of one split as the model sees them; a batch is asked for whole, by its positions.
 
-    A batch is a dict: ``input_ids`` and ``attention_mask`` (int64, (B, T)), ``labels`` (int64, (B,), absent
-    when unknown), ``rows`` (int64, (B,), position in the split), ``num_tokens`` (int, without padding),
+    A batch is a dict: ``input_ids`` and ``attention_mask`` (int64, (B, T)), ``labels`` (absent when unknown; int64
+    (B,), float32 (B, C) with 0 or 1 for each of several labels, float32 (B,) of numbers), ``rows`` (int64, (B,),
+    position in the split), ``num_tokens`` (int, without padding),
     ``share`` and ``part_share`` (float, see ``StepPart``). Where long texts are split, ``input_ids`` and
     ``attention_mask`` hold W windows instead of B texts, and ``documents`` (int64, (W,)) says to which of the B rows
     each belongs. Where ``packing`` is set, ``packed`` (int64, flat) and its ``shape`` (a ``PackedShape``), and whether
@@ -86,15 +87,29 @@ class TokenDataset(Dataset):
         """Pack batches from now on, in at most so many sizes, chosen for batches of rows like the given ones."""
         windows = -(-self.lengths // self.frame.max_length) if self.frame.keep == "windows" else None
         several = [np.asarray(batch) for batch in batches]
-        self.packing = Packing.of(
-            self.lengths, several, windows, self.longest, self.frame.pad_id, most, bool(self.frame.types)
-        )
+        types = bool(self.frame.types)
+        made = Packing.of(self.lengths, several, windows, self.longest, self.frame.pad_id, most, types)
+        self.packing = replace(made, **self._label_layout)
 
     def pack_evaluation(self, room: int, texts: int) -> None:
         """Pack batches from now on, of at most so many tokens and texts, in shapes that do not depend on the texts."""
         windows = self.frame.keep == "windows"
         most, types = self.frame.max_length, bool(self.frame.types)
-        self.packing = Packing.of_evaluation(room, texts, most, self.frame.pad_id, windows, types)
+        made = Packing.of_evaluation(room, texts, most, self.frame.pad_id, windows, types)
+        self.packing = replace(made, **self._label_layout)
+
+    @property
+    def _label_layout(self) -> dict[str, Any]:
+        several = self.labels is not None and self.labels.ndim == 2
+        return {"label_width": self.labels.shape[1] if several and self.labels is not None else 0} | (
+            {"numbers": True} if self.label_type is np.float32 else {}
+        )
+
+    @property
+    def label_type(self) -> type[np.generic]:
+        """The number format of a batch's labels."""
+        several = self.labels is not None and (self.labels.ndim == 2 or self.labels.dtype.kind == "f")
+        return np.float32 if several else np.int64
 
     @property
     def longest(self) -> int:
@@ -127,7 +142,7 @@ class TokenDataset(Dataset):
         types = [self.frame.token_types(ids) for ids in whole] if self.frame.types else []
         inputs = list(itertools.chain.from_iterable(documents))
         owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in documents])
-        labels = None if self.labels is None else self.labels[rows].astype(np.int64, copy=False)
+        labels = None if self.labels is None else self.labels[rows].astype(self.label_type, copy=False)
         batch = TextBatch(
             rows=torch.as_tensor(np.asarray(rows, dtype=np.int64)),
             num_tokens=sum(map(len, inputs)),

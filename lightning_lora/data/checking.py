@@ -35,9 +35,10 @@ def incomplete_rows(table: Table, text_columns: Sequence[str], label_column: str
     for i, cell in enumerate(table.columns[label_column]):
         if cell is None or not str(cell).strip() or (isinstance(cell, float) and math.isnan(cell)):
             found.setdefault(i, f"{table.where(i, label_column)}: the label is missing")
-        elif not isinstance(cell, str | int | float):
+        elif not isinstance(cell, str | int | float | list):
             raise UserError(
-                f"{table.where(i, label_column)}: a label is a word or a number, got {type(cell).__name__} {cell!r:.40}"
+                f"{table.where(i, label_column)}: a label is a word, a number or a list of them, got "
+                f"{type(cell).__name__} {cell!r:.40}"
             )
     return found
 

@@ -20,6 +20,7 @@ from lightning_lora.data.prepare import Prepared, SourceOptions, columns_of, pre
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.tokens import InputFormat, base_tokenizer, cached_tokens
 from lightning_lora.errors import UserError, check_range
+from lightning_lora.tasks import Task
 
 #: A label or a name as YAML reads it; null is then refused with its remedy.
 Word = str | int | float | bool | None
@@ -35,7 +36,11 @@ class TextDataModule(LightningDataModule):
         base_model: The base model whose tokenizer is used; linked to ``model.base_model``.
         text_column: The column with the text ("text" unless the data set is known). Two are a pair of texts, such as
             [premise, hypothesis]; several that ``truncation`` does not make a pair are joined by a space.
-        label_column: The column with the label ("label" unless the data set is known).
+        label_column: The column with the label ("label" unless the data set is known): of a list, a text may have
+            any number of labels. Several columns hold 0 or 1 for a label each, which is called like its column.
+        label_separator: What stands between the labels of a text where it may have several, such as ";".
+        task: What is predicted: a "single_label" of each text, "multi_label" (any number of labels), or a number
+            ("regression"); "auto" is one of the first two, by the column of the label.
         label_names: What the labels mean, by default themselves: ``{1: World, 2: Sports, ...}`` names each (several
             may mean one class); a list names the classes of a source that declares them, or the numbers of one that
             does not, in ascending order; a list of the labels themselves sets their order.
@@ -72,7 +77,9 @@ class TextDataModule(LightningDataModule):
         source: str | dict[str, str],
         base_model: str,
         text_column: str | list[str] | None = None,
-        label_column: str | None = None,
+        label_column: str | list[str] | None = None,
+        label_separator: str | None = None,
+        task: Task | Literal["auto"] = "auto",
         label_names: list[Word] | dict[Word, Word] | None = None,
         max_length: int = 512,
         truncation: Truncation | None = None,
@@ -97,12 +104,16 @@ class TextDataModule(LightningDataModule):
         check_range("data.max_length", max_length, 1, None)
         check_range("data.batch_size", batch_size, 1, None)
         check_range("data.eval_batch_size", eval_batch_size, 1, None)
+        if label_separator is not None and (not label_separator or isinstance(label_column, list)):
+            raise UserError("data.label_separator: a text such as ';' is needed, for one label column")
         check_range("data.augmentation.delete", augmentation.delete, 0, 1)
         check_range("data.augmentation.swap", augmentation.swap, 0, 1)
         self.options = SourceOptions(
             source=source,
             text_column=text_column,
             label_column=label_column,
+            label_separator=label_separator,
+            task=task,
             label_names=label_names,
             truncation=truncation,
             encoding=encoding,
@@ -150,6 +161,17 @@ class TextDataModule(LightningDataModule):
     def label_names(self) -> list[str]:
         """Names of the classes in the order of their numbers; reading them reads the data."""
         return self.prepared.label_names
+
+    @property
+    def task(self) -> Task:
+        """What is predicted; asking for it reads the data."""
+        return self.prepared.task
+
+    @property
+    def target_moments(self) -> tuple[float, float]:
+        """Mean and standard deviation of the numbers of the training rows."""
+        labels = self.rows("train").labels
+        return float(labels.mean()), float(labels.std())
 
     @property
     def class_counts(self) -> list[int]:

@@ -4,7 +4,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ FEW_VALUES = 10
 MANY_NUMBERS = 20
 _WHOLE_NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.0+)?", re.ASCII)
 _QUOTE = "YAML reads yes, no, on, off, null, 007, 1:30 and 1.10 without quotes as something else: put each in quotes"
+_MEASURE = "set data.task=regression to predict it, or another data.label_column"
 _REMEDY = """name every label, as in data.label_names='{"1": World, "2": Sports}' (several may have the same name)"""
 
 
@@ -46,8 +47,8 @@ class Labels:
     """The classes, and the class of every row.
 
     Args:
-        names: The classes in the order of their numbers.
-        encoded: By split, the class numbers of each table's rows.
+        names: The classes in the order of their numbers; of regression the column.
+        encoded: By split, of each table's rows the class number (N,), 0 or 1 for each label (N, C), or the number (N,).
         values: What the data says for each class, by its name.
         warnings: What a reader should know of how they were found.
     """
@@ -129,11 +130,82 @@ def encode_labels(
     return Labels(classes, encoded, values, warnings)
 
 
-def number_of(word: str) -> float | None:
-    """The number that a word is, or None."""
+def encode_label_sets(
+    splits: dict[str, list[Table]],
+    column: str,
+    names: Sequence[Any] | Mapping[Any, Any] | None,
+    train_rows: int,
+) -> Labels:
+    """The labels, and which of them every row of every table has.
+
+    Args:
+        splits: The tables by split; each cell of the column is a list of labels.
+        column: The column with the labels.
+        names: The user's, as for ``encode_labels``, which reads each label.
+        train_rows: How many the train split has.
+
+    Raises:
+        UserError: As ``encode_labels``; or some cells are lists, and others are not.
+    """
+    single: dict[str, list[Table]] = {}
+    for split, tables in splits.items():
+        single[split] = []
+        for table in tables:
+            at = []
+            for i, cell in enumerate(table.columns[column]):
+                for label in cell if isinstance(cell, list) else [cell]:
+                    if not isinstance(cell, list) or not isinstance(label, str | int | float) or label == "":
+                        raise UserError(f"{table.where(i, column)}: a list of labels is needed, got {cell!r:.60}")
+                    at.append((i, label))
+            each = table.select([i for i, _ in at])
+            single[split].append(replace(each, columns={column: [label for _, label in at]}))
+    if len({label for table in single["train"] for label in table.columns[column]}) < 2:
+        raise UserError(f"{splits['train'][0].origin}: column '{column}' holds fewer than two labels in train")
+    labels = encode_labels(single, column, names, train_rows=train_rows)
+    sets: dict[str, list[np.ndarray]] = {}
+    for split, tables in splits.items():
+        sets[split] = []
+        for table, codes in zip(tables, labels.encoded[split], strict=True):
+            found = np.zeros((len(table), len(labels.names)), np.uint8)
+            found[np.repeat(np.arange(len(table)), [len(cell) for cell in table.columns[column]]), codes] = 1
+            sets[split].append(found)
+    return replace(labels, encoded=sets)
+
+
+def encode_numbers(splits: dict[str, list[Table]], column: str, names: Any) -> Labels:
+    """The numbers of every row of every table, float64.
+
+    Args:
+        splits: The tables by split.
+        column: The column with the number.
+        names: The user's names of labels, which must be none.
+
+    Raises:
+        UserError: There are names, a cell is no number, or all of train are the same.
+    """
+    if names is not None:
+        raise UserError("data.label_names: numbers (data.task=regression) have no names; leave it out")
+    encoded: dict[str, list[np.ndarray]] = {split: [] for split in splits}
+    for split, tables in splits.items():
+        for table in tables:
+            numbers = [None if isinstance(cell, bool) else number_of(cell) for cell in table.columns[column]]
+            if None in numbers:
+                at = numbers.index(None)
+                cell = table.columns[column][at]
+                raise UserError(
+                    f"{table.where(at, column)}: a number is needed (data.task=regression), got {cell!r:.40}"
+                )
+            encoded[split].append(np.array(numbers, np.float64))
+    if len(np.unique(np.concatenate(encoded["train"]))) < 2:
+        raise UserError(f"{splits['train'][0].origin}: column '{column}' has the same number in every row of train")
+    return Labels([column], encoded, {column: []}, [])
+
+
+def number_of(word: Any) -> float | None:
+    """The number that a word or a cell is, or None."""
     try:
         number = float(word)
-    except ValueError:
+    except (ValueError, TypeError):
         return None
     return number if math.isfinite(number) else None
 
@@ -245,14 +317,15 @@ def _check_categorical(places: Mapping[str, str], rows: int, column: str) -> lis
         span = numbers[-1] - numbers[0] + 1
         sparse = span > len(words) > FEW_VALUES and rows < 10 * len(words)
         if sparse or not all(map(float.is_integer, numbers)):
-            raise UserError(f"{many}: a measure, not classes; set data.label_column, or {_REMEDY}")
+            raise UserError(f"{many}: a measure, not classes; {_MEASURE}, or {_REMEDY}")
         # Ids without a gap from 0 or 1 are classes; up to 100 they could be percent.
         ids = numbers[0] in (0, 1) and span == len(words) and numbers[-1] != 100
         if len(words) > MANY_NUMBERS and not ids:
-            warnings.append(f"{many}, and each is a class; if it is a measure, set data.label_column")
+            warnings.append(f"{many}, and each is a class; if it is a measure, {_MEASURE}")
     if len(words) > FEW_VALUES and 2 * len(words) > rows:
         many = f"{column} holds {len(words):,} different values in {rows:,} rows ({few(words)})"
-        raise UserError(f"{many}: no classes; set data.label_column, or {_REMEDY}")
+        remedy = _MEASURE if numbers else "set data.label_column"
+        raise UserError(f"{many}: no classes; {remedy}, or {_REMEDY}")
     alike: dict[Any, str] = {}
     for word, place in places.items():
         plain = number_of(word) if numbers else unicodedata.normalize("NFKC", word).casefold()

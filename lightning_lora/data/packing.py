@@ -35,6 +35,8 @@ class PackedShape:
         pad_id: The token of what belongs to no text.
         windows: Whether several inputs may belong to one text.
         token_types: Whether each token has a type.
+        label_width: C, where a text may have several labels, else 0.
+        numbers: Whether labels are float32.
     """
 
     tokens: int
@@ -44,6 +46,8 @@ class PackedShape:
     pad_id: int
     windows: bool
     token_types: bool = False
+    label_width: int = 0
+    numbers: bool = False
 
     @property
     def offsets(self) -> int:
@@ -53,8 +57,8 @@ class PackedShape:
     @property
     def parts(self) -> list[int]:
         """Lengths of the flat tensor's parts: tokens, positions, types, offsets, documents, labels, count and scale."""
-        types = self.tokens * self.token_types
-        return [self.tokens, self.tokens, types, self.offsets, self.inputs, self.texts, 1, 1]
+        types, labels = self.tokens * self.token_types, self.texts * max(1, self.label_width)
+        return [self.tokens, self.tokens, types, self.offsets, self.inputs, labels, 1, 1]
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class PackedViews:
         offsets: Where each text or window begins and the last one ends, from W + 2 on: texts that are not there have no
             token, and behind them comes what is left of the row, cut into texts of no more than ``longest`` tokens.
         documents: The text that each window belongs to, (W,); B for one that is not there.
-        labels: (B,).
+        labels: (B,), of several labels (B, C).
         count: Texts that are there, ().
         scale: What the mean loss of the texts is multiplied by, float64, ().
     """
@@ -86,6 +90,9 @@ class PackedViews:
 def unpack(flat: Tensor, shape: PackedShape) -> PackedViews:
     """View the parts of a flat tensor that ``Packing.pack`` made."""
     ids, positions, types, offsets, documents, labels, count, scale = flat.split(shape.parts)
+    if shape.numbers:
+        labels = labels.view(torch.float64).float()
+    labels = labels.view(-1, shape.label_width) if shape.label_width else labels
     rows = ids[None], positions[None], types[None] if shape.token_types else None
     return PackedViews(*rows, offsets, documents, labels, count[0], scale.view(torch.float64)[0])
 
@@ -102,6 +109,8 @@ class Packing:
         pad_id: The token of what belongs to no text.
         windows: Whether several inputs may belong to one text.
         token_types: Whether each token has a type.
+        label_width: C, where a text may have several labels, else 0.
+        numbers: Whether labels are float32.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -111,6 +120,8 @@ class Packing:
     pad_id: int
     windows: bool
     token_types: bool = False
+    label_width: int = 0
+    numbers: bool = False
 
     @classmethod
     def of(
@@ -179,10 +190,14 @@ class Packing:
             return self._static(*fits[0])
         size = -(-tokens // SIZE_STEP) * SIZE_STEP
         room = max(inputs, self.inputs), max(texts, self.texts)
-        return PackedShape(size, *room, max(longest, self.longest), self.pad_id, self.windows, self.token_types)
+        return self._shape(size, *room, max(longest, self.longest))
 
     def _static(self, size: int, longest: int) -> PackedShape:
-        return PackedShape(size, self.inputs, self.texts, longest, self.pad_id, self.windows, self.token_types)
+        return self._shape(size, self.inputs, self.texts, longest)
+
+    def _shape(self, size: int, inputs: int, texts: int, longest: int) -> PackedShape:
+        layout = self.windows, self.token_types, self.label_width, self.numbers
+        return PackedShape(size, inputs, texts, longest, self.pad_id, *layout)
 
     def static_shapes(self) -> list[PackedShape]:
         """The shapes that batches share, largest first: a smaller one finds its memory in that of a larger one."""
@@ -207,7 +222,7 @@ class Packing:
         Args:
             inputs: Token ids of each text or window.
             documents: The text, from 0, that each belongs to.
-            labels: Class numbers of the texts, if they are known.
+            labels: Of the texts, if they are known.
             count: Texts.
             scale: What the mean loss is multiplied by.
             types: Token types of each text, where tokens have any.
@@ -230,7 +245,8 @@ class Packing:
         offsets[len(inputs) + 1 : shape.inputs] = total
         owners[: len(inputs)] = documents
         if labels is not None:
-            classes[:count] = labels
+            values = labels.astype(np.float64).view(np.int64) if self.numbers else labels
+            classes[: labels.size] = values.ravel()
         number[0], factor[:] = count, np.array([scale]).view(np.int64)
         return torch.from_numpy(flat), shape
 

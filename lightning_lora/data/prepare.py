@@ -9,21 +9,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from lightning_lora.data.labels import encode_labels, few
+from lightning_lora.data.labels import encode_label_sets, encode_labels, encode_numbers, few
 from lightning_lora.data.pairs import Truncation, choose_truncation, is_pair
+from lightning_lora.data.reading import Table
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.sources import SPLITS, row_sources
 from lightning_lora.data.specs import find_spec
-from lightning_lora.data.splits import carve, contradictions, count_of, position_type, stratified_sample
-from lightning_lora.data.stored import RowRules, stored_rows
+from lightning_lora.data.splits import (
+    carve,
+    classes_of,
+    contradictions,
+    count_of,
+    position_type,
+    strata,
+    stratified_sample,
+)
+from lightning_lora.data.stored import RowRules, label_name, stored_rows
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_path
+from lightning_lora.tasks import Task
 
 DEFAULT_TEST_SIZE = 0.2
 DEFAULT_VAL_SIZE = 0.1
@@ -35,7 +45,9 @@ class SourceOptions:
 
     source: str | Mapping[str, str]
     text_column: str | Sequence[str] | None = None
-    label_column: str | None = None
+    label_column: str | Sequence[str] | None = None
+    label_separator: str | None = None
+    task: str = "auto"
     label_names: Sequence[Any] | Mapping[Any, Any] | None = None
     truncation: Truncation | None = None
     encoding: str | None = None
@@ -51,6 +63,7 @@ class SourceOptions:
 class Prepared:
     """The splits and what was done to get them."""
 
+    task: Task
     label_names: list[str]
     label_values: dict[str, list[str]]
     splits: dict[str, Rows]
@@ -79,7 +92,7 @@ class Prepared:
         splits = {
             split: {
                 "rows": len(rows),
-                "rows_by_class": dict(zip(self.label_names, self.class_counts(split), strict=True)),
+                **self._describe_labels(split),
                 "from": self.origin[split],
                 "fingerprint": rows.fingerprint,
             }
@@ -87,9 +100,19 @@ class Prepared:
         }
         return {name: value for name, value in vars(self).items() if name != "origin"} | {"splits": splits}
 
+    def _describe_labels(self, split: str) -> dict[str, Any]:
+        if self.task != "regression":
+            return {"rows_by_class": dict(zip(self.label_names, self.class_counts(split), strict=True))}
+        labels = self.splits[split].labels
+        kinds = {"mean": labels.mean(), "sd": labels.std(), "min": labels.min(), "max": labels.max()}
+        return {"numbers": {name: float(value) for name, value in kinds.items()}}
+
     def class_counts(self, split: str) -> list[int]:
-        """Rows of each class in a split."""
-        return np.bincount(self.splits[split].labels, minlength=len(self.label_names)).tolist()
+        """Rows of each class or label in a split; not of regression."""
+        labels = self.splits[split].labels
+        if labels.ndim == 2:
+            return labels.sum(axis=0, dtype=np.int64).tolist()
+        return np.bincount(labels, minlength=len(self.label_names)).tolist()
 
 
 def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
@@ -109,34 +132,61 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
             f"data.truncation: {truncation} is of one text, so {' and '.join(text_columns)} are joined by a space; "
             "longest_first reads them as a pair"
         )
-    rules = RowRules(text_columns, label_column, options.bad_rows, spec.keep_rows if spec else {}, pair)
+    keep_rows = spec.keep_rows if spec else {}
+    rules = RowRules(text_columns, label_column, options.bad_rows, keep_rows, pair, options.label_separator)
     files = {}
     for split, parts in sources.items():
         with tqdm(desc=f"Reading {split}", disable=None, leave=False, delay=0.5) as bar:
             files[split] = [stored_rows(part, rules, cache_dir, bar.update) for part in parts]
     # Of each file its different label cells, and which of them each row has: -1 for a row that is left out.
-    cells = {split: [file.labels(label_column) for file in each] for split, each in files.items()}
+    column = label_name(label_column)
+    cells = {split: [file.labels(column) for file in each] for split, each in files.items()}
     usable = {split: sum(int((codes >= 0).sum()) for _, codes in each) for split, each in cells.items()}
     if empty := next((split for split, rows in usable.items() if not rows), None):
         raise UserError(f"{files[empty][0].origin}: the {empty} split has no usable row")
     tables = {split: [table for table, _ in each] for split, each in cells.items()}
     known = spec.label_names if spec else None
-    labels = encode_labels(tables, label_column, options.label_names, known, usable["train"])
+    task = _task_of(tables, column, options)
+    if task == "multi_label":
+        labels = encode_label_sets(tables, column, options.label_names, usable["train"])
+    elif task == "regression":
+        labels = encode_numbers(tables, column, options.label_names)
+    else:
+        labels = encode_labels(tables, column, options.label_names, known, usable["train"])
     splits = {}
     for split, each in files.items():
         coded = zip(labels.encoded[split], cells[split], strict=True)
-        of_rows = np.concatenate([np.append(classes, -1).astype(np.int32)[codes] for classes, (_, codes) in coded])
-        positions = np.flatnonzero(of_rows >= 0).astype(position_type(len(of_rows)))
-        splits[split] = Rows(each, positions, of_rows[positions])
+        there = np.concatenate([codes >= 0 for _, codes in cells[split]])
+        of_rows: np.ndarray = np.concatenate([np.asarray(found)[codes[codes >= 0]] for found, (_, codes) in coded])
+        positions = np.flatnonzero(there).astype(position_type(len(there)))
+        splits[split] = Rows(each, positions, of_rows.astype(np.int32) if task == "single_label" else of_rows)
     dropped = sum(len(codes) for each in cells.values() for _, codes in each) - sum(usable.values())
-    splits, origin, removed, more = divide(splits, options, labels.names)
+    splits, origin, removed, more = divide(splits, options, labels.names, task)
     warnings = [*warnings, *labels.warnings, *more]
     citation = spec.citation if spec else ""
-    return Prepared(labels.names, labels.values, splits, origin, removed, dropped, citation, warnings)
+    return Prepared(task, labels.names, labels.values, splits, origin, removed, dropped, citation, warnings)
 
 
-def columns_of(options: SourceOptions) -> tuple[list[str], str]:
-    """The names of the columns with the text, and of that with the label."""
+def _task_of(tables: Mapping[str, Sequence[Table]], column: str, options: SourceOptions) -> Task:
+    """What is predicted: typed, or any number of labels where cells are lists; numbers only where typed.
+
+    Raises:
+        UserError: The cells are of another kind than was typed.
+    """
+    several = any(
+        isinstance(cell, list) for each in tables.values() for table in each for cell in table.columns[column]
+    )
+    if options.task == "auto":
+        return "multi_label" if several else "single_label"
+    if several != (options.task == "multi_label"):
+        found = "holds lists of labels" if several else "holds no lists of labels"
+        remedy = "multi_label" if several else "single_label, or name data.label_separator or several label columns"
+        raise UserError(f"data.task: {options.task}, but column '{column}' {found}; set data.task={remedy}")
+    return cast(Task, options.task)
+
+
+def columns_of(options: SourceOptions) -> tuple[list[str], str | Sequence[str]]:
+    """The names of the columns with the text, and of that or those with the label."""
     spec = find_spec(options.source)
     text_column = options.text_column or (spec.text_column if spec else "text")
     label_column = options.label_column or (spec.label_column if spec else "label")
@@ -144,7 +194,7 @@ def columns_of(options: SourceOptions) -> tuple[list[str], str]:
 
 
 def divide(
-    read: Mapping[str, Rows], options: SourceOptions, label_names: Sequence[str]
+    read: Mapping[str, Rows], options: SourceOptions, label_names: Sequence[str], task: Task = "single_label"
 ) -> tuple[dict[str, Rows], dict[str, str], dict[str, int], list[str]]:
     """The three splits of the rows read; where each is from, how many duplicates were removed, and warnings."""
     splits, warnings, removed = dict(read), list[str](), Counter[str]()
@@ -176,15 +226,18 @@ def divide(
             where = f"{train.origins[odd[0]]}, {train.numbers[odd[0]]}"
             warnings.append(f"{len(odd)} rows have a text that stood before with another label (the first: {where})")
         spare = int(split == "test" and "val" not in splits)
-        stay, taken = carve(train.labels, train.keys, size, options.split_seed, split, default, spare, train.origins[0])
+        stay, taken = carve(
+            strata(train.labels), train.keys, size, options.split_seed, split, default, spare, train.origins[0]
+        )
         removed[f"train_in_{split}"] = len(train) - len(stay) - len(taken)
         splits["train"], splits[split] = train.select(stay), train.select(taken)
         origin[split] = f"{len(taken):,} of {len(train):,} rows of train, stratified, seed {options.split_seed}"
-    classes = np.unique(splits["train"].labels)
-    if len(classes) < 2:
+    classes = classes_of(strata(splits["train"].labels))
+    if len(classes) < 2 and task != "regression":
+        only = f"are of the class '{label_names[classes[0]]}'" if len(classes) else "are without a label"
         raise UserError(
-            f"data.source: without the rows that are also in val or test, all rows of train are of the class "
-            f"'{label_names[classes[0]]}'; give other rows for one of them"
+            f"data.source: without the rows that are also in val or test, all rows of train {only}; give other rows "
+            "for one of them"
         )
 
     origin["train"] += " without the rows taken from it" if len(read["train"]) > len(splits["train"]) else ""
@@ -192,13 +245,15 @@ def divide(
         if size is not None:
             rows = splits[split]
             number = count_of(size, len(rows), f"data.{split}_rows")
-            if number < least:
+            if number < least and task == "single_label":
                 raise UserError(f"data.train_rows: {number} rows for {least} classes; take {least} or more")
-            chosen = stratified_sample(rows.labels, number, options.split_seed, f"subsample/{split}", min(least, 1))
+            chosen = stratified_sample(
+                strata(rows.labels), number, options.split_seed, f"subsample/{split}", min(least, 1)
+            )
             splits[split] = rows.select(chosen)
             origin[split] += f"; a stratified sample of {number:,} of {len(rows):,}"
     for split, meaning in {"val": "measured there", "test": "measured there", "train": "learned"}.items():
-        present = set(splits[split].labels.tolist())
+        present = set(classes_of(splits[split].labels).tolist()) if task != "regression" else {0}
         if absent := [name for number, name in enumerate(label_names) if number not in present]:
             warnings.append(f"{split} has no row of {few(absent)}: cannot be {meaning}")
     return {split: splits[split] for split in SPLITS}, origin, removed, warnings

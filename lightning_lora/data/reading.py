@@ -262,7 +262,9 @@ def arrow_tables(origin: str, schema: Any, batches: Iterable[Any]) -> Iterator[T
         batches: The rows.
     """
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    declared = {name: each["names"] for name, each in features.items() if each.get("_type") == "ClassLabel"}
+    # Of a list of labels those of the labels in it.
+    inner = {n: each[0] if isinstance(each, list) else each.get("feature", each) for n, each in features.items()}
+    declared = {name: each["names"] for name, each in inner.items() if each.get("_type") == "ClassLabel"}
     row = 1
     for batch in batches:
         values = {name: cells(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}

@@ -20,7 +20,7 @@ SCHEMA = pa.schema(
     {
         "text": pa.string(),
         "text_pair": pa.string(),  # of a pair the second text, else null
-        "label": pa.string(),  # the cell, as JSON: 1, 1.0, true and "1" are four labels
+        "label": pa.string(),  # the cell, as JSON: 1, 1.0, true and "1" are four labels; a list of them where it is one
         "row": pa.int64(),  # 1-based, in the source
         "key": pa.binary(16),  # text_keys
         "digest": pa.binary(32),  # SHA-256 of the text, or of both with a NUL byte between
@@ -92,7 +92,7 @@ class Rows:
     Args:
         files: The files that they stand in, one after another.
         positions: Which of all rows of the files, ascending, shape (rows,).
-        labels: Class numbers, int32, shape (rows,).
+        labels: Class numbers, int32 (rows,); 0 or 1 by label, uint8 (rows, C); or numbers, float64 (rows,).
     """
 
     files: Sequence[RowFile]
@@ -159,7 +159,8 @@ class Rows:
         """A hash of texts and labels in their order."""
         digest = hashlib.sha256()
         for start in range(0, len(self), _LABELS_TOGETHER):
-            digest.update(self.labels[start : start + _LABELS_TOGETHER].astype("<i8").tobytes())
+            kind = "<f8" if self.labels.dtype.kind == "f" else "<i8"
+            digest.update(self.labels[start : start + _LABELS_TOGETHER].astype(kind).tobytes())
         for _, batch in self.batches("digest"):
             digest.update(b"".join(batch["digest"].to_pylist()))
         return digest.hexdigest()

@@ -34,13 +34,62 @@ def count_of(size: int | float, total: int, key: str, least: int = 2, most: int 
     return rows
 
 
+def strata(labels: np.ndarray) -> np.ndarray:
+    """What a split is stratified by: classes (N,), the labels of each row (N, C), or of numbers their tenth (N,)."""
+    if labels.dtype.kind != "f":
+        return labels
+    return np.digitize(labels, np.unique(np.quantile(labels, np.arange(1, 10) / 10)))
+
+
+def classes_of(labels: np.ndarray) -> np.ndarray:
+    """The classes or labels that some row has, ascending."""
+    return np.unique(labels) if labels.ndim == 1 else np.flatnonzero(labels.any(axis=0))
+
+
+def iterative_sample(labels: np.ndarray, size: int, rng: np.random.Generator, leave: int = 0) -> np.ndarray:
+    """Positions of ``size`` rows, with each label in its share of the whole, of rows that have several.
+
+    Sechidis et al. 2011, On the Stratification of Multi-Label Data: rows of the rarest label that is left first, each
+    to where that label lacks most.
+
+    Args:
+        labels: 0 or 1, (N, C).
+        size: Rows to take.
+        rng: Says which.
+        leave: Rows of each label that are not taken, where it has so many.
+    """
+    counts = labels.sum(axis=0, dtype=np.int64)
+    rest = np.maximum(counts * (1 - size / len(labels)), np.minimum(leave, counts))
+    lacking = np.stack([rest, counts - rest])  # of each label, (2, C), and of rows: in the rest, and taken
+    room = [len(labels) - size, size]
+    side = np.full(len(labels), -1)
+    rows_of = [rng.permutation(np.flatnonzero(labels[:, label])) for label in range(labels.shape[1])]
+    left = counts.copy()
+
+    def put(row: int, lacks: np.ndarray) -> None:
+        to = int((lacks[1], room[1] / size) > (lacks[0], room[0] / max(1, len(labels) - size)))
+        to = to if room[to] else 1 - to
+        side[row] = to
+        room[to] -= 1
+        lacking[to] -= labels[row]
+        left[:] -= labels[row]
+
+    while left.any():
+        label = int(np.where(left > 0, left, np.iinfo(np.int64).max).argmin())
+        for row in rows_of[label][side[rows_of[label]] < 0]:
+            put(int(row), lacking[:, label])
+    without = rng.permutation(np.flatnonzero(side < 0))
+    side[without[: room[1]]] = 1
+    return np.flatnonzero(side == 1)
+
+
 def stratified_sample(
     labels: np.ndarray, size: int, seed: int, stream: str, least: int = 0, leave: int = 0
 ) -> np.ndarray:
     """Sorted positions of ``size`` rows, each class in its share of the whole (largest remainders).
 
     Args:
-        labels: Class numbers, shape (rows,).
+        labels: Class numbers, shape (rows,); or 0 or 1 for each label, (rows, C).
         size: At most ``len(labels)``; from ``least`` to all but ``leave`` rows for each class.
         seed: Together with ``stream`` it fixes the choice, on every machine.
         stream: What the choice is for; other streams choose independently.
@@ -48,6 +97,8 @@ def stratified_sample(
         leave: Rows of each class that are not taken, where it has so many.
     """
     rng = np.random.Generator(np.random.PCG64(stream_seed(seed, stream)))
+    if labels.ndim == 2:
+        return iterative_sample(labels, size, rng, leave) if size else np.zeros(0, np.int64)
     classes, counts = np.unique(labels, return_counts=True)
     exact = counts * (size / len(labels))
     low, high = np.minimum(counts, least), np.maximum(counts - leave, 0)
@@ -80,7 +131,7 @@ def carve(
     rows would take nearly all texts away from the rest.
 
     Args:
-        labels: Class numbers, shape (rows,).
+        labels: Class numbers, shape (rows,); or 0 or 1 for each label, (rows, C).
         keys: ``text_keys`` of the rows.
         size: As in ``count_of``; None takes ``default``, or what comes nearest to it.
         seed: As in ``stratified_sample``.
@@ -92,7 +143,7 @@ def carve(
     every, (texts, firsts) = np.arange(len(labels)), _texts(keys)
     # A text that stands with several labels is no measure of any of them.
     single = np.sort(firsts[~np.isin(texts[firsts], texts[contradictions(labels, keys)])])
-    most = len(single) - len(np.unique(labels[single])) - spare
+    most = len(single) - len(classes_of(labels[single])) - spare
     if most < 1:
         raise UserError(
             f"{origin}: of {len(single)} different texts with one label none can be held out for {stream} and leave "
@@ -109,7 +160,7 @@ def carve(
     if len(labels) - len(firsts) <= MANY_REPEATS * len(labels):
         chosen = taken(every)
         stay = every[~np.isin(texts, texts[chosen])]
-        if len(np.unique(labels[stay])) == len(np.unique(labels)):
+        if len(classes_of(labels[stay])) == len(classes_of(labels)):
             return stay, chosen
     chosen = taken(single)
     return every[~np.isin(texts, texts[chosen])], chosen
@@ -118,7 +169,8 @@ def carve(
 def contradictions(labels: np.ndarray, keys: Sequence[bytes]) -> np.ndarray:
     """Positions of the rows whose text stood before with another label."""
     texts, firsts = _texts(keys)
-    return np.flatnonzero(labels != labels[firsts][texts])
+    other = labels != labels[firsts][texts]
+    return np.flatnonzero(other if other.ndim == 1 else other.any(axis=1))
 
 
 def _texts(keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:

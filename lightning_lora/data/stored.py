@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,9 @@ from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.fingerprint import code_fingerprint
 
+#: How a column says whether a row has its label; a missing cell says nothing.
+_FLAGS: dict[str, int | None] = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0}
+_FLAGS |= {"none": None, "nan": None, "": None}
 #: A cell as text; the same few occur again and again.
 _cell_text = lru_cache(maxsize=1024, typed=True)(json.dumps)
 
@@ -30,17 +33,23 @@ class RowRules:
 
     Args:
         text_columns: The columns that are joined to the text, or the two of a pair.
-        label_column: That of the label.
+        label_column: That of the label, or those of 0 and 1 that are a label each.
         bad_rows: What to do with rows without text or label: "error" or "drop".
         keep_rows: Only rows that hold these values are taken, as ``{column: value}``.
         pair: Whether the two columns are a pair of texts.
     """
 
     text_columns: list[str]
-    label_column: str
+    label_column: str | Sequence[str]
     bad_rows: str
     keep_rows: Mapping[str, str] = field(default_factory=dict)
     pair: bool = False
+    label_separator: str | None = None
+
+    @property
+    def label_columns(self) -> list[str]:
+        """The columns of the label."""
+        return [self.label_column] if isinstance(self.label_column, str) else list(self.label_column)
 
 
 def stored_rows(
@@ -56,7 +65,7 @@ def stored_rows(
     """
 
     def write(sink: Any) -> None:
-        tables = source.tables([*dict.fromkeys([*rules.text_columns, rules.label_column, *rules.keep_rows])])
+        tables = source.tables([*dict.fromkeys([*rules.text_columns, *rules.label_columns, *rules.keep_rows])])
         first = next(tables, Table(source.origin, {}, []))
         facts = json.dumps({"unit": first.unit, "class_names": first.class_names, "pair": rules.pair})
         with pa.ipc.new_file(sink, SCHEMA.with_metadata({"facts": facts})) as writer:
@@ -74,19 +83,59 @@ def stored_rows(
     return cached(cache_dir / "rows" / f"{key}.arrow", lambda path: write(str(path)), opened)[0]
 
 
+def with_labels(table: Table, rules: RowRules) -> tuple[Table, str]:
+    """The table with one column of labels, and its name: lists of them where several columns or a separator say so.
+
+    Raises:
+        UserError: A cell is neither 0 nor 1, or no text to be separated.
+    """
+    columns = rules.label_columns
+    column = label_name(rules.label_column)
+    if len(columns) > 1:
+        flags: list[list[int | None]] = []
+        for name in columns:
+            flags.append([_FLAGS.get(str(cell).strip().casefold(), -1) for cell in table.columns[name]])
+            if -1 in flags[-1]:
+                at = flags[-1].index(-1)
+                raise UserError(f"{table.where(at, name)}: 0 or 1 is needed, got {table.columns[name][at]!r:.40}")
+        cells: list[Any] = [
+            None if None in row else [name for name, has in zip(columns, row, strict=True) if has]
+            for row in zip(*flags, strict=True)
+        ]
+    elif rules.label_separator is not None:
+        cells = list(table.columns[column])
+        for i, cell in enumerate(cells):
+            if cell is not None and not isinstance(cell, str):
+                raise UserError(f"{table.where(i, column)}: data.label_separator is for texts, got {cell!r:.40}")
+        parts = [None if cell is None else cell.split(rules.label_separator) for cell in cells]
+        cells = [None if part is None else [word.strip() for word in part if word.strip()] for part in parts]
+    else:
+        return table, column
+    return replace(table, columns={**table.columns, column: cells}), column
+
+
+def label_name(column: str | Sequence[str]) -> str:
+    """What the column of the label is called, of several the first and the last."""
+    return column if isinstance(column, str) else f"{column[0]} to {column[-1]}"
+
+
 def _checked(table: Table, rules: RowRules) -> pa.Table:
     """The rows of a table as ``SCHEMA`` has them."""
     for name, value in rules.keep_rows.items():
         keep = [i for i, cell in enumerate(table.columns[name]) if cell == value]
         table = table.select(keep)
-    bad = incomplete_rows(table, rules.text_columns, rules.label_column, rules.pair)
+    table, column = with_labels(table, rules)
+    bad = incomplete_rows(table, rules.text_columns, column, rules.pair)
     if bad and rules.bad_rows == "error":
         more = f" (and {len(bad) - 1} more such rows up to {table.unit} {table.rows[-1]})" if len(bad) > 1 else ""
         raise UserError(f"{bad[min(bad)]}{more}; correct it, or leave such rows out with data.bad_rows=drop")
     rows = zip(*(table.columns[name] for name in rules.text_columns), strict=True)
     texts = [row_text(row, rules.pair) for row in rows]
     sides = [(text, None) if isinstance(text, str) else text for text in texts]
-    labels = [None if i in bad else _cell_text(cell) for i, cell in enumerate(table.columns[rules.label_column])]
+    labels = [
+        None if i in bad else json.dumps(cell) if isinstance(cell, list) else _cell_text(cell)
+        for i, cell in enumerate(table.columns[column])
+    ]
     digests = [hashlib.sha256("\0".join(filter(None, each)).encode()).digest() for each in sides]
     columns = {"text": [each[0] for each in sides], "text_pair": [each[1] for each in sides], "label": labels}
     columns |= {"row": table.rows, "key": text_keys(texts), "digest": digests}

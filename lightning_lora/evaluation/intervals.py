@@ -8,67 +8,69 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 
-from lightning_lora.evaluation.metric_table import CALIBRATION_BINS, METRICS, calibration_bins
+from lightning_lora.evaluation.metric_table import CALIBRATION_BINS, METRICS, calibration_bins, metrics_for
+from lightning_lora.evaluation.outputs import Outputs
+from lightning_lora.tasks import Task
 
 LEVEL = 0.95
 RESAMPLES = 1000
 _SEED = 0
 
 
-def row_values(logits: NDArray, labels: NDArray) -> dict[str, NDArray]:
-    """Return what each row adds to each metric that has an interval: (rows, K) from logits (rows, C) and labels."""
-    log_p = log_softmax(logits.astype(np.float64), axis=1)
-    return {name: spec.rows(log_p, labels) for name, spec in METRICS.items() if spec.rows is not None}
+def row_values(outputs: Outputs) -> dict[str, NDArray]:
+    """Return what each row adds to each metric that has an interval, (rows, K)."""
+    return {name: spec.rows(outputs) for name, spec in metrics_for(outputs.task).items() if spec.rows is not None}
 
 
-def metric_of(name: str, means: NDArray) -> NDArray:
+def metric_of(name: str, means: NDArray, task: Task = "single_label") -> NDArray:
     """Return a metric (...) from means (..., K) of its row values."""
     value = METRICS[name].value
-    return means[..., 0] if value is None else value(means)
+    return means[..., 0] if value is None else value(means, task)
 
 
-def metrics_of(logits: NDArray, labels: NDArray) -> dict[str, float]:
-    """Return the metrics of rows, as torchmetrics would, without torch."""
-    return {name: float(metric_of(name, rows.mean(axis=0))) for name, rows in row_values(logits, labels).items()}
+def metrics_of(outputs: Outputs) -> dict[str, float]:
+    """Return the metrics of rows that have an interval, as torchmetrics would, without torch."""
+    rows = row_values(outputs)
+    return {name: float(metric_of(name, each.mean(axis=0), outputs.task)) for name, each in rows.items()}
 
 
-def intervals(logits: NDArray, labels: NDArray) -> dict[str, list[float]]:
+def intervals(outputs: Outputs) -> dict[str, list[float]]:
     """Return the interval of each metric, as ``{name: [low, high]}``; none where there is one row only.
 
     It holds the metric of the population in ``LEVEL`` of all samples. The calibration error of a sample is too large on
     average, and that of a resample again. Its interval is a careful one: the lower end takes that excess off ("basic"),
     and is 0 where a perfectly calibrated model would often have as large an error; the upper end leaves it on.
     """
-    if len(labels) < 2:
+    if len(outputs.truth) < 2:
         return {}
-    rows = row_values(logits, labels)
-    found = _bootstrap(rows, lambda means: [metric_of(name, each) for name, each in means.items()])
+    rows, task = row_values(outputs), outputs.task
+    found = _bootstrap(rows, lambda means: [metric_of(name, each, task) for name, each in means.items()])
     result = dict(zip(rows, found, strict=True))
-    value, high = metrics_of(logits, labels)["calibration_error"], result["calibration_error"][1]
-    by_chance = np.quantile(calibrated_errors(logits), (1 + LEVEL) / 2)
-    result["calibration_error"][0] = 0.0 if value <= by_chance else max(2 * value - high, 0.0)
+    if "calibration_error" in result:
+        value, high = metrics_of(outputs)["calibration_error"], result["calibration_error"][1]
+        by_chance = np.quantile(calibrated_errors(outputs), (1 + LEVEL) / 2)
+        result["calibration_error"][0] = 0.0 if value <= by_chance else max(2 * value - high, 0.0)
     return result
 
 
-def difference_interval(first: NDArray, second: NDArray, labels: NDArray, name: str) -> list[float]:
-    """Return the interval of a metric of the first logits minus that of the second, on the same rows.
+def difference_interval(first: Outputs, second: Outputs, name: str) -> list[float]:
+    """Return the interval of a metric of the first outputs minus that of the second, on the same rows.
 
     The metric is one of ``row_metrics``. What both find hard cancels out.
     """
-    rows = row_values(first, labels)[name] - row_values(second, labels)[name]
+    rows = row_values(first)[name] - row_values(second)[name]
     return _bootstrap({name: rows}, lambda means: [means[name][..., 0]])[0]
 
 
-def calibrated_errors(logits: NDArray) -> NDArray:
+def calibrated_errors(outputs: Outputs) -> NDArray:
     """Return calibration errors that chance alone gives a model with these confidences; shape (resamples,).
 
     Whether a prediction is right is drawn with the confidence as its probability (consistency resampling,
     Broecker and Smith 2007, https://doi.org/10.1175/WAF993.1).
     """
     rng = np.random.default_rng(_SEED)
-    confidence, bins = calibration_bins(log_softmax(logits.astype(np.float64), axis=1))
+    confidence, bins = calibration_bins(outputs)
     gaps = (confidence - (rng.random(len(bins)) < confidence) for _ in range(RESAMPLES))
     sums = [np.abs(np.bincount(bins, gap, minlength=CALIBRATION_BINS)).sum() for gap in gaps]
     return np.array(sums) / len(bins)

@@ -1,5 +1,6 @@
 """Logits of every evaluated row, in the order of the rows."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,26 +10,23 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
-from scipy.special import softmax
 
 from lightning_lora import processes
+from lightning_lora.evaluation.outputs import OUTPUTS_KEY, Outputs
 from lightning_lora.files import atomic_path
+from lightning_lora.tasks import Task
 
 
 @dataclass(frozen=True)
-class Predictions:
+class Predictions(Outputs):
     """What a model predicts for some rows.
 
     Args:
-        logits: float32, shape (rows, C).
-        labels: True class numbers, shape (rows,), or None when unknown.
-        label_names: Names of the C classes.
+        label_names: Names of the C classes or labels; of regression that of the number.
         rows: Position of each row in its split, ascending, shape (rows,): all of them, or fewer when the
             pass was limited.
     """
 
-    logits: np.ndarray
-    labels: np.ndarray | None
     label_names: Sequence[str]
     rows: np.ndarray
 
@@ -36,28 +34,31 @@ class Predictions:
         return len(self.rows)
 
     @property
-    def probabilities(self) -> np.ndarray:
-        """Softmax of the logits, float64, shape (rows, C)."""
-        return softmax(self.logits.astype(np.float64), axis=1)
+    def names(self) -> list[Any]:
+        """The name of each predicted class, the list of names of the labels, or the number."""
+        return self._named(self.predicted)
 
-    @property
-    def classes(self) -> np.ndarray:
-        """The class number with the largest logit, shape (rows,)."""
-        return self.logits.argmax(axis=1)
-
-    @property
-    def names(self) -> list[str]:
-        """The name of each predicted class."""
-        return [self.label_names[i] for i in self.classes]
+    def _named(self, values: np.ndarray) -> list[Any]:
+        if self.task == "single_label":
+            return [self.label_names[i] for i in values]
+        if self.task == "regression":
+            return values.tolist()
+        return [[name for name, has in zip(self.label_names, row, strict=True) if has] for row in values]
 
     def columns(self) -> dict[str, Any]:
-        """Return columns for a table: label (if known), prediction, probability of the prediction and of each class."""
-        probabilities, classes = self.probabilities, self.classes
+        """Return columns for a table: label (if known), prediction, and probabilities.
+
+        These are of the predicted class, if a text has one, and of each class or label; there are none of numbers.
+        """
         columns: dict[str, Any] = {}
         if self.labels is not None:
-            columns["label"] = [self.label_names[i] for i in self.labels]
+            columns["label"] = self._named(self.labels)
         columns["prediction"] = self.names
-        columns["probability"] = probabilities[np.arange(len(classes)), classes]
+        if self.task == "regression":
+            return columns
+        probabilities = self.probabilities
+        if self.task == "single_label":
+            columns["probability"] = probabilities[np.arange(len(probabilities)), self.predicted]
         for i, name in enumerate(self.label_names):
             columns[f"p({name})"] = probabilities[:, i]
         return columns
@@ -69,18 +70,32 @@ class Predictions:
 
         columns = {name: [values[i] for i in self.rows] for name, values in extra.items()} | self.columns()
         columns |= {f"logit({name})": self.logits[:, i] for i, name in enumerate(self.label_names)}
+        facts = {"task": self.task, "thresholds": None if self.thresholds is None else self.thresholds.tolist()}
+        table = pa.table(columns)
+        if self.task == "multi_label":  # also where no row has any
+            strings = pa.list_(pa.string())
+            types = {
+                field.name: strings if field.name in ("label", "prediction") else field.type for field in table.schema
+            }
+            table = table.cast(pa.schema(types))
         with atomic_path(path) as staging:
-            pq.write_table(pa.table(columns), staging)
+            pq.write_table(table.replace_schema_metadata({OUTPUTS_KEY: json.dumps(facts)}), staging)
 
 
-def in_row_order(batches: Sequence[dict[str, torch.Tensor]], label_names: Sequence[str]) -> Predictions:
+def in_row_order(
+    batches: Sequence[dict[str, torch.Tensor]],
+    label_names: Sequence[str],
+    task: Task = "single_label",
+    thresholds: torch.Tensor | None = None,
+) -> Predictions:
     """Return the predictions of all batches, sorted by each batch's ``rows``."""
     rows = torch.cat([batch["rows"] for batch in batches]).numpy()
     order = np.argsort(rows, kind="stable")
     logits = torch.cat([batch["logits"] for batch in batches]).float().cpu().numpy()[order]
     known = "labels" in batches[0]
     labels = torch.cat([batch["labels"] for batch in batches]).numpy()[order] if known else None
-    return Predictions(logits, labels, label_names, rows[order])
+    from_p = None if thresholds is None else thresholds.float().cpu().numpy()
+    return Predictions(logits, labels, label_names, rows[order], task=task, thresholds=from_p)
 
 
 class PredictionCollector(Callback):
@@ -115,10 +130,13 @@ class PredictionCollector(Callback):
         own = [{name: value.cpu() for name, value in batch.items()} for batch in self._batches]
         batches = [batch for each in processes.gathered(own) for batch in each]
         self._batches = []
+        model = cast(Any, pl_module)
+        split = {RunningStage.TESTING: "test", RunningStage.PREDICTING: "predict"}.get(
+            cast(Any, trainer.state.stage), "val"
+        )
+        thresholds = model.settled_thresholds(split)
         if batches:
-            stage, label_names = trainer.state.stage, cast(Sequence[str], pl_module.label_names)
-            split = {RunningStage.TESTING: "test", RunningStage.PREDICTING: "predict"}.get(cast(Any, stage), "val")
-            self.last[split] = in_row_order(batches, label_names)
+            self.last[split] = in_row_order(batches, model.label_names, model.task, thresholds)
             if split in self.keep and processes.is_leader():
                 self.keep[split](self.last[split])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import UserError
+from lightning_lora.evaluation.metric_table import row_metrics
 from lightning_lora.experiments.confounders import Change, changes
 from lightning_lora.experiments.plan import ARM, Axis, Cell, Plan, flatten
 from lightning_lora.experiments.results import Answers, CellResult, one_class, read_answers, read_run_answers
@@ -109,7 +110,7 @@ def as_ablation(runs: Sequence[GivenRun], baseline: GivenRun) -> tuple[Plan, lis
         axes=[Axis(ARM, {label: run.settings for label, run in firsts.items()}, chosen=False, numbers=False)],
         baseline=labels[baseline.place],
         seeds=sorted({run.seed for run in runs}),
-        metric="accuracy",
+        metric=row_metrics((baseline.record.get("data") or {}).get("task", "single_label"))[0],
         margin=0.01,
         cells=[result.cell for result in cells],
     )

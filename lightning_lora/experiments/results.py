@@ -15,7 +15,8 @@ import yaml
 from numpy.typing import NDArray
 
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.intervals import row_values
+from lightning_lora.evaluation.metric_table import METRICS, row_metrics
+from lightning_lora.evaluation.outputs import OUTPUTS_KEY, Outputs
 from lightning_lora.evaluation.significance import Difference, Estimate, corrected, difference, estimate
 from lightning_lora.experiments.plan import Cell, Plan, make_plan
 from lightning_lora.experiments.search_space import Found
@@ -27,31 +28,32 @@ _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
-class Answers:
+class Answers(Outputs):
     """What a model predicts for the rows of a split, in the order of their keys.
 
     Args:
         keys: Fingerprint of each row's text and its place, shape (N,).
-        labels: True class numbers, (N,).
-        logits: float32, (N, C).
-        label_names: Names of the C classes.
+        label_names: Names of the C classes or labels.
         lengths: Characters of each text, (N,); None where they were not kept.
     """
 
     keys: NDArray
-    labels: NDArray
-    logits: NDArray
     label_names: Sequence[str]
     lengths: NDArray | None = None
 
-    @property
-    def right(self) -> NDArray:
-        """1.0 where the largest logit is the label's, else 0.0; (N,)."""
-        return (self.logits.argmax(axis=1) == self.labels).astype(float)
-
     def values(self, metric: str) -> NDArray:
-        """Return the metric's value of each row, (N,): its mean is the metric."""
-        return row_values(self.logits, self.labels)[metric][:, 0]
+        """Return the metric's value of each row, (N,): its mean is the metric.
+
+        Raises:
+            UserError: The task has no such metric.
+        """
+        if metric not in row_metrics(self.task):
+            raise UserError(
+                f"metric: '{metric}' is none of task {self.task}; it has {', '.join(row_metrics(self.task))}"
+            )
+        rows = METRICS[metric].rows
+        assert rows is not None
+        return rows(self)[:, 0]
 
 
 @dataclass(frozen=True)
@@ -188,10 +190,17 @@ def read_answers(path: Path) -> Answers | None:
 
     try:
         with pq.ParquetFile(path) as file:
-            table = file.read().to_pydict()
+            read = file.read()
+        facts = json.loads((read.schema.metadata or {}).get(OUTPUTS_KEY.encode(), b"{}"))
+        table, task = read.to_pydict(), facts.get("task", "single_label")
         names = [name[6:-1] for name in table if name.startswith("logit(")]
         logits = np.array([table[f"logit({name})"] for name in names], np.float32).T
-        labels = np.array([names.index(label) for label in table["label"]])
+        if task == "regression":
+            labels = np.array(table["label"], np.float64)
+        elif task == "multi_label":
+            labels = np.array([[name in each for name in names] for each in table["label"]], np.uint8)
+        else:
+            labels = np.array([names.index(label) for label in table["label"]])
         keys = [
             f"{key}\0{origin}\0{row}"
             for key, origin, row in zip(table["key"], table["origin"], table["row"], strict=True)
@@ -200,9 +209,10 @@ def read_answers(path: Path) -> Answers | None:
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable file of predictions ({error})") from error
     order = np.argsort(keys, kind="stable")
-    return Answers(
-        np.array(keys)[order], labels[order], logits[order], names, None if lengths is None else lengths[order]
-    )
+    thresholds = None if facts.get("thresholds") is None else np.array(facts["thresholds"], np.float32)
+    lengths = None if lengths is None else lengths[order]
+    decided = {"task": task, "thresholds": thresholds}
+    return Answers(logits[order], labels[order], np.array(keys)[order], names, lengths, **decided)
 
 
 def first_difference(settings: Any, wanted: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
@@ -303,5 +313,6 @@ def _paired(plan: Plan, arm: ArmResult, base: ArmResult, split: str) -> tuple[Di
 
 def one_class(answers: Answers) -> str:
     """Return what is odd about answers that are all the same class; empty where they are not."""
-    classes = np.unique(answers.logits.argmax(axis=1))
-    return "predicts one class only" if len(classes) == 1 and len(np.unique(answers.labels)) > 1 else ""
+    if len(np.unique(answers.predicted, axis=0)) > 1 or len(np.unique(answers.truth, axis=0)) < 2:
+        return ""
+    return "predicts one class only" if answers.task == "single_label" else "predicts the same for every text"

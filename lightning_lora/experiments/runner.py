@@ -25,6 +25,7 @@ from lightning_lora.claims import claimed, share_tasks
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.settings import DEFAULT_CONFIG, flat, read_config
 from lightning_lora.errors import BusyError, UserError
+from lightning_lora.evaluation.metric_table import row_metrics
 from lightning_lora.experiments.confounders import Change
 from lightning_lora.experiments.plan import Cell, Plan, make_plan
 from lightning_lora.experiments.resolving import data_module, find_changes, resolve_cells
@@ -70,6 +71,10 @@ def run_experiment(
     show_plan(plan.with_found(read_found(plan, folder)), folder, changes, worker.stale_cells())
     if options.plan:
         return 0
+    if "metric" not in config and (metric := own_metric(settings[plan.arms[plan.baseline].name])) != plan.metric:
+        config = {**config, "metric": metric}
+        plan = make_plan(config, path, options.small)
+        worker = Worker(plan, folder, resolve)
     asked = {"config": config, "path": str(path), "small": options.small}
     asked["command"] = shlex.join(["python", "main.py", *words])
     asked["differences"] = {arm: [asdict(change) for change in found] for arm, found in changes.items()}
@@ -85,6 +90,14 @@ def run_experiment(
         plan = plan.with_found(read_found(plan, folder))
         tested = options.no_test or evaluate_test_rows(plan, folder)
     return int(not tested or any(cell.status != "finished" for cell in read_cells(plan, folder)))
+
+
+def own_metric(settings: Mapping[str, Any]) -> str:
+    """Return what the models of some settings are compared by; faults of the data are the cells' own."""
+    with contextlib.suppress(UserError):
+        data = data_module({**settings["data"], "base_model": settings["model"]["base_model"]})
+        return row_metrics(data.task)[0]
+    return "accuracy"
 
 
 def show_plan(plan: Plan, folder: Path, changes: Mapping[str, Sequence[Change]], stale: Collection[str]) -> None:

@@ -17,13 +17,14 @@ from typing import Any
 
 from lightning_lora.children import last_error, run_child
 from lightning_lora.errors import UserError
+from lightning_lora.evaluation.metric_table import METRICS, SHOWN, judged_by
 from lightning_lora.experiments.search_space import import_optuna, make_search
 from lightning_lora.experiments.searcher import propose
 from lightning_lora.experiments.tuning_space import TuningSpace
 from lightning_lora.files import atomic_folder, locked_folder, write_text
 from lightning_lora.interrupts import Interrupted, StopRequest
 from lightning_lora.runs.folder import TUNING, RunFolder, as_yaml, commit, plain, versions
-from lightning_lora.training.saving import MONITOR
+from lightning_lora.tasks import Task
 from lightning_lora.units import duration
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -31,8 +32,6 @@ _UNITS = {"s": 1, "m": 60, "h": 3600}
 _MOST_FAILED = 5
 #: Proposals that were tried before, or do not fit into the time, after which there is nothing left to try.
 _PROPOSALS = 20
-#: What a trial's entry says of its weights on validation rows, by the metric's name in the record.
-_SCORES = {"f1_macro": MONITOR, "accuracy": "val/accuracy", "loss": "val/loss"}
 
 
 def budget_seconds(text: str) -> float:
@@ -132,9 +131,14 @@ class Tuner:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The trial with the highest validation F1, of equal ones that with the lower loss; None where all failed."""
+        """The trial that is best on validation rows, of equal ones that with the lower loss; None where all failed."""
         done = [trial for trial in self.trials if trial["status"] == "finished"]
-        return max(done, key=lambda trial: (trial["f1_macro"], -trial["loss"], -trial["number"]), default=None)
+        return max(done, key=lambda trial: (self._score(trial), -trial.get("loss", 0), -trial["number"]), default=None)
+
+    def _score(self, trial: Mapping[str, Any]) -> float:
+        """What a finished trial is judged by: more is better."""
+        name, _ = judged_by(self.space.task)
+        return trial[name] if METRICS[name].higher_is_better else -trial[name]
 
     def _load(self) -> None:
         """Read what an earlier process of the same command has left."""
@@ -203,7 +207,7 @@ class Tuner:
                 state=states[trial["status"]],
                 params=trial["point"],
                 distributions=self.distributions,
-                value=trial["f1_macro"] if trial["status"] == "finished" else None,
+                value=self._score(trial) if trial["status"] == "finished" else None,
             )
             for trial in self.trials
         ]
@@ -222,7 +226,8 @@ class Tuner:
             record = self._record(trial)
             if record.get("status") in ("finished", "failed") or not place.exists():
                 break
-        scores = {name: (record.get("best") or {}).get("metrics", {}).get(key) for name, key in _SCORES.items()}
+        metrics = (record.get("best") or {}).get("metrics", {})
+        scores = {name: metrics.get(f"val/{name}") for name in scores_of(self.space.task)}
         said = output.read_text(encoding="utf-8") if output.is_file() else ""
         seconds = self.used_s - trial["started_s"]
         if record.get("status") == "finished" and None not in scores.values():
@@ -278,7 +283,8 @@ class Tuner:
     def _line(self, trial: Mapping[str, Any]) -> str:
         """The end of a trial, in a line."""
         if trial["status"] == "finished":
-            came_to = f"validation F1 {trial['f1_macro']:.4f}{', the best so far' if trial is self.best else ''}"
+            name, words = judged_by(self.space.task)
+            came_to = f"validation {words} {trial[name]:.4f}{', the best so far' if trial is self.best else ''}"
             came_to += ", stopped by the time left" if trial["stopped_by_time"] else ""
         else:
             came_to = f"failed: {trial['reason']}"
@@ -301,8 +307,9 @@ class Tuner:
         for part in sorted(place.iterdir()):
             if part.name not in ("run.json", "config.yaml"):
                 part.rename(self.folder / part.name)
-        shown = ("number", "settings", *_SCORES, "seconds", "status", "stopped_by_time", "reason")
+        shown = ("number", "settings", *scores_of(self.space.task), "seconds", "status", "stopped_by_time", "reason")
         tuning = {
+            "task": self.space.task,
             "budget_s": self.budget_s,
             "used_s": self.used_s,
             "space": self.space.dimensions,
@@ -314,6 +321,11 @@ class Tuner:
         write_text(run.config, as_yaml(settings))  # last: from here on it is a run
         (self.folder / TUNING).unlink()
         return run
+
+
+def scores_of(task: Task) -> list[str]:
+    """Return the metrics that a trial's entry has of its weights on validation rows, that which judges it first."""
+    return list(dict.fromkeys([judged_by(task)[0], *SHOWN[task]]))
 
 
 def changes_words(settings: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from lightning_lora.experiments.resolving import data_module, resolve
 from lightning_lora.locations import check_model
 from lightning_lora.locations import resolve as locate
 from lightning_lora.models.methods import find_method
+from lightning_lora.tasks import Task
 from lightning_lora.training.length import TrainingLength, length_of
 
 #: Factors of a method's default learning rate: a range, on a logarithmic scale.
@@ -49,6 +50,7 @@ class TuningSpace:
         default: The default's point: what ``fit`` trains without a budget.
         length: How long the default trains, where the rows say so.
         fingerprints: Of the rows of each split.
+        task: What is predicted.
     """
 
     by_method: Mapping[str, dict[str, Any]]
@@ -56,6 +58,7 @@ class TuningSpace:
     default: Mapping[str, Any]
     length: TrainingLength | None
     fingerprints: Mapping[str, str]
+    task: Task = "single_label"
 
     def settings(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """Return all settings of the trial at a point."""
@@ -158,7 +161,7 @@ def make_space(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], type
     }
     fingerprints = {split: each["fingerprint"] for split, each in data.prepared.describe()["splits"].items()}
     point = {key: value for key, value in at_default.items() if key in dimensions}
-    return TuningSpace(by_method, dimensions, point, length, fingerprints)
+    return TuningSpace(by_method, dimensions, point, length, fingerprints, data.task)
 
 
 def _is_open(key: str, typed: Collection[str]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lightning_lora.evaluation.metric_table import METRICS
+from lightning_lora.evaluation.metric_table import METRICS, row_metrics
 from lightning_lora.export.formats import ENCODED
 
 _TEMPLATES = Environment(
@@ -20,9 +20,9 @@ def usage_code(usage: Mapping[str, Any], name: str, path: str, plain: bool = Fal
     """Returns Python code that loads a format, defines ``logits`` or ``classify`` and classifies a text.
 
     Args:
-        usage: How texts are given to the formats: label_names, truncation, pair (whether that is of a pair),
-            token_types (whether pairs have them), pad_token_id, pad_to_max, text_columns; and the head, where it reads
-            the mean of a text's states.
+        usage: How texts are given to the formats and what their logits mean: label_names, task, thresholds, truncation,
+            pair (whether that is of a pair), token_types (whether pairs have them), pad_token_id, pad_to_max,
+            text_columns; and the head, where it reads the mean of a text's states.
         name: The format.
         path: A Python expression for its folder.
         plain: Let the tokenizer truncate, also where it does so otherwise than in training.
@@ -58,4 +58,5 @@ def card(place: str, facts: Mapping[str, Any]) -> str:
         codes={name: usage_code(facts["usage"], name, path) for name, path in paths.items()},
         library="onnx" if place.startswith("onnx") else "peft" if peft else whole,
         results=card_metrics(facts["metrics"]),
+        judged_by=(judged_by := row_metrics(facts["usage"]["task"])[0], METRICS[judged_by].heading),
     )

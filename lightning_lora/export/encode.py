@@ -41,7 +41,7 @@ class Encoder:
         return [prefix + part + suffix for part in parts]
 
     def logits(self, texts: Sequence[str], run: Callable[..., NDArray]) -> NDArray:
-        """Logits (texts, classes); their softmax gives the probabilities.
+        """Logits (texts, classes); their softmax gives the probabilities, of several labels a text their sigmoid.
 
         Args:
             texts: The texts.
@@ -60,8 +60,15 @@ class Encoder:
         logits = np.concatenate([run(input_ids=input_ids[part], attention_mask=mask[part]) for part in parts])
         if self.settings["truncation"] != "windows":
             return logits
+        starts = np.cumsum([0] + [len(sequences) for sequences in documents[:-1]])
+        if self.settings.get("task", "single_label") != "single_label":  # the mean of probabilities, or of numbers
+            several = self.settings["task"] == "multi_label"
+            values = 1 / (1 + np.exp(-logits.astype(np.float64))) if several else logits.astype(np.float64)
+            counts = np.array([len(sequences) for sequences in documents])[:, None]
+            means, eps = np.add.reduceat(values, starts) / counts, np.finfo(np.float64).eps
+            clipped = np.clip(means, eps, 1 - eps) if several else means
+            return (np.log(clipped / (1 - clipped)) if several else means).astype(np.float32)
         # A document's probabilities are the mean of its windows'; the softmax of their sum's log is the same.
         exponents = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64))
-        starts = np.cumsum([0] + [len(sequences) for sequences in documents[:-1]])
         sums = np.add.reduceat(exponents / exponents.sum(axis=1, keepdims=True), starts)
         return np.log(np.maximum(sums, np.finfo(np.float64).tiny)).astype(np.float32)

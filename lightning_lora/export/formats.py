@@ -16,6 +16,7 @@ import copy
 import importlib.util
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,10 +29,12 @@ from lightning_lora.data.tokens import InputFormat
 from lightning_lora.errors import UserError
 from lightning_lora.export.mean_pooled import HEAD_FILE, MeanHead, mean_head
 from lightning_lora.locations import PACKAGE_PREFIX, resolve
+from lightning_lora.models.head import fold_scale
 from lightning_lora.models.methods import merged
 from lightning_lora.models.quantization import Quantization
 from lightning_lora.quiet import quiet_export, quiet_loading
 from lightning_lora.runs.checkpoints import CHECKPOINT_FORMAT, CheckpointIdentity, load_checkpoint
+from lightning_lora.tasks import PROBLEM_TYPES
 from lightning_lora.training.module import TextClassifier
 
 FORMATS = ("adapter", "merged", "onnx", "onnx-int8")
@@ -66,7 +69,7 @@ class FormatWriter:
         if name == "adapter":
             self._write_adapter(folder)
         elif name == "merged":
-            self.merged.config.problem_type = "single_label_classification"
+            self.merged.config.problem_type = PROBLEM_TYPES[self.model.task]
             with quiet_loading():
                 if self.mean_head is None:
                     self.merged.save_pretrained(folder)
@@ -77,16 +80,22 @@ class FormatWriter:
         write_tokenizer(folder, self._base_target, self.input_format, self.config.data.padding)
         # A path of this machine says nothing elsewhere, and is nobody's business.
         identity = replace(self.model.identity, base_model=public_name(self.config))
-        write_identity(folder, identity, self.input_format, self.config.data.padding)
+        write_identity(folder, identity, self.input_format, self.config.data.padding, shown_thresholds(self.model))
 
     @cached_property
     def merged(self) -> Any:
         """The merged model, as transformers has it; one trained on a quantized base is merged in full precision."""
-        whole = build_model(self.config, self.model.label_names, Quantization())
+        whole = build_model(self.config, self.labels, Quantization())
         load_checkpoint(whole, self.checkpoint, any_quantization=True)
+        fold_scale(whole.model)
         plain = merged(whole.tuned).eval()
         plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
         return plain
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """What is predicted, as a model takes it."""
+        return {"label_names": self.model.label_names, "task": self.model.task}
 
     @cached_property
     def mean_head(self) -> MeanHead | None:
@@ -114,7 +123,7 @@ class FormatWriter:
         if self.config.model.method == "pissa":
             # PiSSA changes the base's weights at the start. LoRA of twice the rank whose product is B A - B0 A0, what
             # training added to the base's own weights, loads on the unchanged base.
-            untrained = build_model(self.config, self.model.label_names).model
+            untrained = build_model(self.config, self.labels).model
             start = get_peft_model_state_dict(untrained, save_embedding_layers=False)
             for key, value in state.items():
                 if ".lora_A." in key:
@@ -194,7 +203,18 @@ def write_tokenizer(folder: Path, target: str, input_format: InputFormat, paddin
     tokenizer.save_pretrained(folder)
 
 
-def write_identity(folder: Path, identity: CheckpointIdentity, input_format: InputFormat, padding: str) -> None:
+def shown_thresholds(model: TextClassifier) -> list[float] | None:
+    """Returns the probability from which on each of several labels is predicted; None of others."""
+    return None if model.thresholds is None else [round(value, 4) for value in model.thresholds.tolist()]
+
+
+def write_identity(
+    folder: Path,
+    identity: CheckpointIdentity,
+    input_format: InputFormat,
+    padding: str,
+    thresholds: list[float] | None = None,
+) -> None:
     """Writes what the files in a folder belong to and how texts are encoded; with ``encode.py`` where it is needed.
 
     Args:
@@ -202,18 +222,26 @@ def write_identity(folder: Path, identity: CheckpointIdentity, input_format: Inp
         identity: What the weights belong to.
         input_format: How texts are encoded.
         padding: To the "longest" text of a batch, or to "max_length".
+        thresholds: By ``shown_thresholds``.
     """
     encoding = asdict(input_format)
     encoding |= {"truncation": encoding.pop("keep"), "window_overlap": encoding.pop("overlap"), "padding": padding}
     content = {"format": CHECKPOINT_FORMAT, **asdict(identity), **encoding}
+    content |= {} if thresholds is None else {"thresholds": thresholds}
     (folder / IDENTITY_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if input_format.keep in ENCODED:
         shutil.copyfile(Path(__file__).with_name("encode.py"), folder / "encode.py")
 
 
-def build_model(config: Any, label_names: list[str], quantization: Quantization | None = None) -> TextClassifier:
-    """Returns an untrained model of the run's settings."""
-    settings = {**config.model.as_dict(), "label_names": label_names}
+def build_model(config: Any, labels: Mapping[str, Any], quantization: Quantization | None = None) -> TextClassifier:
+    """Returns an untrained model of the run's settings.
+
+    Args:
+        config: The settings.
+        labels: What is predicted: ``label_names`` and ``task``.
+        quantization: How the base is stored, where it is not as the run has it.
+    """
+    settings = {**config.model.as_dict(), **labels}
     if quantization is not None:
         settings["quantization"] = asdict(quantization)
     return TextClassifier(**settings).eval()

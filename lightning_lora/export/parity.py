@@ -5,6 +5,7 @@ import io
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from lightning_lora.data.batching import TokenDataset
 from lightning_lora.data.pairs import Text, is_pair
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.tokens import InputFormat, tokenize
-from lightning_lora.evaluation.intervals import metrics_of
+from lightning_lora.evaluation.intervals import metrics_of, row_values
+from lightning_lora.evaluation.metric_table import row_metrics
+from lightning_lora.evaluation.outputs import Outputs
 from lightning_lora.quiet import quiet_loading
 from lightning_lora.training.module import TextClassifier
 
@@ -49,7 +52,7 @@ def parity_texts(
         input_format: How texts are encoded.
 
     Returns:
-        Texts or pairs, and their true class numbers; -1 of those that are made up.
+        Texts or pairs, and the labels of the test rows among them, which come first.
     """
     texts, labels, room = list[Text](), np.zeros(0, dtype=np.int64), input_format.room
     lengths = np.linspace(1, 3 * room, min(count, MADE_UP_TEXTS))
@@ -62,12 +65,12 @@ def parity_texts(
     made_up = [tokenizer.decode(rng.choice(vocabulary, int(length))) for length in rng.permutation(lengths)]
     made_up = [text for text in made_up if text.strip()]
     if not is_pair(input_format.keep):
-        return [*texts, *made_up], np.concatenate([labels, np.full(len(made_up), -1)])
+        return [*texts, *made_up], labels
     others = [text[: room // 4].strip() or "a" for text in made_up]  # beside a long text, one that leaves it room
     texts += zip(*((made_up, others) if input_format.keep == "only_first" else (others, made_up)), strict=True)
     # Other software refuses pairs of which both texts have to be cut.
     keep = np.setdiff1d(np.arange(len(texts)), input_format.cut_both(tokenize(texts, tokenizer)))
-    return [texts[i] for i in keep], np.concatenate([labels, np.full(len(made_up), -1)])[keep]
+    return [texts[i] for i in keep], labels[keep[keep < len(labels)]]
 
 
 class Parity:
@@ -79,7 +82,7 @@ class Parity:
         input_format: How texts are encoded.
         pad_to_max: Whether every text is padded to ``max_length``.
         texts: Raw texts, or pairs of them.
-        labels: True class numbers, shape (texts,); -1 where a text is made up.
+        labels: Those of the first texts; the others are made up.
     """
 
     def __init__(
@@ -91,6 +94,8 @@ class Parity:
         texts: list[Text],
         labels: NDArray,
     ) -> None:
+        self.outputs = partial(Outputs, task=model.task, thresholds=_numbers(model.thresholds))
+
         def trained(texts: list[Text]) -> NDArray:
             dataset = TokenDataset(tokenize(texts, tokenizer), input_format, None, pad_to_max)
             with torch.inference_mode():
@@ -98,7 +103,9 @@ class Parity:
 
         self.quantization = model.identity.quantization
         self.texts = texts
-        self.labels = labels
+        self.real = np.arange(len(texts)) < len(labels)
+        # Of made-up texts some label, which nothing is compared with.
+        self.labels = np.concatenate([labels, np.zeros((len(texts) - len(labels), *labels.shape[1:]), labels.dtype)])
         self.long = tokenize(texts, tokenizer).lengths > input_format.room
         self.reference = _batch_logits(trained, texts)
         #: The comparison by format, "trained" (the model itself) first; or why a format is missing.
@@ -118,17 +125,22 @@ class Parity:
             single_logits.append(run([texts[i]])[0])
             times.append(time.perf_counter() - started)
         single, expected = np.stack(single_logits), self.reference[singles]
-        flipped, right, real = logits.argmax(1) != self.reference.argmax(1), logits.argmax(1) == labels, labels >= 0
+        outputs = self.outputs(logits, labels)
+        flipped, real = outputs.changed(self.outputs(self.reference, labels)), self.real
+        scores = row_values(self.outputs(logits[real], labels[real]))[self.judged_by] if real.any() else None
+        # Of numbers in their spread, which may be that of ratings or of prices.
+        unit = max(1.0, float(self.reference.std())) if outputs.task == "regression" else 1.0
+        difference = max(np.abs(logits - self.reference).max(), np.abs(single - expected).max()) / unit
         return {
-            "max_logit_difference": float(max(np.abs(logits - self.reference).max(), np.abs(single - expected).max())),
+            "max_logit_difference": float(difference),
             "labels_flipped": int(flipped.sum()),
             "rows": len(texts),
-            "labels_flipped_single": int((single.argmax(1) != expected.argmax(1)).sum()),
+            "labels_flipped_single": int(self.outputs(single, None).changed(self.outputs(expected, None)).sum()),
             "single_rows": len(singles),
             "long_rows": int(long.sum()),
             "labels_flipped_long": int(flipped[long].sum()),
             "made_up": int((~real).sum()),
-            "accuracy": float(right[real].mean()) if real.any() else None,
+            self.judged_by: None if scores is None else float(scores.mean()),
             "texts_per_s": len(texts) / seconds,
             "latency_ms": 1000 * float(np.median(times)),
         }
@@ -154,10 +166,15 @@ class Parity:
 
     def metrics(self) -> tuple[dict[str, float], int]:
         """Returns the trained model's metrics on the test rows among the texts, and their number."""
-        real = self.labels >= 0
+        real = self.real
         if not real.any():
             return {}, 0
-        return metrics_of(self.reference[real], self.labels[real]), int(real.sum())
+        return metrics_of(self.outputs(self.reference[real], self.labels[real])), int(real.sum())
+
+    @property
+    def judged_by(self) -> str:
+        """The metric by row that formats are compared by."""
+        return row_metrics(self.outputs.keywords["task"])[0]
 
     def missing(self) -> str:
         """Returns the formats that could not be made, each with the reason."""
@@ -192,6 +209,10 @@ class Parity:
                 + (why if self.quantization != "none" else "")
             )
         return warnings + ([f"not written: {missing}"] if (missing := self.missing()) else [])
+
+
+def _numbers(thresholds: torch.Tensor | None) -> NDArray | None:
+    return None if thresholds is None else thresholds.numpy()
 
 
 def run_code(code: str) -> TextModel:

@@ -1,23 +1,26 @@
 """Trained weights, wherever they lie: a run's checkpoint file, or an exported adapter's folder."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.export.formats import IDENTITY_FILE
 from lightning_lora.export.mean_pooled import HEAD_FILE, mean_head
-from lightning_lora.runs.checkpoints import checked_checkpoint, load_checkpoint, read_checkpoint, stored_labels
+from lightning_lora.models.head import fold_scale
+from lightning_lora.runs.checkpoints import checked_checkpoint, load_checkpoint, read_checkpoint, stored_identity
 
 
-def weights_labels(path: Path) -> Sequence[str]:
-    """Returns the label names that the weights were trained with.
+def trained_for(path: Path) -> dict[str, Any]:
+    """Returns what the weights were trained to predict: ``label_names`` and ``task``, as a model takes them.
 
     Raises:
         UserError: They do not say so, or are damaged.
     """
-    return _read_identity(path)["label_names"] if path.is_dir() else stored_labels(read_checkpoint(path), path)
+    identity = _read_identity(path) if path.is_dir() else stored_identity(read_checkpoint(path), path)
+    return {"label_names": list(identity["label_names"]), "task": identity.get("task", "single_label")}
 
 
 def trained_steps(path: Path) -> int:
@@ -66,6 +69,7 @@ def load_weights(module: Any, path: Path) -> None:
     from safetensors.torch import load_file
 
     check_weights(module, path)
+    fold_scale(module.model)  # exports have it in their weights
     try:
         state = load_file(path / "adapter_model.safetensors")
         if (head := mean_head(module)) is not None:
@@ -73,6 +77,8 @@ def load_weights(module: Any, path: Path) -> None:
         # With ``bias: all`` PEFT writes the biases of modules that are saved whole twice, and reads them once.
         state = {key: value for key, value in state.items() if ".modules_to_save." not in key}
         result: Any = set_peft_model_state_dict(module.model, state)
+        if module.thresholds is not None:
+            module.thresholds.copy_(torch.tensor(_read_identity(path)["thresholds"]))
     except Exception as error:  # safetensors and torch raise kinds of their own
         raise UserError(
             f"{path}: the adapter does not fit ({first_line(error, 150)}); model settings such as adapter.rank "

@@ -20,7 +20,7 @@ from lightning_lora.data.tokens import InputFormat, base_tokenizer, tokenize
 from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.predictions import PredictionCollector, Predictions
-from lightning_lora.export.weights import load_weights, weights_labels
+from lightning_lora.export.weights import load_weights, trained_for
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training.baselines import TextBaseline, make_classifier
 from lightning_lora.training.module import TextClassifier
@@ -61,7 +61,8 @@ class LoadedRun:
             texts: N texts, or N pairs of texts for a run that reads pairs.
 
         Returns:
-            Logits (N, C), probabilities (N, C) and predicted names (N), in the order of the texts.
+            Logits (N, C), probabilities (N, C) and predicted names (N), in the order of the texts; the names are lists
+            where a text may have several labels, and numbers where these are predicted.
 
         Raises:
             UserError: A text is not a string, or is blank; or is a pair where a text is needed, or the other way round.
@@ -83,9 +84,9 @@ class LoadedRun:
 
     def predict_dataset(self, dataset: TokenDataset) -> Predictions:
         """Classify tokenized texts; as ``predict``."""
-        names = self.model.label_names
+        names, task = self.model.label_names, self.model.task
         if not len(dataset):
-            return Predictions(np.zeros((0, len(names))), None, names, np.zeros(0, dtype=np.int64))
+            return Predictions(np.zeros((0, len(names))), None, names, np.zeros(0, dtype=np.int64), task=task)
         together = evaluated_together(self.eval_batch_size)
         model, packed = self.model, False
         if isinstance(model, TextClassifier) and self.padding != "max_length":
@@ -103,7 +104,7 @@ class LoadedRun:
 
 
 def assemble(
-    model: Mapping[str, Any], data: Mapping[str, Any], checkpoint: Path, labels: Sequence[str], trainer: Trainer
+    model: Mapping[str, Any], data: Mapping[str, Any], checkpoint: Path, labels: Mapping[str, Any], trainer: Trainer
 ) -> LoadedRun:
     """Build a run's model from settings and put its weights into it.
 
@@ -111,13 +112,13 @@ def assemble(
         model: Settings of ``TextClassifier``, without the label names.
         data: Settings of ``TextDataModule``.
         checkpoint: The weights.
-        labels: Names of the classes.
+        labels: As by ``trained_for``.
         trainer: What runs the prediction loop.
 
     Raises:
         UserError: The weights do not belong to the model, or are damaged.
     """
-    classifier = make_classifier(**model, label_names=list(labels))
+    classifier = make_classifier(**model, **labels)
     load_weights(classifier, checkpoint)
     keep_freed_memory()
     tokenizer = base_tokenizer(model["base_model"])
@@ -142,7 +143,7 @@ def load_run(folder: str | Path, checkpoint: str = "best", **trainer: Any) -> Lo
     path = run.checkpoint(checkpoint)
     options = {name: settings["trainer"][name] for name in ("accelerator", "precision")} | trainer
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "devices": 1}
-    return assemble(settings["model"], settings["data"], path, weights_labels(path), Trainer(**(quiet | options)))
+    return assemble(settings["model"], settings["data"], path, trained_for(path), Trainer(**(quiet | options)))
 
 
 def predict(run: str | Path | LoadedRun, texts: Sequence[Text]) -> Predictions:

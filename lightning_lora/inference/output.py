@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import atomic_path
+from lightning_lora.tasks import Task
 
 OUTPUTS = (".csv", ".jsonl", ".parquet")
 #: Classes whose probabilities the printed table shows, at most.
@@ -23,14 +24,19 @@ SHOWN_CLASSES = 4
 _TEXT_WIDTH = 16
 
 
-def new_columns(names: Sequence[str]) -> pa.Schema:
+def new_columns(names: Sequence[str], task: Task = "single_label") -> pa.Schema:
     """Returns the columns that an output has beside those of its input, as ``InputRows.predicted`` names them.
 
     Args:
-        names: Names of the classes.
+        names: Names of the classes or labels.
+        task: What is predicted.
     """
-    numbers = ("probability", *(f"p({name})" for name in names))
-    return pa.schema([("prediction", pa.string()), *((number, pa.float64()) for number in numbers)])
+    if task == "regression":
+        return pa.schema([("prediction", pa.float64())])
+    several = task == "multi_label"
+    numbers = [*([] if several else ["probability"]), *(f"p({name})" for name in names)]
+    kind = pa.list_(pa.string()) if several else pa.string()
+    return pa.schema([("prediction", kind), *((number, pa.float64()) for number in numbers)])
 
 
 def output_columns(
@@ -157,10 +163,11 @@ def print_table(columns: Mapping[str, Any], texts: Sequence[str] = ("text",)) ->
     cells = {name: [_shown(value) for value in values] for name, values in columns.items()}
     widths = [max(map(cell_len, [name, *values])) + 3 for name, values in cells.items() if name not in texts]
     if len(widths) > 2 + SHOWN_CLASSES or console.width - sum(widths) - 4 < _TEXT_WIDTH * len(texts):
-        cells = {name: cells[name] for name in (*texts, "prediction", "probability")}
+        cells = {name: cells[name] for name in (*texts, "prediction", "probability") if name in cells}
     table = RichTable(box=box.ROUNDED)
     for name in cells:
-        is_text = name in (*texts, "prediction")
+        number = isinstance(next(iter(columns[name]), ""), float)
+        is_text = name in texts or (name == "prediction" and not number)
         table.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text)
     for row in zip(*cells.values(), strict=True):
         shown = [Text(text, no_wrap=True, overflow="ellipsis") for text in row[: len(texts)]]
@@ -172,5 +179,6 @@ def _shown(value: Any) -> str:
     """Returns a cell without what a terminal would obey, such as escape sequences, or cannot show."""
     if value is None or isinstance(value, float):
         return "" if value is None else f"{value:.4f}"
+    value = ", ".join(value) if isinstance(value, list) else value
     spaced = (" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in value)
     return " ".join("".join(spaced).encode(errors="replace").decode().split())

@@ -9,7 +9,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from lightning_lora.claims import share_tasks
 from lightning_lora.config.configured_run import ConfiguredRun, check_base
 from lightning_lora.data.pairs import is_pair
 from lightning_lora.errors import UserError
-from lightning_lora.export.weights import weights_labels
+from lightning_lora.export.weights import trained_for
 from lightning_lora.files import atomic_path, check_writable, remove_partial
 from lightning_lora.inference.input_rows import SHOWN_PLACES, text_columns_of, warn_of_faults
 from lightning_lora.inference.loaded_run import LoadedRun, assemble
@@ -107,13 +107,20 @@ def plan_job(cli: ConfiguredRun) -> PredictJob:
     config = cli.config
     text_columns = text_columns_of(config)
     checkpoint = RunFolder.open(Path(config.run)).checkpoint(config.checkpoint)
-    labels = list(weights_labels(checkpoint))
+    labels = trained_for(checkpoint)
     files = find_files(config.input, Path(config.output))
-    tasks = plan_files(files, Path(config.output), text_columns, new_columns(labels).names)
+    tasks = plan_files(
+        files, Path(config.output), text_columns, new_columns(labels["label_names"], labels["task"]).names
+    )
     settings = cli.settings()
     kept = {f"data.{name}": settings["data"][name] for name in DATA_SETTINGS}
     kept |= {f"model.{name}": settings["model"][name] for name in MODEL_SETTINGS}
-    kept |= {"trainer.precision": str(config.trainer.precision), "text_column": text_columns, "labels": labels}
+    kept |= {
+        "trainer.precision": str(config.trainer.precision),
+        "text_column": text_columns,
+        "labels": labels["label_names"],
+        "task": labels["task"],
+    }
     kept |= {"weights": fingerprint(checkpoint), "int8": config.int8}
     return PredictJob(cli.words, tasks, kept)
 
@@ -168,7 +175,7 @@ def predict_file(loaded: LoadedRun, job: PredictJob, task: FileTask, advance: Ad
     """
     with reading(task.source):
         source = pq.read_schema(task.source)
-    new = new_columns(job.settings["labels"])
+    new = new_columns(job.settings["labels"], job.settings["task"])
     schema = pa.schema(source.field(n).with_name(name) if n else new.field(name) for name, n in task.columns.items())
     empty, places = 0, list[str]()
     tokenized = (
@@ -195,19 +202,19 @@ def load_planned(cli: ConfiguredRun, job: PredictJob) -> LoadedRun:
     """
     checkpoint = RunFolder.open(Path(cli.config.run)).checkpoint(cli.config.checkpoint)
     cli.config.trainer.enable_progress_bar = False  # there is one for all files
-    loaded = load_for(cli, checkpoint, job.settings["labels"])
+    loaded = load_for(cli, checkpoint, {"label_names": job.settings["labels"], "task": job.settings["task"]})
     if fingerprint(checkpoint) != job.settings["weights"]:
         raise UserError(f"{checkpoint} has changed since the command started (is it still trained?)")
     return loaded
 
 
-def load_for(cli: ConfiguredRun, checkpoint: Path, labels: Sequence[str]) -> LoadedRun:
+def load_for(cli: ConfiguredRun, checkpoint: Path, labels: Mapping[str, Any]) -> LoadedRun:
     """Load the run of a command line with its settings.
 
     Args:
         cli: The command line.
         checkpoint: The weights.
-        labels: Names of the classes.
+        labels: As by ``trained_for``.
 
     Raises:
         UserError: The weights cannot be loaded, or the model cannot compute as is asked.

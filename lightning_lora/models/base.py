@@ -15,7 +15,7 @@ from lightning_lora.errors import UserError, first_line
 from lightning_lora.locations import Location, resolve
 from lightning_lora.models.architectures import ARCHITECTURES, Architecture
 from lightning_lora.models.base_folder import check_folder
-from lightning_lora.models.head import config_labels, outside_backbone, prepare_head, unloaded
+from lightning_lora.models.head import config_labels, make_scalable, outside_backbone, prepare_head, unloaded
 from lightning_lora.models.quantization import (
     Quantization,
     check_not_quantized,
@@ -24,6 +24,7 @@ from lightning_lora.models.quantization import (
 )
 from lightning_lora.quiet import quiet_loading
 from lightning_lora.seeding import torch_stream
+from lightning_lora.tasks import PROBLEM_TYPES, Task
 from lightning_lora.tokenizer import load_tokenizer, tokens_beyond
 
 _WEIGHT_FILES = (
@@ -59,7 +60,13 @@ class Base:
     pooling_file: Path | None = None
 
 
-def load_base(base_model: str, label_names: Sequence[str], seed: int, quantization: Quantization | None = None) -> Base:
+def load_base(
+    base_model: str,
+    label_names: Sequence[str],
+    seed: int,
+    quantization: Quantization | None = None,
+    task: Task = "single_label",
+) -> Base:
     """The base model with a head for the labels; anything newly initialised is a function of the seed.
 
     A head that it brings along is kept where it is one for the same labels (``models/head.py``).
@@ -69,6 +76,7 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int, quantizati
         label_names: Names of the classes in the order of their numbers.
         seed: The run's seed; the head has a stream of its own.
         quantization: How the encoder's linear layers are stored; full precision by default.
+        task: What is predicted.
 
     Raises:
         UserError: There is no such model, the machine cannot quantize it, it is no encoder for classification,
@@ -77,7 +85,7 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int, quantizati
     location = resolve(base_model, "model.base_model")
     if location.path is not None:
         check_folder(location.path)
-    config, theirs = _load_config(location, label_names)
+    config, theirs = _load_config(location, label_names, task)
     # Without a tokenizer the data says so, in its own words.
     tokenizer = load_tokenizer(location.target, "model.base_model") if _tokenizer_file(location) else None
     if tokenizer is not None and not _has_padding_row(config):
@@ -132,6 +140,8 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int, quantizati
         if not _positions_follow_padding(model):
             _set_padding(model.config, tokenizer.pad_token_id)
     fresh_head = any(key.startswith(tuple(head_names)) for key in fresh)
+    if task == "regression" and head.startswith("a fresh head"):
+        make_scalable(model, head_names)
     pooling = _find(location, "1_Pooling/config.json")
     return Base(model, architecture, head_modules, weights_fingerprint(location), head, fresh_head, pooling)
 
@@ -173,7 +183,7 @@ def _has_module(model: Any, name: str) -> bool:
     return any(module == name for module, _ in model.named_modules())
 
 
-def _load_config(location: Location, label_names: Sequence[str]) -> tuple[Any, list[str]]:
+def _load_config(location: Location, label_names: Sequence[str], task: Task) -> tuple[Any, list[str]]:
     """The base model's config with our labels, and the names of its own."""
     from transformers import AutoConfig
 
@@ -183,7 +193,7 @@ def _load_config(location: Location, label_names: Sequence[str]) -> tuple[Any, l
         config.num_labels = len(label_names)
         config.id2label = dict(enumerate(label_names))
         config.label2id = {name: i for i, name in enumerate(label_names)}
-        config.problem_type = "single_label_classification"
+        config.problem_type = PROBLEM_TYPES[task]
         return config, theirs
     except Exception as error:  # a damaged config raises many kinds
         if "trust_remote_code" in str(error):

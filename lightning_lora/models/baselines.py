@@ -51,7 +51,9 @@ class Regression:
         bias: float32, (C,).
         features: The name of its features.
         c: Its inverse strength of regularization.
-        tried: The validation F1 of all that were tried, by features and C.
+        tried: The validation F1, of numbers the mean squared error, of all that were tried, by features and C.
+        val_logits: Its logits of the validation rows, (M, C).
+        judged_by: What ``tried`` is, in the run record.
     """
 
     weight: Tensor
@@ -59,11 +61,13 @@ class Regression:
     features: str
     c: float
     tried: Mapping[str, float]
+    val_logits: Tensor
+    judged_by: str
 
     @property
     def chosen(self) -> dict[str, Any]:
         """What was chosen and among what, for the run record."""
-        return {"features": self.features, "C": self.c, "val_f1_macro": dict(self.tried)}
+        return {"features": self.features, "C": self.c, self.judged_by: dict(self.tried)}
 
 
 def choose_regression(
@@ -71,31 +75,61 @@ def choose_regression(
 ) -> Regression:
     """Fit a logistic regression for each kind of features and each C; return the best on validation rows.
 
-    The best has the highest macro F1, of equal ones the lowest loss. Fitted on training rows alone, as any model is.
+    The best has the highest macro F1, of equal ones the lowest loss. Fitted on training rows alone, as any model is. Of
+    several labels there is a regression for each, judged from a probability of 0.5 on; of numbers a ridge regression.
 
     Args:
         several: The kinds of features, which are made one after another.
-        labels: Of the training rows, (N,).
-        val_labels: Of the validation rows, (M,).
+        labels: Of the training rows, (N,), of several labels (N, C).
+        val_labels: Of the validation rows, (M,), of several labels (M, C).
         classes: C.
         cs: Inverse strengths of regularization, ascending.
     """
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.metrics import f1_score
 
-    found: list[tuple[float, float, str, float, Tensor, Tensor]] = []
+    numbers, sets = labels.dtype.kind == "f", labels.ndim == 2
+    found: list[tuple[float, float, str, float, Tensor, Tensor, Tensor]] = []
     for features in several:
-        model = LogisticRegression(max_iter=1000, warm_start=True)
+        made = [LogisticRegression(max_iter=1000, warm_start=True) for _ in range(classes if sets else 1)]
         for c in cs:
-            model.set_params(C=c).fit(features.train, labels)
-            weight, bias = of_all_classes(model, classes)
+            if numbers:
+                ridge = Ridge(alpha=1 / c).fit(features.train, labels)
+                weight, bias = (
+                    torch.from_numpy(np.atleast_1d(each)).float() for each in (ridge.coef_, ridge.intercept_)
+                )
+                weight = weight.view(1, -1)
+            elif sets:
+                each_label = [
+                    of_label(model.set_params(C=c), features.train, own)
+                    for model, own in zip(made, labels.T, strict=True)
+                ]
+                weight, bias = (torch.stack(each) for each in zip(*each_label, strict=True))
+            else:
+                weight, bias = of_all_classes(made[0].set_params(C=c).fit(features.train, labels), classes)
             logits = torch.from_numpy(np.asarray(features.val @ weight.numpy().T)).float() + bias
-            f1 = float(f1_score(val_labels, logits.argmax(1).numpy(), average="macro"))
-            loss = float(nn.functional.cross_entropy(logits, torch.from_numpy(val_labels.astype(np.int64))))
-            found.append((f1, -loss, features.name, c, weight, bias))
-    _, _, name, c, weight, bias = max(found, key=lambda each: each[:2])
-    tried = {f"{features}, C {strength:g}": f1 for f1, _, features, strength, *_ in found}
-    return Regression(weight, bias, name, c, tried)
+            if numbers:
+                score = -float(((logits[:, 0].numpy() - val_labels) ** 2).mean())
+                loss = -score
+            elif sets:
+                score = float(f1_score(val_labels, (logits >= 0).numpy(), average="macro", zero_division=0))
+                truth = torch.from_numpy(val_labels.astype(np.float32))
+                loss = float(nn.functional.binary_cross_entropy_with_logits(logits, truth))
+            else:
+                score = float(f1_score(val_labels, logits.argmax(1).numpy(), average="macro"))
+                loss = float(nn.functional.cross_entropy(logits, torch.from_numpy(val_labels.astype(np.int64))))
+            found.append((score, -loss, features.name, c, weight, bias, logits))
+    _, _, name, c, weight, bias, logits = max(found, key=lambda each: each[:2])
+    tried = {f"{features}, C {strength:g}": abs(score) for score, _, features, strength, *_ in found}
+    return Regression(weight, bias, name, c, tried, logits, "val_mse" if numbers else "val_f1_macro")
+
+
+def of_label(model: Any, rows: Any, has: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Weights (F,) and bias () of a logistic regression for one label; of one that all rows have, or none, constant."""
+    if len(np.unique(has)) < 2:
+        return torch.zeros(rows.shape[1]), torch.tensor(-_NEVER if has[0] else _NEVER)
+    model.fit(rows, has)
+    return torch.from_numpy(model.coef_[0]).float(), torch.tensor(float(model.intercept_[0]))
 
 
 def of_all_classes(model: Any, classes: int) -> tuple[Tensor, Tensor]:
@@ -110,16 +144,24 @@ def of_all_classes(model: Any, classes: int) -> tuple[Tensor, Tensor]:
 
 
 class Majority(nn.Module):
-    """Gives every text the shares of the classes among the training rows."""
+    """Gives every text the shares of the classes or labels among the training rows, or the mean of their numbers."""
+
+    val_logits: Tensor
 
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(classes))
 
-    def fit(self, texts: Sequence[str], labels: np.ndarray, *_: Any) -> dict[str, Any]:
+    def fit(self, texts: Sequence[str], labels: np.ndarray, val_texts: Sequence[str] = (), *_: Any) -> dict[str, Any]:
         """Count the training rows of each class; return what was chosen, for the run record: nothing."""
-        counts = np.bincount(labels, minlength=len(self.bias))
-        self.bias.data = torch.log(torch.from_numpy(np.maximum(counts, 1e-9) / len(texts))).float()
+        if labels.dtype.kind == "f":
+            self.bias.data = torch.tensor([labels.mean()]).float()
+        elif labels.ndim == 2:
+            self.bias.data = torch.logit(torch.from_numpy(labels.mean(axis=0)), 1e-9).float()
+        else:
+            counts = np.bincount(labels, minlength=len(self.bias))
+            self.bias.data = torch.log(torch.from_numpy(np.maximum(counts, 1e-9) / len(texts))).float()
+        self.val_logits = self.forward(val_texts)
         return {}
 
     def forward(self, texts: Sequence[str]) -> Tensor:
@@ -129,6 +171,8 @@ class Majority(nn.Module):
 
 class Tfidf(nn.Module):
     """Logistic regression on TF-IDF weighted n-grams of words, or of words and characters."""
+
+    val_logits: Tensor
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -156,7 +200,7 @@ class Tfidf(nn.Module):
                 yield Features(" and ".join(made), hstack(train, "csr"), hstack(val, "csr"))
 
         best = choose_regression(features(), labels, val_labels, len(self.bias), TFIDF_C)
-        self.weight.data, self.bias.data = best.weight, best.bias
+        self.weight.data, self.bias.data, self.val_logits = best.weight, best.bias, best.val_logits
         self.ngrams = {
             kind: (made[kind].get_feature_names_out().tolist(), made[kind].idf_.tolist())
             for kind in best.features.split(" and ")
@@ -215,6 +259,8 @@ class Probe(nn.Module):
         self.classifier = nn.Linear(self.config.get_text_config().hidden_size, classes)
         #: The position in ``POOLINGS``.
         self.register_buffer("pooling", torch.tensor(0))
+        #: Of the validation rows, (M, C), once it is fitted.
+        self.val_logits = torch.zeros(0, classes)
         #: Whether ``forward`` gives pooled states in place of logits.
         self.gives_states = False
 
@@ -257,6 +303,7 @@ class Probe(nn.Module):
         self.classifier.weight.data = weight
         self.classifier.bias.data = best.bias - weight @ torch.from_numpy(scaler.mean_).float()
         self.get_buffer("pooling").fill_(POOLINGS.index(best.features))
+        self.val_logits = best.val_logits
         return best.chosen
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def config_labels(config: Any) -> list[str]:
@@ -56,6 +56,60 @@ def prepare_head(
         return "its own head"
     reorder(model, rows)
     return f"its own head, reordered from {', '.join(theirs)}"
+
+
+class ScaledLinear(nn.Linear):
+    """The last layer of a head that predicts a number: what it gives is scaled to the units of the data.
+
+    So weights and learning rate need not follow these units.
+    """
+
+    mean: Tensor
+    sd: Tensor
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.register_buffer("mean", torch.zeros(1, device=layer.weight.device))
+        self.register_buffer("sd", torch.ones(1, device=layer.weight.device))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Numbers (..., 1) of states (..., H)."""
+        return super().forward(input) * self.sd + self.mean
+
+    def folded(self) -> nn.Linear:
+        """The plain layer that gives the same."""
+        plain = nn.Linear(self.in_features, self.out_features, device="meta")
+        plain.weight = nn.Parameter(self.weight.detach() * self.sd, self.weight.requires_grad)
+        plain.bias = nn.Parameter(self.bias.detach() * self.sd + self.mean, self.bias.requires_grad)
+        return plain
+
+
+def make_scalable(model: Any, modules: Sequence[str]) -> None:
+    """Let the last layer of a fresh head be scaled, where it has a bias to hold the mean."""
+    layers = [
+        f"{module}.{name}".rstrip(".")
+        for module in modules
+        for name, layer in model.get_submodule(module).named_modules()
+        if isinstance(layer, nn.Linear) and layer.out_features == 1 and layer.bias is not None
+    ]
+    if layers:
+        model.set_submodule(layers[-1], ScaledLinear(model.get_submodule(layers[-1])))
+
+
+def scale_output(model: nn.Module, mean: float, sd: float) -> None:
+    """Set the units of what a model predicts, where it can be scaled: mean and standard deviation of the truth."""
+    for layer in model.modules():
+        if isinstance(layer, ScaledLinear):
+            layer.mean.fill_(mean)
+            layer.sd.fill_(sd)
+
+
+def fold_scale(model: nn.Module) -> None:
+    """Put the scale into the weights, as other software knows no ``ScaledLinear``: the model gives the same."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, ScaledLinear):
+            model.set_submodule(name, layer.folded())
 
 
 def outside_backbone(model: Any) -> list[str]:

@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from lightning_lora.evaluation.metric_table import judged_by
 from lightning_lora.evaluation.significance import Estimate
 from lightning_lora.experiments.confounders import Change
 from lightning_lora.experiments.plan import Plan
 from lightning_lora.experiments.results import Answers, ArmResult, CellResult
+from lightning_lora.tasks import Task
 from lightning_lora.units import duration
 
 
@@ -44,6 +46,12 @@ class Report:
     def split(self) -> str:
         """The same in words."""
         return "test" if self.split_key == "test" else "validation"
+
+    @property
+    def task(self) -> Task:
+        """What is predicted."""
+        tasks = ((cell.record.get("data") or {}).get("task") for cell in self.cells)
+        return next(filter(None, tasks), "single_label")
 
     @property
     def baseline(self) -> ArmResult:
@@ -103,7 +111,8 @@ def _with_effect(arm: ArmResult, metric: str) -> str:
 def notes(report: Report) -> list[str]:
     """Return what a reader should know beside the numbers."""
     tests, cells = report.tests
-    chosen = f"Variants are chosen by validation {report.plan.metric}, checkpoints by validation F1."
+    judged = judged_by(report.task)[1]
+    chosen = f"Variants are chosen by validation {report.plan.metric}, checkpoints by validation {judged}."
     found = [
         f"command: {report.command}",
         *(report.remarks or [chosen]),
@@ -167,7 +176,7 @@ def _cautions(report: Report) -> list[str]:
 def interval_text(found: Estimate, metric: str, signed: bool = False) -> str:
     """Return an interval in brackets, with signs where it is of a difference."""
     low, high = found.low, found.high
-    if metric == "accuracy":  # of which no value lies outside
+    if metric in ("accuracy", "subset_accuracy", "f1_samples", "hamming_loss"):  # of which no value lies outside
         low, high = max(low, -1.0 if signed else 0.0), min(high, 1.0)
     form = "+.4f" if signed else ".4f"
     return f"[{low:{form}}, {high:{form}}]"

@@ -59,7 +59,7 @@ def measured(report: Report, arm: ArmResult, column: Column) -> tuple[float, lis
 def metric_table(report: Report) -> TextTable:
     """Return metrics and costs of each arm, without the columns that no arm has."""
     header, *rows = ["arm"], *([arm.label] for arm in report.arms)
-    for column in [*metric_columns(), *COST_COLUMNS]:
+    for column in [*metric_columns(report.task), *COST_COLUMNS]:
         found = [measured(report, arm, column) for arm in report.arms]
         if all(math.isnan(value) for value, _ in found):
             continue
@@ -74,7 +74,7 @@ def as_document(report: Report) -> dict[str, Any]:
     """Return the arms, their metrics, costs and differences from the baseline as plain values."""
     arms = []
     for arm in report.arms:
-        values = {column.key: measured(report, arm, column) for column in [*metric_columns(), *COST_COLUMNS]}
+        values = {column.key: measured(report, arm, column) for column in [*metric_columns(report.task), *COST_COLUMNS]}
         arms.append(
             {
                 "name": arm.label,
@@ -92,10 +92,11 @@ def as_document(report: Report) -> dict[str, Any]:
 
 def more_tables(report: Report) -> list[tuple[str, TextTable]]:
     """Return the other tables with their titles, without those that have no rows."""
+    what = "Labels of texts" if report.task == "multi_label" else "Texts"
     tables = {
-        "Texts fixed and broken against the baseline, by class": fixed_and_broken(report, by_class(report)),
+        f"{what} fixed and broken against the baseline, by class": fixed_and_broken(report, by_class(report)),
         "What the search has tried": trial_table(report),
-        "Texts fixed and broken against the baseline, by length": fixed_and_broken(report, by_length(report)),
+        f"{what} fixed and broken against the baseline, by length": fixed_and_broken(report, by_length(report)),
         "Each seed by itself": seed_table(report),
         "Cells": cell_table(report),
         "In what each arm differs from the baseline": change_table(report),
@@ -151,22 +152,27 @@ def change_table(report: Report) -> TextTable:
 
 
 def by_class(report: Report) -> dict[str, NDArray]:
-    """Return which of the compared rows, (N,), are of each class."""
+    """Return which of the compared rows, (N,), are of each class; of several labels a text, which answers, (1, C)."""
     rows = _compared_rows(report)
-    return {} if rows is None else {name: rows.labels == i for i, name in enumerate(rows.label_names)}
+    if rows is None or rows.task == "regression":
+        return {}
+    several = np.eye(len(rows.label_names), dtype=bool)
+    groups = several[:, None] if rows.task == "multi_label" else (rows.truth == np.arange(len(several))[:, None])
+    return dict(zip(rows.label_names, groups, strict=True))
 
 
 def by_length(report: Report) -> dict[str, NDArray]:
     """Return which of the compared rows are of each third of the texts' lengths, where these were kept and differ."""
     rows = _compared_rows(report)
-    if rows is None or rows.lengths is None:
+    if rows is None or rows.lengths is None or rows.task == "regression":
         return {}
     longest = int(rows.lengths.max())
     edges = {int(edge) for edge in np.quantile(rows.lengths, [1 / 3, 2 / 3], method="lower")} - {longest}
     groups = {}
     for low, high in itertools.pairwise([-1, *sorted(edges), longest] if edges else []):
         name = f"{low + 1:,} to {high:,}" if low >= 0 else f"up to {high:,} characters"
-        groups[name] = (rows.lengths > low) & (rows.lengths <= high)
+        inside = (rows.lengths > low) & (rows.lengths <= high)
+        groups[name] = inside[:, None] if rows.task == "multi_label" else inside
     return groups
 
 
@@ -176,7 +182,10 @@ def _compared_rows(report: Report) -> Answers | None:
 
 
 def fixed_and_broken(report: Report, groups: Mapping[str, NDArray]) -> TextTable:
-    """Return by group of rows those that an arm has right and the baseline wrong, and the reverse: means over seeds."""
+    """Return by group of rows those that an arm has right and the baseline wrong, and the reverse: means over seeds.
+
+    Of several labels what is counted is whether a text is given each, by text and label.
+    """
     base = {cell.cell.seed: report.answers(cell) for cell in report.baseline.cells}
     rows = [["arm", *(f"{name}: fixed / broken" for name in groups)]]
     for arm in report.arms if groups else ():

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_lora.evaluation.metric_table import METRICS
+from lightning_lora.evaluation.metric_table import METRICS, metrics_for, row_metrics
+from lightning_lora.tasks import Task
 from lightning_lora.units import duration
 
 
@@ -37,14 +38,14 @@ COST_COLUMNS = (
 )
 
 
-def metric_columns() -> list[Column]:
-    """Return a column for each metric that has a heading."""
-    return [Column(name, spec.heading, True, digits=4) for name, spec in METRICS.items() if spec.heading]
+def metric_columns(task: Task) -> list[Column]:
+    """Return a column for each metric of a task that has a heading."""
+    return [Column(name, spec.heading, True, digits=4) for name, spec in metrics_for(task).items() if spec.heading]
 
 
 def metric_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
     """Return the table's rows, header first: baselines and before, where measured, after with its interval, in int8."""
-    columns = metric_columns()
+    columns = metric_columns(evaluation.get("task", "single_label"))
     rows = [["", *(column.heading for column in columns)]]
     for name, values in evaluation.get("baselines", {}).items():
         rows.append([name, *(_cell(values.get(column.key)) for column in columns)])
@@ -74,10 +75,9 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
     if seconds := evaluation.get("int8_s"):
         rate = f"{evaluation['rows'] / seconds:.1f} texts/s, {evaluation['int8_layers']}"
         rows.append(["in int8", f"{duration(seconds)} ({rate})"])
-        changed = f"{evaluation['int8_flipped']:,} labels"
-        if bounds := evaluation.get("int8_accuracy_difference"):
-            changed += ", accuracy {:+.4f} to {:+.4f} (95% interval)".format(*bounds)
-        rows.append(["int8 changes", changed])
+        bounds = {name: evaluation.get(f"int8_{name}_difference") for name in row_metrics()}
+        changed = [f"{METRICS[n].heading} {b[0]:+.4f} to {b[1]:+.4f} (95% interval)" for n, b in bounds.items() if b]
+        rows.append(["int8 changes", ", ".join([f"{evaluation['int8_flipped']:,} labels", *changed])])
     if "peak_gpu_memory_mb" in costs:
         rows.append(["peak GPU memory", f"{costs['peak_gpu_memory_mb']:,.0f} MiB"])
     if "peak_memory_mb" in costs:
@@ -86,13 +86,21 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
         rows.append(["checkpoint", f"{size / 1e6:.2f} MB"])
     for name, values in evaluation.get("baselines", {}).items():
         if "interval" in values:
-            better = "{:+.4f} accuracy ({:+.4f} to {:+.4f}, 95% interval)".format(
-                values["ours_better_by"], *values["interval"]
-            )
+            spec, (low, high) = METRICS[values.get("compared_by", "accuracy")], values["interval"]
+            better = f"{values['ours_better_by']:+.4f} {spec.heading} ({low:+.4f} to {high:+.4f}, 95% interval)"
             rows.append([f"better than {name} by", better])
     if "majority_accuracy" in evaluation:
         rows.append(["majority vote", f"{evaluation['majority_accuracy']:.4f} accuracy on the same rows"])
-    return rows
+    return [*rows, *_threshold_row(evaluation.get("thresholds", {}))]
+
+
+def _threshold_row(thresholds: Mapping[str, float]) -> list[list[str]]:
+    """Return from which probability on each of several labels is predicted, if there are any."""
+    if len(set(thresholds.values())) > 1:
+        words = ", ".join(f"{name} {value:.2f}" for name, value in thresholds.items())
+    else:
+        words = "".join(f"{value:.2f}" for value in [*thresholds.values()][:1])
+    return [["predicted from a probability of", words]] if words else []
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

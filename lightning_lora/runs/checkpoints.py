@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, and only loaded where they belong."""
 
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import atomic_path
+from lightning_lora.tasks import Task
 
 CHECKPOINT_FORMAT = 1
 _KEY = "lightning_lora"
@@ -21,6 +22,7 @@ _KEY = "lightning_lora"
 _MUST_BE_EQUAL = {
     "label_names": "names and order must be the same",
     "method": "other weights are trained by another method",
+    "task": "its outputs mean something else",
     "quantization": "the same adapter gives other results on other weights",
 }
 
@@ -36,6 +38,7 @@ class CheckpointIdentity:
         method: How it was fine-tuned.
         quantization: How the frozen weights were stored ("none", "int8", "nf4", ...).
         adapter: Options that say how the trained weights are applied, such as alpha.
+        task: What is predicted.
     """
 
     base_model: str
@@ -44,6 +47,7 @@ class CheckpointIdentity:
     method: str
     quantization: str = "none"
     adapter: dict[str, Any] = field(default_factory=dict)
+    task: Task = "single_label"
 
     def write_to(self, checkpoint: dict[str, Any]) -> None:
         """Store the identity in a checkpoint."""
@@ -64,7 +68,7 @@ class CheckpointIdentity:
                 f"'{self.base_model}' has; use the base model it was trained on"
             )
         for name, why in _MUST_BE_EQUAL.items():
-            if (found := stored[name]) != (own := getattr(self, name)):
+            if (found := stored.get(name, "single_label")) != (own := getattr(self, name)):
                 raise UserError(f"the checkpoint was trained with {name} {found!r}, not {own!r}; {why}")
         for name, value in stored["adapter"].items():
             if (own_value := self.adapter.get(name)) != value:
@@ -221,10 +225,10 @@ def checked_checkpoint(module: LightningModule, path: Path, any_quantization: bo
     return checkpoint
 
 
-def stored_labels(checkpoint: Mapping[str, Any], path: Path) -> Sequence[str]:
-    """Return the label names that a checkpoint was trained with."""
+def stored_identity(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says that it belongs to."""
     try:
-        return _identity(checkpoint)["label_names"]
+        return _identity(checkpoint)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

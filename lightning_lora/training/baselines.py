@@ -12,9 +12,11 @@ from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.pairs import as_texts
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.predictions import PredictionCollector
+from lightning_lora.evaluation.thresholds import Threshold
 from lightning_lora.models.baselines import TEXT_BASELINES, Probe
 from lightning_lora.models.methods import BASELINES
 from lightning_lora.runs.checkpoints import CheckpointIdentity
+from lightning_lora.tasks import Task
 from lightning_lora.training.evaluation_steps import EvaluationSteps
 from lightning_lora.training.module import TextClassifier
 
@@ -27,6 +29,8 @@ class TextBaseline(EvaluationSteps):
     Args:
         label_names: Names of the classes in the order of their numbers.
         method: "majority" or "tfidf".
+        task: What is predicted.
+        threshold: As of a ``TextClassifier``.
     """
 
     #: As of a ``TextClassifier``, for the run record.
@@ -36,12 +40,19 @@ class TextBaseline(EvaluationSteps):
     learning_rate = 0.0
     began = False
 
-    def __init__(self, label_names: list[str], method: str = "tfidf") -> None:
+    def __init__(
+        self,
+        label_names: list[str],
+        method: str = "tfidf",
+        task: Task = "single_label",
+        threshold: Threshold = "one",
+    ) -> None:
         super().__init__()
-        self.save_hyperparameters({"label_names": list(label_names), "method": method}, logger=False)
-        self.label_names = list(label_names)
+        given = {"label_names": list(label_names), "method": method, "task": task, "threshold": threshold}
+        self.save_hyperparameters(given, logger=False)
+        self.label_names, self.task, self.threshold = list(label_names), task, threshold
         self.model = TEXT_BASELINES[method](len(label_names))
-        self.identity = CheckpointIdentity("none", "none", self.label_names, method)
+        self.identity = CheckpointIdentity("none", "none", self.label_names, method, task=task)
         self.stays_on_device = False
         #: What was chosen on validation rows.
         self.chosen: dict[str, Any] = {}
@@ -57,7 +68,8 @@ class TextBaseline(EvaluationSteps):
         """Fits to the training rows; what can be chosen is chosen on validation rows, and returned."""
         del trainer
         train, val = data.rows("train"), data.rows("val")
-        return self.model.fit(as_texts(train.texts), train.labels, as_texts(val.texts), val.labels)
+        chosen = self.model.fit(as_texts(train.texts), train.labels, as_texts(val.texts), val.labels)
+        return fitted(self, chosen, val.labels)
 
     def document_logits(self, batch: dict[str, Any]) -> Tensor:
         """Logits, float32 (B, C), of the batch's texts."""
@@ -69,7 +81,9 @@ class TextBaseline(EvaluationSteps):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Says what the weights belong to."""
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+        checkpoint["state_dict"] = {
+            k: v for k, v in checkpoint["state_dict"].items() if k.startswith(("model.", "thresholds"))
+        }
         self.identity.write_to(checkpoint)
         metrics = self.trainer.callback_metrics
         checkpoint["metrics"] = {name: float(v) for name, v in metrics.items() if name.startswith("val/")}
@@ -85,6 +99,14 @@ class TextBaseline(EvaluationSteps):
             UserError: Always.
         """
         raise UserError(f"--int8: method '{self.identity.method}' has no layers; leave it out")
+
+
+def fitted(module: EvaluationSteps, chosen: dict[str, Any], val_labels: np.ndarray) -> dict[str, Any]:
+    """Take the thresholds of several labels from validation rows too; return what was chosen, for the run record."""
+    if module.thresholds is not None:
+        model: Any = module.model
+        module.choose_thresholds(model.val_logits, torch.from_numpy(val_labels))
+    return chosen
 
 
 class LinearProbe(TextClassifier):
@@ -104,7 +126,8 @@ class LinearProbe(TextClassifier):
         """Fits to the training rows; pooling and C are chosen on validation rows, and returned."""
         probe: Probe = self.model
         train, val = (self._states(data, trainer, split) for split in ("train", "val"))
-        return probe.fit(train, data.rows("train").labels, val, data.rows("val").labels)
+        val_labels = data.rows("val").labels
+        return fitted(self, probe.fit(train, data.rows("train").labels, val, val_labels), val_labels)
 
     def _states(self, data: TextDataModule, trainer: Trainer, split: str) -> np.ndarray:
         """Pooled states of a split, (N, P D) in the order of its rows."""
@@ -138,6 +161,7 @@ def make_classifier(base_model: str, label_names: list[str], method: str = "lora
         settings: Others of ``TextClassifier``.
     """
     if method in TEXT_BASELINES:
-        return TextBaseline(label_names, method)
+        own = {name: settings[name] for name in ("task", "threshold") if name in settings}
+        return TextBaseline(label_names, method, **own)
     kind = LinearProbe if method in BASELINES else TextClassifier
     return kind(base_model, label_names, method, **settings)

@@ -2,18 +2,26 @@
 
 from typing import Any, cast
 
+import torch
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics import Metric
 
+from lightning_lora.evaluation.metric_table import SHOWN
 from lightning_lora.evaluation.metrics import EvaluationCounter, TrainCounter
+from lightning_lora.evaluation.thresholds import Threshold, choose_thresholds
+from lightning_lora.tasks import Task
+from lightning_lora.training.loss import plain_loss
 
 
 class EvaluationSteps(LightningModule):
     """Counts the metrics of validation and test rows; a subclass says what a batch's logits are."""
 
     label_names: list[str]
+    task: Task
+    threshold: Threshold
+    #: Of several labels the probabilities from which on each is predicted, (C,); saved with the weights.
+    thresholds: Tensor | None
     train_counter: TrainCounter
 
     def document_logits(self, batch: dict[str, Any]) -> Tensor:
@@ -22,11 +30,14 @@ class EvaluationSteps(LightningModule):
 
     def configure_metrics(self) -> None:
         """Set the metrics of each stage; override to add some: ``self.add_metric("mcc", MulticlassMatthews...(C))``."""
-        classes = len(self.label_names)
-        self.stage_counters = nn.ModuleDict({f"{s}_counter": EvaluationCounter(classes) for s in ("val", "test")})
+        classes, several = len(self.label_names), self.task == "multi_label"
+        counters = {f"{stage}_counter": EvaluationCounter(classes, self.task) for stage in ("val", "test")}
+        self.stage_counters = nn.ModuleDict(counters)
+        start = 0.5 if isinstance(self.threshold, str) else float(self.threshold)
+        self.register_buffer("thresholds", torch.full((classes,), start) if several else None)
 
     def add_metric(self, name: str, metric: Metric) -> None:
-        """Log a torchmetrics metric of probabilities (B, C) and labels (B,) as "val/NAME" and "test/NAME"."""
+        """Log a torchmetrics metric of probabilities (B, C) and labels as "val/NAME" and "test/NAME"."""
         for stage in ("val", "test"):
             self._evaluation_counter(stage).metrics.add_metrics({name: metric.clone()})
 
@@ -34,7 +45,7 @@ class EvaluationSteps(LightningModule):
         """Loss and logits of a batch; counts the metrics of the stage ("val" or "test")."""
         logits = self.document_logits(batch)
         labels = batch["labels"].to(logits.device, non_blocking=True)
-        loss = F.cross_entropy(logits, labels)
+        loss = plain_loss(logits, labels, self.task)
         if batch["share"]:  # else this process had no row of the part
             self._evaluation_counter(stage).count(logits, labels, loss)
         return {"loss": loss, "logits": logits}
@@ -62,8 +73,26 @@ class EvaluationSteps(LightningModule):
 
     def log_epoch(self, stage: str) -> None:
         """Logs the loss and the metrics of a stage, and resets them."""
-        for name, value in self.counter(stage).take_values(self.label_names).items():
-            self.log(f"{stage}/{name}", value, prog_bar=stage != "train" and name == "accuracy", sync_dist=False)
+        if stage == "train":
+            values = self.train_counter.take_values(self.label_names)
+        else:
+            values = self._evaluation_counter(stage).take_values(self.label_names, self.settled_thresholds(stage))
+        for name, value in values.items():
+            self.log(
+                f"{stage}/{name}", value, prog_bar=stage != "train" and name == SHOWN[self.task][0], sync_dist=False
+            )
+
+    def settled_thresholds(self, stage: str) -> Tensor | None:
+        """The thresholds at the end of a pass, in all processes: within training those that are best on its rows."""
+        chooses = stage == "val" and self.thresholds is not None and self._trainer is not None
+        if chooses and self.trainer.state.fn == "fit" and (rows := self._evaluation_counter(stage).gathered()):
+            self.choose_thresholds(*rows)
+        return self.thresholds
+
+    def choose_thresholds(self, logits: Tensor, labels: Tensor) -> None:
+        """Take the thresholds that are best on validation rows: logits and labels (N, C)."""
+        assert self.thresholds is not None
+        self.thresholds.copy_(choose_thresholds(logits, labels, self.threshold))
 
     def counter(self, stage: str) -> TrainCounter | EvaluationCounter:
         """What counts the metrics of a stage ("train", "val" or "test")."""

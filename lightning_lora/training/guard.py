@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from lightning import Trainer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_lora import processes
 from lightning_lora.data.batching import ResumableLoader
 from lightning_lora.errors import UserError
+from lightning_lora.training.loss import plain_loss
 
 
 class NotFiniteError(UserError):
@@ -179,5 +179,5 @@ def compute_largest_batch(module: Any) -> None:
         batch = trainer.strategy.batch_to_device(data.__getitems__(rows))
         with trainer.precision_plugin.forward_context():
             logits = module.document_logits(batch)
-            loss = F.cross_entropy(logits, batch["labels"].to(logits.device))
+            loss = plain_loss(logits, batch["labels"].to(logits.device), module.task)
         torch.autograd.grad(loss, trained, allow_unused=True)

@@ -8,7 +8,7 @@ validation says when to stop and which weights to keep (``training/saving.py``).
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning import Callback, Trainer
@@ -17,16 +17,17 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from lightning_lora.data.batching import batches_per_epoch
 from lightning_lora.data.datamodule import TextDataModule
-from lightning_lora.training.saving import MONITOR
+from lightning_lora.tasks import Task
+from lightning_lora.training.saving import monitored
 from lightning_lora.units import duration
 
 #: Optimizer steps that a run gets at least (docs/LOG.md: on 64 to 2,500 rows 150 are as good, and 600 no better).
 ENOUGH_STEPS = 300
 #: A run of so many epochs or more is validated at least so many times, and less than twice as many.
 VALIDATIONS = 10
-#: Validation passes in a row without a better ``MONITOR`` after which training stops.
+#: Validation passes in a row without a better value of the metric that is ``monitored`` after which training stops.
 PATIENCE = 4
-#: With fewer validation rows ``MONITOR`` is too coarse to stop by.
+#: With fewer validation rows that metric is too coarse to stop by.
 ROWS_TO_STOP_BY = 100
 
 
@@ -38,13 +39,15 @@ class TrainingLength:
         epochs: At most.
         steps_per_epoch: Optimizer steps of an epoch.
         check_every: Validation passes come after so many epochs each; None where typed settings say when.
-        patience: Validation passes in a row without a better ``MONITOR`` that stop training; None where none do.
+        patience: Validation passes in a row without a better value that stop training; None where none do.
+        task: What is predicted, which says what is monitored.
     """
 
     epochs: int
     steps_per_epoch: int
     check_every: int | None
     patience: int | None
+    task: Task = "single_label"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -59,7 +62,7 @@ class TrainingLength:
             return None
         parameters = inspect.signature(EarlyStopping).parameters
         defaults = {name: each.default for name, each in parameters.items()}
-        return {**defaults, "monitor": MONITOR, "mode": "max", "patience": self.patience}
+        return {**defaults, **monitored(self.task), "patience": self.patience}
 
 
 def plan_length(
@@ -68,6 +71,7 @@ def plan_length(
     typed_interval: float | None = None,
     min_epochs: int = 1,
     min_steps: int = 0,
+    task: Task = "single_label",
 ) -> TrainingLength:
     """Return how long to train: a pure function of these numbers.
 
@@ -79,6 +83,7 @@ def plan_length(
             passes.
         min_epochs: Train for so many epochs at least.
         min_steps: Train for so many optimizer steps at least.
+        task: What is predicted.
     """
     epochs = max(min_epochs, math.ceil(max(ENOUGH_STEPS, min_steps) / steps_per_epoch))
     own = max(1, epochs // VALIDATIONS)
@@ -88,7 +93,7 @@ def plan_length(
     patience: int | None = max(PATIENCE, math.ceil(PATIENCE * own / interval))
     if val_rows < ROWS_TO_STOP_BY or epochs / interval <= (patience or 0):  # too few rows or passes to stop by
         patience = None
-    return TrainingLength(epochs, steps_per_epoch, own if typed_interval is None else None, patience)
+    return TrainingLength(epochs, steps_per_epoch, own if typed_interval is None else None, patience, task)
 
 
 def length_of(
@@ -116,9 +121,10 @@ def length_of(
         _typed_interval(trainer, batches),
         trainer.get("min_epochs") or 1,
         trainer.get("min_steps") or 0,
+        data.task,
     )
     if any(isinstance(callback, EarlyStopping) for callback in callbacks):
-        length = TrainingLength(length.epochs, length.steps_per_epoch, length.check_every, None)
+        length = replace(length, patience=None)
     return length
 
 
@@ -169,7 +175,7 @@ def describe_length(trainer: Mapping[str, Any], data: TextDataModule, length: Tr
     if length is None:
         return found
     found["typed"].pop("max_epochs")
-    return {**found, "at_least_steps": ENOUGH_STEPS, "patience": length.patience}
+    return {**found, "at_least_steps": ENOUGH_STEPS, "patience": length.patience, **monitored(data.task)}
 
 
 def length_words(planned: Mapping[str, Any]) -> str:
@@ -193,7 +199,7 @@ def length_words(planned: Mapping[str, Any]) -> str:
     every = planned["validated_every_epochs"]
     words += f", validated every {'epoch' if every == 1 else f'{every:g} epochs'}"
     if (patience := planned["patience"]) is not None:
-        return f"{words}; stops early when {patience} validations in a row bring no better {MONITOR}"
+        return f"{words}; stops early when {patience} validations in a row bring no better {planned['monitor']}"
     if rows < ROWS_TO_STOP_BY:
         few = f"{rows} validation rows are too few to judge by ({ROWS_TO_STOP_BY} are enough)"
         return f"{words}; does not stop early, as {few}"

@@ -158,11 +158,15 @@ class TensorBoardPages(Callback):
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):
                 continue
-            if len(predictions.label_names) <= _SHOWN_CLASSES:
+            if predictions.task == "regression":
+                continue
+            if predictions.task == "single_label" and len(predictions.label_names) <= _SHOWN_CLASSES:
                 logger.experiment.add_figure(f"{split}/confusion_matrix", confusion_figure(predictions), step)
             for i, tag in enumerate(label_tags(predictions.label_names)[:_SHOWN_CLASSES]):
-                scores = predictions.probabilities[:, i]
-                logger.experiment.add_pr_curve(f"{split}_pr/{tag}", predictions.labels == i, scores, step)
+                scores, truth = predictions.probabilities[:, i], predictions.truth
+                logger.experiment.add_pr_curve(
+                    f"{split}_pr/{tag}", truth == i if truth.ndim == 1 else truth[:, i], scores, step
+                )
 
 
 def confusion_figure(predictions: Predictions) -> Any:
@@ -170,7 +174,7 @@ def confusion_figure(predictions: Predictions) -> Any:
     from matplotlib.figure import Figure
 
     count = len(predictions.label_names)
-    preds, target = torch.as_tensor(predictions.classes), torch.as_tensor(predictions.labels)
+    preds, target = torch.as_tensor(predictions.predicted), torch.as_tensor(predictions.labels)
     counts = multiclass_confusion_matrix(preds, target, count)
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     side = 2.5 + 0.8 * count

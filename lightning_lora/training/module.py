@@ -12,7 +12,9 @@ from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError, check_range
 from lightning_lora.evaluation.documents import pooled
 from lightning_lora.evaluation.metrics import TrainCounter
+from lightning_lora.evaluation.thresholds import Threshold
 from lightning_lora.models.base import Base, enable_gradient_checkpointing, load_base
+from lightning_lora.models.head import scale_output
 from lightning_lora.models.kernel_plugins import check_engine
 from lightning_lora.models.methods import BASELINES, AdapterOptions, applied, check_options, find_method, tune
 from lightning_lora.models.pooling import Pooling, choose_pooling, read_mean
@@ -26,8 +28,9 @@ from lightning_lora.models.speedups import (
     lower_frozen,
 )
 from lightning_lora.runs.checkpoints import CheckpointIdentity
+from lightning_lora.tasks import Task
 from lightning_lora.training.guard import check_whole_steps, compute_largest_batch
-from lightning_lora.training.loss import ClassWeights, make_class_weights, row_losses
+from lightning_lora.training.loss import ClassWeights, check_task, make_class_weights, row_losses
 from lightning_lora.training.optim import (
     Schedule,
     count_steps,
@@ -61,9 +64,13 @@ class TextClassifier(StepRunner):
         schedule: How the learning rate falls after warm-up: "linear", "cosine" or "constant".
         warmup_ratio: Share of all optimizer steps over which the learning rate rises.
         weight_decay: AdamW's, not on biases and norms.
+        task: What is predicted: one class, any number of labels, or a number; linked to the data.
+        threshold: Of several labels the probability from which on one is predicted: "one" for all labels or one
+            "per_label", chosen by F1 on validation rows and kept with the weights; or a number.
         label_smoothing: From 0 up to 1; in training only.
         class_weights: Weights of the classes in the training loss: "balanced" (inverse to their share of
-            the training rows) or one number a class; they are scaled so that a row weighs 1 on average.
+            the training rows) or one number a class; they are scaled so that a row weighs 1 on average. Of several
+            labels the weights of the rows that have each, beside 1 of those that do not.
         attention: Implementation of the attention: "auto" (what transformers chooses, but "exact" without a GPU,
             where "sdpa" is slower, its backward pass above all), "eager", "sdpa", or "exact", this project's own
             (``models/attention.py``).
@@ -90,6 +97,8 @@ class TextClassifier(StepRunner):
         schedule: Schedule = "linear",
         warmup_ratio: float = 0.06,
         weight_decay: float = 0.01,
+        task: Task = "single_label",
+        threshold: Threshold = "one",
         label_smoothing: float = 0.0,
         class_weights: ClassWeights | None = None,
         attention: Literal["auto", "eager", "sdpa", "exact"] = "auto",
@@ -114,6 +123,7 @@ class TextClassifier(StepRunner):
         check_quantization(quantization, method, entry.bits, entry.cpu_bits)
         check_range("model.warmup_ratio", warmup_ratio, 0, 1)
         check_range("model.label_smoothing", label_smoothing, 0, 1)
+        check_task(task, len(label_names), label_smoothing, class_weights, threshold)
         check_range("model.weight_decay", weight_decay, 0, None)
         check_range("model.learning_rate", learning_rate or 0, 0, None)
         self.learning_rate = entry.learning_rate if learning_rate is None else learning_rate
@@ -121,6 +131,7 @@ class TextClassifier(StepRunner):
         given |= {"adapter": asdict(adapter), "quantization": asdict(quantization), "speedups": asdict(speedups)}
         self.save_hyperparameters(given, logger=False)
         self.label_names = list(label_names)
+        self.task, self.threshold = task, threshold
         self.schedule = schedule
         self.warmup_ratio = warmup_ratio
         self.weight_decay = weight_decay
@@ -147,7 +158,7 @@ class TextClassifier(StepRunner):
 
     def load_base_model(self) -> Base:
         """Load the base model with its head. Override to change the head before the method is applied."""
-        base = load_base(self.hparams["base_model"], self.label_names, self.seed, self.quantization)
+        base = load_base(self.hparams["base_model"], self.label_names, self.seed, self.quantization, self.task)
         if self.hparams["gradient_checkpointing"]:
             enable_gradient_checkpointing(base.model)
         return base
@@ -169,24 +180,27 @@ class TextClassifier(StepRunner):
         self.head_modules = tuned.head_modules
         stored, options = self.quantization.label, {**applied(self.adapter, method), "pooling": self.pooling}
         self.identity = CheckpointIdentity(
-            self.hparams["base_model"], base.fingerprint, self.label_names, method, stored, options
+            self.hparams["base_model"], base.fingerprint, self.label_names, method, stored, options, self.task
         )
 
     def configure_losses(self) -> None:
-        """Set ``self.criterion``, the training loss of logits (B, C) and labels (B,); override for another one."""
+        """Set ``self.criterion``, the training loss of logits (B, C) and labels; override for another one."""
         self.criterion: Callable[[Tensor, Tensor], Tensor] = self.weighted_cross_entropy
 
     def configure_metrics(self) -> None:
         """Set the metrics of each stage; override to add some: ``self.add_metric("mcc", MulticlassMatthews...(C))``."""
         super().configure_metrics()
-        self.train_counter = TrainCounter(len(self.label_names))
+        self.train_counter = TrainCounter(len(self.label_names), self.task)
 
     def weighted_cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The training loss: cross-entropy with label smoothing and class weights."""
+        """The training loss: cross-entropy (binary of several labels) with label smoothing and class weights.
+
+        Of regression the squared error, in units of the variance of the training rows.
+        """
         return self._row_losses(logits, labels).mean()
 
     def _row_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return row_losses(logits, labels, cast("Tensor | None", self.loss_weights), self.label_smoothing)
+        return row_losses(logits, labels, cast("Tensor | None", self.loss_weights), self.label_smoothing, self.task)
 
     def train(self, mode: bool = True) -> "TextClassifier":
         """Sets training or evaluation mode, and with it the attention that is faster in that mode."""
@@ -238,7 +252,8 @@ class TextClassifier(StepRunner):
             return self.packed_batches.logits(batch)
         types = [batch["token_type_ids"]] if "token_type_ids" in batch else []
         logits = self(batch["input_ids"], batch["attention_mask"], *types)
-        return pooled(logits, batch["documents"], len(batch["rows"])) if "documents" in batch else logits
+        several = "documents" in batch
+        return pooled(logits, batch["documents"], len(batch["rows"]), self.task) if several else logits
 
     def shared_step(self, batch: dict[str, Any], stage: str) -> dict[str, Tensor]:
         """Loss and logits of a batch; counts the metrics of the stage ("train", "val" or "test")."""
@@ -262,7 +277,7 @@ class TextClassifier(StepRunner):
 
         Args:
             logits: (B, C).
-            labels: (B,).
+            labels: (B,), of several labels (B, C).
             count: How many texts are there, (); all of them where the loss is another than this class's.
         """
         if self.own_criterion:
@@ -311,7 +326,12 @@ class TextClassifier(StepRunner):
         if self.lowers_frozen(str(self.trainer.precision)):
             lower_frozen(self.model, torch.bfloat16)
         if stage == "fit" and self.class_weights is not None:
-            self.loss_weights = make_class_weights(self.class_weights, data.class_counts).to(self.device)
+            rows = len(data.rows("train")) if self.task == "multi_label" else None
+            self.loss_weights = make_class_weights(self.class_weights, data.class_counts, rows).to(self.device)
+        if stage == "fit" and self.task == "regression" and isinstance(data, TextDataModule):
+            mean, sd = data.target_moments
+            scale_output(self.model, mean, sd)
+            self.loss_weights = torch.tensor(1 / sd**2, device=self.device)
 
     def on_fit_start(self) -> None:
         """Sets training mode, resets the metrics, and takes the learning rate that a callback may have found."""

@@ -148,14 +148,18 @@ class PackedBatches:
                 **types,
             ).logits.float()
         # Windows that are not there are pooled into one text more.
-        return pooled(logits, views.documents, shape.texts + 1)[: shape.texts] if shape.windows else logits
+        if not shape.windows:
+            return logits
+        return pooled(logits, views.documents, shape.texts + 1, self.module.task)[: shape.texts]
 
     def padded_logits(self, batch: dict[str, Any]) -> Tensor:
         """Compute the logits of a packed batch as a padded one."""
         shape, views = batch["shape"], unpack(batch["packed"], batch["shape"])
         inputs = int((views.documents < shape.texts).sum())
         logits = self.module(*padded(views, shape, inputs))
-        return pooled(logits, views.documents[:inputs], len(batch["rows"])) if shape.windows else logits
+        if not shape.windows:
+            return logits
+        return pooled(logits, views.documents[:inputs], len(batch["rows"]), self.module.task)
 
     def checked(self, batch: dict[str, Any]) -> str | None:
         """Compare packed with padded on a first batch; return why packed batches are not trusted, if they are not."""
@@ -180,7 +184,7 @@ class PackedBatches:
             found, dtype = [], torch.float32
             for compute in (lambda: self.all_logits(unpack(batch["packed"], batch["shape"]), batch["shape"]), None):
                 logits = self.padded_logits(batch) if compute is None else compute()[: len(batch["rows"])]
-                loss = logits.logsumexp(-1).mean() - logits[:, 0].mean()
+                loss = logits.logsumexp(-1).mean() - logits[:, 0].mean() * (logits.shape[1] > 1)
                 with deterministic_as_before():
                     gradients = torch.autograd.grad(loss, trained, allow_unused=True) if trained else ()
                 found.append([logits.detach(), *(g for g in gradients if g is not None)])

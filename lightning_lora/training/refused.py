@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metric_table import METRICS
 from lightning_lora.evaluation.metrics import metric_names
+from lightning_lora.tasks import Task
 
 _ABSTRACT = "does nothing by itself; name one of its subclasses, or leave it out"
 _AVERAGED = "what is validated and what is kept as the best checkpoint would be different weights; leave it out"
@@ -78,18 +79,21 @@ def refuse_options(trainer: Mapping[str, Any]) -> None:
         )
 
 
-def check_monitors(callbacks: Iterable[Callback], label_names: list[str], validates: bool) -> None:
+def check_monitors(
+    callbacks: Iterable[Callback], label_names: list[str], validates: bool, task: Task = "single_label"
+) -> None:
     """Refuse a callback that monitors what is never logged, or in the wrong direction.
 
     Args:
         callbacks: The callbacks of a config.
         label_names: Names of the classes.
         validates: Whether there are validation passes.
+        task: What is predicted.
 
     Raises:
         UserError: There is no such metric, or ``mode`` prefers worse values.
     """
-    names = metric_names(label_names)
+    names = metric_names(label_names, task)
     of_training = [name for name in names if name not in METRICS or METRICS[name].of_training]
     logged = [f"train/{name}" for name in [*of_training, "loss_step"]]
     logged += [f"val/{name}" for name in names] if validates else []

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lightning_lora import processes
 from lightning_lora.errors import UserError
+from lightning_lora.evaluation.metric_table import METRICS, MONITORED
 from lightning_lora.interrupts import StopRequest
 from lightning_lora.runs.checkpoints import ResumePoints, read_checkpoint
 from lightning_lora.runs.folder import RunFolder
+from lightning_lora.tasks import Task
 
-#: The best checkpoint is chosen by this metric, on validation rows.
-MONITOR = "val/f1_macro"
 #: Saving may take this share of the time of training.
 SHARE = 0.01
 
@@ -164,10 +164,16 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict({**state_dict, "dirpath": self.dirpath, "best_k_models": best})
 
 
-def best_checkpoint(folder: RunFolder) -> BestCheckpoint:
+def monitored(task: Task) -> dict[str, Any]:
+    """Return by what the best checkpoint is chosen, on validation rows, as callbacks take it: monitor and mode."""
+    name = MONITORED[task]
+    return {"monitor": f"val/{name}", "mode": "max" if METRICS[name].higher_is_better else "min"}
+
+
+def best_checkpoint(folder: RunFolder, task: Task = "single_label") -> BestCheckpoint:
     """Return what keeps the best weights on validation; the last state is kept by ``StateSaver``."""
     where: dict[str, Any] = {"dirpath": folder.checkpoints, "filename": "best", "enable_version_counter": False}
-    return BestCheckpoint(monitor=MONITOR, mode="max", save_weights_only=True, **where)
+    return BestCheckpoint(**monitored(task), save_weights_only=True, **where)
 
 
 def place_checkpoints(callbacks: Iterable[Callback], folder: RunFolder) -> None:
@@ -186,7 +192,7 @@ def place_checkpoints(callbacks: Iterable[Callback], folder: RunFolder) -> None:
                 )
 
 
-def describe_best(folder: RunFolder) -> dict[str, Any] | None:
+def describe_best(folder: RunFolder, task: Task = "single_label") -> dict[str, Any] | None:
     """Return where in training the best checkpoint is from, and its validation metrics; None without one."""
     path = folder.checkpoints / "best.ckpt"
     if not path.is_file():
@@ -194,5 +200,5 @@ def describe_best(folder: RunFolder) -> dict[str, Any] | None:
     checkpoint = read_checkpoint(path)
     metrics = checkpoint.get("metrics", {})
     epoch = int(checkpoint["epoch"]) + 1 if checkpoint["global_step"] else 0
-    found = {"monitor": MONITOR, "value": metrics.get(MONITOR), "epoch": epoch, "step": int(checkpoint["global_step"])}
-    return {**found, "metrics": metrics}
+    name, step = monitored(task)["monitor"], int(checkpoint["global_step"])
+    return {"monitor": name, "value": metrics.get(name), "epoch": epoch, "step": step, "metrics": metrics}

@@ -30,7 +30,7 @@ def answers(right: float, seed: int, keys: np.ndarray = KEYS) -> Answers:
     """The first so-and-so-many rows right, a little more or less by the seed."""
     hit = np.arange(len(keys)) < round(len(keys) * right) + seed
     logits = np.eye(2)[np.where(hit, LABELS[: len(keys)], 1 - LABELS[: len(keys)])].astype(np.float32) * 3
-    return Answers(keys, LABELS[: len(keys)], logits, ["a", "b"])
+    return Answers(logits, LABELS[: len(keys)], keys, ["a", "b"])
 
 
 def cells(val: dict[tuple[str, str], float], test: dict[str, float] | None = None, lost=()) -> list[CellResult]:
@@ -164,7 +164,7 @@ def test_a_label_in_brackets_is_no_option_of_latex() -> None:
 
 
 def test_one_class_is_told() -> None:
-    assert one_class(Answers(KEYS, LABELS, np.tile([1.0, 0.0], (200, 1)), ["a", "b"])) == "predicts one class only"
+    assert one_class(Answers(np.tile([1.0, 0.0], (200, 1)), LABELS, KEYS, ["a", "b"])) == "predicts one class only"
     assert one_class(answers(0.9, 0)) == ""
 
 

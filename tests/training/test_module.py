@@ -244,7 +244,7 @@ def test_long_documents_are_read_whole_and_counted_once(tiny_base: Path, reviews
     values = fit.validate(model, data, verbose=False)[0]
     predictions, rows = collector.last["val"], data.rows("val")
     assert len(predictions) == len(rows)
-    assert values["val/accuracy"] == pytest.approx((predictions.classes == rows.labels).mean())
+    assert values["val/accuracy"] == pytest.approx((predictions.predicted == rows.labels).mean())
     dataset = data._datasets["val"]
     model.eval()
     some_long = 0
