@@ -1,6 +1,9 @@
 """Writes a CSV of made-up support messages, to try this project on a file of one's own.
 
-Usage: python examples/make_tickets.py tickets.csv [ROWS]
+Usage: python examples/make_tickets.py tickets.csv [ROWS] [department | topics | days]
+
+Each message has its department; or with "topics" none to three of them, as in "billing;delivery"; or with "days" how
+long the customer has waited, in numbers and words.
 """
 
 import csv
@@ -54,12 +57,34 @@ def make_rows(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return rows[:count]
 
 
+def make_others(count: int, kind: str, seed: int = 0) -> list[tuple[str, str]]:
+    """Different messages with the departments that they are for, or with the days that somebody has waited.
+
+    Args:
+        count: How many.
+        kind: "topics" or "days".
+        seed: Fixes the choice.
+    """
+    rng, rows = random.Random(seed), dict[str, str]()
+    units = {"days": 1, "weeks": 7, "months": 30}
+    while len(rows) < count:
+        topics = [each for each in MESSAGES if rng.random() < 0.4]
+        number, unit = rng.randint(2, 11), rng.choice(list(units))
+        parts = [rng.choice(MESSAGES[each]).format(thing=rng.choice(THINGS)) for each in topics]
+        wait = f"I have been waiting for {number} {unit}"
+        text = ". ".join([rng.choice(OPENINGS), *parts, wait, rng.choice(("Thanks", "Please reply soon"))])
+        rows.setdefault(text, ";".join(topics) if kind == "topics" else str(number * units[unit]))
+    return list(rows.items())
+
+
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
+    kind = sys.argv[3] if len(sys.argv) == 4 else "department"
+    if len(sys.argv) not in (2, 3, 4) or kind not in ("department", "topics", "days"):
         raise SystemExit(__doc__)
-    made = make_rows(int(sys.argv[2]) if len(sys.argv) == 3 else 1200)
+    rows = int(sys.argv[2]) if len(sys.argv) > 2 else 1200
+    made = make_rows(rows) if kind == "department" else make_others(rows, kind)
     with Path(sys.argv[1]).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["message", "department"])
+        writer.writerow(["message", kind])
         writer.writerows(made)
     print(f"{len(made)} rows written to {sys.argv[1]}")

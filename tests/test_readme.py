@@ -16,7 +16,10 @@ from lightning_lora.training import length
 from tests.conftest import make_rows, write_csv
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("data", "methods", "ablations", "export"))]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("data", "methods", "ablations", "export", "tasks")),
+]
 README = "\n".join(page.read_text() for page in PAGES)
 COMMANDS = [
     line.split("  #")[0].strip()

@@ -71,8 +71,11 @@ def run_experiment(
     show_plan(plan.with_found(read_found(plan, folder)), folder, changes, worker.stale_cells())
     if options.plan:
         return 0
-    if "metric" not in config and (metric := own_metric(settings[plan.arms[plan.baseline].name])) != plan.metric:
-        config = {**config, "metric": metric}
+    metrics = own_metrics(settings[plan.arms[plan.baseline].name])
+    if plan.metric not in metrics:
+        if "metric" in config:
+            raise UserError(f"{path}: metric: '{plan.metric}' is none that the data has; it has {', '.join(metrics)}")
+        config = {**config, "metric": metrics[0]}
         plan = make_plan(config, path, options.small)
         worker = Worker(plan, folder, resolve)
     asked = {"config": config, "path": str(path), "small": options.small}
@@ -92,12 +95,11 @@ def run_experiment(
     return int(not tested or any(cell.status != "finished" for cell in read_cells(plan, folder)))
 
 
-def own_metric(settings: Mapping[str, Any]) -> str:
-    """Return what the models of some settings are compared by; faults of the data are the cells' own."""
+def own_metrics(settings: Mapping[str, Any]) -> list[str]:
+    """Return what models of some settings can be compared by, best first; faults of the data are the cells' own."""
     with contextlib.suppress(UserError):
-        data = data_module({**settings["data"], "base_model": settings["model"]["base_model"]})
-        return row_metrics(data.task)[0]
-    return "accuracy"
+        return row_metrics(data_module({**settings["data"], "base_model": settings["model"]["base_model"]}).task)
+    return row_metrics()
 
 
 def show_plan(plan: Plan, folder: Path, changes: Mapping[str, Sequence[Change]], stale: Collection[str]) -> None:

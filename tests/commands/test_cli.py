@@ -123,7 +123,7 @@ def test_a_misspelt_option_is_answered_with_what_was_meant(
         ("data: {source: [a, b]}", "data.source: expected str | dict[str, str], got '['a', 'b']'"),
         (
             "data: {source: y, label_column: on}",
-            "data.label_column: expected str | null, got 'True' (YAML reads on",
+            "data.label_column: expected str | list[str] | null, got 'True' (YAML reads on",
         ),
         ("trainer: {callbacks: [{class_path: EarlyStoping}]}", "no class 'EarlyStoping'; did you mean EarlyStopping?"),
         (

@@ -15,6 +15,7 @@ from sklearn.metrics import f1_score, mean_squared_error
 
 from lightning_lora import load_run
 from lightning_lora.cli import main
+from lightning_lora.experiments import runner
 from lightning_lora.training.module import TextClassifier
 from tests.conftest import FILLER, WORDS, write_csv
 
@@ -264,8 +265,27 @@ def test_the_training_loss_is_transformers(task: str, tiny_base: Path) -> None:
     if task == "multi_label":
         from lightning_lora.training.loss import make_class_weights
 
+        module.label_smoothing = 0.1
+        labels = labels * 0.9 + 0.05
+
         weights = make_class_weights("balanced", [5, 20, 50], 100)
         assert weights.tolist() == pytest.approx([95 / 5, 80 / 20, 1.0])
         module.loss_weights = weights
         expected = torch.nn.functional.binary_cross_entropy_with_logits(theirs.logits, labels, pos_weight=weights)
         assert module.shared_step(batch, "train")["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_arms_are_compared_by_a_metric_of_the_task(
+    task: str, tiny_base: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "run_child", lambda each, *_: next((s for s in map(main, each) if s), 0))
+    config = write_config(tmp_path, tiny_base, task, 80)
+    plan = {"question": "?", "base": config.name, "axes": {"rate": {"model.learning_rate": [1e-3, 1e-2]}}, "seeds": [1]}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**plan, "metric": "accuracy"}))
+    assert main(["ablate", "--config", "plan.yaml", "--name", "a"]) == 2
+    assert "metric: 'accuracy' is none that the data has; it has" in capsys.readouterr().err
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**plan, "small": {"seeds": [1]}}))
+    assert main(["ablate", "--config", "plan.yaml", "--name", "a", "--trainer.max_epochs", "1"]) == 0
+    metric = {"multi_label": "f1_samples", "regression": "mse"}[task]
+    assert f"test {metric}" in (tmp_path / "logs" / "a" / "report.md").read_text()

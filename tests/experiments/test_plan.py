@@ -62,7 +62,7 @@ def test_the_small_size_has_fewer_values_seeds_and_rows() -> None:
         ({"seeds": []}, "whole numbers"),
         ({"seeds": [1, 1]}, "one is duplicated"),
         ({"seeds": [True]}, "whole numbers"),
-        ({"metric": "test_accuracy"}, "is none of accuracy, loss"),
+        ({"metric": "test_accuracy"}, "is none of accuracy, f1_samples"),
         ({"margin": 0}, "between 0 and 1"),
         ({"settings": {"model.adapter.rank": 4}}, "is varied by an axis"),
         ({"settings": {"model": 5}}, "model and model.adapter.* are both given"),

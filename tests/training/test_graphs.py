@@ -68,12 +68,13 @@ def fit(
     kind: Any = TextClassifier,
     packing: bool = True,
     data: dict[str, Any] | None = None,
+    labels: tuple[str, ...] = ("neg", "pos"),
     **model: Any,
 ) -> TextClassifier:
     common = {"max_length": 24, "cache_dir": str(rows.parent / "cache"), "batch_size": 8}
     data = TextDataModule(**{"source": str(rows), "base_model": str(base)} | common | (data or {}))  # type: ignore[assignment]
     speedups = Speedups(packing=packing, cuda_graphs=graphs, kernels=False)
-    module = kind(str(base), ["neg", "pos"], speedups=speedups, **{"learning_rate": 1e-2} | model)
+    module = kind(str(base), list(labels), speedups=speedups, **{"learning_rate": 1e-2} | model)
     Trainer(**{"max_epochs": 2, "gradient_clip_val": 0.5, **QUIET} | (trainer or {})).fit(module, data)
     return module
 
@@ -101,6 +102,31 @@ def test_packed_batches_learn_what_padded_ones_learn(
         torch.testing.assert_close(trained(packed)[name], value, rtol=1e-3, atol=1e-4, msg=name)
     for name, value in padded.trainer.callback_metrics.items():
         assert float(packed.trainer.callback_metrics[name]) == pytest.approx(float(value), abs=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("task", "model"), [("multi_label", {"class_weights": "balanced", "label_smoothing": 0.1}), ("regression", {})]
+)
+@pytest.mark.parametrize("truncation", ["head", "windows"])
+def test_labels_and_numbers_are_learnt_alike_padded_packed_and_captured(
+    task: str, model: dict, truncation: str, make_base: Callable[..., Path], tmp_path: Path, captured: None
+) -> None:
+    base = make_base(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    cells = {"neg": "neg", "pos": "neg|pos"} if task == "multi_label" else {"neg": "120", "pos": "90"}
+    rows = write_csv(tmp_path / "rows.csv", [(text, cells[label]) for text, label in make_rows(150)])
+    data = {"label_separator": "|"} if task == "multi_label" else {"task": task}
+    data |= {"truncation": truncation, "max_length": 12}
+    labels = ("neg", "pos") if task == "multi_label" else ("label",)
+    padded, packed, graphed = (
+        fit(base, rows, graphs, packing=packing, data=data, labels=labels, task=task, **model)
+        for packing, graphs in ((False, False), (True, False), (True, True))
+    )
+    assert packed.packed_batches.distrust is None and graphed.how_steps_ran()["steps"].startswith("captured")
+    for other in (packed, graphed):
+        for name, value in trained(padded).items():
+            torch.testing.assert_close(trained(other)[name], value, rtol=1e-3, atol=2e-4, msg=name)
+        for name, value in padded.trainer.callback_metrics.items():
+            assert float(other.trainer.callback_metrics[name]) == pytest.approx(float(value), rel=1e-3, abs=1e-4), name
 
 
 class Weighted(TextClassifier):
