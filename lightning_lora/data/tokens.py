@@ -117,15 +117,16 @@ class InputFormat:
         if len(ids) > self.room:
             head = {"head": self.room, "tail": 0, "both": self.room // 4}[self.keep]
             ids = np.concatenate((ids[:head], ids[len(ids) - (self.room - head) :]))
-        return np.concatenate((self.prefix, ids, self.suffix))
+        framed = np.concatenate((self.prefix, ids, self.suffix))
+        return framed if len(framed) else np.array([self.pad_id])  # no token of the text, and none around it
 
     def input_lengths(self, tokens: TokenRows) -> np.ndarray:
         """Tokens of each text as the model sees it, with special tokens, in all its windows; shape (texts,)."""
         special = len(self.prefix) + len(self.suffix)
         if self.keep != "windows":
-            return np.minimum(tokens.lengths, self.room) + special
+            return np.maximum(np.minimum(tokens.lengths, self.room) + special, 1)
         windows = 1 + np.maximum(np.ceil((tokens.lengths - self.room) / (self.room - self.overlap)), 0).astype(np.int64)
-        return np.where(windows == 1, tokens.lengths + special, windows * self.max_length)
+        return np.where(windows == 1, np.maximum(tokens.lengths + special, 1), windows * self.max_length)
 
 
 def base_tokenizer(base_model: str) -> Any:

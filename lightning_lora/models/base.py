@@ -1,4 +1,4 @@
-"""A Hugging Face encoder with a classification head, loaded and checked."""
+"""A Hugging Face encoder or language model with a classification head, loaded and checked."""
 
 import hashlib
 import math
@@ -57,6 +57,11 @@ class Base:
     head: str = "a fresh head"
     fresh_head: bool = True
     pooling_file: Path | None = None
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether its head reads the last token: transformers calls the heads of language models "score"."""
+        return hasattr(self.model, "score")
 
 
 def load_base(base_model: str, label_names: Sequence[str], seed: int, quantization: Quantization | None = None) -> Base:
@@ -133,7 +138,10 @@ def load_base(base_model: str, label_names: Sequence[str], seed: int, quantizati
             _set_padding(model.config, tokenizer.pad_token_id)
     fresh_head = any(key.startswith(tuple(head_names)) for key in fresh)
     pooling = _find(location, "1_Pooling/config.json")
-    return Base(model, architecture, head_modules, weights_fingerprint(location), head, fresh_head, pooling)
+    base = Base(model, architecture, head_modules, weights_fingerprint(location), head, fresh_head, pooling)
+    if base.reads_last:  # in one pass: what a language model keeps to go on writing is never read
+        model.config.get_text_config().use_cache = False
+    return base
 
 
 def weights_fingerprint(location: Location) -> str:
