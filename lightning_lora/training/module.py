@@ -165,6 +165,8 @@ class TextClassifier(StepRunner):
         self.known_architecture = base.architecture is not None and not base.reads_last
         if self.attention == "exact" and base.reads_last:
             raise UserError("model.attention: exact attention is for encoders; leave it out for a language model")
+        if self.attention == "sdpa" and not base.model._supports_sdpa:
+            raise UserError(f"model.attention: architecture '{base.model.config.model_type}' has no sdpa; leave it out")
         read = {"mean": " on the mean of a text's states", "last": " on the state of a text's last token"}
         self.head_origin = base.head + read.get(self.pooling, "")
         self.model: Any = tuned.model

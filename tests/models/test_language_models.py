@@ -257,6 +257,7 @@ def test_what_reads_other_tokens_than_the_last_is_off_or_refused(make_base: Call
         ({"base_model": base, "pooling": "mean"}, "model.pooling: mean, but architecture 'qwen3' is a language model"),
         ({"base_model": encoder, "pooling": "last"}, "model.pooling: last, but architecture 'bert' is no language"),
         ({"base_model": base, "attention": "exact"}, "model.attention: exact attention is for encoders"),
+        ({"base_model": str(make_base("gemma2")), "attention": "sdpa"}, "'gemma2' has no sdpa; leave it out"),
     ):
         with pytest.raises(UserError, match=words) as raised:
             TextClassifier(label_names=LABELS, **settings)
