@@ -14,8 +14,10 @@ from lightning_lora.errors import UserError, first_line
 def load_tokenizer(target: str, key: str) -> Any:
     """Load the fast tokenizer of a base model: with a padding token, padding on the right, no truncation of its own.
 
-    A tokenizer without a padding token that the model has an embedding for pads with its end-of-text token, or else
-    its unknown token. Positions are counted from the left, so padding there would move the text.
+    A tokenizer without a padding token that the model has an embedding for pads with that of the model's config where
+    it is special, else with its end-of-text token, else with its unknown token; last of all with one that it puts into
+    every text. Language models read the last token that is another. Positions are counted from the left, so padding
+    there would move the text.
 
     Args:
         target: What ``from_pretrained`` takes.
@@ -38,10 +40,12 @@ def load_tokenizer(target: str, key: str) -> Any:
             f"{key}: '{target}' has a tokenizer in Python only ({type(tokenizer).__name__}); a fast one "
             "(tokenizer.json) is needed"
         )
-    rows = _embedding_rows(target)
-    wanted = [(tokenizer.pad_token, tokenizer.pad_token_id), (tokenizer.eos_token, tokenizer.eos_token_id)]
-    wanted.append((tokenizer.unk_token, tokenizer.unk_token_id))
-    usable = [token for token, number in wanted if token is not None and number < rows]
+    rows, configured = _embedding_rows(target)
+    special, framed = tokenizer.added_tokens_decoder, tokenizer("a")["input_ids"]
+    spare = [configured if configured in special and special[configured].special else None]
+    spare = sorted([*spare, tokenizer.eos_token_id, tokenizer.unk_token_id], key=framed.__contains__)
+    wanted = [tokenizer.pad_token_id, *spare]
+    usable = [tokenizer.convert_ids_to_tokens(number) for number in wanted if number is not None and number < rows]
     if not usable:
         raise UserError(
             f"{key}: the tokenizer of '{target}' has no padding, end-of-text or unknown token with an embedding to pad "
@@ -55,14 +59,18 @@ def load_tokenizer(target: str, key: str) -> Any:
     return tokenizer
 
 
-def _embedding_rows(target: str) -> float:
-    """How many tokens the base model has an embedding for, as its config says; what cannot be read is no limit."""
+def _embedding_rows(target: str) -> tuple[float, int | None]:
+    """How many tokens the base model has an embedding for, and which pads, as its config says.
+
+    What cannot be read is no limit.
+    """
     from transformers import AutoConfig
 
     try:
-        return getattr(AutoConfig.from_pretrained(target).get_text_config(), "vocab_size", None) or math.inf
+        config = AutoConfig.from_pretrained(target).get_text_config()
+        return getattr(config, "vocab_size", None) or math.inf, config.pad_token_id
     except Exception:  # a folder without a model, of which others say so
-        return math.inf
+        return math.inf, None
 
 
 def has_token_types(tokenizer: Any) -> bool:

@@ -37,6 +37,8 @@ FILLER = [
     "music",
 ]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+#: Those of the table (models/architectures.py).
+LANGUAGE_MODELS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "phi", "phi3"]
 VOCABULARY = SPECIAL + sorted({word for words in [*WORDS.values(), FILLER] for word in words})
 
 
@@ -172,6 +174,10 @@ def tiny_config(model_type: str, **changes: object):
         }
     if model_type == "modernbert":
         size |= {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+    if model_type in LANGUAGE_MODELS:  # queries share keys and values, and some layers see a window of 8 tokens
+        size |= (
+            {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8} if model_type != "gpt2" else {"n_inner": 48}
+        )
     common = {"vocab_size": len(VOCABULARY), "max_position_embeddings": 80, "pad_token_id": 0}
     return AutoConfig.for_model(model_type, **{**common, **size, **changes})
 

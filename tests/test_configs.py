@@ -31,6 +31,7 @@ KINDS = {
     "FacebookAI/roberta-base": "roberta",
     "distilbert/distilroberta-base": "roberta",
     "distilbert/distilbert-base-uncased": "distilbert",
+    "Qwen/Qwen3-0.6B-Base": "qwen3",
 }
 #: bitsandbytes quantizes blocks of 64 weights.
 SIZES = {"distilbert": {"dim": 64, "hidden_dim": 128}}
@@ -144,6 +145,10 @@ FULL_SIZE = {
     },
     "bert": {},
     "distilbert": {},
+    "qwen3": {
+        "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+    },
 }  # fmt: skip
 
 
@@ -186,6 +191,14 @@ def test_full_fine_tuning_of_roberta_trains_all_of_it() -> None:
     model, _ = at_full_size("ag_news_roberta_published", "full", 4)
     # 124,055,040 of the encoder without pooler, 593,668 of the head
     assert parameter_counts(model) == {"trainable_params": 124_648_708, "total_params": 124_648_708}
+
+
+def test_qlora_adapts_all_linear_layers_of_a_language_model() -> None:
+    """Query, key, value and output, and the three of the feed-forward block; the head has no bias."""
+    model, settings = at_full_size("ag_news_qwen3_qlora", "", 4)
+    assert settings["quantization"]["bits"] == 4 and settings["gradient_checkpointing"]
+    per_layer = 16 * ((1024 + 2048) + 2 * (1024 + 1024) + (2048 + 1024) + 3 * (1024 + 3072))
+    assert parameter_counts(model)["trainable_params"] == 28 * per_layer + 4 * 1024 == 10_096_640
 
 
 @pytest.mark.parametrize(

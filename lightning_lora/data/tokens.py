@@ -168,7 +168,8 @@ class InputFormat:
         if len(ids) > self.room:
             head = {"head": self.room, "tail": 0, "both": self.room // 4}[self.keep]
             ids = np.concatenate((ids[:head], ids[len(ids) - (self.room - head) :]))
-        return np.concatenate((self.prefix, ids, self.suffix))
+        framed = np.concatenate((self.prefix, ids, self.suffix))
+        return framed if len(framed) else np.array([self.pad_id])  # no token of the text, and none around it
 
     def cut_both(self, tokens: Any) -> np.ndarray:
         """Positions of the pairs whose text that is to stay whole leaves the other no token, so that both are cut."""
@@ -178,9 +179,9 @@ class InputFormat:
     def input_lengths(self, tokens: TokenRows | PairTokens) -> np.ndarray:
         """Tokens of each text as the model sees it, with special tokens, in all its windows; shape (texts,)."""
         if self.keep != "windows":
-            return np.minimum(tokens.lengths, self.room) + self.special
+            return np.maximum(np.minimum(tokens.lengths, self.room) + self.special, 1)
         windows = 1 + np.maximum(np.ceil((tokens.lengths - self.room) / (self.room - self.overlap)), 0).astype(np.int64)
-        return np.where(windows == 1, tokens.lengths + self.special, windows * self.max_length)
+        return np.where(windows == 1, np.maximum(tokens.lengths + self.special, 1), windows * self.max_length)
 
 
 def base_tokenizer(base_model: str) -> Any:

@@ -38,7 +38,7 @@ class Encoder:
         elif len(ids) > room:
             head = {"head": room, "tail": 0, "both": room // 4}[self.settings["truncation"]]
             parts = [ids[:head] + ids[len(ids) - (room - head) :]]
-        return [prefix + part + suffix for part in parts]
+        return [prefix + part + suffix or [self.settings["pad_id"]] for part in parts]
 
     def logits(self, texts: Sequence[str], run: Callable[..., NDArray]) -> NDArray:
         """Logits (texts, classes); their softmax gives the probabilities, of several labels a text their sigmoid.

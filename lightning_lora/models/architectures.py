@@ -1,4 +1,4 @@
-"""What differs between encoder architectures. A new one is one entry in ``ARCHITECTURES``.
+"""What differs between architectures. A new one is one entry in ``ARCHITECTURES``.
 
 Module names are those of the ``...ForSequenceClassification`` classes of transformers 5.23.
 """
@@ -22,7 +22,8 @@ class Architecture:
             whose inputs are states of all tokens; None where there is none, or where the head reads more than the
             first token.
         states: Where there is no ``attention_end``, the module that gives the last states of all tokens.
-        packs: Whether its attention is one that transformers lets others replace, as packed batches need.
+        packs: Whether its attention is one that transformers lets others replace, as packed batches need; causal
+            attention is not packed.
         head_layers: The linear layers of the head in their order, where it can be given the mean of a text's states;
             there it is these with the activation between them, and nothing else.
         head_activation: The name that transformers has for that activation, or of the setting in config.json that
@@ -49,6 +50,14 @@ _ROBERTA = Architecture(
     head=("classifier",),
     attention_end="attention.output",
     head_layers=("classifier.dense", "classifier.out_proj"),
+)
+_LLAMA = Architecture(
+    head=("score",),
+    query_value=("q_proj", "v_proj"),
+    attention=("q_proj", "k_proj", "v_proj", "o_proj"),
+    key="k_proj",
+    feed_forward_out="mlp.down_proj",
+    packs=False,
 )
 
 #: By ``model_type`` of the base model's config. MiniLM checkpoints are of type bert, roberta or xlm-roberta.
@@ -95,4 +104,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         states="albert.encoder",
         head_layers=("classifier",),
     ),
+    # Language models, whose head reads the last token. Query, key and value are one layer in GPT-2 and Phi-3.
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    "gpt2": replace(
+        _LLAMA,
+        query_value=("c_attn",),
+        attention=("c_attn", "attn.c_proj"),
+        key="c_attn",
+        feed_forward_out="mlp.c_proj",
+    ),
+    "phi": replace(_LLAMA, attention=("q_proj", "k_proj", "v_proj", "self_attn.dense"), feed_forward_out="mlp.fc2"),
+    "phi3": replace(_LLAMA, query_value=("qkv_proj",), attention=("qkv_proj", "o_proj"), key="qkv_proj"),
 }

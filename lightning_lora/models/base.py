@@ -1,4 +1,4 @@
-"""A Hugging Face encoder with a classification head, loaded and checked."""
+"""A Hugging Face encoder or language model with a classification head, loaded and checked."""
 
 import hashlib
 import math
@@ -58,6 +58,11 @@ class Base:
     head: str = "a fresh head"
     fresh_head: bool = True
     pooling_file: Path | None = None
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether its head reads the last token: transformers calls the heads of language models "score"."""
+        return hasattr(self.model, "score")
 
 
 def load_base(
@@ -143,7 +148,10 @@ def load_base(
     if task == "regression" and head.startswith("a fresh head"):
         make_scalable(model, head_names)
     pooling = _find(location, "1_Pooling/config.json")
-    return Base(model, architecture, head_modules, weights_fingerprint(location), head, fresh_head, pooling)
+    base = Base(model, architecture, head_modules, weights_fingerprint(location), head, fresh_head, pooling)
+    if base.reads_last:  # in one pass: what a language model keeps to go on writing is never read
+        model.config.get_text_config().use_cache = False
+    return base
 
 
 def weights_fingerprint(location: Location) -> str:
@@ -194,6 +202,8 @@ def _load_config(location: Location, label_names: Sequence[str], task: Task) -> 
         config.id2label = dict(enumerate(label_names))
         config.label2id = {name: i for i, name in enumerate(label_names)}
         config.problem_type = PROBLEM_TYPES[task]
+        if getattr(config, "attention_type", None) == "block_sparse":  # BigBird's, whose layers become full for good
+            config.attention_type = "original_full"  # with the first batch of short texts
         return config, theirs
     except Exception as error:  # a damaged config raises many kinds
         if "trust_remote_code" in str(error):

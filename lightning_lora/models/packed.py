@@ -272,6 +272,8 @@ def why_not_packed(base: Base) -> str | None:
     kind, architecture = base.model.config.model_type, base.architecture
     if architecture is None:
         return f"architecture '{kind}' is not in the table (models/architectures.py)"
+    if base.reads_last:
+        return f"the attention of architecture '{kind}' is causal"
     if not architecture.packs:
         return f"architecture '{kind}' computes attention by code of its own"
     if getattr(base.model.config, "classifier_pooling", "cls") != "cls":

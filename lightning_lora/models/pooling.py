@@ -1,4 +1,4 @@
-"""Which state of a text its head reads: the first token's, as transformers has it, or the mean of all.
+"""Which state of a text its head reads: the first token's, a language model's the last one's, or the mean of all.
 
 Bases of sentence-transformers were trained through the mean of their last states (Reimers and Gurevych 2019,
 arXiv:1908.10084), and say so in ``1_Pooling/config.json``. With few rows their first token is a poor start.
@@ -16,21 +16,29 @@ from lightning_lora.errors import UserError
 from lightning_lora.models.base import Base
 from lightning_lora.models.packed import FirstTokens
 
-Pooling = Literal["auto", "first", "mean"]
+Pooling = Literal["auto", "first", "last", "mean"]
 
 
-def choose_pooling(asked: Pooling, base: Base) -> Literal["first", "mean"]:
+def choose_pooling(asked: Pooling, base: Base) -> Literal["first", "last", "mean"]:
     """What the head is to read; "auto" is the mean where the base was made for it and the head is new.
 
+    Causal attention shows the whole text to its last token alone, which heads of language models read, and no other.
+
     Raises:
-        UserError: The mean is asked for, and the architecture's head cannot read it.
+        UserError: The architecture's head cannot read what is asked for.
     """
+    kind = base.model.config.model_type
+    if asked not in (("auto", "last") if base.reads_last else ("auto", "first", "mean")):
+        reads = "is a language model, whose head reads the last token" if base.reads_last else "is no language model"
+        raise UserError(f"model.pooling: {asked}, but architecture '{kind}' {reads}; give auto")
+    if base.reads_last:
+        return "last"
     why = _why_not_mean(base)
     if asked == "mean" and why is not None:
         raise UserError(f"model.pooling: {why}; give first")
-    if asked != "auto":
-        return asked
-    return "mean" if why is None and base.fresh_head and pools_mean(base.pooling_file) else "first"
+    if asked == "auto":
+        return "mean" if why is None and base.fresh_head and pools_mean(base.pooling_file) else "first"
+    return asked
 
 
 def _why_not_mean(base: Base) -> str | None:

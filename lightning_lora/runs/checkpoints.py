@@ -71,7 +71,7 @@ class CheckpointIdentity:
             if (found := stored.get(name, "single_label")) != (own := getattr(self, name)):
                 raise UserError(f"the checkpoint was trained with {name} {found!r}, not {own!r}; {why}")
         for name, value in stored["adapter"].items():
-            if (own_value := self.adapter.get(name)) != value:
+            if (own_value := self.adapter.get(name)) not in (value, "last"):  # its head never read another
                 what = name if name == "pooling" else f"adapter.{name}"
                 raise UserError(
                     f"the checkpoint was trained with {what} {value}, not {own_value}: its "

@@ -13,6 +13,7 @@ from lightning_lora.data.pairs import as_texts
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.predictions import PredictionCollector
 from lightning_lora.evaluation.thresholds import Threshold
+from lightning_lora.models.base import Base
 from lightning_lora.models.baselines import TEXT_BASELINES, Probe
 from lightning_lora.models.methods import BASELINES
 from lightning_lora.runs.checkpoints import CheckpointIdentity
@@ -119,8 +120,13 @@ class LinearProbe(TextClassifier):
     def configure_models(self) -> None:
         """Leaves the states of all tokens there, to be pooled."""
         self.speedups = replace(self.speedups, first_token_only=False, packing=False)
-        self.hparams["pooling"] = "first"
         super().configure_models()
+
+    def load_base_model(self) -> Base:
+        """Loads the base model, whose head is not used."""
+        base = super().load_base_model()
+        self.hparams["pooling"] = "last" if base.reads_last else "first"
+        return base
 
     def fit_rows(self, data: TextDataModule, trainer: Trainer) -> dict[str, Any]:
         """Fits to the training rows; pooling and C are chosen on validation rows, and returned."""

@@ -47,18 +47,19 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class TextClassifier(StepRunner):
-    """A Hugging Face encoder fine-tuned to classify texts.
+    """A Hugging Face encoder or language model fine-tuned to classify texts.
 
     Args:
-        base_model: The pretrained encoder: a Hub id, a local folder, or ``package:NAME/path``.
+        base_model: The pretrained model: a Hub id, a local folder, or ``package:NAME/path``.
         label_names: Names of the classes in the order of their numbers; linked to the data.
         method: "lora" or a variant ("rslora", "dora", "lora_plus", "pissa", "adalora"), "ia3", "vera", "bitfit"
             (biases), "head" (frozen base, trained head), "full" (every weight), or "none" (nothing is trained). On the
             command line also a baseline: "majority", "tfidf" or "probe".
         adapter: Options of the adapter, for methods that have one.
         quantization: How the weights of the frozen encoder are stored.
-        pooling: What the head reads of a text: the state of its "first" token, the "mean" of the states of all, or
-            "auto": the mean where the base was trained through it, as those of sentence-transformers were.
+        pooling: What the head reads of a text: the state of its "first" token, the "mean" of the states of all, of
+            language models that of the "last", or "auto": the mean where the base was trained through it, as those of
+            sentence-transformers were.
         learning_rate: Peak of the schedule; by default what suits the method (lora 1e-3, head 1e-2, full
             5e-5).
         schedule: How the learning rate falls after warm-up: "linear", "cosine" or "constant".
@@ -73,7 +74,7 @@ class TextClassifier(StepRunner):
             labels the weights of the rows that have each, beside 1 of those that do not.
         attention: Implementation of the attention: "auto" (what transformers chooses, but "exact" without a GPU,
             where "sdpa" is slower, its backward pass above all), "eager", "sdpa", or "exact", this project's own
-            (``models/attention.py``).
+            for encoders (``models/attention.py``).
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them: less
             memory, about a third more time, the same gradients.
         frozen_dropout: Keep the dropout of a frozen encoder. Drawing its random numbers takes up to half of
@@ -172,8 +173,13 @@ class TextClassifier(StepRunner):
         self.tuned = tuned = tune(base, method, self.adapter, self.seed, self.hparams["frozen_dropout"])
         self.speed_notes = install(base, self.speedups, self.packed_batches.first_tokens, self.pooling == "first")
         self.packed_batches.start(base)
-        self.known_architecture = base.architecture is not None
-        self.head_origin = base.head + (" on the mean of a text's states" if self.pooling == "mean" else "")
+        self.known_architecture = base.architecture is not None and not base.reads_last
+        if self.attention == "exact" and base.reads_last:
+            raise UserError("model.attention: exact attention is for encoders; leave it out for a language model")
+        if self.attention == "sdpa" and not base.model._supports_sdpa:
+            raise UserError(f"model.attention: architecture '{base.model.config.model_type}' has no sdpa; leave it out")
+        read = {"mean": " on the mean of a text's states", "last": " on the state of a text's last token"}
+        self.head_origin = base.head + read.get(self.pooling, "")
         self.model: Any = tuned.model
         self.loaded_attention: str = tuned.model.config._attn_implementation
         self.target_modules = tuned.target_modules

@@ -17,6 +17,7 @@ from tests.models.tiny_bases import POSITIONS, save_tiny_base
 
 #: In the suite; the others are slow together.
 USUAL = {"bert", "roberta", "deberta-v2", "gpt2", "qwen2", "longformer", "xlnet", "data2vec-text", "phimoe", "bart"}
+USUAL |= {"mpnet", "big_bird", "convbert", "funnel", "xlm-roberta-xl", "luke", "roberta-prelayernorm", "gemma3_text"}
 #: What is refused by the default settings, and how the refusal begins.
 REFUSED = {
     "canine": "architecture 'canine' reads the padding",
@@ -143,3 +144,18 @@ def test_the_check_changes_nothing(tmp_path: Path) -> None:
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
     assert all(parameter.grad is None for parameter in model.parameters()) and model.training
+
+
+@pytest.mark.parametrize("model_type", ["big_bird", "bigbird_pegasus"])
+def test_a_long_text_gets_the_same_prediction_whatever_came_before(tmp_path: Path, model_type: str) -> None:
+    """Transformers' sparse attention gives way to the full one with the first batch of less than 704 tokens."""
+    base = save_tiny_base(tmp_path / "base", model_type, max_position_embeddings=832)
+    fresh, model = (TextClassifier(str(base), ["a", "b"]).eval() for _ in range(2))
+    ids = torch.randint(5, 30, (1, 832), generator=torch.Generator().manual_seed(0))
+    ids[0, -1] = 3
+    with torch.no_grad():
+        model(ids[:, -20:], ids[:, -20:] ** 0)
+        torch.testing.assert_close(model(ids, ids**0), fresh(ids, ids**0), rtol=0, atol=1e-7)
+        merged(model.tuned).save_pretrained(tmp_path / "merged")
+        plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(plain(ids, attention_mask=ids**0).logits, fresh(ids, ids**0), rtol=0, atol=1e-6)

@@ -9,12 +9,15 @@ from lightning_lora.models.architectures import ARCHITECTURES
 from lightning_lora.models.base import Base, load_base
 from lightning_lora.models.methods import METHODS, AdapterOptions, tune
 from lightning_lora.models.targets import match_targets
+from tests.conftest import LANGUAGE_MODELS
 
 LABELS = ["a", "b", "c"]
 INPUTS = {"input_ids": torch.tensor([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]])}
 INPUTS["attention_mask"] = (INPUTS["input_ids"] != 0).long()
 #: Linear layers of one encoder layer by architecture, read off the published model diagrams.
-LINEAR_PER_LAYER = {"distilbert": 6, "modernbert": 4, "albert": 6}
+LINEAR_PER_LAYER = {"modernbert": 4, **dict.fromkeys(LANGUAGE_MODELS, 7), "gpt2": 4, "phi": 6, "phi3": 4}
+#: Those whose queries, keys and values come of one layer.
+FUSED = ("modernbert", "gpt2", "phi3")
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -54,7 +57,7 @@ def test_every_architecture_adapts_its_layers_and_never_its_head(make_base, mode
 def test_every_architecture_knows_its_attention(make_base, model_type: str, keyword: str) -> None:
     names = match_targets(load(make_base(model_type)), keyword)
     layers = 1 if model_type == "albert" else 2
-    fused = model_type == "modernbert"  # query, key and value are one layer
+    fused = model_type in FUSED
     assert (
         len(names)
         == layers * ({"query_value": 1, "attention": 2} if fused else {"query_value": 2, "attention": 4})[keyword]
@@ -144,7 +147,7 @@ def test_merging_changes_nothing_that_the_model_says(tiny_base: Path, method: st
 def test_ia3_rescales_keys_values_and_the_feed_forward_activations(make_base, model_type: str) -> None:
     tuned = tune(load(make_base(model_type)), "ia3", AdapterOptions(), 0, False)
     layers = 1 if model_type == "albert" else 2
-    assert len(tuned.target_modules) == layers * (2 if model_type == "modernbert" else 3)
+    assert len(tuned.target_modules) == layers * (2 if model_type in FUSED else 3)
     # The activations that go into the second feed-forward layer are scaled, and what comes out of the others.
     scales = {n.split(".ia3_l")[0]: p.numel() for n, p in tuned.model.named_parameters() if "ia3_l" in n}
     for name, size in scales.items():

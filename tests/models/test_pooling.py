@@ -13,9 +13,10 @@ from lightning_lora.errors import UserError
 from lightning_lora.models.architectures import ARCHITECTURES
 from lightning_lora.models.pooling import pools_mean
 from lightning_lora.training.module import TextClassifier
+from tests.conftest import LANGUAGE_MODELS
 from tests.models.test_packed import assert_packed_as_padded, rows
 
-MEANS = [name for name in ARCHITECTURES if name != "modernbert"]  # which has a setting of its own
+MEANS = sorted({*ARCHITECTURES} - {*LANGUAGE_MODELS, "modernbert"})  # which has a setting of its own
 
 
 def made_for_mean(base: Path, tmp_path: Path, content: dict | str | None = None) -> Path:
