@@ -128,8 +128,9 @@ class Parity:
         outputs = self.outputs(logits, labels)
         flipped, real = outputs.changed(self.outputs(self.reference, labels)), self.real
         scores = row_values(self.outputs(logits[real], labels[real]))[self.judged_by] if real.any() else None
-        # Of numbers in their spread, which may be that of ratings or of prices.
-        unit = max(1.0, float(self.reference.std())) if outputs.task == "regression" else 1.0
+        # Numbers may be ratings or prices, and float32 is exact to a share of their size.
+        sizes = (float(self.reference.std()), float(np.abs(self.reference).max()) / 100)
+        unit = max(1.0, *sizes) if outputs.task == "regression" else 1.0
         difference = max(np.abs(logits - self.reference).max(), np.abs(single - expected).max()) / unit
         return {
             "max_logit_difference": float(difference),
