@@ -45,7 +45,7 @@ def test_a_new_metric_is_one_entry(tiny_base: Path, tmp_path: Path, monkeypatch:
     # What callbacks may monitor.
     from lightning.pytorch.callbacks import EarlyStopping
 
-    check_monitors([EarlyStopping("val/top_2", mode="max")], LABELS, validates=True)
+    check_monitors([EarlyStopping("val/top_2", mode="max")], LABELS, {})
     # The tables of a run and of a report.
     assert "| top-2 accuracy |" in (run / "test.md").read_text()
     assert main(["report", str(run)]) == 0

@@ -99,14 +99,8 @@ class ConfiguredRun:
                 f"trainer.strategy: '{trainer.strategy}' is not one of {', '.join(STRATEGIES)}; what is trained of an "
                 "encoder with LoRA fits on each device, so it is never cut up"
             )
-        if self.command == "fit":
-            if config.resume is None:  # a resumed run keeps what it started with
-                refuse_options(trainer.as_dict())
-            if config.model.method == "lora_plus" and "LearningRateFinder" in str(trainer.callbacks):
-                raise UserError(
-                    "trainer.callbacks: LearningRateFinder: it tries one rate for all weights, and lora_plus has two; "
-                    "search with model.method lora, or leave it out"
-                )
+        if self.command == "fit" and config.resume is None:  # a resumed run keeps what it started with
+            refuse_options(trainer.as_dict())
 
     def count_devices(self) -> int:
         """Return the number of devices that run the command.
@@ -194,7 +188,7 @@ class ConfiguredRun:
         saves = bool(folder and fits and config["enable_checkpointing"] is not False and not config["fast_dev_run"])
         config["enable_checkpointing"] = saves
         if folder and fits:
-            check_monitors(given, self.model.label_names, config["limit_val_batches"] != 0, self.model.task)
+            check_monitors(given, self.model.label_names, config, self.model.task)
             place_checkpoints(given, folder)
             # After those of the config, one of which may search for the learning rate.
             given.append(LambdaCallback(on_fit_start=lambda *_: self._begin()))

@@ -34,6 +34,16 @@ def quiet_libraries() -> None:
     # Device, precision and sizes are printed by the commands themselves, on lines of their own.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # What callbacks of a config are asked to say: a summary of the model, or to be verbose.
+    shared = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    shared.addFilter(_is_asked_for)
+    for logger in (shared, logging.getLogger("lightning.pytorch.callbacks")):
+        logger.setLevel(logging.INFO)
+
+
+def _is_asked_for(record: logging.LogRecord) -> bool:
+    """Whether a message is no news of Lightning's own; of the time limit ``fit`` says it."""
+    return record.levelno > logging.INFO or record.filename == "model_checkpoint.py"
 
 
 class Progress(RichProgressBar):

@@ -12,6 +12,7 @@ import jsonargparse
 import yaml
 from jsonargparse import Namespace
 from lightning import Trainer
+from lightning.pytorch import callbacks
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_lora.config.options import COMMAND_OPTIONS, refuse_unused, show_help
@@ -187,7 +188,8 @@ def restrict_imports() -> None:
         UserError: The variable ``LIGHTNING_LORA_ALLOW`` holds what is no import path.
     """
     more = [name.strip() for name in os.environ.get(ALLOW_VARIABLE, "").split(",") if name.strip()]
-    denied = ["*", *(f"lightning.pytorch.callbacks.{name}" for name in CALLBACKS)]
+    refused = [getattr(callbacks, name) for name in CALLBACKS]  # by the path of the module that defines each, too
+    denied = ["*", *(f"{path}.{each.__name__}" for each in refused for path in (ALLOWED[0], each.__module__))]
     try:
         jsonargparse.set_parsing_settings(import_path_denylist=denied, import_path_allowlist=[*ALLOWED, *more])
     except ValueError as error:

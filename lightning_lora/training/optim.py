@@ -96,7 +96,7 @@ def make_optimizer(
     fused = fused and all(p.device.type in ("cpu", "cuda") for parameters in groups.values() for p in parameters)
     return AdamW(
         [
-            {"params": parameters, "lr": learning_rate * factor, "weight_decay": decay}
+            {"params": parameters, "lr": learning_rate * factor, "lr_factor": factor, "weight_decay": decay}
             for (factor, decay), parameters in groups.items()
         ],
         lr=learning_rate,
@@ -164,6 +164,8 @@ def take_found_rate(module: LightningModule) -> None:
     trainer, planned = module.trainer, module.planned_steps
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, LearningRateFinder) and (search := callback.optimal_lr) is not None:
+            trainer.callback_metrics.clear()  # it validates, also where the run does not
+            trainer.fit_loop.epoch_loop.val_loop._has_run = False  # else callbacks would miss what it gave
             tried, asked = len(search.results["lr"]), search.num_training
             if search.suggestion() is None or planned == tried < asked:
                 raise UserError(

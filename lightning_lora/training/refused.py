@@ -19,7 +19,8 @@ CALLBACKS: Mapping[str, str] = {
     "BackboneFinetuning": "model.method says which weights are trained; leave it out",
     "BaseFinetuning": "model.method says which weights are trained; leave it out",
     "BasePredictionWriter": "fit predicts nothing; use: python main.py predict --run RUN --output FILE",
-    "BatchSizeFinder": "it would train with another data.batch_size than the run records; set data.batch_size",
+    "BatchSizeFinder": "what it finds depends on the free memory of the machine, and what is learnt depends on it; set "
+    "data.batch_size, which is tried on the largest batch before the first step",
     "Callback": _ABSTRACT,
     "Checkpoint": _ABSTRACT,
     "EMAWeightAveraging": _AVERAGED,
@@ -30,6 +31,8 @@ CALLBACKS: Mapping[str, str] = {
     "ModelPruning": "checkpoints and exports hold no pruning masks; leave it out",
     "OnExceptionCheckpoint": "the last state is always kept; resume with: python main.py fit --resume RUN",
     "ProgressBar": _ABSTRACT,
+    "SpikeDetection": "nothing leaves out the batches that it lists, and such a run cannot be resumed; "
+    "use EarlyStopping with divergence_threshold",
     "StochasticWeightAveraging": _AVERAGED,
     "ThroughputMonitor": "it needs a function, which a config cannot hold; run.json has train_tokens_per_s",
     "WeightAveraging": _AVERAGED,
@@ -77,33 +80,49 @@ def refuse_options(trainer: Mapping[str, Any]) -> None:
             "trainer.val_check_interval: a time is refused, as a resumed run would validate after other steps; give a "
             "number of batches (5) or a share of an epoch (0.5)"
         )
+    callbacks = trainer["callbacks"]
+    for each in callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []:
+        if each["class_path"].endswith(".LearningRateFinder"):
+            _check_finder(each["init_args"])
+
+
+def _check_finder(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of a ``LearningRateFinder`` with which it finds no learning rate."""
+    start = "trainer.callbacks: LearningRateFinder:"
+    if given["attr_name"] not in ("", "learning_rate"):
+        raise UserError(f"{start} attr_name: '{given['attr_name']}' is no learning rate; leave it out")
+    if not 0 < given["min_lr"] < given["max_lr"]:
+        raise UserError(f"{start} 0 < min_lr < max_lr is needed, got {given['min_lr']:g} and {given['max_lr']:g}")
 
 
 def check_monitors(
-    callbacks: Iterable[Callback], label_names: list[str], validates: bool, task: Task = "single_label"
+    callbacks: Iterable[Callback], label_names: list[str], trainer: Mapping[str, Any], task: Task = "single_label"
 ) -> None:
-    """Refuse a callback that monitors what is never logged, or in the wrong direction.
+    """Refuse a callback that monitors what is never logged, or not when it is read, or in the wrong direction.
 
     Args:
         callbacks: The callbacks of a config.
         label_names: Names of the classes.
-        validates: Whether there are validation passes.
+        trainer: Settings of a ``lightning.Trainer``; what is not there has Lightning's default.
         task: What is predicted.
 
     Raises:
-        UserError: There is no such metric, or ``mode`` prefers worse values.
+        UserError: There is no such metric, or none yet, or ``mode`` prefers worse values.
     """
     names = metric_names(label_names, task)
     of_training = [name for name in names if name not in METRICS or METRICS[name].of_training]
     logged = [f"train/{name}" for name in [*of_training, "loss_step"]]
+    validates = trainer.get("limit_val_batches") != 0
     logged += [f"val/{name}" for name in names] if validates else []
+    each_epoch = trainer.get("check_val_every_n_epoch", 1) == 1
+    at_end = not validates or (each_epoch and trainer.get("val_check_interval") in (None, 1.0))
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
         if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None:
             continue
-        if re.fullmatch(r"lr-AdamW(/pg\d+)?|epoch|step", monitor):
+        kind, stops = type(callback).__name__, isinstance(callback, EarlyStopping)
+        if re.fullmatch(r"lr-AdamW(/pg\d+)?" + "|epoch|step" * (not stops), monitor):
             continue
-        kind = type(callback).__name__
         if monitor not in logged:
             raise UserError(f"trainer.callbacks: {kind}: no metric '{monitor}'; there are {', '.join(logged)}")
         spec = METRICS.get(monitor.rpartition("/")[2].removesuffix("_step"))
@@ -113,3 +132,10 @@ def check_monitors(
                 f"trainer.callbacks: {kind}: with mode {callback.mode} a worse {monitor} counts as better; "
                 f"give mode: {better}"
             )
+        option = "check_on_train_epoch_end" if stops else "save_on_train_epoch_end"
+        given = getattr(callback, f"_{option}")  # for which Lightning (2.6.6) has no public name
+        reads_at_end = at_end if given is None else given
+        if monitor in logged[: len(of_training)] and not reads_at_end:
+            raise UserError(f"trainer.callbacks: {kind}: {monitor} is of a whole epoch; give {option}: true")
+        if monitor.startswith("val/") and stops and reads_at_end and not each_epoch:
+            raise UserError(f"trainer.callbacks: {kind}: not every epoch has a {monitor}; give {option}: false")

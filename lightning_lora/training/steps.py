@@ -144,9 +144,12 @@ class StepRunner(EvaluationSteps):
         else:
             nn.utils.clip_grads_with_norm_(stepped(optimizer), gradient_clip_val, self.step_guard.gradient_norm)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the method do what it does after a step."""
-        super().optimizer_step(*args, **kwargs)
+        if not self.trains:  # a search for a learning rate gives all groups of weights the same
+            for group in optimizer.param_groups:
+                group["lr"] *= group.get("lr_factor", 1.0)
+        super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         if self.tuned.steps is not None:
             self.tuned.steps.after_step(self.trainer.global_step + 1)
 

@@ -1,7 +1,6 @@
 """Each of Lightning's callbacks and trainer options works, or is refused in one line with the reason."""
 
 import csv
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +23,6 @@ WORKING = {
     "ModelSummary": {},
     "RichModelSummary": {},
     "RichProgressBar": {},
-    "SpikeDetection": {},
     "TQDMProgressBar": {},
     "Timer": {"duration": "00:00:10:00"},
 }
@@ -72,7 +70,10 @@ def test_a_callback_that_cannot_work_is_refused_with_its_reason(fit: Fit, name: 
     assert fit(named(name)) == 2
     assert capsys.readouterr().err == f"error: trainer.callbacks: {name}: {refused.CALLBACKS[name]}\n"
     assert not Path("logs").exists()
-    assert main(["fit", "--config", "a.yaml", "--trainer.callbacks", name]) == 2  # by its short name too
+    where = getattr(lightning.pytorch.callbacks, name).__module__
+    for path in (name, f"{where}.{name}"):  # by its short name and by where it is defined too
+        assert main(["fit", "--config", "a.yaml", "--trainer.callbacks", path]) == 2
+        assert capsys.readouterr().err == f"error: trainer.callbacks: {name}: {refused.CALLBACKS[name]}\n"
 
 
 @pytest.mark.parametrize("name", WORKING)
@@ -85,6 +86,7 @@ def test_a_callback_that_works_trains_as_without_it(fit: Fit, plain: dict, name:
     metrics = RunFolder(Path("logs/run")).read()["metrics"]
     assert (metrics == plain) == (name != "LearningRateFinder")
     assert Path("logs/run/model_checkpoints").exists() == (name == "ModelCheckpoint")
+    assert ("Epoch 2" in "".join(capsys.readouterr())) == ("ProgressBar" in name)
 
 
 def rates(run: str) -> dict[int, list[float]]:
@@ -139,6 +141,14 @@ def test_a_search_over_too_few_steps_is_refused_and_its_remedy_works(fit: Fit, c
         (named("ModelCheckpoint", monitor="val/los"), "ModelCheckpoint: no metric 'val/los'"),
         (named("EarlyStopping", monitor="val/loss") | {"limit_val_batches": 0}, "no metric 'val/loss'"),
         (named("EarlyStopping", monitor="val/accuracy"), "give mode: max"),
+        (named("EarlyStopping", monitor="epoch"), "EarlyStopping: no metric 'epoch'"),
+        (named("EarlyStopping", monitor="train/loss") | {"val_check_interval": 0.5}, "check_on_train_epoch_end: true"),
+        (named("EarlyStopping", monitor="val/loss", check_on_train_epoch_end=True) | {"check_val_every_n_epoch": 2},
+         "EarlyStopping: not every epoch has a val/loss; give check_on_train_epoch_end: false"),
+        (named("ModelCheckpoint", monitor="train/loss") | {"check_val_every_n_epoch": 2},
+         "ModelCheckpoint: train/loss is of a whole epoch; give save_on_train_epoch_end: true"),
+        (named("LearningRateFinder", attr_name="weight_decay"), "'weight_decay' is no learning rate"),
+        (named("LearningRateFinder", min_lr=1.0, max_lr=0.1), "0 < min_lr < max_lr is needed, got 1 and 0.1"),
         (named("EarlyStopping", monitor="val/loss", mode="up"), "`mode` can be min, max, got up"),
         (named("ModelCheckpoint", dirpath="logs/run/checkpoints"), "holds the run's own"),
         ({"accelerator": "gpu"}, "No supported gpu backend found!; --trainer.accelerator auto takes what"),
@@ -201,13 +211,6 @@ def test_training_without_a_number_of_steps_ends_by_time_with_a_constant_rate(fi
     assert {rate for groups in rates("run").values() for rate in groups} == {5e-3}
 
 
-def test_a_spike_of_the_loss_ends_training_in_one_line(fit: Fit, capsys) -> None:
-    words = ["--model.learning_rate", "5", "--trainer.gradient_clip_val", "null", "--trainer.max_epochs", "20"]
-    assert fit(named("SpikeDetection", window=2, warmup=1, atol=0.01, rtol=0.1), *words) == 1
-    assert "error: TrainingSpikeException: Training spike detected" in capsys.readouterr().err
-    assert json.loads(Path("logs/run/run.json").read_text())["status"] == "failed"
-
-
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -222,11 +225,6 @@ def test_wrong_settings_are_one_line_before_training(fit: Fit, settings: dict, s
     assert fit(settings) == 2
     error = capsys.readouterr().err
     assert said in error and error.splitlines()[-1].startswith("error: ") and not Path("logs/run").exists()
-
-
-def test_a_finder_and_two_rates_are_refused(fit: Fit, capsys) -> None:
-    assert fit(named("LearningRateFinder"), "--model.method", "lora_plus") == 2
-    assert "lora_plus has two" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
