@@ -20,7 +20,7 @@ from lightning_lora.data.pairs import Truncation, choose_truncation, is_pair
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.sources import SPLITS, row_sources
 from lightning_lora.data.specs import find_spec
-from lightning_lora.data.splits import carve, contradictions, count_of, position_type, stratified_sample
+from lightning_lora.data.splits import carve, contradictions, count_of, position_type, stratified_sample, take_fold
 from lightning_lora.data.stored import RowRules, stored_rows
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_path
@@ -44,6 +44,7 @@ class SourceOptions:
     val_size: int | float | None = None
     train_rows: int | float | None = None
     test_rows: int | float | None = None
+    fold: Sequence[int] | None = None
     split_seed: int = 0
 
 
@@ -129,10 +130,21 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
         positions = np.flatnonzero(of_rows >= 0).astype(position_type(len(of_rows)))
         splits[split] = Rows(each, positions, of_rows[positions])
     dropped = sum(len(codes) for each in cells.values() for _, codes in each) - sum(usable.values())
+    if options.fold is not None:
+        warnings += _set_test_aside(splits, options)
     splits, origin, removed, more = divide(splits, options, labels.names)
     warnings = [*warnings, *labels.warnings, *more]
     citation = spec.citation if spec else ""
     return Prepared(labels.names, labels.values, splits, origin, removed, dropped, citation, warnings)
+
+
+def _set_test_aside(splits: dict[str, Rows], options: SourceOptions) -> list[str]:
+    """Takes the source's own test rows out, as a fold is tested; returns warnings."""
+    if options.test_size is not None:
+        raise UserError(f"data.test_size: {options.test_size}, but data.fold says which rows are tested; leave it out")
+    if splits.pop("test", None) is None:
+        return []
+    return ["data.fold: the folds are of the rows of train; the source's own test split is not used"]
 
 
 def columns_of(options: SourceOptions) -> tuple[list[str], str]:
@@ -176,10 +188,16 @@ def divide(
             where = f"{train.origins[odd[0]]}, {train.numbers[odd[0]]}"
             warnings.append(f"{len(odd)} rows have a text that stood before with another label (the first: {where})")
         spare = int(split == "test" and "val" not in splits)
-        stay, taken = carve(train.labels, train.keys, size, options.split_seed, split, default, spare, train.origins[0])
+        seed, fold = options.split_seed, options.fold if split == "test" else None
+        stay, taken = (
+            carve(train.labels, train.keys, size, seed, split, default, spare, train.origins[0])
+            if fold is None
+            else take_fold(train.labels, train.keys, fold, seed)
+        )
         removed[f"train_in_{split}"] = len(train) - len(stay) - len(taken)
         splits["train"], splits[split] = train.select(stay), train.select(taken)
-        origin[split] = f"{len(taken):,} of {len(train):,} rows of train, stratified, seed {options.split_seed}"
+        origin[split] = f"{len(taken):,} of {len(train):,} rows of train, stratified, seed {seed}"
+        origin[split] += f", fold {fold[0]} of {fold[1]}" if fold is not None else ""
     classes = np.unique(splits["train"].labels)
     if len(classes) < 2:
         raise UserError(
