@@ -85,7 +85,9 @@ def texts_of(folder: RunFolder, split: str, shown: Sequence[dict[str, Any]]) -> 
         UserError: The source is not what it was.
     """
     config = folder.settings()["data"]
-    options = SourceOptions(**{field.name: config[field.name] for field in fields(SourceOptions)})
+    options = SourceOptions(
+        **{field.name: config[field.name] for field in fields(SourceOptions) if field.name in config}
+    )
     cache = Path(config["cache_dir"]).expanduser() if config.get("cache_dir") else default_cache_dir()
     prepared = prepare(options, cache)
     rows = prepared.splits[split]

@@ -63,6 +63,8 @@ class TextDataModule(LightningDataModule):
             the source has no test split of its own.
         train_rows: Train on a stratified subsample of so many rows (or fraction).
         test_rows: Test on a stratified subsample of so many rows (or fraction).
+        fold: ``[k, n]``: test on fold k of n stratified folds of the labelled rows (of the source's train split; its
+            own test split is then not used), instead of a test split carved by ``test_size``.
         augmentation: Words of training texts that are left out or swapped; holds all training texts in memory.
         encoding: Encoding of text files that are not in UTF-8, such as cp1252 or gb18030.
         bad_rows: What to do with rows without text or label: stop with an "error", or "drop" and count.
@@ -92,6 +94,7 @@ class TextDataModule(LightningDataModule):
         test_size: int | float | None = None,
         train_rows: int | float | None = None,
         test_rows: int | float | None = None,
+        fold: list[int] | None = None,
         augmentation: Augmentation = Augmentation(),  # noqa: B008  # never changed; the parser reads it
         encoding: str | None = None,
         bad_rows: Literal["error", "drop"] = "error",
@@ -122,6 +125,7 @@ class TextDataModule(LightningDataModule):
             val_size=val_size,
             train_rows=train_rows,
             test_rows=test_rows,
+            fold=fold,
             split_seed=split_seed,
         )
         self.base_model = base_model

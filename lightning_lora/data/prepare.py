@@ -29,6 +29,7 @@ from lightning_lora.data.splits import (
     position_type,
     strata,
     stratified_sample,
+    take_fold,
 )
 from lightning_lora.data.stored import RowRules, label_name, stored_rows
 from lightning_lora.errors import UserError
@@ -56,6 +57,7 @@ class SourceOptions:
     val_size: int | float | None = None
     train_rows: int | float | None = None
     test_rows: int | float | None = None
+    fold: Sequence[int] | None = None
     split_seed: int = 0
 
 
@@ -161,6 +163,10 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
         positions = np.flatnonzero(there).astype(position_type(len(there)))
         splits[split] = Rows(each, positions, of_rows.astype(np.int32) if task == "single_label" else of_rows)
     dropped = sum(len(codes) for each in cells.values() for _, codes in each) - sum(usable.values())
+    if options.fold is not None:
+        if task == "multi_label":
+            raise UserError("data.fold: folds are not made of rows with several labels; leave it out")
+        warnings += _set_test_aside(splits, options)
     splits, origin, removed, more = divide(splits, options, labels.names, task)
     warnings = [*warnings, *labels.warnings, *more]
     citation = spec.citation if spec else ""
@@ -183,6 +189,15 @@ def _task_of(tables: Mapping[str, Sequence[Table]], column: str, options: Source
         remedy = "multi_label" if several else "single_label, or name data.label_separator or several label columns"
         raise UserError(f"data.task: {options.task}, but column '{column}' {found}; set data.task={remedy}")
     return cast(Task, options.task)
+
+
+def _set_test_aside(splits: dict[str, Rows], options: SourceOptions) -> list[str]:
+    """Takes the source's own test rows out, as a fold is tested; returns warnings."""
+    if options.test_size is not None:
+        raise UserError(f"data.test_size: {options.test_size}, but data.fold says which rows are tested; leave it out")
+    if splits.pop("test", None) is None:
+        return []
+    return ["data.fold: the folds are of the rows of train; the source's own test split is not used"]
 
 
 def columns_of(options: SourceOptions) -> tuple[list[str], str | Sequence[str]]:
@@ -226,12 +241,17 @@ def divide(
             where = f"{train.origins[odd[0]]}, {train.numbers[odd[0]]}"
             warnings.append(f"{len(odd)} rows have a text that stood before with another label (the first: {where})")
         spare = int(split == "test" and "val" not in splits)
-        stay, taken = carve(
-            strata(train.labels), train.keys, size, options.split_seed, split, default, spare, train.origins[0]
+        seed, fold = options.split_seed, options.fold if split == "test" else None
+        groups = strata(train.labels)
+        stay, taken = (
+            carve(groups, train.keys, size, seed, split, default, spare, train.origins[0])
+            if fold is None
+            else take_fold(groups, train.keys, fold, seed)
         )
         removed[f"train_in_{split}"] = len(train) - len(stay) - len(taken)
         splits["train"], splits[split] = train.select(stay), train.select(taken)
-        origin[split] = f"{len(taken):,} of {len(train):,} rows of train, stratified, seed {options.split_seed}"
+        origin[split] = f"{len(taken):,} of {len(train):,} rows of train, stratified, seed {seed}"
+        origin[split] += f", fold {fold[0]} of {fold[1]}" if fold is not None else ""
     classes = classes_of(strata(splits["train"].labels))
     if len(classes) < 2 and task != "regression":
         only = f"are of the class '{label_names[classes[0]]}'" if len(classes) else "are without a label"

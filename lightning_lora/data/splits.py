@@ -1,6 +1,7 @@
 """Which row goes where: pure functions of labels, texts and a seed."""
 
 import unicodedata
+import warnings
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -164,6 +165,44 @@ def carve(
             return stay, chosen
     chosen = taken(single)
     return every[~np.isin(texts, texts[chosen])], chosen
+
+
+def take_fold(
+    labels: np.ndarray, keys: Sequence[bytes], fold: Sequence[int], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted positions of the rows that stay, and of those of fold k of n, by scikit-learn's ``StratifiedKFold``.
+
+    The texts are divided, each once, and its repeats go with it: over all folds each row is taken once. Where more of
+    the rows than ``MANY_REPEATS`` repeat another, each text with one label is, as repeats are no independent rows.
+
+    Args:
+        labels: Class numbers, shape (rows,).
+        keys: ``text_keys`` of the rows.
+        fold: (k, n), k from 1.
+        seed: With it the folds are the same on every machine.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    every, (texts, firsts) = np.arange(len(labels)), _texts(keys)
+    order = np.argsort(firsts)  # texts, the first of the rows first
+    classes = labels[firsts[order]]
+    most = int(np.bincount(classes).max())
+    number, folds = fold if len(fold) == 2 else (0, 0)
+    if not 1 <= number <= folds or not 2 <= folds <= most:
+        raise UserError(
+            f"data.fold: {list(fold)} is no fold [k, n]; n goes from 2 to the {most} texts of the largest class, "
+            "k from 1 to n"
+        )
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=stream_seed(seed, "fold") % 2**32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a class with fewer texts than folds: ``prepare`` tells
+        chosen = list(splitter.split(order, classes))[number - 1][1]
+    inside = np.isin(texts, order[chosen])
+    taken = inside.copy()
+    if len(labels) - len(firsts) > MANY_REPEATS * len(labels):
+        several = np.isin(texts, texts[contradictions(labels, keys)])
+        taken &= np.isin(every, firsts) & ~several
+    return every[~inside], every[taken]
 
 
 def contradictions(labels: np.ndarray, keys: Sequence[bytes]) -> np.ndarray:

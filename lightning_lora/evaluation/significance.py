@@ -7,6 +7,12 @@ the careful side). Half of the interval is the root of the sum of each part's ow
 as three seeds that happen to agree know little of their spread: Satterthwaite's degrees of freedom would jump to those
 of the rows, and call differences that are none in up to one of ten (docs/LOG.md). The p-values are those of the t
 distribution that gives this interval.
+
+Where rows are tested in K folds, the models of two folds have learned from shared rows, and no estimate of the variance
+of their mean is unbiased (Bengio and Grandvalet 2004, https://jmlr.org/papers/v5/grandvalet04a.html). The part of the
+rows is then that of the corrected resampled t-test (Nadeau and Bengio 2003, https://doi.org/10.1023/A:1024068626366),
+(1/K + 1/(K-1)) s2(fold means) with K-1 degrees of freedom, or what the rows show where that is more. It errs on the
+careful side as long as the choice of training rows moves a result less than that of the rows of a fold does.
 """
 
 import bisect
@@ -90,17 +96,34 @@ class Difference:
         return "equivalent" if self.p_equivalent_corrected < 1 - LEVEL else "inconclusive"
 
 
-def estimate(values: NDArray) -> Estimate:
-    """Return the mean of values of shape (seeds, rows), with an interval over both."""
+def estimate(values: NDArray, folds: NDArray | None = None) -> Estimate:
+    """Return the mean of values with an interval over seeds and rows.
+
+    Args:
+        values: Of shape (seeds, rows).
+        folds: The fold of each row, counted from 0, (rows,); None where one model a seed was tested on all rows.
+    """
     seeds, rows = values.shape
-    seed_means, row_means = values.mean(axis=1), values.mean(axis=0)
-    of_rows = float(row_means.var(ddof=1)) / rows if rows > 1 else 0.0
+    seed_means = values.mean(axis=1)
+    of_rows, units = _row_part(values.mean(axis=0), folds)
     of_seeds = float(seed_means.var(ddof=1)) / seeds if seeds > 1 else 0.0
-    df = degrees_of_freedom(of_seeds, seeds, of_rows, rows)
+    df = degrees_of_freedom(of_seeds, seeds, of_rows, units)
     mean, se = float(values.mean()), math.sqrt(of_rows + of_seeds)
     half = _t(df) * se if se > 0 else 0.0
     sd = float(seed_means.std(ddof=1)) if seeds > 1 else math.nan
     return Estimate(mean, sd, seeds, rows, se, df, mean - half, mean + half)
+
+
+def _row_part(row_means: NDArray, folds: NDArray | None) -> tuple[float, int]:
+    """The rows' part of the variance of a mean, and of how many units it is: rows, or the folds where they say more."""
+    rows = len(row_means)
+    of_rows = float(row_means.var(ddof=1)) / rows if rows > 1 else 0.0
+    if folds is None:
+        return of_rows, rows
+    sizes = np.bincount(folds)
+    k = len(sizes)
+    of_folds = float((np.bincount(folds, row_means) / sizes).var(ddof=1)) * (1 / k + 1 / (k - 1))
+    return max((of_rows, rows), (of_folds, k), key=lambda part: part[0] * _t(part[1] - 1) ** 2)
 
 
 def degrees_of_freedom(of_seeds: float, seeds: int, of_rows: float, rows: int) -> float:
@@ -124,7 +147,9 @@ def _t(df: float) -> float:
     return float(stdtrit(df, (1 + LEVEL) / 2) if math.isfinite(df) else ndtri((1 + LEVEL) / 2))
 
 
-def difference(arm: NDArray, baseline: NDArray, margin: float, higher_is_better: bool = True) -> Difference:
+def difference(
+    arm: NDArray, baseline: NDArray, margin: float, higher_is_better: bool = True, folds: NDArray | None = None
+) -> Difference:
     """Compare an arm's values with the baseline's, both (seeds, rows) with the same seeds and rows in the same order.
 
     Args:
@@ -132,11 +157,12 @@ def difference(arm: NDArray, baseline: NDArray, margin: float, higher_is_better:
         baseline: The baseline's.
         margin: Differences under this count as none.
         higher_is_better: Else the difference is turned round, so that above 0 is always better.
+        folds: As in ``estimate``.
     """
     if arm.shape != baseline.shape:
         raise ValueError(f"shapes differ: {arm.shape} and {baseline.shape}; compare the seeds that both have")
     paired = (1.0 if higher_is_better else -1.0) * (arm.astype(float) - baseline.astype(float))
-    found = estimate(paired)
+    found = estimate(paired, folds)
     if found.se == 0:
         p, p_equivalent = float(found.mean == 0), float(abs(found.mean) >= margin)
     else:
@@ -145,7 +171,7 @@ def difference(arm: NDArray, baseline: NDArray, margin: float, higher_is_better:
     binary = bool(np.isin([arm, baseline], (0, 1)).all())
     per_seed = [mcnemar_p(one, other) for one, other in zip(arm, baseline, strict=True)] if binary else []
     least = detectable(found.se, found.df)
-    return Difference(found, p, p, p_equivalent, p_equivalent, least, seeds_needed(paired), per_seed)
+    return Difference(found, p, p, p_equivalent, p_equivalent, least, seeds_needed(paired, folds), per_seed)
 
 
 def mcnemar_p(arm: NDArray, baseline: NDArray) -> float:
@@ -188,11 +214,12 @@ def detectable(se: float, df: float) -> float:
     return se * float(nctdtrinc(df, 1 - POWER, _t(df)))
 
 
-def seeds_needed(differences: NDArray) -> int | None:
+def seeds_needed(differences: NDArray, folds: NDArray | None = None) -> int | None:
     """Return the seeds at which a difference as large as this one would be found with ``POWER`` on these rows.
 
     Args:
         differences: Paired differences, shape (seeds, rows).
+        folds: As in ``estimate``.
 
     Returns:
         The number for a single comparison, at least that of the seeds there are; None where there is one seed, no
@@ -205,14 +232,15 @@ def seeds_needed(differences: NDArray) -> int | None:
     seed_means, row_means = differences.mean(axis=1), differences.mean(axis=0)
     rest = differences - seed_means[:, None] - row_means + differences.mean()
     interaction = float((rest**2).sum()) / ((seeds - 1) * (rows - 1))  # shrinks with more seeds; what rows are does not
-    row_part = max(0.0, float(row_means.var(ddof=1)) - interaction / seeds)
+    own, (of_rows, units) = float(row_means.var(ddof=1)), _row_part(row_means, folds)
+    row_part, more = max(0.0, own - interaction / seeds), of_rows * rows / own if own else 1.0  # what the folds add
     seed_part = float(seed_means.var(ddof=1))
     if row_part + interaction + seed_part == 0:
         return seeds
 
     def enough(count: int) -> bool:
-        of_seeds, of_rows = seed_part / count, (row_part + interaction / count) / rows
-        df = degrees_of_freedom(of_seeds, count, of_rows, rows)
+        of_seeds, of_rows = seed_part / count, more * (row_part + interaction / count) / rows
+        df = degrees_of_freedom(of_seeds, count, of_rows, units)
         return detectable(math.sqrt(of_seeds + of_rows), df) <= mean
 
     found = bisect.bisect_left(range(seeds, MOST_SEEDS + 1), True, key=enough) + seeds

@@ -13,6 +13,7 @@
         # or, with values of their own for each arm: {method: {lora: [2.0e-4, 5.0e-4], head: [5.0e-3, 1.0e-2]}}
     baseline: {rank: 8}
     seeds: [1, 2, 3]
+    folds: 5                             # cross-validation: each labelled row is tested once for each arm and seed
     metric: accuracy
     margin: 0.01                         # smaller differences count as none
     search: {space: {...}, trials: 12}   # instead of chosen axes: ``search_space.py``
@@ -21,7 +22,7 @@
 Instead of axes, or beside chosen ones, ``arms: {NAME: settings}`` names the arms and what each changes.
 
 An arm is one combination of values of the compared axes, a variant of it one of the chosen axes, a cell a variant with
-a seed. Imports no torch.
+a seed, and a fold where there are folds. Imports no torch.
 """
 
 import itertools
@@ -38,8 +39,21 @@ from lightning_lora.experiments.search_space import ByAxis, Found, Search, make_
 #: The axis of arms that are named one by one.
 ARM = "arm"
 MOST_CELLS = 10_000
-_KEYS = ("question", "base", "settings", "axes", "arms", "search", "baseline", "seeds", "metric", "margin", "small")
-_SMALL_KEYS = ("settings", "seeds", "axes", "trials")
+_KEYS = (
+    "question",
+    "base",
+    "settings",
+    "axes",
+    "arms",
+    "search",
+    "baseline",
+    "seeds",
+    "folds",
+    "metric",
+    "margin",
+    "small",
+)
+_SMALL_KEYS = ("settings", "seeds", "folds", "axes", "trials")
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,7 @@ class Cell:
         values: The name of the value of each axis, the compared ones first.
         seed: ``seed_everything``.
         change: What differs from the base recipe, as flat keys.
+        fold: The fold whose rows it is tested on, from 1; None without folds.
     """
 
     arm: str
@@ -76,6 +91,7 @@ class Cell:
     values: Mapping[str, str]
     seed: int
     change: Mapping[str, Any]
+    fold: int | None = None
 
     @property
     def searched(self) -> bool:
@@ -86,7 +102,8 @@ class Cell:
     def name(self) -> str:
         """A folder's name: "rank-8__rate-0.0005__seed-1"."""
         parts = [f"{axis}-{value}" for axis, value in self.values.items()]
-        return re.sub(r"[^A-Za-z0-9_.\-]", "_", "__".join([*parts, f"seed-{self.seed}"]))
+        fold = [] if self.fold is None else [f"fold-{self.fold}"]
+        return re.sub(r"[^A-Za-z0-9_.\-]", "_", "__".join([*parts, f"seed-{self.seed}", *fold]))
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,7 @@ class Plan:
         cells: In the order in which they are run: seed by seed, so that early stops leave whole comparisons.
         search: What is searched for each arm before it is compared, or None.
         found: What the search has found of each arm.
+        folds: Their number, or None: then all cells are tested on the same rows.
     """
 
     question: str
@@ -116,6 +134,7 @@ class Plan:
     cells: list[Cell]
     search: Search | None = None
     found: Mapping[str, Found] = field(default_factory=dict)
+    folds: int | None = None
 
     @property
     def arms(self) -> dict[str, Cell]:
@@ -192,14 +211,19 @@ def _make_plan(content: Mapping[str, Any], folder: Path, small: bool) -> Plan:
     known = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
     require(known, "seeds: a list of whole numbers is needed, such as [1, 2, 3]")
     require(len(set(seeds)) == len(seeds), "seeds: one is duplicated")
-    settings = flatten(content.get("settings"))
+    settings, folds = flatten(content.get("settings")), content.get("folds")
+    require(folds is None or (type(folds) is int and folds > 1), f"folds: a number from 2 on is needed, got {folds}")
     search = None
     if "search" in content:
         require(len(compared) == len(axes), "search: what is chosen is searched; leave chosen axes out, or the search")
+        require(folds is None, "search: with folds its trials would see test rows of other folds; use chosen axes")
         search = make_search(content["search"], [axis.name for axis in axes])
     _check_settings(axes, settings=settings, **{"search.space": search.space if search is not None else {}})
     base = content.get("base")
-    cells = _cells(axes, seeds, settings)
+    cells = _cells(axes, seeds, settings, folds)
+    given = folds is not None and settings.keys() | {key for axis in axes for v in axis.values.values() for key in v}
+    if given and (key := next((key for key in ("data.fold", "data.test_size") if key in given), None)):
+        raise UserError(f"{key}: folds say which rows are tested; leave it out")
     plan = Plan(
         question,
         (folder / str(base)).resolve() if base else None,
@@ -210,6 +234,7 @@ def _make_plan(content: Mapping[str, Any], folder: Path, small: bool) -> Plan:
         float(margin),
         cells,
         search,
+        folds=folds,
     )
     _check_cells(plan)
     return plan
@@ -294,6 +319,7 @@ def _smaller(content: Mapping[str, Any], axes: list[Axis]) -> tuple[dict[str, An
     assert isinstance(small, dict)
     _check_keys(small, _SMALL_KEYS, "small: ")
     changed = {**content, "seeds": small.get("seeds", content.get("seeds", [1, 2, 3]))}
+    changed |= {"folds": small["folds"]} if "folds" in small else {}
     changed["settings"] = flatten(content.get("settings")) | flatten(small.get("settings"), "small.settings")
     if "trials" in small and isinstance(content.get("search"), dict):
         changed["search"] = {**content["search"], "trials": small["trials"]}
@@ -330,19 +356,20 @@ def _baseline(described: Any, compared: Sequence[Axis]) -> str:
     return label_of(found)
 
 
-def _cells(axes: Sequence[Axis], seeds: Sequence[int], settings: Mapping[str, Any]) -> list[Cell]:
+def _cells(axes: Sequence[Axis], seeds: Sequence[int], settings: Mapping[str, Any], folds: int | None) -> list[Cell]:
     axes = sorted(axes, key=lambda axis: axis.chosen)
     cells = []
-    for seed, *names in itertools.product(seeds, *(axis.values for axis in axes)):
+    numbers = [None] if folds is None else range(1, folds + 1)
+    for seed, fold, *names in itertools.product(seeds, numbers, *(axis.values for axis in axes)):
         here = {axis.name: name for axis, name in zip(axes, names, strict=True)}
-        change = dict(settings)
+        change = dict(settings) | ({} if fold is None else {"data.fold": [fold, folds]})
         for axis in axes:
             for key, value in axis.values[here[axis.name]].items():
                 change[key] = value.of(here, f"axes.{axis.name}.{key}") if isinstance(value, ByAxis) else value
         arm, variant = (
             label_of({a.name: here[a.name] for a in axes if a.chosen is chosen}) for chosen in (False, True)
         )
-        cells.append(Cell(arm, variant, here, seed, change))
+        cells.append(Cell(arm, variant, here, seed, change, fold))
     return cells
 
 

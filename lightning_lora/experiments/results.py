@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from numpy.typing import NDArray
 
 from lightning_lora.errors import UserError
+from lightning_lora.evaluation.intervals import intervals, metrics_of
 from lightning_lora.evaluation.metric_table import METRICS, row_metrics
 from lightning_lora.evaluation.outputs import OUTPUTS_KEY, Outputs
 from lightning_lora.evaluation.significance import Difference, Estimate, corrected, difference, estimate
@@ -35,11 +37,23 @@ class Answers(Outputs):
         keys: Fingerprint of each row's text and its place, shape (N,).
         label_names: Names of the C classes or labels.
         lengths: Characters of each text, (N,); None where they were not kept.
+        folds: Which fold's model predicts each row, from 0, (N,); None where one model predicts all.
     """
 
     keys: NDArray
     label_names: Sequence[str]
     lengths: NDArray | None = None
+    folds: NDArray | None = None
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """The metrics of all rows."""
+        return metrics_of(self)
+
+    @cached_property
+    def intervals(self) -> dict[str, list[float]]:
+        """The interval of each metric over the rows."""
+        return intervals(self)
 
     def values(self, metric: str) -> NDArray:
         """Return the metric's value of each row, (N,): its mean is the metric.
@@ -85,10 +99,10 @@ class ArmResult:
 
     Args:
         label: The arm's.
-        variant: The variant that is best on validation rows.
+        variant: The variant that is best on validation rows; of several folds those that are best on each one's.
         tried: How many variants had the chance.
         edges: Chosen axes whose best value is the first or last of its numbers.
-        cells: Of the chosen variant, one a seed.
+        cells: Of the chosen variant, one a seed and fold.
         estimates: The metric by split, over the seeds that have answers of it.
         split: What all arms are compared on: "test" where the baseline and every arm that is complete were tested,
             else "val".
@@ -105,6 +119,14 @@ class ArmResult:
     split: str = "val"
     against: Difference | None = None
     seeds: Sequence[int] = ()
+
+    @cached_property
+    def by_seed(self) -> list[CellResult]:
+        """The cells, those of the folds of a seed as one that has answers where all folds have them."""
+        seeds: dict[int, list[CellResult]] = {}
+        for cell in self.cells:
+            seeds.setdefault(cell.cell.seed, []).append(cell)
+        return [cells[0] if len(cells) == 1 else _pool_folds(cells) for cells in seeds.values()]
 
     @property
     def own(self) -> Estimate | None:
@@ -265,50 +287,74 @@ def compare_arms(plan: Plan, cells: Sequence[CellResult]) -> list[ArmResult]:
 
 
 def _best_variant(plan: Plan, label: str, cells: Sequence[CellResult]) -> ArmResult:
-    variants: dict[str, list[CellResult]] = {}
-    for cell in cells:
-        variants.setdefault(cell.cell.variant, []).append(cell)
+    # A fold's choice is of its own validation rows: those of another fold are test rows of this one.
+    folds: dict[int | None, dict[str, list[CellResult]]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.cell.fold or 0):
+        folds.setdefault(cell.cell.fold, {}).setdefault(cell.cell.variant, []).append(cell)
 
-    def score(variant: str) -> tuple[float, int]:
+    def score(variant: list[CellResult]) -> tuple[float, int]:
         """Mean over the seeds; without all of them it cannot be the best, and then what there is most of is taken."""
-        values = [c.answers["val"].values(plan.metric).mean() for c in variants[variant] if "val" in c.answers]
-        complete = len(values) == len(variants[variant])
+        values = [c.answers["val"].values(plan.metric).mean() for c in variant if "val" in c.answers]
+        complete = len(values) == len(variant)
         sign = 1 if plan.higher_is_better else -1
         return (sign * float(np.mean(values)) if complete else -math.inf), len(values)
 
-    best = max(variants, key=score)
-    own, tried, edges = variants[best], len(variants), []
+    chosen = [max(variants.values(), key=score) for variants in folds.values()]
+    own, tried, edges = [cell for variant in chosen for cell in variant], plan.tried, list[str]()
     for axis in plan.axes:
         names = list(axis.values)
         if axis.chosen and axis.numbers and len(names) > 1:
-            name = own[0].cell.values[axis.name]
-            edges += [f"{axis.name} {name}"] if name in (names[0], names[-1]) else []
+            best = dict.fromkeys(cell.cell.values[axis.name] for cell in own)
+            edges += [f"{axis.name} {name}" for name in best if name in (names[0], names[-1])]
     if plan.search is not None:
         found = plan.found.get(label, Found())
         tried, edges = len(found.trials), list(found.edges)
-    stacks = {split: _stack(plan, [c for c in own if split in c.answers], split) for split in ("val", "test")}
-    estimates = {split: estimate(values) for split, values in stacks.items() if len(values)}
-    return ArmResult(label, best, tried, edges, own, estimates)
+    variant = " / ".join(dict.fromkeys(cell.cell.variant for cell in own))
+    arm = ArmResult(label, variant, tried, edges, own, {})
+    stacks = {split: [c for c in arm.by_seed if split in c.answers] for split in ("val", "test")}
+    estimates = {split: estimate(*_stack(plan, cells, split)) for split, cells in stacks.items() if cells}
+    return replace(arm, estimates=estimates)
 
 
-def _stack(plan: Plan, cells: Sequence[CellResult], split: str) -> NDArray:
-    """The metric of each row of the split, (cells, rows)."""
+def _pool_folds(cells: Sequence[CellResult]) -> CellResult:
+    """The cells of a seed's folds as one, whose answers are those of all folds together."""
+    first = next((cell for cell in cells if cell.status != "finished"), cells[0])
+    answers = {}
+    for split in ("val", "test"):
+        parts = [cell.answers[split] for cell in cells if split in cell.answers]
+        if len(parts) == len(cells):
+            keys, truth, logits = (np.concatenate([getattr(p, n) for p in parts]) for n in ("keys", "truth", "logits"))
+            order = np.argsort(keys, kind="stable")
+            folds = np.repeat(np.arange(len(parts)), [len(part.keys) for part in parts])[order]
+            lengths = [part.lengths for part in parts if part.lengths is not None]
+            kept = np.concatenate(lengths)[order] if len(lengths) == len(parts) else None
+            answers[split] = replace(
+                parts[0], logits=logits[order], labels=truth[order], keys=keys[order], lengths=kept, folds=folds
+            )
+    change = {key: value for key, value in first.cell.change.items() if key != "data.fold"}
+    return replace(first, cell=replace(first.cell, change=change, fold=None), record={}, answers=answers)
+
+
+def _stack(plan: Plan, cells: Sequence[CellResult], split: str) -> tuple[NDArray, NDArray | None]:
+    """The metric of each row of the split, (cells, rows), and the fold of each, (rows,), or None."""
+    first = cells[0].answers[split]
     for cell in cells:
         # Arms of other data or lengths are still tested on the same texts, or they cannot be paired.
-        if not np.array_equal(cell.answers[split].keys, cells[0].answers[split].keys):
+        own = cell.answers[split]
+        if not (np.array_equal(own.keys, first.keys) and np.array_equal(np.array(own.folds), np.array(first.folds))):
             names = f"{cell.cell.name}: its {split} rows are not those of {cells[0].cell.name}"
             raise UserError(f"{names}; they cannot be compared")
-    return np.array([cell.answers[split].values(plan.metric) for cell in cells])
+    return np.array([cell.answers[split].values(plan.metric) for cell in cells]), first.folds
 
 
 def _paired(plan: Plan, arm: ArmResult, base: ArmResult, split: str) -> tuple[Difference, list[int]] | None:
     """The arm against the baseline over the seeds that both have, each with its own; and these seeds."""
-    one, other = ({c.cell.seed: c for c in each.cells if split in c.answers} for each in (base, arm))
+    one, other = ({c.cell.seed: c for c in each.by_seed if split in c.answers} for each in (base, arm))
     seeds = [seed for seed in plan.seeds if seed in one and seed in other]
     if not seeds:
         return None
-    values = _stack(plan, [each[seed] for each in (one, other) for seed in seeds], split)
-    return difference(values[len(seeds) :], values[: len(seeds)], plan.margin, plan.higher_is_better), seeds
+    values, folds = _stack(plan, [each[seed] for each in (one, other) for seed in seeds], split)
+    return difference(values[len(seeds) :], values[: len(seeds)], plan.margin, plan.higher_is_better, folds), seeds
 
 
 def one_class(answers: Answers) -> str:

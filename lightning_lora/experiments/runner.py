@@ -125,7 +125,8 @@ def show_plan(plan: Plan, folder: Path, changes: Mapping[str, Sequence[Change]],
         )
     about = f", about {duration(sum(took) / len(took) * left)} for the others" if took and left else ""
     again = f"; {len(stale)} are of other code, settings or data and will be trained again" if stale else ""
-    count = f"{len(plan.arms)} arms{variants} x {len(plan.seeds)} seeds = {len(plan.cells)}"
+    folds = f" x {plan.folds} folds" if plan.folds else ""
+    count = f"{len(plan.arms)} arms{variants} x {len(plan.seeds)} seeds{folds} = {len(plan.cells)}"
     print(f"cells: {count}; {len(took)} are finished{about}{again}")
     for arm, found in changes.items():
         print(f"{arm} against {plan.baseline}: {'; '.join(map(str, found)) or 'no difference'}")

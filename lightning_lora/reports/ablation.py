@@ -122,7 +122,13 @@ def notes(report: Report) -> list[str]:
         "minimum detectable effect is the smallest true difference found with 80% power; 'seeds to settle' is how many "
         "seeds would find one as large as was seen ('more rows': over a thousand); both for a single comparison.",
         "All seeds learn from the same choice of rows (data.split_seed) and are tested on the same: how much the "
-        "result depends on that choice is not in the intervals.",
+        "result depends on that choice is not in the intervals."
+        if report.plan.folds is None
+        else f"Metrics are of the rows of all {report.plan.folds} folds (K) together, each tested by its fold's model; "
+        "variants are chosen for each fold on its own validation rows; costs are means over the runs. Models of two "
+        "folds share training rows: the rows' part of intervals and p-values is (1/K + 1/(K-1)) times the variance "
+        "of the folds' means, with K-1 degrees of freedom (Nadeau and Bengio 2003), or that of the rows where it is "
+        "more. No estimate of it is unbiased (Bengio and Grandvalet 2004).",
     ]
     if (search := report.plan.search) is not None:
         found.append(

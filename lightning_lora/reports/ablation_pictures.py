@@ -69,7 +69,7 @@ def axes_figure(report: Report) -> Any:
                 continue
             i = names.index(values[axis.name])
             _interval(panel, i, arm.own, fmt="o", color=COLORS[0])
-            seeds = [answers for cell in arm.cells if (answers := report.answers(cell)) is not None]
+            seeds = [answers for cell in arm.by_seed if (answers := report.answers(cell)) is not None]
             means = [answers.values(report.plan.metric).mean() for answers in seeds]
             panel.plot([i + 0.12] * len(means), means, ".", color="#999999", zorder=1)
         panel.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 8 else 0)

@@ -44,9 +44,17 @@ def arm_table(report: Report) -> TextTable:
 
 
 def measured(report: Report, arm: ArmResult, column: Column) -> tuple[float, list[float] | None]:
-    """Return a metric's or cost's mean over an arm's finished seeds (NaN without), and a single seed's interval."""
+    """Return a metric's or cost's mean over an arm's finished seeds (NaN without), and a single seed's interval.
+
+    Of folds a metric is that of the rows of all folds together, a cost the mean of a fold.
+    """
     if not column.is_metric:
         return arm.mean_cost(column.key), None
+    if report.plan.folds:
+        pooled = [answers for cell in arm.by_seed if (answers := report.answers(cell)) is not None]
+        values = [each.metrics.get(column.key, math.nan) for each in pooled]
+        interval = pooled[0].intervals.get(column.key) if len(pooled) == 1 else None
+        return float(np.mean(values)) if values else math.nan, interval
     records = [cell.record for cell in arm.cells if cell.status == "finished"]
     found = [kept_metrics(record, report.split_key) for record in records]
     values = [metrics[column.key] for metrics in found if column.key in metrics]
@@ -78,8 +86,8 @@ def as_document(report: Report) -> dict[str, Any]:
         arms.append(
             {
                 "name": arm.label,
-                "settings": arm.cells[0].cell.change,
-                "seeds": [cell.cell.seed for cell in arm.cells if cell.status == "finished"],
+                "settings": arm.by_seed[0].cell.change,
+                "seeds": [cell.cell.seed for cell in arm.by_seed if cell.status == "finished"],
                 "reason": "" if arm.own is not None else _why_not(arm),
                 "values": {key: value for key, (value, _) in values.items() if not math.isnan(value)},
                 "intervals": {key: interval for key, (_, interval) in values.items() if interval},
@@ -107,10 +115,22 @@ def more_tables(report: Report) -> list[tuple[str, TextTable]]:
 def cell_table(report: Report) -> TextTable:
     """Return every cell, with its reason where it is not as it should be."""
     metric = report.plan.metric
-    header = ["arm", "variant", "seed", "status", f"validation {metric}", f"test {metric}", "train s", "startup s"]
+    header = [
+        "arm",
+        "variant",
+        "seed",
+        *(["fold"] if report.plan.folds else []),
+        "status",
+        f"validation {metric}",
+        f"test {metric}",
+        "train s",
+        "startup s",
+    ]
     rows = [[*header, "reason"]]
     for result in report.cells:
-        row = [result.cell.arm, result.cell.variant or "-", str(result.cell.seed), result.status]
+        cell = result.cell
+        fold = [] if cell.fold is None else [str(cell.fold)]
+        row = [cell.arm, cell.variant or "-", str(cell.seed), *fold, result.status]
         found = [result.answers.get(split) for split in ("val", "test")]
         row += ["-" if each is None else f"{each.values(metric).mean():.4f}" for each in found]
         row += [number_text(result.cost(name), 1) for name in ("train_s", "startup_s")]
@@ -178,7 +198,7 @@ def by_length(report: Report) -> dict[str, NDArray]:
 
 def _compared_rows(report: Report) -> Answers | None:
     """The answers of one cell of the baseline: all that are compared are to the same rows."""
-    return next((answers for cell in report.baseline.cells if (answers := report.answers(cell)) is not None), None)
+    return next((answers for cell in report.baseline.by_seed if (answers := report.answers(cell)) is not None), None)
 
 
 def fixed_and_broken(report: Report, groups: Mapping[str, NDArray]) -> TextTable:
@@ -186,10 +206,10 @@ def fixed_and_broken(report: Report, groups: Mapping[str, NDArray]) -> TextTable
 
     Of several labels what is counted is whether a text is given each, by text and label.
     """
-    base = {cell.cell.seed: report.answers(cell) for cell in report.baseline.cells}
+    base = {cell.cell.seed: report.answers(cell) for cell in report.baseline.by_seed}
     rows = [["arm", *(f"{name}: fixed / broken" for name in groups)]]
     for arm in report.arms if groups else ():
-        both = [(report.answers(cell), base.get(cell.cell.seed)) for cell in arm.cells]
+        both = [(report.answers(cell), base.get(cell.cell.seed)) for cell in arm.by_seed]
         pairs = [own.right - other.right for own, other in both if own is not None and other is not None]
         if arm is not report.baseline and pairs:
             gains = np.array(pairs)

@@ -222,3 +222,21 @@ def test_a_known_data_set_is_read_with_its_own_names(tmp_path: Path, monkeypatch
     prepared = prepare(SourceOptions("imdb_packaged"))
     assert prepared.label_names == ["neg", "pos"]
     assert sum(map(len, prepared.splits.values())) == 60
+
+
+def test_over_the_folds_each_row_of_train_is_tested_once(tmp_path: Path) -> None:
+    rows = [*make_rows(100), ("one of a kind", "rare")]
+    for name, part in {"train": [*rows, rows[0]], "test": make_rows(20, seed=1)}.items():
+        write_csv(tmp_path / f"{name}.csv", part)
+    tested: list[int] = []
+    for k in (1, 2, 3):
+        prepared = prepare(SourceOptions(str(tmp_path), fold=[k, 3], val_size=10))
+        splits = {split: set(each.texts) for split, each in prepared.splits.items()}
+        assert not splits["test"] & (splits["train"] | splits["val"]) and not splits["train"] & splits["val"]
+        assert set.union(*splits.values()) == {text for text, _ in rows} and len(prepared.splits["val"]) == 10
+        assert prepared.origin["test"].endswith(f"102 rows of train, stratified, seed 0, fold {k} of 3")
+        assert any("the source's own test split is not used" in warning for warning in prepared.warnings)
+        tested += prepared.splits["test"].numbers.tolist()
+    assert sorted(tested) == list(range(2, 104))  # lines of the file
+    with pytest.raises(UserError, match=r"data\.test_size: 9, but data\.fold says which rows are tested"):
+        prepare(SourceOptions(str(tmp_path), fold=[1, 3], test_size=9))

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
-from sklearn.model_selection import StratifiedShuffleSplit
+from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
 
-from lightning_lora.data.splits import carve, count_of, stratified_sample, text_keys
+from lightning_lora.data.splits import carve, count_of, stratified_sample, take_fold, text_keys
 from lightning_lora.errors import UserError
+from lightning_lora.seeding import stream_seed
 
 LABELS = np.repeat([0, 1, 2], [700, 200, 100])  # sorted by class, as IMDB is
 
@@ -109,3 +110,36 @@ def test_ascii_texts_have_the_same_key_as_by_the_general_rule() -> None:
     text = "".join(map(chr, range(128)))
     fast, general = text_keys([text, text + "\u2003"])  # a wide space, which no key counts
     assert fast == general
+
+
+def test_folds_are_scikit_learn_s_and_each_row_is_in_one() -> None:
+    labels = np.random.default_rng(0).permutation(LABELS)
+    keys = text_keys([f"text number {i}" for i in range(len(labels))])
+    folds = [take_fold(labels, keys, (k, 5), 3) for k in range(1, 6)]
+    theirs = StratifiedKFold(5, shuffle=True, random_state=stream_seed(3, "fold") % 2**32).split(labels, labels)
+    for (stay, taken), (train, test) in zip(folds, theirs, strict=True):
+        np.testing.assert_array_equal(taken, test)
+        np.testing.assert_array_equal(stay, train)
+        np.testing.assert_array_equal(np.bincount(labels[taken]), [140, 40, 20])
+    np.testing.assert_array_equal(np.sort(np.concatenate([taken for _, taken in folds])), np.arange(len(labels)))
+    assert set(take_fold(labels, keys, (1, 5), 4)[1]) != set(folds[0][1])
+
+
+@pytest.mark.parametrize("different", [196, 50])
+def test_repeats_are_in_one_fold_and_many_of_them_are_tested_once(different: int) -> None:
+    texts = [f"the text of number {i % different}" for i in range(200)]
+    labels = np.arange(200) % different % 2
+    if different == 50:
+        labels[199] = 0  # text 49 stands with both labels
+    tested: list[int] = []
+    for k in range(1, 6):
+        stay, taken = take_fold(labels, text_keys(texts), (k, 5), 0)
+        assert not {texts[i] for i in stay} & {texts[i] for i in taken}
+        tested += taken.tolist()
+    assert sorted(tested) == list(range(200 if different == 196 else 49))
+
+
+@pytest.mark.parametrize("fold", [[0, 5], [6, 5], [1, 1], [1, 701], [1], [1, 2, 3]])
+def test_what_is_no_fold_is_refused(fold: list[int]) -> None:
+    with pytest.raises(UserError, match=r"data.fold: .* is no fold \[k, n\]; n goes from 2 to the 700 texts"):
+        take_fold(LABELS, text_keys([f"text number {i}" for i in range(len(LABELS))]), fold, 0)

@@ -211,3 +211,66 @@ def test_arms_that_are_the_same_are_called_equivalent_where_there_are_rows_enoug
     rng = np.random.default_rng(31)
     pairs = [experiment(rng, 5, 4000, 0.02) for _ in range(20)]
     assert sum(difference(*pair, margin=MARGIN).verdict == "equivalent" for pair in pairs) >= 18
+
+
+def cross_validated(
+    rng: np.random.Generator, seeds: int, features: int, gap: float = 0.0, rows: int = 60
+) -> tuple[np.ndarray, ...]:
+    """Right or wrong answers of two arms and the fold of each row, from a real cross-validation.
+
+    Each arm learns the difference of the classes' means, on features of its own that say as much as the other's (by
+    ``gap`` more); a seed's noise is in what it learns. With many features models depend on the rows they learned from.
+    """
+    labels, folds = np.arange(rows) % 2, rng.permutation(np.arange(rows) % 5)
+    arms = []
+    for distance in (1.0 + gap, 1.0):
+        x = rng.normal(0, 1, (rows, features)) + distance * (2 * labels[:, None] - 1) / math.sqrt(features)
+        right = np.empty((seeds, rows))
+        for k in range(5):
+            train, test = x[folds != k], x[folds == k]
+            own = labels[folds != k]
+            learned = train[own == 1].mean(axis=0) - train[own == 0].mean(axis=0)
+            scores = (learned + rng.normal(0, 0.05, (seeds, features))) @ test.T
+            right[:, folds == k] = (scores > 0) == labels[folds == k]
+        arms.append(right)
+    return *arms, folds
+
+
+def test_between_folds_it_is_the_corrected_resampled_t_test() -> None:
+    """With values that differ by fold only; Nadeau and Bengio's statistic by hand, its p-value by scipy."""
+    means = np.array([0.02, 0.05, 0.01, 0.04, 0.03])
+    folds = np.arange(200) % 5
+    found = difference(np.tile(means[folds], (2, 1)), np.zeros((2, 200)), margin=0.01, folds=folds)
+    statistic = means.mean() / math.sqrt((1 / 5 + 0.2 / 0.8) * means.var(ddof=1))
+    assert found.p == pytest.approx(2 * stats.t.sf(statistic, 4)) and found.estimate.df == 4
+    assert found.p > stats.ttest_1samp(means, 0).pvalue
+    assert found.estimate.mean == pytest.approx(means.mean())
+
+
+def test_folds_that_happen_to_agree_take_nothing_off_what_the_rows_show() -> None:
+    values = np.tile(np.repeat([0.0, 1.0], 100), (2, 1))
+    plain, folded = estimate(values), estimate(values, np.arange(200) % 5)
+    assert (folded.low, folded.high) == (plain.low, plain.high) and plain.high > plain.low
+
+
+@pytest.mark.parametrize(("seeds", "features"), [(2, 5), (3, 40), (3, 200)])
+def test_of_null_comparisons_over_folds_no_more_than_the_nominal_share_is_called_a_difference(seeds, features) -> None:
+    """Real cross-validations of arms that are equally good, whose models share training rows between folds."""
+    rng = np.random.default_rng(seeds + features)
+    found = [cross_validated(rng, seeds, features) for _ in range(400)]
+    wrong = {}
+    for name in ("folds", "rows"):
+        estimates = [estimate(one - other, folds if name == "folds" else None) for one, other, folds in found]
+        wrong[name] = sum(not each.low <= 0 <= each.high for each in estimates)
+    assert wrong["folds"] <= 0.05 * 400
+    assert wrong["folds"] < wrong["rows"]  # which takes all rows for ones of a single model
+    assert features < 200 or wrong["rows"] > 0.05 * 400
+
+
+def test_a_difference_over_folds_is_found_and_the_seeds_that_would_are_counted_with_the_folds() -> None:
+    rng = np.random.default_rng(5)
+    found = [cross_validated(rng, 3, 5, 1.5, 200) for _ in range(20)]
+    judged = [difference(one, other, 0.01, folds=folds) for one, other, folds in found]
+    assert sum(each.verdict == "better" for each in judged) >= 15
+    needed = [(seeds_needed(one - other, folds), seeds_needed(one - other)) for one, other, folds in found]
+    assert all((plain or 1001) <= (folded or 1001) for folded, plain in needed)

@@ -46,6 +46,15 @@ def test_the_small_size_has_fewer_values_seeds_and_rows() -> None:
     assert {c.seed for c in found.cells} == {7} and found.cells[0].change["data.train_rows"] == 10
 
 
+def test_folds_are_crossed_with_seeds_and_arms() -> None:
+    found = plan(folds=3, small={"folds": 2})
+    assert [(c.seed, c.fold, c.arm) for c in found.cells[:4]] == [(1, 1, "2"), (1, 1, "8"), (1, 2, "2"), (1, 2, "8")]
+    assert found.cells[2].change["data.fold"] == [2, 3] and found.cells[2].name == "rank-2__seed-1__fold-2"
+    assert len(found.cells) == 12
+    assert plan(True, folds=3, small={"folds": 2}).folds == 2
+    assert "data.fold" not in plan().cells[0].change
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -60,6 +69,11 @@ def test_the_small_size_has_fewer_values_seeds_and_rows() -> None:
         ({"baseline": {"rank": 3}}, "rank 3 is none of 2, 8"),
         ({"baseline": {"x": 3}}, "'x' is no compared axis"),
         ({"seeds": []}, "whole numbers"),
+        ({"folds": 1}, "folds: a number from 2 on is needed, got 1"),
+        ({"folds": True}, "folds: a number from 2"),
+        ({"folds": 3, "settings": {"data.fold": [1, 3]}}, "data.fold: folds say which rows are tested"),
+        ({"folds": 3, "axes": {"s": {"data.test_size": [5, 9]}}, "baseline": {}}, "data.test_size: folds say"),
+        ({"folds": 3, "search": {"space": {"model.learning_rate": [0.1, 1]}, "trials": 2}}, "search: with folds"),
         ({"seeds": [1, 1]}, "one is duplicated"),
         ({"seeds": [True]}, "whole numbers"),
         ({"metric": "test_accuracy"}, "is none of accuracy, f1_samples"),
