@@ -147,14 +147,21 @@ def encode_label_sets(
     Raises:
         UserError: As ``encode_labels``; or some cells are lists, and others are not.
     """
+    first = splits["train"][0].columns[column][0]
     single: dict[str, list[Table]] = {}
     for split, tables in splits.items():
         single[split] = []
         for table in tables:
             at = []
             for i, cell in enumerate(table.columns[column]):
-                for label in cell if isinstance(cell, list) else [cell]:
-                    if not isinstance(cell, list) or not isinstance(label, str | int | float) or label == "":
+                if isinstance(cell, list) != isinstance(first, list):
+                    others = "lists" if isinstance(first, list) else "no lists"
+                    raise UserError(
+                        f"{table.where(i, column)}: a list of labels is needed in all rows or in none, got "
+                        f"{cell!r:.40}, but others are {others}, as {first!r:.40}"
+                    )
+                for label in cell if isinstance(cell, list) else []:
+                    if not isinstance(label, str | int | float) or label == "":
                         raise UserError(f"{table.where(i, column)}: a list of labels is needed, got {cell!r:.60}")
                     at.append((i, label))
             each = table.select([i for i, _ in at])
