@@ -87,7 +87,7 @@ def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture) -> None:
     [
         ("fit", "--model.methd", "--model.method"),
         ("fit", "--data.label_colum", "--data.label_column"),
-        ("fit", "--data.colum", "--data.text_column or --data.label_column"),
+        ("fit", "--data.columns", "--data.text_column or --data.label_column"),
         ("fit", "--learning_rate", "--model.learning_rate"),
         ("fit", "--data.rank", "--model.adapter.rank"),
         ("fit", "--epochs", "--trainer.min_epochs or --trainer.max_epochs"),

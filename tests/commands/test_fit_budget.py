@@ -91,7 +91,7 @@ def test_the_best_run_is_a_run_like_any_other(tuned: Path, own_config: Path, tmp
 def test_the_words(tuned: Path, own_config: Path, tmp_path: Path, capsys) -> None:
     page = (tuned / "tuning.md").read_text()
     assert "Test rows played no part." in page and "| 0 | the default |" in page
-    assert "| 1 | learning_rate 0.001 |" in page and page.count("finished, kept") == 1
+    assert "| 1 | learning_rate 0.002 |" in page and page.count("finished, kept") == 1
     words = ["fit", "--config", str(own_config / "own.yaml"), *SHORT, "--name", "run", "--logs_dir", str(tmp_path)]
     capsys.readouterr()
     assert main([*words, "--budget", "10m"]) == 2
