@@ -197,7 +197,7 @@ METRICS: dict[str, MetricSpec] = {
     ),
     "matthews_correlation": MetricSpec(
         lambda t, size: t.MatthewsCorrCoef(**size),
-        "Matthews correlation",
+        "Matthews corr.",
         _class_counts,
         _matthews,
         hub_type="matthews_correlation",
