@@ -45,7 +45,13 @@ def make_base(size: str, folder: Path, **more: Any) -> Path:
     from transformers import AutoConfig, AutoModel
 
     kind, changes = SIZES.get(size, (size, SMALL | MORE.get(size, {})))
-    AutoModel.from_config(AutoConfig.for_model(kind, **changes | more)).save_pretrained(folder)
+    config = AutoConfig.for_model(kind, **changes | more)
+    for name, value in {"num_key_value_heads": config.num_attention_heads, "head_dim": 64}.items():
+        if size not in SIZES and hasattr(config, name):  # of language models
+            setattr(config, name, value)
+    if config.pad_token_id is None:
+        config.pad_token_id = 1
+    AutoModel.from_config(config).save_pretrained(folder)
     return folder
 
 
