@@ -201,7 +201,6 @@ METRICS: dict[str, MetricSpec] = {
         _class_counts,
         _matthews,
         hub_type="matthews_correlation",
-        of_training=False,  # torchmetrics' value depends on the number of rows where one class is predicted alone
     ),
     "subset_accuracy": MetricSpec(
         lambda t, size: t.ExactMatch(**size), "subset accuracy", _hits, tasks=MULTI, of_training=False

@@ -32,8 +32,11 @@ def make_metrics(num_classes: int, training: bool = False, task: Task = "single_
         "single_label": {"task": "multiclass", "num_classes": num_classes},
         "multi_label": {"task": "multilabel", "num_labels": num_classes},
     }
+    size: dict[str, str | int] = dict(sizes.get(task, {}))
+    if training:
+        size["sync_on_compute"] = False  # ``TrainCounter`` has the rows of all processes
     metrics = {
-        name: spec.torch_metric(torchmetrics, sizes.get(task, {}))
+        name: spec.torch_metric(torchmetrics, size)
         for name, spec in metrics_for(task).items()
         if spec.torch_metric is not None and (spec.of_training or not training)
     }
