@@ -149,7 +149,7 @@ def load_base(
         make_scalable(model, head_names)
     pooling = _find(location, "1_Pooling/config.json")
     base = Base(model, architecture, head_modules, weights_fingerprint(location), head, fresh_head, pooling)
-    if base.reads_last:  # in one pass: what a language model keeps to go on writing is never read
+    if base.reads_last:  # in one pass: the cache of keys and values, for generation, is never read
         model.config.get_text_config().use_cache = False
     return base
 

@@ -1,4 +1,4 @@
-"""Lightning's callbacks in a config do what they say, and go on doing it when the run is resumed."""
+"""Lightning's callbacks in a config do what they say, also when the run is resumed."""
 
 import contextlib
 import csv
