@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help quickstart test test-gpu test-slow faults audit lint benchmark benchmark-gpu benchmark-smoke scaling tensorboard outside clean
+.PHONY: help quickstart test test-gpu test-slow faults audit lint benchmark benchmark-gpu benchmark-smoke scaling tensorboard outside wheel clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -64,5 +64,14 @@ outside: $(INSTALLED)  ## compare an export in an environment without this proje
 	.venv-outside/bin/python -m pip install --quiet -c constraints.txt torch transformers peft safetensors tokenizers onnxruntime
 	.venv-outside/bin/python examples/load_anywhere.py $(EXPORT) $(TEXTS)
 
+wheel: $(INSTALLED)  ## build the distribution, and use the wheel in a fresh environment, from another folder (needs the network)
+	$(BIN)/python -m pip install --quiet -c constraints.txt build twine
+	rm -rf dist .venv-wheel && $(BIN)/python -m build --outdir dist . && $(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[embedded]"
+	folder=$$(mktemp -d) && environment=$$PWD/.venv-wheel/bin && cd $$folder && $$environment/lightning-lora recipes > recipes.txt \
+		&& $$environment/lightning-lora fit --config default --data.train_rows 100 --data.val_size 20 --data.max_length 64 --trainer.max_epochs 1 --name first \
+		&& $$environment/lightning-lora predict --run logs/first 'A beautiful film, wonderfully acted.' && rm -r $$folder
+
 clean:  ## remove the environment and caches of tools (runs stay)
-	rm -rf $(VENV) .venv-outside .pytest_cache .mypy_cache .ruff_cache build *.egg-info plugins/*/build plugins/*/*.egg-info plugins/*/*/_kernels*
+	rm -rf $(VENV) .venv-outside .venv-wheel dist .pytest_cache .mypy_cache .ruff_cache build *.egg-info plugins/*/build plugins/*/*.egg-info plugins/*/*/_kernels*

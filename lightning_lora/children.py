@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.files import POLL_S
+from lightning_lora.program import command_line
 
 #: Seconds that an interrupted process has to save its state before it is interrupted again.
 SAVING_PATIENCE_S = 30
@@ -141,7 +142,7 @@ def _run_commands(commands: list[list[str]]) -> int:
     from lightning_lora.cli import main
 
     for words in commands:
-        print("$ python main.py", *words, flush=True)
+        print("$", command_line(*words), flush=True)
         if status := main(words):
             return status
     return 0

@@ -16,6 +16,7 @@ from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import refusal
 from lightning_lora.interrupts import Interrupted
 from lightning_lora.processes import is_leader
+from lightning_lora.program import program
 
 #: For each word after ``main.py`` a line for the help page, and the ``module:function`` that takes the other words.
 COMMANDS = {
@@ -27,11 +28,12 @@ COMMANDS = {
     "sample": ("random test rows with truth and prediction", "sample:run"),
     "ablate": ("an ablation: axes, seeds, sound comparison, report", "ablate:run"),
     "report": ("the report of ablations or of any runs, without torch", "report:run"),
+    "recipes": ("the configs that --config finds by name", "recipes:run"),
     "predict": ("labels and probabilities for your own texts", "predict:run"),
 }
 #: Seconds that a process waits for the one that leads it.
 PATIENCE_S = 10
-HELP = f"""usage: python main.py COMMAND [OPTIONS]
+HELP = f"""usage: {program()} COMMAND [OPTIONS]
 
 Fine-tune text classifiers with LoRA on PyTorch Lightning.
 
@@ -89,6 +91,9 @@ def exit_status(work: Callable[[], int | None], show_traceback: bool = False) ->
             raise
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads what is printed has seen enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except Exception as error:
         if show_traceback:
             traceback.print_exc()

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_lora.commands.report import write_ablation_report, write_sets_report
 from lightning_lora.config.argument_parser import OptionParser
+from lightning_lora.config.recipes import find_config
 from lightning_lora.config.settings import read_config
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.data_sets import split_sets
@@ -21,7 +22,7 @@ def run(words: list[str]) -> int:
         description="Trains the cells of an ablation, tests once, and writes the report. The same command again "
         "resumes. Every other option is one of fit's, for all cells.",
     )
-    parser.add_argument("-c", "--config", required=True, help="The ablation; see configs/ablation.")
+    parser.add_argument("-c", "--config", required=True, help="The ablation: a file, or a name that recipes lists.")
     parser.add_argument("--small", action="store_true", help="The small size that the config describes.")
     parser.add_argument("--name", help="The folder under --logs_dir; by default ablation-CONFIG.")
     parser.add_argument("--sets", nargs="+", help="Of an ablation over several data sets: those to run now.")
@@ -30,7 +31,7 @@ def run(words: list[str]) -> int:
     parser.refuse_misspelt(overrides)
     if any(word.startswith("--seed_everything") for word in overrides):
         raise UserError("--seed_everything: the seeds of an ablation are those of its config")
-    path = Path(options.config)
+    path = find_config(options.config)
     name = f"ablation-{path.stem}{'-small' if options.small else ''}"
     folder = Path(options.logs_dir) / (folder_name(options.name) if options.name else name)
     content, command = read_config(path), ["ablate", *words]

@@ -1,6 +1,5 @@
 """``main.py validate`` and ``main.py test``: metrics of a run's checkpoint, before and after fine-tuning."""
 
-import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from lightning_lora.files import check_writable, write_text
 from lightning_lora.models.head import scale_output
 from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.processes import started_to_follow
+from lightning_lora.program import command_line
 from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, print_tables
 from lightning_lora.runs.folder import RunFolder, now
 from lightning_lora.training.baselines import make_classifier
@@ -61,7 +61,7 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
         folder.refuse_trained_rows(text_keys(rows.texts), ("train",) if split == "val" else ("train", "val"))
     evaluation: dict[str, Any] = {
         "measured": now(),
-        "command": shlex.join(["python", "main.py", command, *cli.words]),
+        "command": command_line(command, *cli.words),
         "checkpoint": str(path),
         "step": cli.steps_done,
         "task": cli.model.task,
@@ -167,4 +167,4 @@ def _finish(
     if (folder.path / "tensorboard").is_dir():
         print(f"curves:        tensorboard --logdir {folder.path.parent}")
     examples = " ".join([f"'{EXAMPLE_TEXT}'"] * (1 + is_pair(cli.config.data.truncation)))
-    print(f"your own text: python main.py predict --run {folder.path} {examples}")
+    print(f"your own text: {command_line('predict', '--run', folder.path)} {examples}")

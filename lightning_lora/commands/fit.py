@@ -22,6 +22,7 @@ from lightning_lora.files import locked_folder, remove_partial, write_text
 from lightning_lora.interrupts import Interrupted, requeue, requeued
 from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.processes import started_to_follow
+from lightning_lora.program import command_line
 from lightning_lora.runs.checkpoints import ResumePoints, read_checkpoint
 from lightning_lora.runs.folder import RunFolder, as_asked, as_yaml, new_record, now
 from lightning_lora.training.baselines import TextBaseline
@@ -85,7 +86,7 @@ def source_stem(cli: ConfiguredRun) -> str:
 
 def first_record(cli: ConfiguredRun, folder: RunFolder, words: list[str]) -> dict[str, Any]:
     """Return what a record begins with."""
-    record = new_record(["python", "main.py", "fit", *words], cli.config.seed_everything)
+    record = new_record(["fit", *words], cli.config.seed_everything)
     model = cli.config.model
     return record | {
         "name": folder.path.name,
@@ -339,7 +340,7 @@ def recorded(folder: RunFolder, record: dict[str, Any]) -> Iterator[None]:
         if str(error) == "SIGUSR1":  # the scheduler's warning
             record["requeue"] = requeue()
             print(record["requeue"], file=sys.stderr)
-        print(f"{error}: resume with: python main.py fit --resume {folder.path}", file=sys.stderr)
+        print(f"{error}: resume with: {command_line('fit', '--resume', folder.path)}", file=sys.stderr)
         raise
     except BaseException as error:
         said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

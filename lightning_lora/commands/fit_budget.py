@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lightning_lora.evaluation.metric_table import METRICS, judged_by
 from lightning_lora.experiments.search_space import import_optuna
 from lightning_lora.experiments.tuning import Tuner, budget_seconds, changes_words, scores_of
 from lightning_lora.experiments.tuning_space import make_space
+from lightning_lora.program import command_line
 from lightning_lora.reports.tables import markdown
 from lightning_lora.runs.folder import TUNING, RunFolder, folder_name, plain_stem
 from lightning_lora.units import duration
@@ -43,7 +43,7 @@ def tune(cli: ConfiguredRun, words: list[str], stem: str, started: float) -> Non
         RunFolder.create(folder.parent, name, "")  # which refuses it
     import_optuna()  # before the data is read
     space = make_space(configs, options, typed)
-    command = shlex.join(["python", "main.py", "fit", *words])
+    command = command_line("fit", *words)
     print(f"search within {duration(budget_s)}: {folder}; over {', '.join(space.dimensions)}", flush=True)
     run = Tuner(space, folder, budget_s, config.seed_everything, command, tuning_page, started).run()
     print_tuning(run)
@@ -58,7 +58,7 @@ def print_tuning(folder: RunFolder) -> None:
     biased = f"chosen on {rows:,} validation rows, which its {metric} is optimistically biased on"
     print(f"{biased}; test rows played no part")
     print(f"run folder: {folder.path} (what was tried: tuning.md)")
-    print(f"next: python main.py test --run {folder.path}")
+    print(f"next: {command_line('test', '--run', folder.path)}")
 
 
 def kept_words(tuning: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from lightning_lora.data.labels import few
 from lightning_lora.errors import print_warnings
 from lightning_lora.evaluation.metric_table import SHOWN
 from lightning_lora.models.methods import BASELINES, find_method
+from lightning_lora.program import command_line
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training.length import length_words
 from lightning_lora.units import duration
@@ -96,10 +97,10 @@ def print_result(folder: RunFolder, record: dict[str, Any]) -> None:
         print(f"{'last validation' if record['steps'] else 'validation'}: {said}")
     print(f"run folder: {folder.path}")
     if (folder.checkpoints / "best.ckpt").is_file():
-        print(f"next: python main.py test --run {folder.path}")
+        print(f"next: {command_line('test', '--run', folder.path)}")
     elif (folder.checkpoints / "last.ckpt").is_file():
         print("no validation pass ended, so no checkpoint is the best one")
-        print(f"next: python main.py test --run {folder.path} --checkpoint last")
+        print(f"next: {command_line('test', '--run', folder.path, '--checkpoint', 'last')}")
     else:
         print("no checkpoint was kept (trainer.enable_checkpointing or fast_dev_run); the weights are gone")
 

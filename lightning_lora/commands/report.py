@@ -1,7 +1,6 @@
 """``main.py report``: the report of ablations or of any runs, from what lies in their folders. Imports no torch."""
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from lightning_lora.experiments.confounders import Change
 from lightning_lora.experiments.given_runs import GivenRun, as_ablation, read_run, remarks
 from lightning_lora.experiments.results import compare_arms, count_tests, read_cells, read_plan
 from lightning_lora.files import atomic_path, write_text
+from lightning_lora.program import command_line
 from lightning_lora.reports import ablation_pages
 from lightning_lora.reports.ablation import Report, answer
 from lightning_lora.reports.ablation_pictures import pareto_figure
@@ -62,7 +62,7 @@ def run(words: list[str]) -> int:
             source = group[0].settings.get("data.source")
             print(f"\n== {source}: {count} ({', '.join(run.name for run in group)})")
         first = baseline if baseline in group else group[0]
-        write_runs_report(group, first or group[0], output, shlex.join(["python", "main.py", "report", *words]))
+        write_runs_report(group, first or group[0], output, command_line("report", *words))
     return 0
 
 

@@ -15,6 +15,7 @@ from lightning_lora.data.cache import default_cache_dir
 from lightning_lora.data.pairs import Text
 from lightning_lora.data.prepare import Prepared, SourceOptions, prepare
 from lightning_lora.errors import UserError
+from lightning_lora.program import command_line
 from lightning_lora.runs.folder import RunFolder
 
 _COLUMNS = ["label", "prediction", "probability", "origin", "row", "key"]
@@ -70,7 +71,7 @@ def read_predictions(folder: RunFolder, split: str) -> list[dict[str, Any]]:
         best, command = file.with_name("val-best.parquet"), "validate"
         file = best if best.is_file() else file
     if not file.is_file():
-        raise UserError(f"--split: {file} is not there; run first: python main.py {command} --run {folder.path}")
+        raise UserError(f"--split: {file} is not there; run first: {command_line(command, '--run', folder.path)}")
     try:
         with pq.ParquetFile(file) as table:
             return table.read([name for name in _COLUMNS if name in table.schema_arrow.names]).to_pylist()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from lightning_lora.errors import UserError
+from lightning_lora.program import program
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
@@ -40,7 +41,7 @@ class OptionParser(argparse.ArgumentParser):
     """
 
     def __init__(self, command: str, **options: Any) -> None:
-        super().__init__(prog=f"main.py {command}", allow_abbrev=False, **options)
+        super().__init__(prog=f"{program()} {command}", allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong.

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from lightning_lora.errors import UserError
+from lightning_lora.program import program
 
 #: A text that the model of the default config is sure of.
 EXAMPLE_TEXT = "A beautiful film, wonderfully acted."
@@ -93,23 +94,23 @@ COMMON_SETTINGS = (
 #: What the help of each command shows first.
 EXAMPLES = {
     "fit": (
-        "python main.py fit --name reviews",
-        "python main.py fit --data.source rows.csv --data.text_column review --data.label_column verdict",
-        "python main.py fit --config configs/experiment/own_csv.yaml --model.adapter.rank 16",
-        "python main.py fit --budget 5m --name reviews",
-        "python main.py fit --resume logs/reviews",
+        "fit --name reviews",
+        "fit --data.source rows.csv --data.text_column review --data.label_column verdict",
+        "fit --config own_csv --model.adapter.rank 16",
+        "fit --budget 5m --name reviews",
+        "fit --resume logs/reviews",
     ),
-    "validate": ("python main.py validate --run logs/reviews",),
-    "test": ("python main.py test --run logs/reviews", "python main.py test --run logs/reviews --baselines true"),
+    "validate": ("validate --run logs/reviews",),
+    "test": ("test --run logs/reviews", "test --run logs/reviews --baselines true"),
     "predict": (
-        f"python main.py predict --run logs/reviews '{EXAMPLE_TEXT}'",
-        "python main.py predict --run logs/reviews --input rows.csv --text_column review --output labels.csv",
-        "cat reviews.txt | python main.py predict --run logs/reviews --format csv",
-        "python main.py predict --run logs/reviews --input folder/ --output labels/ --workers 4",
+        f"predict --run logs/reviews '{EXAMPLE_TEXT}'",
+        "predict --run logs/reviews --input rows.csv --text_column review --output labels.csv",
+        "predict --run logs/reviews --format csv < reviews.txt",
+        "predict --run logs/reviews --input folder/ --output labels/ --workers 4",
     ),
     "export": (
-        "python main.py export --run logs/reviews",
-        "python main.py export logs/reviews --formats [adapter,onnx]",
+        "export --run logs/reviews",
+        "export logs/reviews --formats [adapter,onnx]",
     ),
 }
 
@@ -127,7 +128,7 @@ def show_help(command: str, parser: Any, words: Iterable[str]) -> None:
         for action in parser._actions:
             if action.dest not in shown:
                 action.help = argparse.SUPPRESS
-        examples = "\n  ".join(EXAMPLES[command])
+        examples = "\n  ".join(f"{program()} {example}" for example in EXAMPLES[command])
         positional = " ['TEXT' ...]" if command == "predict" else ""
         parser.usage = f"{parser.prog} [OPTIONS]{positional}\n\nexamples:\n  {examples}"
         parser.epilog = "Every setting of a run is an option too: --help_all lists them, --print_config their values."

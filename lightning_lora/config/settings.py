@@ -17,12 +17,14 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_lora.config.options import COMMAND_OPTIONS, refuse_unused, show_help
 from lightning_lora.config.parse_errors import explained
+from lightning_lora.config.recipes import DEFAULT_CONFIG, find_config
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.order import evaluated_together
 from lightning_lora.data.pairs import choose_truncation
 from lightning_lora.data.prepare import SourceOptions, columns_of
 from lightning_lora.errors import UserError
 from lightning_lora.models.methods import BASELINES, METHODS
+from lightning_lora.program import command_line, program
 from lightning_lora.runs.folder import RunFolder, as_asked
 from lightning_lora.training.baselines import make_classifier
 from lightning_lora.training.length import ENOUGH_STEPS
@@ -30,7 +32,6 @@ from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.precision import auto_precision, full_name
 from lightning_lora.training.refused import CALLBACKS
 
-DEFAULT_CONFIG = Path(__file__).parents[2] / "configs" / "default.yaml"
 DEFAULT_SEED = 42
 #: Where this project's defaults differ from Lightning's.
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -65,7 +66,7 @@ class SettingsParser(LightningArgumentParser):
 
 def make_parser(command: str) -> SettingsParser:
     """Return the parser of a command that is configured like a run: its own options, trainer, model and data."""
-    parser = SettingsParser(prog=f"main.py {command}", description="", exit_on_error=False, allow_abbrev=False)
+    parser = SettingsParser(prog=f"{program()} {command}", description="", exit_on_error=False, allow_abbrev=False)
     config = "A YAML file of settings; may be repeated."
     parser.add_argument("-c", "--config", action=jsonargparse.ActionConfigFile, help=config)
     seed = "Seed of head, adapter, order and dropout."
@@ -136,7 +137,7 @@ def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any
         rest += [option, given.run]
     elif not given.config:
         configs = [read_for(words, DEFAULT_CONFIG)]
-    more = [read_config(Path(path)) for path in given.config]
+    more = [read_config(find_config(path)) for path in given.config]
     limits = [f"--trainer.{name}" for name in LIMITS]
     if command == "fit" and given.run is not None:
         for option in [*options, *(["--config"] if more else [])]:
@@ -146,7 +147,7 @@ def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any
                     "a new run"
                 )
     if any("arms" in config for config in more):
-        raise UserError("the config describes arms, which are for: python main.py compare --config FILE")
+        raise UserError(f"the config describes arms, which are for: {command_line('compare', '--config', 'FILE')}")
     if command == "predict":
         refuse_unused([*(option[2:] for option in options), *(key for config in more for key in flat(config))])
     return [*configs, *more], [*rest, *words[end:]]
@@ -165,7 +166,7 @@ def split_fit(words: Sequence[str]) -> tuple[list[dict[str, Any]], list[str], se
     for name in COMMAND_OPTIONS["fit"]:
         finder.add_argument(f"--{name}")
     given, rest = finder.parse_known_args(list(words))
-    paths = [Path(path) for path in given.config] or [DEFAULT_CONFIG]
+    paths = [find_config(path) for path in given.config] or [DEFAULT_CONFIG]
     configs = [{k: v for k, v in read_for(words, path).items() if k not in COMMAND_OPTIONS["fit"]} for path in paths]
     typed = {word[2:].partition("=")[0].rstrip("+") for word in rest if word.startswith("--")}
     for path, config in zip(paths, configs, strict=True):

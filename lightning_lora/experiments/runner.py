@@ -7,7 +7,6 @@ in) and the report. Several processes may work on one: a cell is held by a lock 
 
 import contextlib
 import json
-import shlex
 import sys
 import tempfile
 import time
@@ -23,7 +22,8 @@ import yaml
 from lightning_lora.children import last_error, run_child
 from lightning_lora.claims import claimed, share_tasks
 from lightning_lora.config.argument_parser import OptionParser
-from lightning_lora.config.settings import DEFAULT_CONFIG, flat, read_config
+from lightning_lora.config.recipes import DEFAULT_CONFIG
+from lightning_lora.config.settings import flat, read_config
 from lightning_lora.errors import BusyError, UserError
 from lightning_lora.evaluation.metric_table import row_metrics
 from lightning_lora.experiments.confounders import Change
@@ -33,6 +33,7 @@ from lightning_lora.experiments.results import compare_arms, read_cells
 from lightning_lora.experiments.searcher import Searcher, read_found
 from lightning_lora.files import atomic_folder, locked_folder, write_text
 from lightning_lora.interrupts import StopRequest
+from lightning_lora.program import command_line
 from lightning_lora.runs.folder import RECORD_FORMAT, RunFolder, as_asked, commit, kept_metrics, now, versions
 from lightning_lora.units import duration
 from lightning_lora.workers import EXECUTORS, Workers
@@ -79,7 +80,7 @@ def run_experiment(
         plan = make_plan(config, path, options.small)
         worker = Worker(plan, folder, resolve)
     asked = {"config": config, "path": str(path), "small": options.small}
-    asked["command"] = shlex.join(["python", "main.py", *words])
+    asked["command"] = command_line(*words)
     asked["differences"] = {arm: [asdict(change) for change in found] for arm, found in changes.items()}
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     with StopRequest().listening():

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from lightning_lora.errors import UserError
+from lightning_lora.program import command_line
 
 
 def check_folder(path: Path) -> None:
@@ -20,7 +21,7 @@ def _other_than_a_model(path: Path) -> str | None:
     run = path.parent.parent if path.suffix == ".ckpt" else path
     if (run / "run.json").is_file() or (run / "checkpoints").is_dir():
         merged, said = run / "export" / "merged", "is of a run, which holds what was trained and no base model"
-        export = "" if _is_model(merged) else f"export it with python main.py export --run {run} and "
+        export = "" if _is_model(merged) else f"export it with {command_line('export', '--run', run)} and "
         return f"{said}; {export}set model.base_model: {merged}"
     if path.is_file():
         return "is a file; give the folder with config.json, the weights and the tokenizer"

@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import re
-import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from lightning_lora import __version__
 from lightning_lora.errors import UserError
 from lightning_lora.files import atomic_folder, write_text
 from lightning_lora.fingerprint import code_fingerprint
+from lightning_lora.program import command_line
 
 RECORD_FORMAT = 1
 #: In the folder of a search within a time (``fit --budget``) that has not ended: what it has tried.
@@ -251,12 +251,12 @@ def plain_stem(stem: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", stem)[:60].strip("-.") or "run"
 
 
-def new_record(command: list[str], seed: int) -> dict[str, Any]:
+def new_record(words: list[str], seed: int) -> dict[str, Any]:
     """Return the part of a record that is known at the start: command, seed, versions, commit, machine."""
     return {
         "format": RECORD_FORMAT,
         "started": now(),
-        "command": shlex.join(command),
+        "command": command_line(*words),
         "seed": seed,
         "versions": {"lightning_lora": __version__, "python": platform.python_version(), **versions()},
         "code": commit(),

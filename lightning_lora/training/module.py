@@ -27,6 +27,7 @@ from lightning_lora.models.speedups import (
     install,
     lower_frozen,
 )
+from lightning_lora.program import command_line
 from lightning_lora.runs.checkpoints import CheckpointIdentity
 from lightning_lora.tasks import Task
 from lightning_lora.training.guard import check_whole_steps, compute_largest_batch
@@ -118,7 +119,7 @@ class TextClassifier(StepRunner):
         if method in BASELINES and method not in self.baselines:
             raise UserError(
                 f"model.method: '{method}' is a baseline, fitted without steps; use: "
-                f"python main.py fit --model.method {method}"
+                f"{command_line('fit', '--model.method', method)}"
             )
         check_options(method, adapter)
         check_quantization(quantization, method, entry.bits, entry.cpu_bits)

@@ -18,7 +18,7 @@ _AVERAGED = "what is validated and what is kept as the best checkpoint would be 
 CALLBACKS: Mapping[str, str] = {
     "BackboneFinetuning": "model.method says which weights are trained; leave it out",
     "BaseFinetuning": "model.method says which weights are trained; leave it out",
-    "BasePredictionWriter": "fit predicts nothing; use: python main.py predict --run RUN --output FILE",
+    "BasePredictionWriter": "fit predicts nothing; use: predict --run RUN --output FILE",
     "BatchSizeFinder": "what it finds depends on the free memory of the machine, and what is learnt depends on it; set "
     "data.batch_size, which is tried on the largest batch before the first step",
     "Callback": _ABSTRACT,
@@ -29,7 +29,7 @@ CALLBACKS: Mapping[str, str] = {
     "LambdaCallback": "a config cannot hold functions; write a callback class, and allow its package by "
     "LIGHTNING_LORA_ALLOW",
     "ModelPruning": "checkpoints and exports hold no pruning masks; leave it out",
-    "OnExceptionCheckpoint": "the last state is always kept; resume with: python main.py fit --resume RUN",
+    "OnExceptionCheckpoint": "the last state is always kept; resume with: fit --resume RUN",
     "ProgressBar": _ABSTRACT,
     "SpikeDetection": "nothing leaves out the batches that it lists, and such a run cannot be resumed; "
     "use EarlyStopping with divergence_threshold",

@@ -58,7 +58,7 @@ def test_a_run_without_checkpoint_is_refused_with_its_status(tmp_path: Path) -> 
 
 
 def test_the_record_says_which_code_made_it() -> None:
-    record = new_record(["python", "main.py", "fit", "--name", "a b"], 3)
+    record = new_record(["fit", "--name", "a b"], 3)
     assert record["command"] == "python main.py fit --name 'a b'"
     assert record["versions"]["torch"].startswith("2.")
     json.dumps(record)
