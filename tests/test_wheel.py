@@ -48,8 +48,8 @@ def test_an_installed_command_finds_configs_by_name_and_says_what_to_type(site: 
     assert done.returncode == 0, done.stderr
     assert "next: lightning-lora test --run logs/first" in done.stdout
     code = "import lightning_lora; print(lightning_lora.__file__)"
-    where = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert where.stdout.startswith(str(site))
+    where = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True)
+    assert where.startswith(str(site))
 
 
 def test_each_config_has_a_name_and_a_question() -> None:
