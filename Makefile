@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help quickstart test test-gpu test-slow faults audit lint benchmark benchmark-gpu benchmark-smoke scaling tensorboard outside wheel constraints clean
+.PHONY: help quickstart test test-gpu test-slow faults audit lint benchmark benchmark-gpu benchmark-smoke scaling tensorboard outside wheel docs docs-serve constraints clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
@@ -73,11 +73,18 @@ wheel: $(INSTALLED)  ## build the distribution, and use the wheel in a fresh env
 		&& $$environment/lightning-lora fit --config default --data.train_rows 100 --data.val_size 20 --data.max_length 64 --trainer.max_epochs 1 --name first \
 		&& $$environment/lightning-lora predict --run logs/first 'A beautiful film, wonderfully acted.' && rm -r $$folder
 
+docs: $(INSTALLED)  ## build the site of docs/ into site/, a warning is an error
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+docs-serve: docs  ## show it on this machine
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 constraints:  ## renew constraints.txt: the newest versions that fit together, torch as it is (then: make clean test)
 	$(PYTHON) -m venv .venv-new
-	.venv-new/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -e '.[embedded,dev,scale]' build twine
+	.venv-new/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -e '.[embedded,dev,docs,scale]' build twine
 	{ grep '^#' constraints.txt; .venv-new/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
 	mv constraints.new constraints.txt && rm -rf .venv-new
 
 clean:  ## remove the environment and caches of tools (runs stay)
-	rm -rf $(VENV) .venv-outside .venv-wheel dist .pytest_cache .mypy_cache .ruff_cache build *.egg-info plugins/*/build plugins/*/*.egg-info plugins/*/*/_kernels*
+	rm -rf $(VENV) .venv-outside .venv-wheel dist site .pytest_cache .mypy_cache .ruff_cache build *.egg-info plugins/*/build plugins/*/*.egg-info plugins/*/*/_kernels*
