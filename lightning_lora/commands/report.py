@@ -14,7 +14,7 @@ from lightning_lora.files import atomic_path, write_text
 from lightning_lora.program import command_line
 from lightning_lora.reports import ablation_pages
 from lightning_lora.reports.ablation import Report, answer
-from lightning_lora.reports.ablation_pictures import pareto_figure
+from lightning_lora.reports.ablation_pictures import overview_figure
 from lightning_lora.reports.ablation_tables import arm_table, as_document, metric_table
 from lightning_lora.reports.data_sets import LEGEND, sets_table
 from lightning_lora.reports.tables import markdown
@@ -184,7 +184,7 @@ def write_report(report: Report, folder: Path) -> None:
     }
     for ending, content in written.items():
         write_text(folder / f"report.{ending}", content)
-    if (figure := pareto_figure(report)) is not None:
+    if (figure := overview_figure(report)) is not None:
         with atomic_path(folder / "report.png") as staging:
             figure.savefig(staging, dpi=130)
     print(f"written: {folder / 'report'}.html, .md, .csv, .tex, .json, .png")

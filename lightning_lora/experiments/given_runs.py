@@ -102,7 +102,7 @@ def as_ablation(runs: Sequence[GivenRun], baseline: GivenRun) -> tuple[Plan, lis
         answers = {split: each for split, each in run.answers.items() if split == "val" or tested}
         judged = answers.get("test", answers.get("val"))
         reason = one_class(judged) if judged and "val" in answers else "no predictions of validation rows"
-        cells.append(CellResult(cell, "finished", reason, run.record, answers))
+        cells.append(CellResult(cell, "finished", reason, run.record, answers, run.place))
     base = firsts[labels[baseline.place]]
     plan = Plan(
         question=f"{len(runs)} runs that differ in {', '.join(keys) or 'nothing'}: which are better, and by how much?",

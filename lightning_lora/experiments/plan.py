@@ -173,8 +173,13 @@ class Plan:
 
 
 def label_of(values: Mapping[str, str]) -> str:
-    """Return values of axes in words: the value alone where there is one axis, else "rank 8, method lora"."""
-    return ", ".join(values.values() if len(values) == 1 else [f"{axis} {value}" for axis, value in values.items()])
+    """Return values of axes in words: "rank 8, method lora", and a word alone where there is one axis."""
+    words = [f"{axis} {value}" for axis, value in values.items()]
+    return ", ".join(values.values() if len(words) == 1 and not _is_number(*values.values()) else words)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", text) is not None
 
 
 def make_plan(content: Mapping[str, Any], path: Path, small: bool = False) -> Plan:

@@ -3,6 +3,7 @@
 The sole reader of cells. Imports no torch.
 """
 
+import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,7 @@ class CellResult:
         reason: Why it is not finished, or what is odd about it; empty where all is well.
         record: Its run record.
         answers: Its answers by split: "val" where it has finished, "test" where it was tested.
+        place: Its folder.
     """
 
     cell: Cell
@@ -87,6 +89,16 @@ class CellResult:
     reason: str
     record: Mapping[str, Any] = field(default_factory=dict)
     answers: Mapping[str, Answers] = field(default_factory=dict)
+    place: Path | None = None
+
+    def curve(self, metric: str) -> dict[int, float]:
+        """Return a metric's value on validation rows by optimizer step, as ``metrics.csv`` has it."""
+        path = None if self.place is None else self.place / "metrics.csv"
+        if path is None or not path.is_file():
+            return {}
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get(f"val/{metric}") and row.get("step")]
+        return {int(row["step"]) + 1: float(row[f"val/{metric}"]) for row in rows}
 
     def cost(self, name: str) -> float:
         """Return a cost from the record, NaN where it has none."""
@@ -185,7 +197,7 @@ def _read_cell(cell: Cell, place: Path) -> CellResult:
     answers = read_run_answers(place, record)
     if "val" not in answers:
         return CellResult(cell, "interrupted", "trained, but not validated", record)
-    return CellResult(cell, status, one_class(answers["val"]), record, answers)
+    return CellResult(cell, status, one_class(answers["val"]), record, answers, place)
 
 
 def read_run_answers(place: Path, record: Mapping[str, Any]) -> dict[str, Answers]:

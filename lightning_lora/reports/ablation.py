@@ -1,7 +1,7 @@
 """The report of an ablation: its answer and its notes, in words. Imports no torch."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_lora.evaluation.metric_table import judged_by
@@ -96,6 +96,34 @@ def answer(report: Report) -> str:
     return f"{'. '.join([start, *sentences])}."
 
 
+def facts(report: Report) -> list[tuple[str, str]]:
+    """Return what the arms were trained and tested on: names and values, those that differ between arms joined."""
+    records = [cell.record for cell in report.cells if cell.status == "finished" and cell.record.get("config")]
+    if not records:
+        return []
+
+    def joined(values: Iterable[object], many: str = "several") -> str:
+        found = list(dict.fromkeys(str(value) for value in values))
+        return ", ".join(found) if len(found) <= 3 else f"{many} ({found[0]}, {found[1]}, ...)"
+
+    splits = [(record.get("data") or {}).get("splits") or {} for record in records]
+    named = {"train": "trained on", "val": "validated on", "test": "tested on"}
+    rows = [
+        f"{word} {joined(format(each[split]['rows'], ',') for each in splits if split in each)}"
+        for split, word in named.items()
+        if any(split in each for each in splits)
+    ]
+    labels = [(record.get("data") or {}).get("label_names") or [] for record in records]
+    return [
+        ("data", joined((record["config"].get("data") or {}).get("source", "-") for record in records)),
+        ("rows", ", ".join(rows)),
+        ("labels", joined(f"{len(each)} ({', '.join(each[:6])}{', ...' * (len(each) > 6)})" for each in labels)),
+        ("base model", joined(record["base_model"] for record in records if record.get("base_model"))),
+        ("seeds", ", ".join(map(str, report.plan.seeds))),
+        ("compared by", f"{report.split} {report.plan.metric}, paired by seed and row; margin {report.plan.margin:g}"),
+    ]
+
+
 def _with_effect(arm: ArmResult, metric: str) -> str:
     """An arm with what its verdict rests on, where that says something."""
     assert arm.against is not None
@@ -179,13 +207,22 @@ def _cautions(report: Report) -> list[str]:
     return found
 
 
+def bounded(found: Estimate, metric: str, signed: bool = False) -> tuple[float, float]:
+    """Return the ends of an interval, within what the metric, or a difference of two, can be."""
+    if metric in ("accuracy", "subset_accuracy", "f1_samples", "hamming_loss"):
+        return max(found.low, -1.0 if signed else 0.0), min(found.high, 1.0)
+    return found.low, found.high
+
+
 def interval_text(found: Estimate, metric: str, signed: bool = False) -> str:
     """Return an interval in brackets, with signs where it is of a difference."""
-    low, high = found.low, found.high
-    if metric in ("accuracy", "subset_accuracy", "f1_samples", "hamming_loss"):  # of which no value lies outside
-        low, high = max(low, -1.0 if signed else 0.0), min(high, 1.0)
     form = "+.4f" if signed else ".4f"
-    return f"[{low:{form}}, {high:{form}}]"
+    return "[{}, {}]".format(*(f"{end:{form}}" for end in bounded(found, metric, signed)))
+
+
+def estimate_text(found: Estimate, metric: str, signed: bool = False) -> str:
+    """Return a mean with its interval."""
+    return f"{found.mean:{'+.4f' if signed else '.4f'}} {interval_text(found, metric, signed)}"
 
 
 def number_text(value: float, digits: int = 0) -> str:

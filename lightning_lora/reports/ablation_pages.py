@@ -6,8 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, Template
 
-from lightning_lora.reports.ablation import Report, answer, notes
-from lightning_lora.reports.ablation_pictures import as_svg, axes_figure, pareto_figure
+from lightning_lora.reports.ablation import Report, answer, bounded, facts, interval_text, notes
+from lightning_lora.reports.ablation_pictures import color, pictures
 from lightning_lora.reports.ablation_tables import arm_table, metric_table, more_tables
 from lightning_lora.reports.tables import markdown
 
@@ -38,19 +38,48 @@ def as_latex(report: Report) -> str:
 
 def as_html(report: Report) -> str:
     """Return the report as one page that needs no network."""
-    drawn = {
-        "Cost against quality": (pareto_figure(report), "Quality of each arm against its costs, with 95% intervals"),
-        "What each axis does": (axes_figure(report), "The metric for each value of each axis; grey dots are seeds"),
-    }
     return _template("report.html.j2").render(
         report=report,
         answer=answer(report),
+        facts=facts(report),
+        forest=forest(report),
         metrics=metric_table(report),
         arms=arm_table(report),
-        notes=notes(report),
-        pictures=[(title, as_svg(figure, alt)) for title, (figure, alt) in drawn.items() if figure is not None],
+        notes=(said := notes(report)),
+        warnings=sum(note.startswith("warning:") for note in said),
+        pictures=pictures(report),
         more_tables=more_tables(report),
     )
+
+
+def forest(report: Report) -> dict[str, Any]:
+    """Return what a forest plot shows: places on its axis in percent, and for each arm its numbers in words.
+
+    The axis holds all intervals of the paired differences, nought, and the margin on both sides.
+    """
+    metric, margin = report.plan.metric, report.plan.margin
+    ends = [end for arm in report.arms if arm.against for end in bounded(arm.against.estimate, metric, True)]
+    low, high = min([-margin, *ends]), max([margin, *ends])
+    room = 0.03 * (high - low)
+
+    def place(value: float) -> float:
+        return round(100 * (value - low + room) / (high - low + 2 * room), 2)
+
+    rows = []
+    for arm in report.arms:
+        own, found = arm.own, arm.against
+        row: dict[str, Any] = {"label": arm.label, "color": color(report, arm), "baseline": arm is report.baseline}
+        row["value"] = "-" if own is None else f"{own.mean:.4f}"
+        row["interval"] = "" if own is None else interval_text(own, metric)
+        row["verdict"] = found.verdict if found else "baseline" if row["baseline"] else "not finished"
+        if found is not None:
+            left, right = (place(end) for end in bounded(found.estimate, metric, True))
+            row |= {"left": left, "width": round(right - left, 2), "point": place(found.estimate.mean)}
+            row["difference"] = f"{found.estimate.mean:+.4f}"
+            row["difference_interval"] = interval_text(found.estimate, metric, True)
+        rows.append(row)
+    band = {"left": place(-margin), "width": round(place(margin) - place(-margin), 2)}
+    return {"rows": rows, "nought": place(0), "band": band, "low": f"{low:+.3f}", "high": f"{high:+.3f}"}
 
 
 def _template(name: str, **marks: Any) -> Template:

@@ -1,86 +1,216 @@
-"""The pictures of an ablation's report: costs against quality, and what each axis does. Imports no torch."""
+"""The pictures of an ablation's report, one panel each: costs, axes, validation while training. Imports no torch."""
 
+import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from lightning_lora.reports.ablation import Report
+from lightning_lora.experiments.plan import ARM, Axis
+from lightning_lora.experiments.results import ArmResult
+from lightning_lora.reports.ablation import Report, bounded, estimate_text, number_text
 
-#: Okabe and Ito's colours, distinguishable without colour vision; shapes are in print.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+#: Okabe and Ito's colours, distinguishable without colour vision, on white and on black; shapes are in print.
+COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8C8C8C",
+    "#B8A900",
+    "#8B5A2B",
+    "#7A5CC4",
+    "#00A5A5",
+    "#D6568A",
+)
 MARKERS = "os^Dv<>Pp*X"
 _COSTS = {"trainable_params": "trainable parameters", "train_s": "training, s", "peak_memory_mb": "peak memory, MiB"}
+#: More arms than these have no picture each.
+_MOST_PANELS = 24
 
 
-def pareto_figure(report: Report) -> Any:
-    """Draw quality with its interval against costs, the Pareto front joined; None where there is nothing to draw."""
-    arms = [(arm, arm.own) for arm in report.arms if arm.own is not None]
-    if not arms:
+def color(report: Report, arm: ArmResult) -> str:
+    """Return the colour of an arm, the same in all pictures."""
+    return COLORS[[each.label for each in report.arms].index(arm.label) % len(COLORS)]
+
+
+def overview_figure(report: Report) -> Any:
+    """Draw quality against costs side by side, with a legend; None where there is nothing to draw."""
+    from matplotlib.figure import Figure
+
+    if not any(arm.own is not None for arm in report.arms):
         return None
-    from matplotlib.ticker import EngFormatter
-
-    figure, panels = _figure(len(_COSTS))
-    for panel, (cost, label) in zip(panels, _COSTS.items(), strict=True):
-        points = []
-        for i, (arm, found) in enumerate(arms):
-            if not math.isnan(x := arm.mean_cost(cost)):
-                style = {"fmt": MARKERS[i % len(MARKERS)], "color": COLORS[i % len(COLORS)], "label": arm.label}
-                _interval(panel, x, found, **style)
-                points.append((x, found.mean))
-        if points:
-            front = _front(points, report.plan.higher_is_better)
-            panel.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
-        panel.locator_params(axis="x", nbins=5)
-        panel.set_xlabel(label)
-        positive = [x for x, _ in points if x > 0]
-        if cost == "trainable_params":
-            if positive and max(positive) / min(positive) > 20:
-                panel.set_xscale("symlog" if len(positive) < len(points) else "log")
-            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-    panels[0].set_ylabel(f"{report.split} {report.plan.metric}")
+    figure = Figure(figsize=(11.7, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(_COSTS), sharey=True)
+    for panel, cost in zip(panels, _COSTS, strict=True):
+        _draw_costs(panel, report, cost)
+    panels[0].set_ylabel(_quality(report))
     handles, labels = panels[0].get_legend_handles_labels()
-    if 1 < len(labels) <= 24:
+    if 1 < len(labels) <= _MOST_PANELS:
         inches = 0.6 + 0.07 * max(map(len, labels))  # of a line's mark, and of its words at 8 points
         columns = max(1, min(len(labels), 6, int(figure.get_figwidth() / inches)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return figure
 
 
-def axes_figure(report: Report) -> Any:
-    """Draw the metric against each compared axis, other axes at the baseline; None where there is nothing to draw.
+def pictures(report: Report) -> list[tuple[str, str, list[str]]]:
+    """Return the pictures of a page: sections with a title, what is shown, and a picture as SVG for each panel."""
+    if not any(arm.own is not None for arm in report.arms):
+        return []
+    sections: list[tuple[str, str, list[Any]]] = [
+        ("What each axis does", "Means with 95% intervals; small dots are seeds.", _axes(report)),
+        (
+            "While training",
+            f"Validation {report.plan.metric} by optimizer step: mean and range of the seeds; the baseline in grey.",
+            _curves(report),
+        ),
+        ("Cost against quality", "Nothing that the grey line joins is both cheaper and better.", _costs(report)),
+    ]
+    named = [(title, said, [_as_svg(*each) for each in drawn]) for title, said, drawn in sections]
+    return [section for section in named if section[2]]
 
-    Means have their intervals as bars; grey dots are seeds.
-    """
-    axes = [axis for axis in report.plan.axes if not axis.chosen and len(axis.values) > 1]
+
+def _costs(report: Report) -> list[tuple[Any, str]]:
+    drawn = []
+    for cost, label in _COSTS.items():
+        figure, panel = _figure()
+        _draw_costs(panel, report, cost)
+        panel.set_ylabel(_quality(report))
+        drawn.append((figure, f"{_quality(report)} against {label}"))
+    return drawn
+
+
+def _draw_costs(panel: Any, report: Report, cost: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    points = []
+    for i, arm in enumerate(report.arms):
+        if arm.own is not None and not math.isnan(x := arm.mean_cost(cost)):
+            digits = 1 if cost == "train_s" else 0
+            hover = f"{arm.label}: {estimate_text(arm.own, report.plan.metric)}, {number_text(x, digits)}"
+            style = {"fmt": MARKERS[i % len(MARKERS)], "color": color(report, arm), "label": arm.label}
+            _interval(panel, x, arm.own, report.plan.metric, f"{hover} {_COSTS[cost].split(', ')[-1]}", **style)
+            points.append((x, arm.own.mean))
+    if points:
+        front = _front(points, report.plan.higher_is_better)
+        panel.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
+    panel.locator_params(axis="x", nbins=5)
+    panel.set_xlabel(_COSTS[cost])
+    positive = [x for x, _ in points if x > 0]
+    if cost == "trainable_params":
+        if positive and max(positive) / min(positive) > 20:
+            panel.set_xscale("symlog" if len(positive) < len(points) else "log")
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _axes(report: Report) -> list[tuple[Any, str]]:
+    """Each compared axis, the others at the baseline; two that cross as a heat map; not arms by name."""
+    axes = [axis for axis in report.plan.axes if not axis.chosen and len(axis.values) > 1 and axis.name != ARM]
     base = report.baseline.cells[0].cell.values
-    if not axes or not any(arm.own for arm in report.arms):
-        return None
-    figure, panels = _figure(len(axes))
-    for panel, axis in zip(panels, axes, strict=True):
-        names = list(axis.values)
+    drawn = [_heat_map(report, *axes)] if len(axes) == 2 else []
+    for axis in axes:
+        figure, panel = _figure()
+        names, others = list(axis.values), [other for other in axes if other is not axis]
+        points = []
         for arm in report.arms:
             values = arm.cells[0].cell.values
-            elsewhere = any(values[other.name] != base[other.name] for other in axes if other is not axis)
-            if arm.own is None or elsewhere:
+            if arm.own is None or any(values[other.name] != base[other.name] for other in others):
                 continue
             i = names.index(values[axis.name])
-            _interval(panel, i, arm.own, fmt="o", color=COLORS[0])
-            seeds = [answers for cell in arm.by_seed if (answers := report.answers(cell)) is not None]
-            means = [answers.values(report.plan.metric).mean() for answers in seeds]
-            panel.plot([i + 0.12] * len(means), means, ".", color="#999999", zorder=1)
-        panel.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 8 else 0)
-        panel.set_xlabel(axis.name)
+            points.append((i, arm.own.mean))
+            _interval(panel, i, arm.own, report.plan.metric, _hover(report, arm), fmt="o", color=color(report, arm))
+            means = [each.values(report.plan.metric).mean() for each in _by_seed(report, arm)]
+            panel.plot([i + 0.12] * len(means), means, ".", color="#999999", zorder=1, markersize=4)
+        if axis.numbers and points:
+            panel.plot(*zip(*sorted(points), strict=True), color="#999999", linewidth=1, zorder=0)
+        long = max(map(len, names)) * len(names) > 40
+        panel.set_xticks(range(len(names)), names, rotation=30 if long else 0, ha="right" if long else "center")
+        elsewhere = ", ".join(f"{other.name} {base[other.name]}" for other in others)
+        panel.set_xlabel(f"{axis.name} ({elsewhere})" if elsewhere else axis.name)
         panel.set_xlim(-0.5, len(names) - 0.5)
-    panels[0].set_ylabel(f"{report.split} {report.plan.metric}")
-    return figure
+        panel.set_ylabel(_quality(report))
+        drawn.append((figure, f"{_quality(report)} by {axis.name}"))
+    return drawn
 
 
-def as_svg(figure: Any, alt: str) -> str:
-    """Return a figure as SVG for a page, with words for those who do not see it."""
+def _heat_map(report: Report, down: Axis, across: Axis) -> tuple[Any, str]:
+    figure, panel = _figure(grid=False)
+    shape = len(down.values), len(across.values)
+    found, hovers = np.full(shape, np.nan), {}
+    for arm in report.arms:
+        values = arm.cells[0].cell.values
+        if arm.own is not None:
+            at = list(down.values).index(values[down.name]), list(across.values).index(values[across.name])
+            found[at], hovers[at] = arm.own.mean, _hover(report, arm)
+    image = panel.imshow(found, cmap="cividis" if report.plan.higher_is_better else "cividis_r", aspect="auto")
+    for (i, j), hover in hovers.items():
+        red, green, blue, _ = image.cmap(image.norm(found[i, j]))
+        ink = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "#111111"
+        panel.text(j, i, f"{found[i, j]:.3f}", ha="center", va="center", color=ink, fontsize=8, gid=f"tip:{hover}")
+    panel.set_xticks(range(shape[1]), across.values)
+    panel.set_yticks(range(shape[0]), down.values)
+    panel.set_xlabel(across.name)
+    panel.set_ylabel(down.name)
+    panel.set_title(_quality(report), fontsize=9)
+    return figure, f"{_quality(report)} by {down.name} and {across.name}"
+
+
+def _curves(report: Report) -> list[tuple[Any, str]]:
+    """Validation of each arm by step: the steps that all of its seeds have."""
+    curves = {arm.label: _curve(report, arm) for arm in report.arms}
+    shown = [arm for arm in report.arms if len(curves[arm.label]) > 1]
+    if not shown or len(shown) > _MOST_PANELS:
+        return []
+    values = np.concatenate([np.concatenate(list(curves[arm.label].values())) for arm in shown])
+    room = 0.05 * (values.max() - values.min() or 1.0)
+    base = curves[report.baseline.label]
+    drawn = []
+    for arm in shown:
+        figure, panel = _figure()
+        own = curves[arm.label]
+        if arm is not report.baseline and len(base) > 1:
+            panel.plot(list(base), [each.mean() for each in base.values()], color="#999999", linewidth=1)
+        means = [each.mean() for each in own.values()]
+        ends = [each.min() for each in own.values()], [each.max() for each in own.values()]
+        panel.fill_between(list(own), *ends, color=color(report, arm), alpha=0.25, linewidth=0)
+        panel.plot(list(own), means, color=color(report, arm))
+        for step, mean in zip(own, means, strict=True):
+            (dot,) = panel.plot(step, mean, ".", color=color(report, arm))
+            dot.set_gid(f"tip:{arm.label}: {mean:.4f} at step {step:,}")
+        panel.set_ylim(values.min() - room, values.max() + room)
+        panel.set_title(arm.label, fontsize=9)
+        panel.set_xlabel("step")
+        drawn.append((figure, f"validation {report.plan.metric} of {arm.label} by step"))
+    return drawn
+
+
+def _curve(report: Report, arm: ArmResult) -> Mapping[int, NDArray]:
+    found = [cell.curve(report.plan.metric) for cell in arm.cells if cell.status == "finished"]
+    common = set.intersection(*map(set, found)) if found else set()
+    return {step: np.array([each[step] for each in found]) for step in sorted(common)}
+
+
+def _by_seed(report: Report, arm: ArmResult) -> list[Any]:
+    return [answers for cell in arm.by_seed if (answers := report.answers(cell)) is not None]
+
+
+def _hover(report: Report, arm: ArmResult) -> str:
+    assert arm.own is not None
+    return f"{arm.label}: {estimate_text(arm.own, report.plan.metric)}"
+
+
+def _quality(report: Report) -> str:
+    return f"{report.split} {report.plan.metric}"
+
+
+def _as_svg(figure: Any, alt: str) -> str:
+    """Return a figure as SVG in the ink of the page, with words for hovering and for those who do not see."""
     import matplotlib as mpl
 
     # Laid out once; a figure that still has a layout is drawn twice when it is saved, and laid out each time.
@@ -89,13 +219,17 @@ def as_svg(figure: Any, alt: str) -> str:
     out = io.StringIO()
     # Paths instead of fonts: the page looks the same everywhere. No date: the same numbers give the same file.
     with mpl.rc_context({"svg.hashsalt": alt, "svg.fonttype": "path"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
+        figure.savefig(out, format="svg", metadata={"Date": None}, transparent=True)
     svg = re.sub(r"<metadata>.*?</metadata>", "", out.getvalue(), flags=re.DOTALL)
-    return svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
+    svg = re.sub(r'<g id="tip:([^"]*)">', r"<g><title>\1</title>", svg)
+    svg = svg[svg.index("<svg") :].replace("#000000", "currentColor")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(alt)}"', 1)
 
 
-def _interval(panel: Any, x: float, found: Any, **style: Any) -> None:
-    panel.errorbar([x], [found.mean], [[found.mean - found.low], [found.high - found.mean]], capsize=3, **style)
+def _interval(panel: Any, x: float, found: Any, metric: str, hover: str, **style: Any) -> None:
+    low, high = bounded(found, metric)
+    drawn = panel.errorbar([x], [found.mean], [[found.mean - low], [high - found.mean]], capsize=3, **style)
+    drawn.lines[0].set_gid(f"tip:{hover}")
 
 
 def _front(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[tuple[float, float]]:
@@ -108,12 +242,14 @@ def _front(points: Sequence[tuple[float, float]], higher_is_better: bool) -> lis
     return front
 
 
-def _figure(columns: int) -> tuple[Any, list[Any]]:
+def _figure(grid: bool = True) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(min(11.0, 3.7 * columns + 0.6), 3.4), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, columns)).tolist()
-    for panel in panels:
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
-    return figure, panels
+    figure = Figure(figsize=(4.2, 2.9), layout="constrained")
+    panel = figure.subplots()
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=8)
+    if grid:
+        panel.grid(color="#999999", alpha=0.25, linewidth=0.6)
+        panel.set_axisbelow(True)
+    return figure, panel

@@ -35,7 +35,7 @@ def make_run(place: Path, seed: int, right: dict[str, int], **change: Any) -> Pa
         "machine": {"cores": 2, "processor": "p"},
         "costs": {"trainable_params": 10, "train_s": 1.0, "peak_memory_mb": 100.0},
         "model": {"learning_rate": 5e-4},
-        "data": {"splits": {split: {"fingerprint": prints[split]} for split in prints}},
+        "data": {"splits": {split: {"fingerprint": prints[split], "rows": ROWS} for split in prints}},
         "evaluations": {
             split: {"checkpoint": "best.ckpt", "fingerprint": prints[split]}
             for split, name in (("val", "val-best"), ("test", "test")) if name in right

@@ -17,10 +17,11 @@ BROWSER = next((path for name in ("chromium", "google-chrome", "chrome") if (pat
 #: Put at the top of the page: keeps errors. Put at its end: presses the second heading and says what came.
 WATCH = "<script>window.faults = []; window.onerror = m => { faults.push(m) };</script>"
 ASK = """<script>
+document.querySelectorAll("details").forEach(each => each.open = true);
 const table = document.querySelector("#arms"), column = () => [...table.tBodies[0].rows].map(r => r.cells[2].innerText);
 const before = column(); table.querySelectorAll("th button")[2].click(); const up = column();
 table.querySelectorAll("th button")[2].click(); const down = column();
-const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".wide, svg"))
+const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".wide, svg, .axis"))
   .filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName);
 const pictures = [...document.querySelectorAll("figure svg")].map(e => Math.round(e.getBoundingClientRect().width));
 const said = {faults, up, down, wide, pictures, page: document.documentElement.scrollWidth, window: innerWidth};
@@ -33,7 +34,7 @@ document.title = "SAID" + JSON.stringify(said);
 def test_the_page_in_a_browser(tmp_path: Path, width: int) -> None:
     said = ask(tmp_path, page(), width)
     assert said["faults"] == [] and said["wide"] == []
-    assert said["page"] <= said["window"] and len(said["pictures"]) == 2 and min(said["pictures"]) > 200
+    assert said["page"] <= said["window"] and len(said["pictures"]) == 4 and min(said["pictures"]) > 200
     assert said["up"] == sorted(said["up"]) and said["down"] == said["up"][::-1]
 
 

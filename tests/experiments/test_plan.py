@@ -23,7 +23,7 @@ def plan(in_small: bool = False, **change):
 
 def test_settings_of_an_axis_change_together() -> None:
     found = plan()
-    assert [(c.arm, c.seed) for c in found.cells] == [("2", 1), ("8", 1), ("2", 2), ("8", 2)]  # fmt: skip
+    assert [(c.arm, c.seed) for c in found.cells] == [("rank 2", 1), ("rank 8", 1), ("rank 2", 2), ("rank 8", 2)]
     assert found.cells[0].change == {"model.adapter.rank": 2, "model.adapter.alpha": 4}
     assert found.cells[0].name == "rank-2__seed-1"
 
@@ -37,7 +37,9 @@ def test_axes_are_crossed_and_chosen_ones_are_variants_of_an_arm() -> None:
     found = plan(axes={**GOOD["axes"], "rate": rate})
     assert (len(found.cells), len(found.arms), found.tried) == (8, 2, 2)
     rates = {(c.arm, c.variant): c.change["model.learning_rate"] for c in found.cells}
-    assert rates == {("2", "low"): 1e-4, ("2", "high"): 1e-3, ("8", "low"): 1e-5, ("8", "high"): 2e-5}
+    assert rates == {
+        ("rank 2", "low"): 1e-4, ("rank 2", "high"): 1e-3, ("rank 8", "low"): 1e-5, ("rank 8", "high"): 2e-5
+    }  # fmt: skip
 
 
 def test_the_small_size_has_fewer_values_seeds_and_rows() -> None:
@@ -48,7 +50,12 @@ def test_the_small_size_has_fewer_values_seeds_and_rows() -> None:
 
 def test_folds_are_crossed_with_seeds_and_arms() -> None:
     found = plan(folds=3, small={"folds": 2})
-    assert [(c.seed, c.fold, c.arm) for c in found.cells[:4]] == [(1, 1, "2"), (1, 1, "8"), (1, 2, "2"), (1, 2, "8")]
+    assert [(c.seed, c.fold, c.values["rank"]) for c in found.cells[:4]] == [
+        (1, 1, "2"),
+        (1, 1, "8"),
+        (1, 2, "2"),
+        (1, 2, "8"),
+    ]
     assert found.cells[2].change["data.fold"] == [2, 3] and found.cells[2].name == "rank-2__seed-1__fold-2"
     assert len(found.cells) == 12
     assert plan(True, folds=3, small={"folds": 2}).folds == 2

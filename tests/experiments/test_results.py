@@ -36,7 +36,7 @@ def answers(right: float, seed: int, keys: np.ndarray = KEYS) -> Answers:
 def cells(val: dict[tuple[str, str], float], test: dict[str, float] | None = None, lost=()) -> list[CellResult]:
     found = []
     for cell in PLAN.cells:
-        arm, rate = cell.arm, cell.variant
+        arm, rate = cell.values["rank"], cell.values["rate"]
         if (arm, rate, cell.seed) in lost:
             found.append(CellResult(cell, "failed", "diverged"))
             continue
@@ -51,7 +51,7 @@ VAL = {("2", "0.0001"): 0.6, ("2", "0.001"): 0.7, ("2", "0.01"): 0.65,
 
 def test_each_arm_takes_the_variant_that_is_best_on_validation_whatever_test_says() -> None:
     two, eight = compare_arms(PLAN, cells(VAL, test={"2": 0.9, "8": 0.5}))
-    assert two.variant == "0.001" and eight.variant == "0.01"
+    assert two.variant == "rate 0.001" and eight.variant == "rate 0.01"
     assert (two.edges, eight.edges) == ([], ["rate 0.01"]) and two.tried == 3
     assert two.against is not None and two.against.estimate.mean == pytest.approx(0.4) and eight.against is None
     assert two.against.verdict == "better" and two.seeds == [1, 2, 3]
@@ -67,7 +67,7 @@ def test_without_test_rows_validation_rows_are_compared() -> None:
 def test_a_lost_seed_is_left_out_of_the_pair_and_a_variant_with_one_cannot_be_the_best() -> None:
     found = cells(VAL, lost={("2", "0.001", 2), ("8", "0.0001", 1)})
     two, eight = compare_arms(PLAN, found)
-    assert two.variant == "0.01" and eight.variant == "0.01"
+    assert two.variant == "rate 0.01" and eight.variant == "rate 0.01"
     lost = {("2", r, s) for r in ("0.0001", "0.001", "0.01") for s in (1, 2, 3)} - {("2", "0.001", 3)}
     two, eight = compare_arms(PLAN, cells(VAL, lost=lost))
     assert two.seeds == [3] and two.against is not None and two.against.verdict == "one seed"
@@ -102,7 +102,7 @@ def test_rows_are_looked_at_also_where_the_first_seed_is_lost() -> None:
     everywhere = {("2", rate, 1) for rate in ("0.0001", "0.001", "0.01")}
     found = [
         replace(c, answers={"val": answers(0.6, 1, np.array([f"x{i:03}" for i in range(200)]))})
-        if c.answers and c.cell.arm == "2"
+        if c.answers and c.cell.arm == "rank 2"
         else c
         for c in cells(VAL, lost=everywhere)
     ]
@@ -117,7 +117,7 @@ def test_an_arm_that_lost_a_seed_leaves_the_others_compared_on_test_rows() -> No
     three = make_plan({**CONTENT, "axes": {"rank": {"model.adapter.rank": [2, 4, 8]}}}, Path("a.yaml"))
     found = []
     for cell in three.cells:
-        rank = cell.arm
+        rank = cell.values["rank"]
         if rank == "4" and cell.seed == 2:
             found.append(CellResult(cell, "failed", "diverged"))
             continue
@@ -129,7 +129,7 @@ def test_an_arm_that_lost_a_seed_leaves_the_others_compared_on_test_rows() -> No
     assert two.against is not None and two.against.estimate.mean == pytest.approx(-0.2)
     assert four.against is None and four.own is None
     report = Report("a", three, "ablate", arms, found, (6, 6), {})
-    assert "Not tested, as not all their seeds have finished: 4" in answer(report)
+    assert "Not tested, as not all their seeds have finished: rank 4" in answer(report)
     assert "diverged" in arm_table(report)[2]
 
 
@@ -185,18 +185,18 @@ def test_the_answer_and_the_tables_of_a_report() -> None:
 
     found = cells(VAL, test={"2": 0.62, "8": 0.8}, lost={("2", "0.0001", 2)})
     arms = compare_arms(PLAN, found)
-    differences = {"2": [Change("alpha / rank", 2.0, 8.0, named=False)]}
+    differences = {"rank 2": [Change("alpha / rank", 2.0, 8.0, named=False)]}
     report = Report("a & b", PLAN, "python main.py ablate", arms, found, (6, 6), differences)
-    assert "has test accuracy 0.8100" in answer(report) and "Worse than it: 2 by 0.1800" in answer(report)
+    assert "has test accuracy 0.8100" in answer(report) and "Worse than it: rank 2 by 0.1800" in answer(report)
     header, two, eight = arm_table(report)
     assert two[header.index("verdict")] == "worse" and two[header.index("settings tried")] == "3"
-    assert eight[0] == "**8** (baseline)" and len({len(header), len(two), len(eight)}) == 1
+    assert eight[0] == "**rank 8** (baseline)" and len({len(header), len(two), len(eight)}) == 1
     text = as_markdown(report)
     assert "evaluated 6 times, for 6 cells" in text and "best at the edge of what was tried (rate 0.01)" in text
     assert "also differs from the baseline in alpha / rank" in text and "diverged" in text
     assert as_csv(report).count("\n") == 3 and r"a \& b" not in as_latex(report) and "\\toprule" in as_latex(report)
     page = as_html(report)
-    assert "a &amp; b" in page and "a & b" not in page and page.count("<table") == 6 and "<svg" in page
+    assert "a &amp; b" in page and "a & b" not in page and page.count("<table") == 7 and "<svg" in page
 
 
 def test_labels_that_are_markup_stay_words() -> None:
