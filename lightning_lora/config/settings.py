@@ -128,7 +128,8 @@ def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any
         raise UserError(f"{command} needs a trained run: --run logs/NAME (a folder that fit made)")
     if given.run is not None:
         option = "--resume" if command == "fit" else "--run"
-        configs = [read_config(RunFolder.open(Path(given.run), option).config, as_base=False)]
+        folder = RunFolder.open(Path(given.run), option)
+        configs = [folder.found_from_here(read_config(folder.config, as_base=False))]
         if command != "fit":  # the machine that evaluates is not always the one that trained
             trainer = configs[0].setdefault("trainer", {})
             devices = trainer.get("devices")

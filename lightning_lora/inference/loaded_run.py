@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from lightning import Trainer
 
 from lightning_lora.config.console import quiet_libraries
@@ -139,7 +138,7 @@ def load_run(folder: str | Path, checkpoint: str = "best", **trainer: Any) -> Lo
     """
     quiet_libraries()
     run = RunFolder.open(Path(folder), "load_run")
-    settings = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    settings = run.settings()
     path = run.checkpoint(checkpoint)
     options = {name: settings["trainer"][name] for name in ("accelerator", "precision")} | trainer
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "devices": 1}

@@ -5,6 +5,7 @@ A run folder holds ``config.yaml`` (resolved), ``checkpoints/best.ckpt`` and ``l
 ``run.json``: the record.
 """
 
+import glob
 import itertools
 import json
 import math
@@ -101,8 +102,30 @@ class RunFolder:
         return cls(path)
 
     def settings(self) -> dict[str, Any]:
-        """Return the resolved config as plain values."""
-        return dict(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        """Return the resolved config as plain values, with its local paths as they are to be found from here."""
+        return self.found_from_here(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+
+    def found_from_here(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings whose relative paths of data and base model are those of the folder that the run started in.
+
+        A path that exists from here stays as it is, and so does one that is nowhere.
+        """
+        started = Path(self.read().get("started_in", ".")) if self.record.is_file() else Path()
+
+        def found(path: Any) -> Any:
+            if isinstance(path, Mapping):
+                return {split: found(each) for split, each in path.items()}
+            if not isinstance(path, str) or Path(path).expanduser().exists():
+                return path
+            there = str(started / path)
+            return there if glob.glob(there) else path
+
+        paths = (("data", "source"), ("model", "base_model"), ("data", "base_model"))
+        given = {group: dict(value) if isinstance(value, Mapping) else value for group, value in settings.items()}
+        for group, name in paths:
+            if isinstance(given.get(group), dict) and name in given[group]:
+                given[group][name] = found(given[group][name])
+        return given
 
     def checkpoint(self, which: str) -> Path:
         """Return the checkpoint "best" or "last", or a path to a file or an exported adapter's folder.
@@ -256,6 +279,7 @@ def new_record(words: list[str], seed: int) -> dict[str, Any]:
     return {
         "format": RECORD_FORMAT,
         "started": now(),
+        "started_in": str(Path.cwd()),
         "command": command_line(*words),
         "seed": seed,
         "versions": {"lightning_lora": __version__, "python": platform.python_version(), **versions()},
