@@ -5,7 +5,6 @@ A run folder holds ``config.yaml`` (resolved), ``checkpoints/best.ckpt`` and ``l
 ``run.json``: the record.
 """
 
-import glob
 import itertools
 import json
 import math
@@ -115,10 +114,9 @@ class RunFolder:
         def found(path: Any) -> Any:
             if isinstance(path, Mapping):
                 return {split: found(each) for split, each in path.items()}
-            if not isinstance(path, str) or Path(path).expanduser().exists():
+            if not isinstance(path, str) or Path(path).is_absolute() or Path(path).expanduser().exists():
                 return path
-            there = str(started / path)
-            return there if glob.glob(there) else path
+            return str(started / path) if path and any(started.glob(path)) else path  # files may be a pattern
 
         paths = (("data", "source"), ("model", "base_model"), ("data", "base_model"))
         given = {group: dict(value) if isinstance(value, Mapping) else value for group, value in settings.items()}

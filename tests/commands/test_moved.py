@@ -43,3 +43,9 @@ def test_a_run_is_tested_predicts_and_exports_from_another_folder_and_after_a_mo
     said = capsys.readouterr().err
     assert said.startswith("error: data.source: no file or folder 'rows.csv'") and said.count("\n") == 1
     assert main(["predict", "--run", "moved", *text]) == 0  # which needs no rows
+
+    write_csv(away / "other.csv", make_rows(80))
+    shutil.move(home / "base", away / "other")
+    assert main(["test", "--run", "moved", "--data.source", "other.csv", "--model.base_model", "other"]) == 0
+    third = [*json.loads(Path("moved/run.json").read_text())["evaluations"].values()][2]
+    assert third["after"] == first["after"]
