@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help quickstart test test-gpu test-slow faults audit lint benchmark benchmark-gpu benchmark-smoke scaling tensorboard outside wheel docs docs-serve constraints clean
+.PHONY: help quickstart test test-gpu test-slow faults audit lint benchmark benchmark-gpu benchmark-smoke scaling tensorboard outside wheel docs docs-serve notebooks constraints clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
@@ -76,6 +76,9 @@ wheel: $(INSTALLED)  ## build the distribution, and use the wheel in a fresh env
 docs: $(INSTALLED)  ## build the site of docs/ into site/, a warning is an error
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+notebooks: docs  ## write the notebooks of docs/tutorials from their scripts
+	$(BIN)/jupytext --quiet --to ipynb docs/tutorials/*.py
 
 docs-serve: docs  ## show it on this machine
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve

@@ -1,9 +1,10 @@
-"""Pages of the site that are written elsewhere: README, CONTRIBUTING, CHANGELOG, and the reference of settings."""
+"""Pages of the site that are written elsewhere: README, CONTRIBUTING, CHANGELOG, reference of settings, tutorials."""
 
 import re
 from pathlib import Path
 from typing import Any
 
+import jupytext
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
@@ -18,4 +19,10 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, f"{page}.md", content=text))
     settings = (ROOT / "docs" / "reference.yaml").read_text(encoding="utf-8")
     files.append(File.generated(config, "reference.md", content=f"# Every setting\n\n```yaml\n{settings}```\n"))
+    for path in sorted((ROOT / "docs" / "tutorials").glob("*.py")):
+        cells = jupytext.read(path).cells
+        text = [each.source if each.cell_type == "markdown" else f"```python\n{each.source}\n```" for each in cells]
+        text.insert(1, f"[This page as a notebook]({path.stem}.ipynb)")
+        linked = re.sub(r"\]\((\w+)\.py\)", r"](\1.md)", "\n\n".join(text))
+        files.append(File.generated(config, f"tutorials/{path.stem}.md", content=linked))
     return files
