@@ -126,6 +126,12 @@ def _matthews(means: NDArray, task: Task) -> NDArray:
     return _ratio(hits.sum(axis=-1) - (truth * predicted).sum(axis=-1), np.sqrt(np.maximum(spread, 0)))
 
 
+def _matthews_metric(torchmetrics: Any, size: Mapping[str, Any]) -> Any:
+    from lightning_lora.evaluation.metrics import MatthewsCorrelation  # which imports torch
+
+    return MatthewsCorrelation(**{name: value for name, value in size.items() if name != "task"})
+
+
 def calibration_bins(outputs: Outputs) -> tuple[NDArray, NDArray]:
     """Return the probability of each row's predicted class, (N,), and the bin that it falls into, (N,)."""
     confidence = np.exp(outputs.log_p.max(axis=1))
@@ -196,7 +202,7 @@ METRICS: dict[str, MetricSpec] = {
         _averaged("Recall", "macro"), "recall (macro)", _class_counts, _macro(_recall), CLASSES, hub_type="recall"
     ),
     "matthews_correlation": MetricSpec(
-        lambda t, size: t.MatthewsCorrCoef(**size),
+        _matthews_metric,
         "Matthews corr.",
         _class_counts,
         _matthews,

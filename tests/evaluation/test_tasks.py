@@ -128,6 +128,19 @@ def test_matthews_correlation_of_single_labels_is_scikit_learns() -> None:
     assert metrics_of(given)["matthews_correlation"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize(("truth", "said"), [([0, 0], [0, 0]), ([0, 1], [1, 1]), ([1, 1], [0, 1]), ([0, 0], [1, 1])])
+def test_matthews_correlation_of_one_class_is_0_as_scikit_learns(classes: int, truth: list, said: list) -> None:
+    labels, logits = np.array(truth * 20), np.eye(classes, dtype=np.float32)[said * 20]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert sk.matthews_corrcoef(labels, said * 20) == 0
+    counter = EvaluationCounter(classes)
+    counter.count(torch.from_numpy(logits), torch.from_numpy(labels), torch.tensor(0.0))
+    found = counter.take_values(NAMES[:classes])["matthews_correlation"]
+    assert found == 0 == metrics_of(Outputs(logits, labels))["matthews_correlation"]
+
+
 @pytest.mark.parametrize("given", [several(1), numbers(1)], ids=lambda given: given.task)
 def test_every_metric_has_an_interval_around_its_value(given: Outputs) -> None:
     found, values = intervals(given), metrics_of(given)
