@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.metric_table import METRICS, row_metrics
+from lightning_lora.evaluation.metric_table import METRICS, compared_metrics
 from lightning_lora.experiments.search_space import ByAxis, Found, Search, make_search, require
 
 #: The axis of arms that are named one by one.
@@ -116,7 +116,7 @@ class Plan:
         axes: What is varied.
         baseline: The label of the arm that the others are compared with.
         seeds: Of every arm.
-        metric: What is chosen and compared by; one of ``row_metrics``.
+        metric: What is chosen and compared by; one of ``compared_metrics``.
         margin: Differences under this count as none.
         cells: In the order in which they are run: seed by seed, so that early stops leave whole comparisons.
         search: What is searched for each arm before it is compared, or None.
@@ -204,7 +204,7 @@ def _make_plan(content: Mapping[str, Any], folder: Path, small: bool) -> Plan:
     question = str(content.get("question") or "").strip()
     require(question, "question: say in a sentence what the ablation asks")
     metric, margin = str(content.get("metric", "accuracy")), content.get("margin", 0.01)
-    require(metric in row_metrics(), f"metric: '{metric}' is none of {', '.join(row_metrics())}")
+    require(metric in compared_metrics(), f"metric: '{metric}' is none of {', '.join(compared_metrics())}")
     known = type(margin) in (int, float) and 0 < margin < 1
     require(known, f"margin: a number between 0 and 1 is needed, got {margin}")
     seeds = content.get("seeds", [1, 2, 3])

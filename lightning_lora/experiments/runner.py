@@ -25,7 +25,7 @@ from lightning_lora.claims import claimed, share_tasks
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.settings import DEFAULT_CONFIG, flat, read_config
 from lightning_lora.errors import BusyError, UserError
-from lightning_lora.evaluation.metric_table import row_metrics
+from lightning_lora.evaluation.metric_table import compared_metrics
 from lightning_lora.experiments.confounders import Change
 from lightning_lora.experiments.plan import Cell, Plan, make_plan
 from lightning_lora.experiments.resolving import data_module, find_changes, resolve_cells
@@ -98,8 +98,8 @@ def run_experiment(
 def own_metrics(settings: Mapping[str, Any]) -> list[str]:
     """Return what models of some settings can be compared by, best first; faults of the data are the cells' own."""
     with contextlib.suppress(UserError):
-        return row_metrics(data_module({**settings["data"], "base_model": settings["model"]["base_model"]}).task)
-    return row_metrics()
+        return compared_metrics(data_module({**settings["data"], "base_model": settings["model"]["base_model"]}).task)
+    return compared_metrics()
 
 
 def show_plan(plan: Plan, folder: Path, changes: Mapping[str, Sequence[Change]], stale: Collection[str]) -> None:

@@ -77,6 +77,7 @@ def test_folds_are_crossed_with_seeds_and_arms() -> None:
         ({"seeds": [1, 1]}, "one is duplicated"),
         ({"seeds": [True]}, "whole numbers"),
         ({"metric": "test_accuracy"}, "is none of accuracy, f1_samples"),
+        ({"metric": "spearman"}, "'spearman' is none of"),
         ({"margin": 0}, "between 0 and 1"),
         ({"settings": {"model.adapter.rank": 4}}, "is varied by an axis"),
         ({"settings": {"model": 5}}, "model and model.adapter.* are both given"),
