@@ -15,6 +15,8 @@ from lightning_lora.tasks import Task
 
 LEVEL = 0.95
 RESAMPLES = 1000
+#: Of rows from no more files than these the metrics of each file are shown too.
+MOST_FILES = 8
 _SEED = 0
 
 
