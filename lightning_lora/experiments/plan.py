@@ -16,6 +16,7 @@
     folds: 5                             # cross-validation: each labelled row is tested once for each arm and seed
     metric: accuracy
     margin: 0.01                         # smaller differences count as none
+    published: {"8": 0.93}               # of others, for an arm: ``published.py``
     search: {space: {...}, trials: 12}   # instead of chosen axes: ``search_space.py``
     small: {seeds: [1, 2], settings: {data.train_rows: 200}, axes: {rank: ["2", "8"]}, trials: 3}
 
@@ -34,6 +35,7 @@ from typing import Any
 
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metric_table import METRICS, compared_metrics
+from lightning_lora.experiments.published import Published, make_published
 from lightning_lora.experiments.search_space import ByAxis, Found, Search, make_search, require
 
 #: The axis of arms that are named one by one.
@@ -51,6 +53,8 @@ _KEYS = (
     "folds",
     "metric",
     "margin",
+    "published",
+    "published_in",
     "small",
 )
 _SMALL_KEYS = ("settings", "seeds", "folds", "axes", "trials")
@@ -122,6 +126,7 @@ class Plan:
         search: What is searched for each arm before it is compared, or None.
         found: What the search has found of each arm.
         folds: Their number, or None: then all cells are tested on the same rows.
+        published: What others report.
     """
 
     question: str
@@ -135,6 +140,7 @@ class Plan:
     search: Search | None = None
     found: Mapping[str, Found] = field(default_factory=dict)
     folds: int | None = None
+    published: Published = field(default_factory=Published)
 
     @property
     def arms(self) -> dict[str, Cell]:
@@ -197,6 +203,8 @@ def make_plan(content: Mapping[str, Any], path: Path, small: bool = False) -> Pl
 def _make_plan(content: Mapping[str, Any], folder: Path, small: bool) -> Plan:
     _check_keys(content, _KEYS, "")
     axes = _axes(content)
+    # Those that the small size leaves out may have published figures too.
+    labels = dict.fromkeys(cell.arm for cell in _cells(axes, [0], {}, None))
     if small:
         content, axes = _smaller(content, axes)
     compared = [axis for axis in axes if not axis.chosen]
@@ -235,6 +243,7 @@ def _make_plan(content: Mapping[str, Any], folder: Path, small: bool) -> Plan:
         cells,
         search,
         folds=folds,
+        published=make_published(content, labels),
     )
     _check_cells(plan)
     return plan

@@ -58,8 +58,11 @@ def run_experiment(
         words: The command.
         base: Configs of the base recipe, each with priority over those before; by default the one that the plan names.
     """
+    if not base:
+        config, recipe = with_arms(config, path)
+        base = [recipe]
     plan = make_plan(config, path, options.small)
-    resolve = partial(resolve_cells, base=base or [read_config(plan.base or DEFAULT_CONFIG)], overrides=overrides)
+    resolve = partial(resolve_cells, base=base, overrides=overrides)
     settings = resolve(plan)
     if (folder / "config.yaml").exists():
         raise UserError(f"--name: {folder} is the folder of a run; choose another name")
@@ -93,6 +96,19 @@ def run_experiment(
         plan = plan.with_found(read_found(plan, folder))
         tested = options.no_test or evaluate_test_rows(plan, folder)
     return int(not tested or any(cell.status != "finished" for cell in read_cells(plan, folder)))
+
+
+def with_arms(config: Mapping[str, Any], path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return an ablation's config with the arms of its base recipe, where it has neither axes nor arms; and the recipe.
+
+    Args:
+        config: The config.
+        path: Its path, to which that of the recipe is relative.
+    """
+    recipe = read_config(path.parent / str(config["base"]) if config.get("base") else DEFAULT_CONFIG)
+    if config.get("axes") or config.get("arms"):
+        return config, recipe
+    return {**config, "arms": recipe.pop("arms", None)}, recipe
 
 
 def own_metrics(settings: Mapping[str, Any]) -> list[str]:

@@ -23,12 +23,14 @@ def arm_table(report: Report) -> TextTable:
     metric, level = report.plan.metric, f"{LEVEL:.0%} interval"
     header = ["arm", "seeds", f"{report.split} {metric}", level, "SD of seeds", "better than baseline by", level]
     header += ["p (Holm)", "verdict", "minimum detectable effect", "seeds to settle", "settings tried"]
-    rows = [header]
+    published = report.plan.published
+    rows = [[*header, "published"] if published.figures else header]
     for arm in report.arms:
         own, found = arm.own, arm.against
         row = [f"**{arm.label}** (baseline)" if arm is report.baseline else arm.label]
         if own is None:
-            rows.append([*row, "0", *["-"] * 6, _why_not(arm), *["-"] * 3])
+            row += ["0", *["-"] * 6, _why_not(arm), *["-"] * 3]
+            rows.append([*row, published.shown(arm.label)] if published.figures else row)
             continue
         row += [str(own.seeds), f"{own.mean:.4f}", interval_text(own, metric), number_text(own.sd, 4)]
         if found is None:
@@ -39,7 +41,8 @@ def arm_table(report: Report) -> TextTable:
                 needed = "settled"
             row += [f"{found.estimate.mean:+.4f}", interval_text(found.estimate, metric, True), _p(found.p_corrected)]
             row += [found.verdict, f"{found.detectable:.4f}", "-" if found.estimate.seeds < 2 else needed]
-        rows.append([*row, str(arm.tried)])
+        row.append(str(arm.tried))
+        rows.append([*row, published.shown(arm.label)] if published.figures else row)
     return rows
 
 
@@ -91,6 +94,7 @@ def as_document(report: Report) -> dict[str, Any]:
                 "reason": "" if arm.own is not None else _why_not(arm),
                 "values": {key: value for key, (value, _) in values.items() if not math.isnan(value)},
                 "intervals": {key: interval for key, (_, interval) in values.items() if interval},
+                "published": report.plan.published.figures.get(arm.label),
                 "difference": arm.against and {**asdict(arm.against), "verdict": arm.against.verdict},
             }
         )
