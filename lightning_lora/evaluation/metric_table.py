@@ -39,12 +39,13 @@ class MetricSpec:
         heading: Its heading in tables; a metric without one is logged only.
         rows: What each row adds, (N, K): what its interval is made of; None where it has none.
         value: The metric (...) of a task from means (..., K) of ``rows``; None where it is the mean of one value a row.
-            Arms of an ablation can be chosen and compared by metrics of that kind.
         tasks: The tasks that have it.
         higher_is_better: Whether more of it is better.
         of_training: Whether training rows have it: not what takes more than the predictions of each class or label.
         of_scores: Whether it takes the probabilities of several labels, and not whether each is predicted.
         hub_type: The Hub's name for it in the metadata of model cards; None leaves it out of them.
+        compared: Whether arms can be compared by it (``pseudo_values``): not by ranks, which depend on the other rows,
+            nor by what is biased.
     """
 
     torch_metric: Callable[[Any, Mapping[str, Any]], Any] | None
@@ -56,6 +57,7 @@ class MetricSpec:
     of_training: bool = True
     of_scores: bool = False
     hub_type: str | None = None
+    compared: bool = True
 
 
 def _hits(outputs: Outputs) -> NDArray:
@@ -124,6 +126,12 @@ def _matthews(means: NDArray, task: Task) -> NDArray:
     truth, predicted, hits = np.split(means, 3, axis=-1)
     spread = (1 - (truth**2).sum(axis=-1)) * (1 - (predicted**2).sum(axis=-1))
     return _ratio(hits.sum(axis=-1) - (truth * predicted).sum(axis=-1), np.sqrt(np.maximum(spread, 0)))
+
+
+def _matthews_metric(torchmetrics: Any, size: Mapping[str, Any]) -> Any:
+    from lightning_lora.evaluation.metrics import MatthewsCorrelation  # which imports torch
+
+    return MatthewsCorrelation(**{name: value for name, value in size.items() if name != "task"})
 
 
 def calibration_bins(outputs: Outputs) -> tuple[NDArray, NDArray]:
@@ -196,7 +204,7 @@ METRICS: dict[str, MetricSpec] = {
         _averaged("Recall", "macro"), "recall (macro)", _class_counts, _macro(_recall), CLASSES, hub_type="recall"
     ),
     "matthews_correlation": MetricSpec(
-        lambda t, size: t.MatthewsCorrCoef(**size),
+        _matthews_metric,
         "Matthews corr.",
         _class_counts,
         _matthews,
@@ -228,6 +236,7 @@ METRICS: dict[str, MetricSpec] = {
         lambda means, _: np.abs(means).sum(axis=-1),
         higher_is_better=False,
         of_training=False,
+        compared=False,
     ),
     # Of regression; the loss of validation and test rows is the mean squared error too.
     "mse": MetricSpec(
@@ -266,6 +275,7 @@ METRICS: dict[str, MetricSpec] = {
         NUMBERS,
         of_training=False,
         hub_type="spearmanr",
+        compared=False,
     ),
     "f1_per_class": MetricSpec(_averaged("F1Score", "none"), tasks=CLASSES),
     "precision_per_class": MetricSpec(_averaged("Precision", "none"), tasks=CLASSES),
@@ -285,9 +295,16 @@ def judged_by(task: Task) -> tuple[str, str]:
 
 
 def row_metrics(task: Task | None = None) -> list[str]:
-    """Return the metrics of a task, or of all, that are a mean of one value a row, by which arms can be compared."""
+    """Return the metrics of a task, or of all, that are a mean of one value a row."""
     return [
         name
         for name, spec in METRICS.items()
         if spec.rows is not None and spec.value is None and (task is None or task in spec.tasks)
     ]
+
+
+def compared_metrics(task: Task | None = None) -> list[str]:
+    """Return the metrics of a task, or of all, by which arms can be compared, those of one value a row first."""
+    means = row_metrics(task)
+    known = METRICS if task is None else metrics_for(task)
+    return [*means, *(name for name, spec in known.items() if spec.rows and spec.compared and name not in means)]

@@ -8,6 +8,7 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from lightning_lora import processes
 from lightning_lora.evaluation.documents import wide
@@ -17,6 +18,21 @@ from lightning_lora.tasks import Task
 PER_CLASS = "_per_class"
 #: Training rows whose classes are counted together at the end of an epoch.
 _AT_ONCE = 2**20
+
+
+class MatthewsCorrelation(MulticlassConfusionMatrix):
+    """Matthews correlation as scikit-learn has it: 0 where all rows are of one class, or are said to be.
+
+    ``MatthewsCorrCoef`` then gives other numbers, such as 1 where all of them are right.
+    """
+
+    def compute(self) -> Tensor:
+        """Return the correlation, ()."""
+        shares = (self.confmat.double() / self.confmat.sum()).cpu()
+        means = torch.cat([shares.sum(1), shares.sum(0), shares.diagonal()]).numpy()
+        value = METRICS["matthews_correlation"].value
+        assert value is not None
+        return torch.as_tensor(value(means, "single_label"))
 
 
 def make_metrics(num_classes: int, training: bool = False, task: Task = "single_label") -> MetricCollection:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +37,11 @@ class Predictions(Outputs):
     def names(self) -> list[Any]:
         """The name of each predicted class, the list of names of the labels, or the number."""
         return self._named(self.predicted)
+
+    def of_rows(self, keep: np.ndarray) -> "Predictions":
+        """Return the predictions of some of the rows, (rows,) of truth values."""
+        labels = None if self.labels is None else self.labels[keep]
+        return replace(self, logits=self.logits[keep], labels=labels, rows=self.rows[keep])
 
     def _named(self, values: np.ndarray) -> list[Any]:
         if self.task == "single_label":

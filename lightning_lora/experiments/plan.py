@@ -16,6 +16,7 @@
     folds: 5                             # cross-validation: each labelled row is tested once for each arm and seed
     metric: accuracy
     margin: 0.01                         # smaller differences count as none
+    published: {"8": 0.93}               # of others, for an arm: ``published.py``
     search: {space: {...}, trials: 12}   # instead of chosen axes: ``search_space.py``
     small: {seeds: [1, 2], settings: {data.train_rows: 200}, axes: {rank: ["2", "8"]}, trials: 3}
 
@@ -33,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.metric_table import METRICS, row_metrics
+from lightning_lora.evaluation.metric_table import METRICS, compared_metrics
+from lightning_lora.experiments.published import Published, make_published
 from lightning_lora.experiments.search_space import ByAxis, Found, Search, make_search, require
 
 #: The axis of arms that are named one by one.
@@ -51,6 +53,8 @@ _KEYS = (
     "folds",
     "metric",
     "margin",
+    "published",
+    "published_in",
     "small",
 )
 _SMALL_KEYS = ("settings", "seeds", "folds", "axes", "trials")
@@ -116,12 +120,13 @@ class Plan:
         axes: What is varied.
         baseline: The label of the arm that the others are compared with.
         seeds: Of every arm.
-        metric: What is chosen and compared by; one of ``row_metrics``.
+        metric: What is chosen and compared by; one of ``compared_metrics``.
         margin: Differences under this count as none.
         cells: In the order in which they are run: seed by seed, so that early stops leave whole comparisons.
         search: What is searched for each arm before it is compared, or None.
         found: What the search has found of each arm.
         folds: Their number, or None: then all cells are tested on the same rows.
+        published: What others report.
     """
 
     question: str
@@ -135,6 +140,7 @@ class Plan:
     search: Search | None = None
     found: Mapping[str, Found] = field(default_factory=dict)
     folds: int | None = None
+    published: Published = field(default_factory=Published)
 
     @property
     def arms(self) -> dict[str, Cell]:
@@ -202,6 +208,8 @@ def make_plan(content: Mapping[str, Any], path: Path, small: bool = False) -> Pl
 def _make_plan(content: Mapping[str, Any], folder: Path, small: bool) -> Plan:
     _check_keys(content, _KEYS, "")
     axes = _axes(content)
+    # Those that the small size leaves out may have published figures too.
+    labels = dict.fromkeys(cell.arm for cell in _cells(axes, [0], {}, None))
     if small:
         content, axes = _smaller(content, axes)
     compared = [axis for axis in axes if not axis.chosen]
@@ -209,7 +217,7 @@ def _make_plan(content: Mapping[str, Any], folder: Path, small: bool) -> Plan:
     question = str(content.get("question") or "").strip()
     require(question, "question: say in a sentence what the ablation asks")
     metric, margin = str(content.get("metric", "accuracy")), content.get("margin", 0.01)
-    require(metric in row_metrics(), f"metric: '{metric}' is none of {', '.join(row_metrics())}")
+    require(metric in compared_metrics(), f"metric: '{metric}' is none of {', '.join(compared_metrics())}")
     known = type(margin) in (int, float) and 0 < margin < 1
     require(known, f"margin: a number between 0 and 1 is needed, got {margin}")
     seeds = content.get("seeds", [1, 2, 3])
@@ -240,6 +248,7 @@ def _make_plan(content: Mapping[str, Any], folder: Path, small: bool) -> Plan:
         cells,
         search,
         folds=folds,
+        published=make_published(content, labels),
     )
     _check_cells(plan)
     return plan

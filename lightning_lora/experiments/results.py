@@ -17,8 +17,8 @@ import yaml
 from numpy.typing import NDArray
 
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.intervals import intervals, metrics_of
-from lightning_lora.evaluation.metric_table import METRICS, row_metrics
+from lightning_lora.evaluation.intervals import intervals, metrics_of, pseudo_values
+from lightning_lora.evaluation.metric_table import compared_metrics
 from lightning_lora.evaluation.outputs import OUTPUTS_KEY, Outputs
 from lightning_lora.evaluation.significance import Difference, Estimate, corrected, difference, estimate
 from lightning_lora.experiments.plan import Cell, Plan, make_plan
@@ -62,13 +62,19 @@ class Answers(Outputs):
         Raises:
             UserError: The task has no such metric.
         """
-        if metric not in row_metrics(self.task):
-            raise UserError(
-                f"metric: '{metric}' is none of task {self.task}; it has {', '.join(row_metrics(self.task))}"
-            )
-        rows = METRICS[metric].rows
-        assert rows is not None
-        return rows(self)[:, 0]
+        if metric not in (known := compared_metrics(self.task)):
+            raise UserError(f"metric: '{metric}' is none of task {self.task}; it has {', '.join(known)}")
+        return pseudo_values(self, metric)
+
+    def of_rows(self, keep: NDArray) -> "Answers":
+        """Return the answers to some of the rows, (N,) of truth values."""
+        kept = {name: getattr(self, name)[keep] for name in ("logits", "labels", "keys")}
+        return replace(self, **kept, lengths=None, folds=None)
+
+    @cached_property
+    def origins(self) -> NDArray:
+        """The file or Hub split that each row is from, (N,)."""
+        return np.array([key.partition("\0")[2].partition("\0")[0] for key in self.keys])
 
 
 @dataclass(frozen=True)
@@ -307,7 +313,7 @@ def _best_variant(plan: Plan, label: str, cells: Sequence[CellResult]) -> ArmRes
     def score(variant: list[CellResult]) -> tuple[float, int]:
         """Mean over the seeds; without all of them it cannot be the best, and then what there is most of is taken."""
         values = [c.answers["val"].values(plan.metric).mean() for c in variant if "val" in c.answers]
-        complete = len(values) == len(variant)
+        complete = len(values) == len(variant) and not np.isnan(values).any()
         sign = 1 if plan.higher_is_better else -1
         return (sign * float(np.mean(values)) if complete else -math.inf), len(values)
 

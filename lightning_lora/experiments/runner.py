@@ -25,7 +25,7 @@ from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.recipes import DEFAULT_CONFIG
 from lightning_lora.config.settings import flat, read_config
 from lightning_lora.errors import BusyError, UserError
-from lightning_lora.evaluation.metric_table import row_metrics
+from lightning_lora.evaluation.metric_table import compared_metrics
 from lightning_lora.experiments.confounders import Change
 from lightning_lora.experiments.plan import Cell, Plan, make_plan
 from lightning_lora.experiments.resolving import data_module, find_changes, resolve_cells
@@ -59,8 +59,11 @@ def run_experiment(
         words: The command.
         base: Configs of the base recipe, each with priority over those before; by default the one that the plan names.
     """
+    if not base:
+        config, recipe = with_arms(config, path)
+        base = [recipe]
     plan = make_plan(config, path, options.small)
-    resolve = partial(resolve_cells, base=base or [read_config(plan.base or DEFAULT_CONFIG)], overrides=overrides)
+    resolve = partial(resolve_cells, base=base, overrides=overrides)
     settings = resolve(plan)
     if (folder / "config.yaml").exists():
         raise UserError(f"--name: {folder} is the folder of a run; choose another name")
@@ -96,11 +99,24 @@ def run_experiment(
     return int(not tested or any(cell.status != "finished" for cell in read_cells(plan, folder)))
 
 
+def with_arms(config: Mapping[str, Any], path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return an ablation's config with the arms of its base recipe, where it has neither axes nor arms; and the recipe.
+
+    Args:
+        config: The config.
+        path: Its path, to which that of the recipe is relative.
+    """
+    recipe = read_config(path.parent / str(config["base"]) if config.get("base") else DEFAULT_CONFIG)
+    if config.get("axes") or config.get("arms"):
+        return config, recipe
+    return {**config, "arms": recipe.pop("arms", None)}, recipe
+
+
 def own_metrics(settings: Mapping[str, Any]) -> list[str]:
     """Return what models of some settings can be compared by, best first; faults of the data are the cells' own."""
     with contextlib.suppress(UserError):
-        return row_metrics(data_module({**settings["data"], "base_model": settings["model"]["base_model"]}).task)
-    return row_metrics()
+        return compared_metrics(data_module({**settings["data"], "base_model": settings["model"]["base_model"]}).task)
+    return compared_metrics()
 
 
 def show_plan(plan: Plan, folder: Path, changes: Mapping[str, Sequence[Change]], stale: Collection[str]) -> None:

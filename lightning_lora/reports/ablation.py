@@ -163,6 +163,10 @@ def notes(report: Report) -> list[str]:
             f"Each arm was given {search.trials} trials (Optuna, {search.sampler}, seed {search.seed}), with seed "
             f"{report.plan.seeds[0]}; the best on validation rows is then trained with every seed."
         )
+    if report.plan.published.figures:
+        found.append(
+            f"Published: {report.plan.published.source}. Measured by others: no interval or p-value is about these."
+        )
     found += _cautions(report)
     records = [cell.record for cell in report.cells if cell.record.get("machine")]
     if records:

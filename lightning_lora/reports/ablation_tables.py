@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_lora.evaluation.intervals import LEVEL
+from lightning_lora.evaluation.intervals import LEVEL, MOST_FILES
 from lightning_lora.experiments.results import Answers, ArmResult
 from lightning_lora.reports.ablation import Report, interval_text, number_text
 from lightning_lora.reports.tables import COST_COLUMNS, Column, metric_columns
@@ -23,12 +23,14 @@ def arm_table(report: Report) -> TextTable:
     metric, level = report.plan.metric, f"{LEVEL:.0%} interval"
     header = ["arm", "seeds", f"{report.split} {metric}", level, "SD of seeds", "better than baseline by", level]
     header += ["p (Holm)", "verdict", "minimum detectable effect", "seeds to settle", "settings tried"]
-    rows = [header]
+    published = report.plan.published
+    rows = [[*header, "published"] if published.figures else header]
     for arm in report.arms:
         own, found = arm.own, arm.against
         row = [f"**{arm.label}** (baseline)" if arm is report.baseline else arm.label]
         if own is None:
-            rows.append([*row, "0", *["-"] * 6, _why_not(arm), *["-"] * 3])
+            row += ["0", *["-"] * 6, _why_not(arm), *["-"] * 3]
+            rows.append([*row, published.shown(arm.label)] if published.figures else row)
             continue
         row += [str(own.seeds), f"{own.mean:.4f}", interval_text(own, metric), number_text(own.sd, 4)]
         if found is None:
@@ -39,7 +41,8 @@ def arm_table(report: Report) -> TextTable:
                 needed = "settled"
             row += [f"{found.estimate.mean:+.4f}", interval_text(found.estimate, metric, True), _p(found.p_corrected)]
             row += [found.verdict, f"{found.detectable:.4f}", "-" if found.estimate.seeds < 2 else needed]
-        rows.append([*row, str(arm.tried)])
+        row.append(str(arm.tried))
+        rows.append([*row, published.shown(arm.label)] if published.figures else row)
     return rows
 
 
@@ -91,6 +94,7 @@ def as_document(report: Report) -> dict[str, Any]:
                 "reason": "" if arm.own is not None else _why_not(arm),
                 "values": {key: value for key, (value, _) in values.items() if not math.isnan(value)},
                 "intervals": {key: interval for key, (_, interval) in values.items() if interval},
+                "published": report.plan.published.figures.get(arm.label),
                 "difference": arm.against and {**asdict(arm.against), "verdict": arm.against.verdict},
             }
         )
@@ -102,6 +106,7 @@ def more_tables(report: Report) -> list[tuple[str, TextTable]]:
     """Return the other tables with their titles, without those that have no rows."""
     what = "Labels of texts" if report.task == "multi_label" else "Texts"
     tables = {
+        f"{report.plan.metric} by file or split": file_table(report),
         f"{what} fixed and broken against the baseline, by class": fixed_and_broken(report, by_class(report)),
         "What the search has tried": trial_table(report),
         f"{what} fixed and broken against the baseline, by length": fixed_and_broken(report, by_length(report)),
@@ -110,6 +115,20 @@ def more_tables(report: Report) -> list[tuple[str, TextTable]]:
         "In what each arm differs from the baseline": change_table(report),
     }
     return [(title, rows) for title, rows in tables.items() if len(rows) > 1]
+
+
+def file_table(report: Report) -> TextTable:
+    """Return the metric of each arm on the compared rows of each file or split, where they are from a few."""
+    rows, metric = _compared_rows(report), report.plan.metric
+    names: list[str] = [] if rows is None else np.unique(rows.origins).tolist()
+    if not 1 < len(names) <= MOST_FILES:
+        return []
+    table = [["arm", *(name.rpartition("/")[2] for name in names)]]
+    for arm in report.arms:
+        found = [answers for cell in arm.by_seed if (answers := report.answers(cell)) is not None]
+        parts = [[each.of_rows(each.origins == name).values(metric).mean() for each in found] for name in names]
+        table.append([arm.label, *(f"{np.mean(part):.4f}" if part else "-" for part in parts)])
+    return table
 
 
 def cell_table(report: Report) -> TextTable:

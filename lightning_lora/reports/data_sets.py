@@ -12,6 +12,7 @@ LEGEND = (
     "Behind each mean: + better than the baseline, - worse, = equivalent within the margin, ? inconclusive. Paired by "
     "seed and row; p-values are corrected for the arms of a set (Holm), not of all sets. Bold: the best mean."
 )
+PUBLISHED = "Published rows are what others report, measured by none of these runs: {}."
 
 
 def sets_table(reports: Mapping[str, Report]) -> TextTable:
@@ -29,7 +30,21 @@ def sets_table(reports: Mapping[str, Report]) -> TextTable:
         is_baseline = all(label == report.plan.baseline for report in reports.values())
         counts = ["", ""] if is_baseline else [str(verdicts.count(verdict)) for verdict in ("better", "worse")]
         rows.append([f"{label} (baseline)" if is_baseline else label, *cells, *counts])
+        if any(label in report.plan.published.figures for report in reports.values()):
+            figures = [report.plan.published.shown(label) for report in reports.values()]
+            rows.append([f"{label}, published", *figures, "", ""])
     return rows
+
+
+def sets_note(reports: Mapping[str, Report]) -> str:
+    """Return what stands under the table: the metric, which rows it is of, and how to read it."""
+    metrics = list(dict.fromkeys(report.plan.metric for report in reports.values()))
+    by_set = [f"{metric} ({', '.join(n for n, r in reports.items() if r.plan.metric == metric)})" for metric in metrics]
+    untested = ", ".join(name for name, report in reports.items() if report.split != "test")
+    rows = f"on validation rows for {untested}, where not all has finished" if untested else "on test rows"
+    what = metrics[0].capitalize() if len(metrics) == 1 else f"By set: {', '.join(by_set)};"
+    sources = dict.fromkeys(r.plan.published.source for r in reports.values() if r.plan.published.figures)
+    return " ".join([f"{what} {rows}. {LEGEND}", *(PUBLISHED.format(source) for source in sources)])
 
 
 def _cell(arm: ArmResult | None, report: Report) -> str:

@@ -52,6 +52,8 @@ def metric_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
     for key, title in (("before", "before"), ("after", "after"), ("after_interval", "95% interval"), ("int8", "int8")):
         if values := evaluation.get(key):
             rows.append([title, *(_cell(values.get(column.key)) for column in columns)])
+    for origin, values in evaluation.get("after_by_file", {}).items():
+        rows.append([origin.rpartition("/")[2], *(_cell(values.get(column.key)) for column in columns)])
     return rows
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -243,3 +244,26 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(make_base, tmp_path: Path) -
     assert done.returncode == 2 and "Retrying" not in done.stderr
     assert "no model 'nobody/nothing' from the Hub (" in done.stderr.splitlines()[-1]
     assert not Path("logs").exists()
+
+
+def test_test_rows_of_several_files_are_measured_by_file_too(tiny_base: Path, tmp_path: Path, capsys) -> None:
+    config = write_config(tmp_path, tiny_base)
+    rows = make_rows(100)
+    for name, part in (("train", rows[:60]), ("test-a", rows[60:75]), ("test-b", rows[75:])):
+        write_csv(tmp_path / f"{name}.csv", part)
+    source = f"{{train: {tmp_path}/train.csv, test: '{tmp_path}/test-*.csv'}}"
+    words = ["--config", str(config), "--name", "files", "--arms", "tfidf", "majority", "--data.source", source]
+    assert main(["compare", *words]) == 0
+    report = Path("logs/files/report.md").read_text()
+    assert "## accuracy by file or split" in report and "| arm | test-a.csv | test-b.csv |" in report
+    for arm in ("tfidf", "majority"):
+        table = pq.read_table(cell(Path("logs/files"), arm) / "predictions" / "test.parquet").to_pandas()
+        found = RunFolder(cell(Path("logs/files"), arm)).read()["evaluations"]["test"]
+        shown = []
+        for origin, part in table.groupby("origin"):
+            for name, score in (("accuracy", accuracy_score), ("f1_macro", partial(f1_score, average="macro"))):
+                expected = score(part["label"], part["prediction"])
+                assert found["after_by_file"][origin][name] == pytest.approx(expected)
+                shown += [f"{expected:.4f}"] * (name == "accuracy")
+        assert f"| {arm} | {shown[0]} | {shown[1]} |" in report
+        assert "| test-a.csv | " in (cell(Path("logs/files"), arm) / "test.md").read_text()

@@ -6,6 +6,7 @@ import pytest
 from lightning_lora.data.prepare import SourceOptions, prepare
 from lightning_lora.errors import UserError
 from tests.conftest import make_rows, write_csv
+from tests.glue_rows import TASKS, cache_glue
 
 
 def texts_of(prepared, split: str) -> set[str]:
@@ -240,3 +241,25 @@ def test_over_the_folds_each_row_of_train_is_tested_once(tmp_path: Path) -> None
     assert sorted(tested) == list(range(2, 104))  # lines of the file
     with pytest.raises(UserError, match=r"data\.test_size: 9, but data\.fold says which rows are tested"):
         prepare(SourceOptions(str(tmp_path), fold=[1, 3], test_size=9))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_of_glue_is_tested_on_its_validation_rows_and_chooses_by_rows_of_train(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The labels of the official test rows are hidden (-1), and none of those is read."""
+    cache_glue(tmp_path / "hub", monkeypatch, [task])
+    columns, classes = TASKS[task]
+    named, by_id = (prepare(SourceOptions(source)) for source in (f"glue_{task}", f"nyu-mll/glue:{task}"))
+    assert {name: rows.fingerprint for name, rows in named.splits.items()} == {
+        name: rows.fingerprint for name, rows in by_id.splits.items()
+    }
+    assert {name: len(rows) for name, rows in named.splits.items()} == {
+        **{"train": 81, "val": 9},
+        "test": 80 if task == "mnli" else 40,
+    }
+    ends = ("_matched", "_mismatched") if task == "mnli" else ("",)
+    assert [*dict.fromkeys(named.splits["test"].origins)] == [f"nyu-mll/glue:{task} (validation{end})" for end in ends]
+    assert named.task == ("single_label" if classes else "regression")
+    assert named.label_names == list(classes or ["label"]) and not named.warnings
+    assert all(isinstance(text, tuple) == (len(columns) == 2) for text in named.splits["test"].texts)

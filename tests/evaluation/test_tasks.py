@@ -10,10 +10,18 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics as sk
 
 from lightning_lora.evaluation.documents import pooled
-from lightning_lora.evaluation.intervals import difference_interval, intervals, metric_of, metrics_of, row_values
-from lightning_lora.evaluation.metric_table import metrics_for, row_metrics
+from lightning_lora.evaluation.intervals import (
+    difference_interval,
+    intervals,
+    metric_of,
+    metrics_of,
+    pseudo_values,
+    row_values,
+)
+from lightning_lora.evaluation.metric_table import compared_metrics, metrics_for, row_metrics
 from lightning_lora.evaluation.metrics import EvaluationCounter, TrainCounter, metric_names
 from lightning_lora.evaluation.outputs import Outputs
+from lightning_lora.evaluation.significance import estimate
 from lightning_lora.evaluation.thresholds import GRID, choose_thresholds
 
 NAMES = ["a", "b", "c", "d"]
@@ -126,6 +134,61 @@ def test_matthews_correlation_of_single_labels_is_scikit_learns() -> None:
     counter.count(torch.from_numpy(given.logits), torch.from_numpy(labels), torch.tensor(0.0))
     assert counter.take_values(NAMES[:3])["matthews_correlation"] == pytest.approx(expected, abs=1e-6)
     assert metrics_of(given)["matthews_correlation"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize(("truth", "said"), [([0, 0], [0, 0]), ([0, 1], [1, 1]), ([1, 1], [0, 1]), ([0, 0], [1, 1])])
+def test_matthews_correlation_of_one_class_is_0_as_scikit_learns(classes: int, truth: list, said: list) -> None:
+    labels, logits = np.array(truth * 20), np.eye(classes, dtype=np.float32)[said * 20]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert sk.matthews_corrcoef(labels, said * 20) == 0
+    counter = EvaluationCounter(classes)
+    counter.count(torch.from_numpy(logits), torch.from_numpy(labels), torch.tensor(0.0))
+    found = counter.take_values(NAMES[:classes])["matthews_correlation"]
+    assert found == 0 == metrics_of(Outputs(logits, labels))["matthews_correlation"]
+
+
+def simulated(rng: np.random.Generator, metric: str, seeds: int = 3, rows: int = 300) -> list[list[Outputs]]:
+    """Two arms, equally good in the population, with some seeds each on the same rows."""
+    truth, hard = rng.normal(size=rows), rng.normal(0, 0.8, rows)
+    scores = truth + hard + rng.normal(0, 0.3, (2, 1, rows)) + rng.normal(0, 0.1, (2, seeds, 1))
+    scores = scores + rng.normal(0, 0.3, (2, seeds, rows))
+    if metric == "pearson":
+        return [[Outputs(each[:, None], truth, task="regression") for each in arm] for arm in scores]
+    labels = (truth > 0.6).astype(int)
+    return [[Outputs(np.stack([0 * each, each - 0.6], axis=1), labels) for each in arm] for arm in scores]
+
+
+ORACLES = {
+    "matthews_correlation": lambda outputs: sk.matthews_corrcoef(outputs.truth, outputs.predicted),
+    "f1_macro": lambda outputs: sk.f1_score(outputs.truth, outputs.predicted, average="macro"),
+    "pearson": lambda outputs: pearsonr(outputs.truth, outputs.predicted).statistic,
+}
+
+
+@pytest.mark.parametrize("metric", ORACLES)
+def test_pseudo_values_are_those_of_the_jackknife(metric: str) -> None:
+    given = simulated(np.random.default_rng(0), metric, rows=50)[0][0]
+    assert metric in compared_metrics(given.task) and metric not in row_metrics(given.task)
+    found, whole = pseudo_values(given, metric), ORACLES[metric](given)
+    assert found.mean() == pytest.approx(whole)
+    left = [Outputs(np.delete(given.logits, i, 0), np.delete(given.truth, i), task=given.task) for i in range(50)]
+    expected = np.array([50 * whole - 49 * ORACLES[metric](each) for each in left])
+    assert found - found.mean() == pytest.approx(expected - expected.mean(), abs=1e-9)
+
+
+@pytest.mark.parametrize("metric", ORACLES)
+def test_equally_good_arms_are_called_different_by_a_correlation_in_no_more_than_the_nominal_share(metric: str) -> None:
+    rng, wrong, widths, gaps = np.random.default_rng(1), 0, [], []
+    for _ in range(200):
+        one, other = (np.stack([pseudo_values(each, metric) for each in arm]) for arm in simulated(rng, metric))
+        found = estimate(one - other)
+        wrong += not found.low <= 0 <= found.high
+        widths.append(found.se)
+        gaps.append(found.mean)
+    assert wrong <= 0.05 * 200
+    assert np.mean(widths) == pytest.approx(np.std(gaps), rel=0.35)  # neither far too careful nor too bold
 
 
 @pytest.mark.parametrize("given", [several(1), numbers(1)], ids=lambda given: given.task)

@@ -1,6 +1,7 @@
 """Ablations over several data sets."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from sklearn.metrics import accuracy_score, f1_score
 
 from lightning_lora.cli import main
 from lightning_lora.errors import UserError
@@ -36,6 +38,13 @@ def test_each_set_has_the_settings_of_all_and_its_own() -> None:
     assert [*split_sets(content, small=True)] == ["one"] and [*split_sets(content, False, ["two"])] == ["two"]
 
 
+def test_a_set_may_have_a_base_a_metric_and_published_figures_of_its_own() -> None:
+    own = {"base": "two.yaml", "metric": "pearson", "published": {"tfidf": 0.5}}
+    found = split_sets(described(one={"data.source": "a.csv"}, two={"data.source": "b.csv", **own}), small=False)
+    assert {key: found["two"][key] for key in own} == own and found["one"]["base"] == "base.yaml"
+    assert found["two"]["settings"] == {"data.test_size": 30, "data.source": "b.csv"}
+
+
 @pytest.mark.parametrize(
     ("change", "wanted", "said"),
     [
@@ -61,9 +70,12 @@ def test_one_table_has_every_arm_on_every_set(tiny_base: Path, tmp_path: Path, c
     Path("base.yaml").write_text(yaml.safe_dump(base))
     for name, labels in (("two", ("neg", "pos")), ("three", ("neg", "pos", "mixed"))):
         write_csv(Path(f"{name}.csv"), make_rows(150, labels))
-    Path("plan.yaml").write_text(
-        yaml.safe_dump(described(one={"data.source": "two.csv"}, other={"data.source": "three.csv"}), sort_keys=False)
-    )
+    Path("own.yaml").write_text(yaml.safe_dump({**base, "arms": PLAN["arms"]}, sort_keys=False))  # the same arms
+    one = {"data.source": "two.csv", "published": {"tfidf": 0.95}}
+    content = described(one=one, other={"data.source": "three.csv", "metric": "f1_macro"})
+    content |= {"published_in": "A paper, Table 2", "base": "own.yaml"}
+    del content["arms"]
+    Path("plan.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     words = ["ablate", "--config", "plan.yaml", "--name", "all"]
     assert main([*words, "--plan"]) == 0 and not Path("logs").exists()
     assert main(words) == 0
@@ -74,13 +86,21 @@ def test_one_table_has_every_arm_on_every_set(tiny_base: Path, tmp_path: Path, c
         for arm in PLAN["arms"]:
             cells = [Path(f"logs/all/{name}/cells/arm-{arm}__seed-{seed}/predictions/test.parquet") for seed in (1, 2)]
             tables = [pd.read_parquet(path) for path in cells]
-            means.append(float(np.mean([(table["label"] == table["prediction"]).mean() for table in tables])))
-        row = [line.split("|") for line in report.splitlines() if line.startswith(("| tfidf", "| majority"))]
+            score = accuracy_score if name == "one" else partial(f1_score, average="macro")
+            means.append(float(np.mean([score(table["label"], table["prediction"]) for table in tables])))
+        rows = [line.split("|") for line in report.splitlines() if line.startswith(("| tfidf", "| majority"))]
+        row = [each for each in rows if "published" not in each[1]]
+        assert [[cell.strip() for cell in each[1:4]] for each in rows if each not in row] == [
+            ["tfidf, published", "0.950", "-"]
+        ]
         column = 2 if name == "one" else 3
         assert [float(re.search(r"\d\.\d+", line[column])[0]) for line in row] == [  # type: ignore[index]
             pytest.approx(mean, abs=5e-4) for mean in means
         ]
         assert row[1][column].strip().endswith("-") and "**" in row[0][column]
+    assert "accuracy (one), f1_macro (other); on test rows" in report and "others report" in report
+    assert report.count("A paper, Table 2") == 1 and "Published: A paper" in Path("logs/all/one/report.md").read_text()
+    assert "published" not in Path("logs/all/other/report.md").read_text().casefold()
     assert "| majority | " in report and row[1][5].strip() == "2"
     Path("logs/all/report.md").write_text("")
     assert main(["report", "logs/all"]) == 0

@@ -6,6 +6,7 @@ import yaml
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.data_sets import split_sets
 from lightning_lora.experiments.plan import make_plan
+from lightning_lora.experiments.runner import with_arms
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs" / "ablation").glob("*.yaml"))
@@ -48,6 +49,16 @@ def test_the_small_size_has_fewer_values_seeds_and_rows() -> None:
     assert {c.seed for c in found.cells} == {7} and found.cells[0].change["data.train_rows"] == 10
 
 
+def test_published_figures_are_of_arms_also_of_those_that_the_small_size_leaves_out() -> None:
+    small = {"axes": {"rank": ["8"]}, "seeds": [1]}
+    other = {"arms": {}, "axes": {**GOOD["axes"], "bias": {"model.adapter.bias": ["none", "all"]}}}
+    published = {"published": {"rank 2, bias all": 0.9}, "published_in": "A paper"}
+    for in_small in (False, True):
+        found = plan(in_small, **other, **published, small=small).published
+        assert (found.figures, found.source) == ({"rank 2, bias all": 0.9}, "A paper")
+        assert (found.shown("rank 2, bias all"), found.shown("rank 8, bias all")) == ("0.900", "-")
+
+
 def test_folds_are_crossed_with_seeds_and_arms() -> None:
     found = plan(folds=3, small={"folds": 2})
     assert [(c.seed, c.fold, c.values["rank"]) for c in found.cells[:4]] == [
@@ -84,6 +95,11 @@ def test_folds_are_crossed_with_seeds_and_arms() -> None:
         ({"seeds": [1, 1]}, "one is duplicated"),
         ({"seeds": [True]}, "whole numbers"),
         ({"metric": "test_accuracy"}, "is none of accuracy, f1_samples"),
+        ({"metric": "spearman"}, "'spearman' is none of"),
+        ({"published": 0.9}, "published: a figure for each arm"),
+        ({"published": {"4": 0.9}, "published_in": "X"}, "published: there is no arm '4'; there are 2, 8"),
+        ({"published": {"8": "90 %"}, "published_in": "X"}, "published.8: a number is needed, got 90 %"),
+        ({"published": {"8": 0.9}}, "published_in: say where"),
         ({"margin": 0}, "between 0 and 1"),
         ({"settings": {"model.adapter.rank": 4}}, "is varied by an axis"),
         ({"settings": {"model": 5}}, "model and model.adapter.* are both given"),
@@ -110,7 +126,7 @@ def test_every_shipped_ablation_is_a_plan(path: Path) -> None:
     whole = yaml.safe_load(path.read_text())
     for small in (False, True):
         contents = split_sets(whole, small).values() if "sets" in whole else [whole]
-        for content in contents:
+        for content in (with_arms(each, path)[0] for each in contents):
             if not small:
                 assert len(make_plan(content, path).seeds) >= 3
             elif "small" in content:
@@ -119,5 +135,5 @@ def test_every_shipped_ablation_is_a_plan(path: Path) -> None:
 
 def test_every_axis_that_was_promised_is_shipped() -> None:
     axes = "rank alpha dropout target_modules learning_rate method quantization train_rows base_model max_length"
-    others = "arms search speed_choices defaults choices long_texts"
+    others = "arms search speed_choices defaults choices long_texts glue_lora"
     assert {path.stem for path in SHIPPED} == {*axes.split(), *others.split()}
