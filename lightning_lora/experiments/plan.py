@@ -16,7 +16,7 @@
     folds: 5                             # cross-validation: each labelled row is tested once for each arm and seed
     metric: accuracy
     margin: 0.01                         # smaller differences count as none
-    published: {"8": 0.93}               # of others, for an arm: ``published.py``
+    published: {rank 8: 0.93}               # of others, for an arm: ``published.py``
     search: {space: {...}, trials: 12}   # instead of chosen axes: ``search_space.py``
     small: {seeds: [1, 2], settings: {data.train_rows: 200}, axes: {rank: ["2", "8"]}, trials: 3}
 
