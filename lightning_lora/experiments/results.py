@@ -231,7 +231,7 @@ def read_answers(path: Path) -> Answers | None:
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable file of predictions ({error})") from error
     order = np.argsort(keys, kind="stable")
-    thresholds = None if facts.get("thresholds") is None else np.array(facts["thresholds"], np.float32)
+    thresholds = None if facts.get("thresholds") is None else np.array(facts["thresholds"])
     lengths = None if lengths is None else lengths[order]
     decided = {"task": task, "thresholds": thresholds}
     return Answers(logits[order], labels[order], np.array(keys)[order], names, lengths, **decided)

@@ -112,6 +112,24 @@ def fold_scale(model: nn.Module) -> None:
             model.set_submodule(name, layer.folded())
 
 
+def divide_output(model: nn.Module, outputs: int, by: float) -> None:
+    """Divide what the last layer of a head gives by a number: its weights, and its bias where it has one.
+
+    Args:
+        model: The model, with or without an adapter, of which a head that is trained whole is a copy.
+        outputs: Outputs of the layer.
+        by: The number.
+    """
+    layers = [
+        layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer.out_features == outputs and ".original_module" not in name
+    ]
+    with torch.no_grad():
+        for parameter in layers[-1].parameters():
+            parameter.div_(by)
+
+
 def outside_backbone(model: Any) -> list[str]:
     """Give the names of a model's modules beside its encoder that hold weights."""
     return [

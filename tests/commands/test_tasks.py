@@ -181,6 +181,7 @@ def test_runs_are_compared_by_row(run: Path, capsys) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_resumes_bit_for_bit(task: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["fit", "--config", str(write_config(tmp_path, tiny_base, task, 100))]
+    words += ["--model.calibrate", "true"] if task == "multi_label" else []
     step = TextClassifier.training_step
 
     def interrupt(self, batch, batch_idx):
@@ -226,6 +227,18 @@ def test_baselines_are_runs(task: str, method: str, tiny_base: Path, tmp_path: P
         ("regression", ["--model.class_weights", "balanced"], "model.class_weights: numbers (task regression)"),
         ("regression", ["--model.label_smoothing", "0.1"], "model.label_smoothing: numbers (task regression)"),
         ("regression", ["--model.threshold", "0.3"], "model.threshold: only labels of which a text may have several"),
+        ("regression", ["--model.calibrate", "true"], "model.calibrate: numbers (task regression) are no"),
+        (
+            "multi_label",
+            ["--model.calibrate", "true", "--model.threshold", "0.3"],
+            "model.threshold: 0.3, but calibration would change the labels",
+        ),
+        ("multi_label", ["--model.calibrate", "true", "--model.method", "none"], "model.calibrate: method 'none'"),
+        (
+            "multi_label",
+            ["--model.calibrate", "true", "--data.truncation", "windows"],
+            "model.calibrate: exports scale the logits of each window",
+        ),
         ("multi_label", ["--model.threshold", "1.5"], "model.threshold: a number from 0 up to 1"),
         ("multi_label", ["--model.class_weights", "[1, 2]"], "model.class_weights: 2 weights for 3 classes"),
         ("regression", ["--data.task", "auto"], "a measure, not classes; set data.task=regression"),
