@@ -328,9 +328,10 @@ def _pool_folds(cells: Sequence[CellResult]) -> CellResult:
             folds = np.repeat(np.arange(len(parts)), [len(part.keys) for part in parts])[order]
             lengths = [part.lengths for part in parts if part.lengths is not None]
             kept = np.concatenate(lengths)[order] if len(lengths) == len(parts) else None
-            answers[split] = replace(
-                parts[0], logits=logits[order], labels=truth[order], keys=keys[order], lengths=kept, folds=folds
-            )
+            # Each fold's model predicts labels from its own thresholds on.
+            own = [np.broadcast_to(part.thresholds, part.logits.shape) for part in parts if part.thresholds is not None]
+            pooled = {"thresholds": np.concatenate(own)[order] if own else None, "lengths": kept, "folds": folds}
+            answers[split] = replace(parts[0], logits=logits[order], labels=truth[order], keys=keys[order], **pooled)
     change = {key: value for key, value in first.cell.change.items() if key != "data.fold"}
     return replace(first, cell=replace(first.cell, change=change, fold=None), record={}, answers=answers)
 
