@@ -330,8 +330,15 @@ def _pool_folds(cells: Sequence[CellResult]) -> CellResult:
             kept = np.concatenate(lengths)[order] if len(lengths) == len(parts) else None
             # Each fold's model predicts labels from its own thresholds on.
             own = [np.broadcast_to(part.thresholds, part.logits.shape) for part in parts if part.thresholds is not None]
-            pooled = {"thresholds": np.concatenate(own)[order] if own else None, "lengths": kept, "folds": folds}
-            answers[split] = replace(parts[0], logits=logits[order], labels=truth[order], keys=keys[order], **pooled)
+            answers[split] = replace(
+                parts[0],
+                logits=logits[order],
+                labels=truth[order],
+                thresholds=np.concatenate(own)[order] if own else None,
+                keys=keys[order],
+                lengths=kept,
+                folds=folds,
+            )
     change = {key: value for key, value in first.cell.change.items() if key != "data.fold"}
     return replace(first, cell=replace(first.cell, change=change, fold=None), record={}, answers=answers)
 
