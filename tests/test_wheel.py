@@ -56,7 +56,9 @@ def test_each_config_has_a_name_and_a_question() -> None:
     found = recipes()
     assert {*found.values()} == {*CONFIGS.rglob("*.yaml")}
     for name, path in found.items():
-        assert find_config(name) == path and "?" in describe(path)["Question"] + "?" * ("the same as" in describe(path)["Question"])
+        assert find_config(name) == path and "?" in describe(path)["Question"] + "?" * (
+            "the same as" in describe(path)["Question"]
+        )
         assert find_config(f"configs/{path.relative_to(CONFIGS)}").samefile(path)
     assert find_config("missing") == Path("missing")  # which reading it refuses
 

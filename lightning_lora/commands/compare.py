@@ -10,7 +10,7 @@ from typing import Any
 from lightning_lora.commands.report import write_ablation_report
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.recipes import DEFAULT_CONFIG, find_config
-from lightning_lora.config.settings import DEFAULT_SEED, read_for
+from lightning_lora.config.settings import DEFAULT_SEED, read_config
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.plan import ARM
 from lightning_lora.experiments.runner import add_options, run_experiment
@@ -34,7 +34,7 @@ def run(words: list[str]) -> int:
     options, overrides = parser.parse_known_args(words)
     parser.refuse_misspelt(overrides)
     paths = [find_config(each) for each in options.config or [DEFAULT_CONFIG]]
-    configs = [read_for(words, path) for path in paths]
+    configs = [read_config(path) for path in paths]
     described = [config.pop("arms") for config in configs if "arms" in config]
     arms = choose_arms(options.arms, described[-1] if described else None)
     seeds = [config.pop("seed_everything") for config in configs if "seed_everything" in config]

@@ -1,6 +1,7 @@
 """``main.py validate`` and ``main.py test``: metrics of a run's checkpoint, before and after fine-tuning."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def _baseline(cli: ConfiguredRun, name: str, split: str, ours: Predictions) -> d
     started = time.perf_counter()
     print(f"{split} rows by {name} ({find_method(name).summary}), fitted to the same training rows: {len(ours):,}")
     base, seed = cli.config.model.base_model, cli.config.seed_everything
-    own = {"task": ours.task, "threshold": cli.config.model.threshold, "seed": seed}
+    own = {name: cli.config.model[name] for name in ("threshold", "calibrate")} | {"task": ours.task, "seed": seed}
     model, trainer = make_classifier(base, list(ours.label_names), name, **own), cli.make_trainer(None)
     cli.datamodule.setup("fit")
     chosen = model.fit_rows(cli.datamodule, trainer)
@@ -148,6 +149,11 @@ def _finish(
     if predictions.thresholds is not None:
         names = predictions.label_names
         evaluation["thresholds"] = dict(zip(names, predictions.thresholds.round(4).tolist(), strict=True))
+    if (temperature := cli.model.temperature) is not None:
+        evaluation["temperature"] = temperature.item()
+        if predictions.labels is not None:
+            without = metrics_of(replace(predictions, logits=predictions.logits * temperature.item()))
+            evaluation["uncalibrated"] = {n: v for n, v in without.items() if n in ("loss", "calibration_error")}
     if predictions.task == "single_label":
         majority = np.bincount(cli.datamodule.rows("train").labels).argmax()  # the most frequent class in training
         evaluation["majority_accuracy"] = float((rows.labels[predictions.rows] == majority).mean())

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.pairs import is_pair
@@ -23,6 +25,7 @@ from lightning_lora.export.formats import (
     FORMATS,
     FormatWriter,
     build_model,
+    fold_temperature,
     public_name,
     require_onnx,
     shown_thresholds,
@@ -79,7 +82,7 @@ def run(words: list[str]) -> int:
         raise UserError(
             f"export: the logits of {checkpoint} are not finite, so there is nothing to export; train again"
         )
-    columns = data.text_column or "text"
+    fold_temperature(model)  # after the comparison has its logits
     usage = {
         "label_names": model.label_names,
         "task": model.task,
@@ -90,7 +93,7 @@ def run(words: list[str]) -> int:
         "token_types": bool(input_format.types),
         "pad_token_id": model.model.config.pad_token_id,  # the base's own may be another
         "pad_to_max": pad_to_max,
-        "text_columns": [columns] if isinstance(columns, str) else list(columns),
+        "text_columns": np.atleast_1d(data.text_column or "text").tolist(),
     }
     with atomic_folder(output) as staging:
         writer = FormatWriter(model, checkpoint, config, input_format)

@@ -3,7 +3,6 @@
 import argparse
 import enum
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,7 +136,7 @@ def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any
             configs[0]["trainer"] = {**trainer, "devices": one, "num_nodes": 1, "strategy": "auto"}
         rest += [option, given.run]
     elif not given.config:
-        configs = [read_for(words, DEFAULT_CONFIG)]
+        configs = [read_config(DEFAULT_CONFIG)]
     more = [read_config(find_config(path)) for path in given.config]
     limits = [f"--trainer.{name}" for name in LIMITS]
     if command == "fit" and given.run is not None:
@@ -168,19 +167,11 @@ def split_fit(words: Sequence[str]) -> tuple[list[dict[str, Any]], list[str], se
         finder.add_argument(f"--{name}")
     given, rest = finder.parse_known_args(list(words))
     paths = [find_config(path) for path in given.config] or [DEFAULT_CONFIG]
-    configs = [{k: v for k, v in read_for(words, path).items() if k not in COMMAND_OPTIONS["fit"]} for path in paths]
+    configs = [{k: v for k, v in read_config(path).items() if k not in COMMAND_OPTIONS["fit"]} for path in paths]
     typed = {word[2:].partition("=")[0].rstrip("+") for word in rest if word.startswith("--")}
     for path, config in zip(paths, configs, strict=True):
         typed |= set() if path.resolve() == DEFAULT_CONFIG else set(flat(config))
     return configs, rest, typed
-
-
-def read_for(words: Sequence[str], path: Path) -> dict[str, Any]:
-    """Return the settings in a YAML file; the default one's truncation is of one text, and is left out for a pair."""
-    config, line = read_config(path), " ".join(words)
-    if path.resolve() == DEFAULT_CONFIG and re.search(r"--data\.text_column[= ] *\[[^],]+,[^],]+\]", line):
-        del config["data"]["truncation"]
-    return config
 
 
 def restrict_imports() -> None:

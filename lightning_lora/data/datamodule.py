@@ -48,7 +48,7 @@ class TextDataModule(LightningDataModule):
         truncation: What stays of a longer text: its "head", its "tail", or "both" (a quarter and three
             quarters); or "windows": all of it is read in pieces of ``max_length``, whose probabilities are
             averaged. Of a longer pair the longer text is cut first ("longest_first"), or one of both ("only_first",
-            "only_second"). By default "longest_first" of two columns, else "head".
+            "only_second"). By default "longest_first" of two columns, else "head"; by "auto" else "both".
         window_overlap: Tokens that two windows share, by default a quarter of one.
         padding: Pad a batch to its "longest" text, or to "max_length".
         batch_size: Texts a training batch. Several devices share it, so that their number does not change what is

@@ -5,7 +5,7 @@ from typing import Literal
 
 from lightning_lora.errors import UserError
 
-Truncation = Literal["head", "tail", "both", "windows", "longest_first", "only_first", "only_second"]
+Truncation = Literal["auto", "head", "tail", "both", "windows", "longest_first", "only_first", "only_second"]
 #: Of those, the truncations of a pair, by transformers' names; the others are of one text.
 PAIR_TRUNCATIONS = ("longest_first", "only_first", "only_second")
 #: What a row holds.
@@ -18,7 +18,7 @@ def is_pair(truncation: str) -> bool:
 
 
 def choose_truncation(asked: Truncation | None, columns: Sequence[str]) -> Truncation:
-    """The truncation of texts in these columns: by default "longest_first" of two columns, else "head".
+    """The truncation of texts in these columns: of two by default "longest_first", else "head", or by "auto" "both".
 
     Raises:
         UserError: One of a pair is asked for, and there are not two columns.
@@ -28,7 +28,9 @@ def choose_truncation(asked: Truncation | None, columns: Sequence[str]) -> Trunc
             f"data.truncation: {asked} is of a pair of texts, and data.text_column names {len(columns)} "
             f"({', '.join(columns)}); give two columns, as [premise, hypothesis], or head, tail, both or windows"
         )
-    return asked or ("longest_first" if len(columns) == 2 else "head")
+    if asked is None or asked == "auto":
+        return "longest_first" if len(columns) == 2 else "both" if asked else "head"
+    return asked
 
 
 def as_texts(rows: Sequence[Text]) -> list[str]:

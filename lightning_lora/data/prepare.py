@@ -165,8 +165,6 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
         splits[split] = Rows(each, positions, of_rows.astype(np.int32) if task == "single_label" else of_rows)
     dropped = sum(len(codes) for each in cells.values() for _, codes in each) - sum(usable.values())
     if options.fold is not None:
-        if task == "multi_label":
-            raise UserError("data.fold: folds are not made of rows with several labels; leave it out")
         warnings += _set_test_aside(splits, options)
     splits, origin, removed, more = divide(splits, options, labels.names, task)
     warnings = [*warnings, *labels.warnings, *more]

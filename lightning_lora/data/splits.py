@@ -172,11 +172,13 @@ def take_fold(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sorted positions of the rows that stay, and of those of fold k of n, by scikit-learn's ``StratifiedKFold``.
 
+    Of rows with several labels each fold is an ``iterative_sample`` of what the folds before it leave.
+
     The texts are divided, each once, and its repeats go with it: over all folds each row is taken once. Where more of
     the rows than ``MANY_REPEATS`` repeat another, each text with one label is, as repeats are no independent rows.
 
     Args:
-        labels: Class numbers, shape (rows,).
+        labels: Class numbers, shape (rows,); or 0 or 1 for each label, (rows, C).
         keys: ``text_keys`` of the rows.
         fold: (k, n), k from 1.
         seed: With it the folds are the same on every machine.
@@ -186,17 +188,24 @@ def take_fold(
     every, (texts, firsts) = np.arange(len(labels)), _texts(keys)
     order = np.argsort(firsts)  # texts, the first of the rows first
     classes = labels[firsts[order]]
-    most = int(np.bincount(classes).max())
+    most = int(np.bincount(classes).max() if classes.ndim == 1 else classes.sum(axis=0).max())
     number, folds = fold if len(fold) == 2 else (0, 0)
     if not 1 <= number <= folds or not 2 <= folds <= most:
         raise UserError(
             f"data.fold: {list(fold)} is no fold [k, n]; n goes from 2 to the {most} texts of the largest class, "
             "k from 1 to n"
         )
-    splitter = StratifiedKFold(folds, shuffle=True, random_state=stream_seed(seed, "fold") % 2**32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a class with fewer texts than folds: ``prepare`` tells
-        chosen = list(splitter.split(order, classes))[number - 1][1]
+    if classes.ndim == 2:
+        rng, left = np.random.Generator(np.random.PCG64(stream_seed(seed, "fold"))), np.arange(len(order))
+        for taken_before in range(number):
+            size = round(len(left) / (folds - taken_before))
+            chosen = left[iterative_sample(classes[left], size, rng)] if size < len(left) else left
+            left = np.setdiff1d(left, chosen)
+    else:
+        splitter = StratifiedKFold(folds, shuffle=True, random_state=stream_seed(seed, "fold") % 2**32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a class with fewer texts than folds: ``prepare`` tells
+            chosen = list(splitter.split(order, classes))[number - 1][1]
     inside = np.isin(texts, order[chosen])
     taken = inside.copy()
     if len(labels) - len(firsts) > MANY_REPEATS * len(labels):

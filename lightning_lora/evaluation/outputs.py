@@ -21,7 +21,7 @@ class Outputs:
         logits: float32, (N, C); of regression (N, 1), the predicted numbers in the units of the data.
         labels: The truth: class numbers (N,), 0 or 1 by label (N, C), or numbers (N,); None where it is not known.
         task: What is predicted.
-        thresholds: Of several labels the probabilities from which on each is predicted, (C,).
+        thresholds: Of several labels the probabilities from which on each is predicted, (C,); or by row, (N, C).
     """
 
     logits: NDArray

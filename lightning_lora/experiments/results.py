@@ -249,7 +249,7 @@ def read_answers(path: Path) -> Answers | None:
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable file of predictions ({error})") from error
     order = np.argsort(keys, kind="stable")
-    thresholds = None if facts.get("thresholds") is None else np.array(facts["thresholds"], np.float32)
+    thresholds = None if facts.get("thresholds") is None else np.array(facts["thresholds"])
     lengths = None if lengths is None else lengths[order]
     decided = {"task": task, "thresholds": thresholds}
     return Answers(logits[order], labels[order], np.array(keys)[order], names, lengths, **decided)
@@ -346,8 +346,16 @@ def _pool_folds(cells: Sequence[CellResult]) -> CellResult:
             folds = np.repeat(np.arange(len(parts)), [len(part.keys) for part in parts])[order]
             lengths = [part.lengths for part in parts if part.lengths is not None]
             kept = np.concatenate(lengths)[order] if len(lengths) == len(parts) else None
+            # Each fold's model predicts labels from its own thresholds on.
+            own = [np.broadcast_to(part.thresholds, part.logits.shape) for part in parts if part.thresholds is not None]
             answers[split] = replace(
-                parts[0], logits=logits[order], labels=truth[order], keys=keys[order], lengths=kept, folds=folds
+                parts[0],
+                logits=logits[order],
+                labels=truth[order],
+                thresholds=np.concatenate(own)[order] if own else None,
+                keys=keys[order],
+                lengths=kept,
+                folds=folds,
             )
     change = {key: value for key, value in first.cell.change.items() if key != "data.fold"}
     return replace(first, cell=replace(first.cell, change=change, fold=None), record={}, answers=answers)

@@ -29,7 +29,7 @@ from lightning_lora.data.tokens import InputFormat
 from lightning_lora.errors import UserError
 from lightning_lora.export.mean_pooled import HEAD_FILE, MeanHead, mean_head
 from lightning_lora.locations import PACKAGE_PREFIX, resolve
-from lightning_lora.models.head import fold_scale
+from lightning_lora.models.head import divide_output, fold_scale
 from lightning_lora.models.methods import merged
 from lightning_lora.models.quantization import Quantization
 from lightning_lora.quiet import quiet_export, quiet_loading
@@ -88,6 +88,7 @@ class FormatWriter:
         whole = build_model(self.config, self.labels, Quantization())
         load_checkpoint(whole, self.checkpoint, any_quantization=True)
         fold_scale(whole.model)
+        fold_temperature(whole)
         plain = merged(whole.tuned).eval()
         plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
         return plain
@@ -205,7 +206,17 @@ def write_tokenizer(folder: Path, target: str, input_format: InputFormat, paddin
 
 def shown_thresholds(model: TextClassifier) -> list[float] | None:
     """Returns the probability from which on each of several labels is predicted; None of others."""
-    return None if model.thresholds is None else [round(value, 4) for value in model.thresholds.tolist()]
+    if (thresholds := model.settled_thresholds("test")) is None:
+        return None
+    return [round(value, 4 if model.temperature is None else 12) for value in thresholds.tolist()]
+
+
+def fold_temperature(model: TextClassifier) -> None:
+    """Puts the temperature into the weights of the head and the thresholds, as other software knows none."""
+    if model.temperature is not None:
+        divide_output(model.model, len(model.label_names), model.temperature.item())
+        model.thresholds = model.settled_thresholds("test")
+        model.temperature.fill_(1)
 
 
 def write_identity(

@@ -94,12 +94,12 @@ class Parity:
         texts: list[Text],
         labels: NDArray,
     ) -> None:
-        self.outputs = partial(Outputs, task=model.task, thresholds=_numbers(model.thresholds))
+        self.outputs = partial(Outputs, task=model.task, thresholds=_numbers(model.settled_thresholds("test")))
 
         def trained(texts: list[Text]) -> NDArray:
             dataset = TokenDataset(tokenize(texts, tokenizer), input_format, None, pad_to_max)
             with torch.inference_mode():
-                return model.document_logits(dataset.__getitems__(list(range(len(texts))))).numpy()
+                return model.calibrated_logits(dataset.__getitems__(list(range(len(texts))))).numpy()
 
         self.quantization = model.identity.quantization
         self.texts = texts

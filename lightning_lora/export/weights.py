@@ -77,6 +77,8 @@ def load_weights(module: Any, path: Path) -> None:
         # With ``bias: all`` PEFT writes the biases of modules that are saved whole twice, and reads them once.
         state = {key: value for key, value in state.items() if ".modules_to_save." not in key}
         result: Any = set_peft_model_state_dict(module.model, state)
+        if module.temperature is not None:
+            module.temperature.fill_(1)  # exports have it in their weights
         if module.thresholds is not None:
             module.thresholds.copy_(torch.tensor(_read_identity(path)["thresholds"]))
     except Exception as error:  # safetensors and torch raise kinds of their own

@@ -12,6 +12,7 @@ Names are the same whatever their case ("POSITIVE", "positive"), as long as that
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ def prepare_head(
 class ScaledLinear(nn.Linear):
     """The last layer of a head that predicts a number: what it gives is scaled to the units of the data.
 
-    So weights and learning rate need not follow these units.
+    So weights and learning rate need not follow these units. A layer without a bias, as heads of language models are,
+    can hold no mean in its weights: it is scaled by the root of the mean square instead.
     """
 
     mean: Tensor
@@ -79,19 +81,20 @@ class ScaledLinear(nn.Linear):
 
     def folded(self) -> nn.Linear:
         """The plain layer that gives the same."""
-        plain = nn.Linear(self.in_features, self.out_features, device="meta")
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         plain.weight = nn.Parameter(self.weight.detach() * self.sd, self.weight.requires_grad)
-        plain.bias = nn.Parameter(self.bias.detach() * self.sd + self.mean, self.bias.requires_grad)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach() * self.sd + self.mean, self.bias.requires_grad)
         return plain
 
 
 def make_scalable(model: Any, modules: Sequence[str]) -> None:
-    """Let the last layer of a fresh head be scaled, where it has a bias to hold the mean."""
+    """Let the last layer of a fresh head be scaled."""
     layers = [
         f"{module}.{name}".rstrip(".")
         for module in modules
         for name, layer in model.get_submodule(module).named_modules()
-        if isinstance(layer, nn.Linear) and layer.out_features == 1 and layer.bias is not None
+        if isinstance(layer, nn.Linear) and layer.out_features == 1
     ]
     if layers:
         model.set_submodule(layers[-1], ScaledLinear(model.get_submodule(layers[-1])))
@@ -101,8 +104,8 @@ def scale_output(model: nn.Module, mean: float, sd: float) -> None:
     """Set the units of what a model predicts, where it can be scaled: mean and standard deviation of the truth."""
     for layer in model.modules():
         if isinstance(layer, ScaledLinear):
-            layer.mean.fill_(mean)
-            layer.sd.fill_(sd)
+            layer.mean.fill_(mean if layer.bias is not None else 0)
+            layer.sd.fill_(sd if layer.bias is not None else math.hypot(mean, sd))
 
 
 def fold_scale(model: nn.Module) -> None:
@@ -110,6 +113,24 @@ def fold_scale(model: nn.Module) -> None:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, ScaledLinear):
             model.set_submodule(name, layer.folded())
+
+
+def divide_output(model: nn.Module, outputs: int, by: float) -> None:
+    """Divide what the last layer of a head gives by a number: its weights, and its bias where it has one.
+
+    Args:
+        model: The model, with or without an adapter, of which a head that is trained whole is a copy.
+        outputs: Outputs of the layer.
+        by: The number.
+    """
+    layers = [
+        layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer.out_features == outputs and ".original_module" not in name
+    ]
+    with torch.no_grad():
+        for parameter in layers[-1].parameters():
+            parameter.div_(by)
 
 
 def outside_backbone(model: Any) -> list[str]:

@@ -93,6 +93,9 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
             rows.append([f"better than {name} by", better])
     if "majority_accuracy" in evaluation:
         rows.append(["majority vote", f"{evaluation['majority_accuracy']:.4f} accuracy on the same rows"])
+    if without := evaluation.get("uncalibrated"):
+        values = ", ".join(f"{METRICS[name].heading} {value:.4f}" for name, value in without.items())
+        rows.append(["temperature", f"{evaluation['temperature']:.3f}; without it {values}"])
     return [*rows, *_threshold_row(evaluation.get("thresholds", {}))]
 
 

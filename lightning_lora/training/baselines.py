@@ -19,6 +19,7 @@ from lightning_lora.models.methods import BASELINES
 from lightning_lora.runs.checkpoints import CheckpointIdentity
 from lightning_lora.tasks import Task
 from lightning_lora.training.evaluation_steps import EvaluationSteps
+from lightning_lora.training.loss import check_calibration
 from lightning_lora.training.module import TextClassifier
 
 
@@ -32,6 +33,7 @@ class TextBaseline(EvaluationSteps):
         method: "majority" or "tfidf".
         task: What is predicted.
         threshold: As of a ``TextClassifier``.
+        calibrate: As of a ``TextClassifier``.
     """
 
     #: As of a ``TextClassifier``, for the run record.
@@ -47,11 +49,14 @@ class TextBaseline(EvaluationSteps):
         method: str = "tfidf",
         task: Task = "single_label",
         threshold: Threshold = "one",
+        calibrate: bool = False,
     ) -> None:
         super().__init__()
+        check_calibration(calibrate, task, threshold, method)
         given = {"label_names": list(label_names), "method": method, "task": task, "threshold": threshold}
-        self.save_hyperparameters(given, logger=False)
+        self.save_hyperparameters({**given, "calibrate": calibrate}, logger=False)
         self.label_names, self.task, self.threshold = list(label_names), task, threshold
+        self.calibrate = calibrate
         self.model = TEXT_BASELINES[method](len(label_names))
         self.identity = CheckpointIdentity("none", "none", self.label_names, method, task=task)
         self.stays_on_device = False
@@ -83,7 +88,7 @@ class TextBaseline(EvaluationSteps):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Says what the weights belong to."""
         checkpoint["state_dict"] = {
-            k: v for k, v in checkpoint["state_dict"].items() if k.startswith(("model.", "thresholds"))
+            k: v for k, v in checkpoint["state_dict"].items() if k.startswith(("model.", "thresholds", "temperature"))
         }
         self.identity.write_to(checkpoint)
         metrics = self.trainer.callback_metrics
@@ -103,10 +108,10 @@ class TextBaseline(EvaluationSteps):
 
 
 def fitted(module: EvaluationSteps, chosen: dict[str, Any], val_labels: np.ndarray) -> dict[str, Any]:
-    """Take the thresholds of several labels from validation rows too; return what was chosen, for the run record."""
-    if module.thresholds is not None:
+    """Take thresholds and temperature from validation rows too; return what was chosen, for the run record."""
+    if module.thresholds is not None or module.temperature is not None:
         model: Any = module.model
-        module.choose_thresholds(model.val_logits, torch.from_numpy(val_labels))
+        module.settle(model.val_logits, torch.from_numpy(val_labels))
     return chosen
 
 
@@ -167,7 +172,7 @@ def make_classifier(base_model: str, label_names: list[str], method: str = "lora
         settings: Others of ``TextClassifier``.
     """
     if method in TEXT_BASELINES:
-        own = {name: settings[name] for name in ("task", "threshold") if name in settings}
+        own = {name: settings[name] for name in ("task", "threshold", "calibrate") if name in settings}
         return TextBaseline(label_names, method, **own)
     kind = LinearProbe if method in BASELINES else TextClassifier
     return kind(base_model, label_names, method, **settings)

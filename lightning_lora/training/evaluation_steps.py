@@ -9,6 +9,7 @@ from torchmetrics import Metric
 
 from lightning_lora.evaluation.metric_table import SHOWN
 from lightning_lora.evaluation.metrics import EvaluationCounter, TrainCounter
+from lightning_lora.evaluation.temperature import fit_temperature, scale_thresholds
 from lightning_lora.evaluation.thresholds import Threshold, choose_thresholds
 from lightning_lora.tasks import Task
 from lightning_lora.training.loss import plain_loss
@@ -22,11 +23,20 @@ class EvaluationSteps(LightningModule):
     threshold: Threshold
     #: Of several labels the probabilities from which on each is predicted, (C,); saved with the weights.
     thresholds: Tensor | None
+    #: Whether a temperature is fitted.
+    calibrate: bool
+    #: What logits are divided by, (), but while training; saved with the weights.
+    temperature: Tensor | None
     train_counter: TrainCounter
 
     def document_logits(self, batch: dict[str, Any]) -> Tensor:
         """Logits, float32 (B, C), of the batch's documents."""
         raise NotImplementedError
+
+    def calibrated_logits(self, batch: dict[str, Any]) -> Tensor:
+        """Logits, float32 (B, C), of the batch's documents, divided by the temperature; within training as they are."""
+        logits = self.document_logits(batch)
+        return logits if self.temperature is None or self._fits else logits / self.temperature
 
     def configure_metrics(self) -> None:
         """Set the metrics of each stage; override to add some: ``self.add_metric("mcc", MulticlassMatthews...(C))``."""
@@ -35,6 +45,7 @@ class EvaluationSteps(LightningModule):
         self.stage_counters = nn.ModuleDict(counters)
         start = 0.5 if isinstance(self.threshold, str) else float(self.threshold)
         self.register_buffer("thresholds", torch.full((classes,), start) if several else None)
+        self.register_buffer("temperature", torch.ones(()) if self.calibrate else None)
 
     def add_metric(self, name: str, metric: Metric) -> None:
         """Log a torchmetrics metric of probabilities (B, C) and labels as "val/NAME" and "test/NAME"."""
@@ -43,7 +54,7 @@ class EvaluationSteps(LightningModule):
 
     def shared_step(self, batch: dict[str, Any], stage: str) -> dict[str, Tensor]:
         """Loss and logits of a batch; counts the metrics of the stage ("val" or "test")."""
-        logits = self.document_logits(batch)
+        logits = self.calibrated_logits(batch)
         labels = batch["labels"].to(logits.device, non_blocking=True)
         loss = plain_loss(logits, labels, self.task)
         if batch["share"]:  # else this process had no row of the part
@@ -60,7 +71,7 @@ class EvaluationSteps(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Logits and the rows they belong to."""
-        logits = self.document_logits(batch)
+        logits = self.calibrated_logits(batch)
         return {"logits": logits.detach(), "rows": batch["rows"]}
 
     def on_validation_epoch_end(self) -> None:
@@ -83,16 +94,30 @@ class EvaluationSteps(LightningModule):
             )
 
     def settled_thresholds(self, stage: str) -> Tensor | None:
-        """The thresholds at the end of a pass, in all processes: within training those that are best on its rows."""
-        chooses = stage == "val" and self.thresholds is not None and self._trainer is not None
-        if chooses and self.trainer.state.fn == "fit" and (rows := self._evaluation_counter(stage).gathered()):
-            self.choose_thresholds(*rows)
-        return self.thresholds
+        """The thresholds at the end of a pass, in all processes; those of validation rows within training are new."""
+        settles = stage == "val" and self._fits and (self.thresholds is not None or self.temperature is not None)
+        if settles and (rows := self._evaluation_counter(stage).gathered()):
+            self.settle(*rows)
+        if self.thresholds is None or self.temperature is None or self._fits:
+            return self.thresholds
+        return scale_thresholds(self.thresholds, self.temperature)
 
-    def choose_thresholds(self, logits: Tensor, labels: Tensor) -> None:
-        """Take the thresholds that are best on validation rows: logits and labels (N, C)."""
-        assert self.thresholds is not None
-        self.thresholds.copy_(choose_thresholds(logits, labels, self.threshold))
+    def settle(self, logits: Tensor, labels: Tensor) -> None:
+        """Take the thresholds and the temperature that are best on validation rows.
+
+        Args:
+            logits: Not divided by a temperature, (N, C).
+            labels: (N,), of several labels (N, C).
+        """
+        if self.thresholds is not None:
+            self.thresholds.copy_(choose_thresholds(logits, labels, self.threshold))
+        if self.temperature is not None:
+            self.temperature.fill_(fit_temperature(logits, labels, self.task))
+
+    @property
+    def _fits(self) -> bool:
+        """Whether training is under way, validation passes included."""
+        return self._trainer is not None and self.trainer.state.fn == "fit"
 
     def counter(self, stage: str) -> TrainCounter | EvaluationCounter:
         """What counts the metrics of a stage ("train", "val" or "test")."""

@@ -74,6 +74,30 @@ def check_task(
         check_range("model.threshold", threshold, 0, 1)
 
 
+def check_calibration(calibrate: bool, task: Task, threshold: str | float, method: str) -> None:
+    """Refuse a temperature where it means nothing, or would change what a threshold was typed for.
+
+    Args:
+        calibrate: Whether one is asked for.
+        task: What is predicted.
+        threshold: From which on labels are predicted.
+        method: How the model is fine-tuned.
+
+    Raises:
+        UserError: There is none, or it would.
+    """
+    if not calibrate:
+        return
+    if task == "regression" or method == "none":
+        why = "numbers (task regression) are no probabilities" if task == "regression" else "method 'none' fits nothing"
+        raise UserError(f"model.calibrate: {why}; leave it out")
+    if not isinstance(threshold, str) and threshold != 0.5:
+        raise UserError(
+            f"model.threshold: {threshold}, but calibration would change the labels that have this probability; give "
+            "one, per_label or 0.5, or leave out model.calibrate"
+        )
+
+
 def make_class_weights(asked: ClassWeights, class_counts: list[int], rows: int | None = None) -> Tensor:
     """Weights of the classes, float32 (C,), under which a training row weighs 1 on average.
 

@@ -31,7 +31,7 @@ from lightning_lora.program import command_line
 from lightning_lora.runs.checkpoints import CheckpointIdentity
 from lightning_lora.tasks import Task
 from lightning_lora.training.guard import check_whole_steps, compute_largest_batch
-from lightning_lora.training.loss import ClassWeights, check_task, make_class_weights, row_losses
+from lightning_lora.training.loss import ClassWeights, check_calibration, check_task, make_class_weights, row_losses
 from lightning_lora.training.optim import (
     Schedule,
     count_steps,
@@ -69,6 +69,8 @@ class TextClassifier(StepRunner):
         task: What is predicted: one class, any number of labels, or a number; linked to the data.
         threshold: Of several labels the probability from which on one is predicted: "one" for all labels or one
             "per_label", chosen by F1 on validation rows and kept with the weights; or a number.
+        calibrate: Divide logits by a temperature that is fitted to validation rows and kept with the weights, so that
+            probabilities are those that come true; no label changes.
         label_smoothing: From 0 up to 1; in training only.
         class_weights: Weights of the classes in the training loss: "balanced" (inverse to their share of
             the training rows) or one number a class; they are scaled so that a row weighs 1 on average. Of several
@@ -101,6 +103,7 @@ class TextClassifier(StepRunner):
         weight_decay: float = 0.01,
         task: Task = "single_label",
         threshold: Threshold = "one",
+        calibrate: bool = False,
         label_smoothing: float = 0.0,
         class_weights: ClassWeights | None = None,
         attention: Literal["auto", "eager", "sdpa", "exact"] = "auto",
@@ -126,6 +129,7 @@ class TextClassifier(StepRunner):
         check_range("model.warmup_ratio", warmup_ratio, 0, 1)
         check_range("model.label_smoothing", label_smoothing, 0, 1)
         check_task(task, len(label_names), label_smoothing, class_weights, threshold)
+        check_calibration(calibrate, task, threshold, method)
         check_range("model.weight_decay", weight_decay, 0, None)
         check_range("model.learning_rate", learning_rate or 0, 0, None)
         self.learning_rate = entry.learning_rate if learning_rate is None else learning_rate
@@ -133,7 +137,7 @@ class TextClassifier(StepRunner):
         given |= {"adapter": asdict(adapter), "quantization": asdict(quantization), "speedups": asdict(speedups)}
         self.save_hyperparameters(given, logger=False)
         self.label_names = list(label_names)
-        self.task, self.threshold = task, threshold
+        self.task, self.threshold, self.calibrate = task, threshold, calibrate
         self.schedule = schedule
         self.warmup_ratio = warmup_ratio
         self.weight_decay = weight_decay
@@ -329,6 +333,11 @@ class TextClassifier(StepRunner):
         """Puts the frozen weights into their number format, and takes the class weights of the training loss."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TextDataModule):
+            if self.calibrate and data.truncation == "windows":
+                raise UserError(
+                    "model.calibrate: exports scale the logits of each window, which can change the label that all "
+                    "windows of a text have together; leave it out, or give data.truncation head or both"
+                )
             data.packed = self.packed_batches.wanted(self.trainer)
         if self.lowers_frozen(str(self.trainer.precision)):
             lower_frozen(self.model, torch.bfloat16)

@@ -201,4 +201,6 @@ def describe_best(folder: RunFolder, task: Task = "single_label") -> dict[str, A
     metrics = checkpoint.get("metrics", {})
     epoch = int(checkpoint["epoch"]) + 1 if checkpoint["global_step"] else 0
     name, step = monitored(task)["monitor"], int(checkpoint["global_step"])
-    return {"monitor": name, "value": metrics.get(name), "epoch": epoch, "step": step, "metrics": metrics}
+    found = {"monitor": name, "value": metrics.get(name), "epoch": epoch, "step": step, "metrics": metrics}
+    temperature = checkpoint["state_dict"].get("temperature")
+    return found if temperature is None else {**found, "temperature": temperature.item()}

@@ -181,6 +181,7 @@ def test_runs_are_compared_by_row(run: Path, capsys) -> None:
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_resumes_bit_for_bit(task: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["fit", "--config", str(write_config(tmp_path, tiny_base, task, 100))]
+    words += ["--model.calibrate", "true"] if task == "multi_label" else []
     step = TextClassifier.training_step
 
     def interrupt(self, batch, batch_idx):
@@ -226,6 +227,18 @@ def test_baselines_are_runs(task: str, method: str, tiny_base: Path, tmp_path: P
         ("regression", ["--model.class_weights", "balanced"], "model.class_weights: numbers (task regression)"),
         ("regression", ["--model.label_smoothing", "0.1"], "model.label_smoothing: numbers (task regression)"),
         ("regression", ["--model.threshold", "0.3"], "model.threshold: only labels of which a text may have several"),
+        ("regression", ["--model.calibrate", "true"], "model.calibrate: numbers (task regression) are no"),
+        (
+            "multi_label",
+            ["--model.calibrate", "true", "--model.threshold", "0.3"],
+            "model.threshold: 0.3, but calibration would change the labels",
+        ),
+        ("multi_label", ["--model.calibrate", "true", "--model.method", "none"], "model.calibrate: method 'none'"),
+        (
+            "multi_label",
+            ["--model.calibrate", "true", "--data.truncation", "windows"],
+            "model.calibrate: exports scale the logits of each window",
+        ),
         ("multi_label", ["--model.threshold", "1.5"], "model.threshold: a number from 0 up to 1"),
         ("multi_label", ["--model.class_weights", "[1, 2]"], "model.class_weights: 2 weights for 3 classes"),
         ("regression", ["--data.task", "auto"], "a measure, not classes; set data.task=regression"),
@@ -289,3 +302,23 @@ def test_arms_are_compared_by_a_metric_of_the_task(
     assert main(["ablate", "--config", "plan.yaml", "--name", "a", "--trainer.max_epochs", "1"]) == 0
     metric = {"multi_label": "f1_samples", "regression": "mse"}[task]
     assert f"test {metric}" in (tmp_path / "logs" / "a" / "report.md").read_text()
+
+
+def test_numbers_of_a_head_without_a_bias_are_in_their_units(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    """Numbers near 1,000, by a language model: the scale is in the weights of exports, which have no bias."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    words = ["--config", str(write_config(tmp_path, make_base("qwen2"), "regression")), "--logs_dir", str(tmp_path)]
+    assert main(["fit", *words, "--name", "run"]) == 0 and main(["test", "--run", str(tmp_path / "run")]) == 0
+    table = pq.read_table(tmp_path / "run" / "predictions" / "test.parquet").to_pydict()
+    found = record_of(tmp_path / "run")["evaluations"]["test"]["after"]["mse"]
+    assert found == pytest.approx(mean_squared_error(table["label"], table["prediction"]), rel=1e-4)
+    assert found < 4 * np.var(table["label"])  # a thousandth of what zeros give
+    assert main(["export", "--run", str(tmp_path / "run"), "--formats", "[adapter,merged]"]) == 0
+    folder, texts = tmp_path / "run" / "export" / "merged", [text for text, _ in make_sets(20)]
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        said = model(**tokenizer(texts, truncation=True, padding=True, return_tensors="pt")).logits[:, 0].tolist()
+    assert model.score.bias is None and load_run(tmp_path / "run").predict(texts).names == pytest.approx(said, rel=1e-4)
+    again = load_run(tmp_path / "run", str(tmp_path / "run" / "export" / "adapter")).predict(texts)
+    assert again.names == pytest.approx(said, rel=1e-4)

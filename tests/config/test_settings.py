@@ -8,7 +8,7 @@ import yaml
 
 from lightning_lora.cli import main
 from lightning_lora.commands.compare import choose_arms
-from lightning_lora.config.settings import make_parser, parse_settings, read_config, split_fit
+from lightning_lora.config.settings import make_parser, parse_settings, read_config
 from lightning_lora.experiments.resolving import resolve
 from lightning_lora.models.methods import METHODS
 from tests.conftest import make_rows, write_csv
@@ -117,6 +117,5 @@ def test_what_was_used_on_one_machine_can_be_evaluated_on_another(words: list[st
         (["--data.text_column", "a"], "both"),
     ],
 )
-def test_the_default_config_s_truncation_is_not_of_pairs(words: list[str], expected: str) -> None:
+def test_the_default_config_s_truncation_suits_one_text_and_a_pair(words: list[str], expected: str) -> None:
     assert parse_settings(make_parser("fit"), "fit", words)["data.truncation"] == expected
-    assert ("truncation" in split_fit(words)[0][0]["data"]) == ("first" not in str(words))

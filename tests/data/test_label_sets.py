@@ -146,3 +146,17 @@ def test_duplicates_of_test_texts_are_removed_from_train(tmp_path: Path) -> None
     prepared = prepare(SourceOptions(str(tmp_path / "a.jsonl")))
     keys = [set(rows.keys) for rows in prepared.splits.values()]
     assert not keys[0] & keys[1] | keys[0] & keys[2] | keys[1] & keys[2]
+
+
+def test_over_the_folds_each_row_is_tested_once_and_labels_are_shared_out(tmp_path: Path) -> None:
+    options, tested = write(tmp_path, "parquet"), list[str]()
+    for k in range(1, 5):
+        prepared = prepare(SourceOptions(**options, fold=[k, 4]))
+        splits = {split: set(each.texts) for split, each in prepared.splits.items()}
+        assert set.union(*splits.values()) == set(TEXTS) and sum(map(len, splits.values())) == len(TEXTS)
+        assert prepared.class_counts("test")[0] == 5  # a quarter of 20
+        assert set(prepared.class_counts("test")[1:]) <= {7, 8}  # of 30
+        tested += prepared.splits["test"].texts
+    assert sorted(tested) == sorted(TEXTS)
+    with pytest.raises(UserError, match="n goes from 2 to the 30 texts of the largest class"):
+        prepare(SourceOptions(**options, fold=[1, 31]))

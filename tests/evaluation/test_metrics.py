@@ -82,3 +82,10 @@ def test_the_metrics_of_training_rows_are_those_of_scikit_learn_also_of_partly_f
     assert found["loss"] == pytest.approx((10 * 2.0 + 5 * 1.0) / 15)
     counter.restore(state)
     assert counter.take_values(["a", "b", "c"]) == found and not counter.counted()["rows"]
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label"])
+def test_training_metrics_do_not_add_up_what_other_processes_have_counted(task: str) -> None:
+    """``TrainCounter`` has the rows of all processes; each metric of torchmetrics would gather them once more."""
+    metrics = make_metrics(3, training=True, task=task).values()  # type: ignore[arg-type]
+    assert metrics and not any(metric.sync_on_compute for metric in metrics)

@@ -136,3 +136,18 @@ def test_a_fold_is_fitted_by_hand_and_a_second_call_of_the_ablation_trains_nothi
     assert splits[0].equals(splits[1])
     given = ["ablate", "--config", str(place / "folds.yaml"), "--logs_dir", str(place), "--data.fold", "[1, 3]"]
     assert main(given) == 2 and "data.fold: an option gives [1, 3] to every cell" in capsys.readouterr().err
+
+
+def test_labels_of_each_row_are_predicted_from_the_thresholds_of_its_fold_on() -> None:
+    axes = {"rank": CONTENT["axes"]["rank"]}  # type: ignore[index]
+    plan, found = make_plan({**CONTENT, "metric": "f1_samples", "axes": axes}, Path("a.yaml")), []
+    for cell in plan.cells:
+        keys = np.arange(3 * cell.fold, 3 * cell.fold + 3)
+        logits, labels = np.zeros((3, 2), np.float32), np.array([[1, 0]] * 3)
+        thresholds = np.array([0.1 * cell.fold, 0.9])
+        own = Answers(logits, labels, keys, ["a", "b"], task="multi_label", thresholds=thresholds)
+        found.append(CellResult(cell, "finished", "", {}, {"val": own, "test": own}))
+    pooled = compare_arms(plan, found)[0].by_seed[0].answers["test"]
+    assert pooled.predicted[:, 0].all() and not pooled.predicted[:, 1].any()
+    assert pooled.thresholds is not None
+    assert pooled.thresholds[:, 0] == pytest.approx(np.repeat([0.1, 0.2, 0.3], 3))
