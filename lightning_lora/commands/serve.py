@@ -46,7 +46,8 @@ def serve_runs(options: Any, address: Any, key: str | None) -> None:
     quiet_libraries()
     shared, runs = SharedWeights(), dict[str, ServedRun]()
     for folder in map(Path, options.run):
-        served = ServedRun(folder, options.checkpoint, shared, options.batch_tokens)
+        alone = len(options.run) == 1
+        served = ServedRun(folder, options.checkpoint, shared, options.batch_tokens, merged=alone)
         runs[served.name] = served
         sizes = f"{served.weight_bytes / 1e6:,.0f} MB of weights, {served.shared_bytes / 1e6:,.0f} of them shared"
         print(f"{served.name}: weights {served.fingerprint[:12]}, {sizes}", file=sys.stderr, flush=True)

@@ -18,9 +18,10 @@ from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.inference.loaded_run import load_run
 from lightning_lora.inference.predict_files import fingerprint
 from lightning_lora.runs.folder import RunFolder, kept_metrics
+from lightning_lora.training.module import TextClassifier
 
 #: Tokens of a batch on a CPU, padding included, where larger batches are no faster (measured: docs/LOG.md).
-CPU_BATCH_TOKENS = 2048
+CPU_BATCH_TOKENS = 1024
 
 
 class QueuedTokens:
@@ -49,12 +50,21 @@ class ServedRun:
         checkpoint: As for ``load_run``.
         shared: Weights of other runs, whose memory is used where this run has the same.
         batch_tokens: Tokens of a batch at most; None for what suits the machine.
+        merged: Whether LoRA's product is added to the weights, as it is by ``predict``: then a batch takes less time,
+            and changing between runs more.
 
     Raises:
         UserError: As ``load_run``.
     """
 
-    def __init__(self, folder: Path, checkpoint: str, shared: "SharedWeights", batch_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: str,
+        shared: "SharedWeights",
+        batch_tokens: int | None = None,
+        merged: bool = True,
+    ) -> None:
         run = RunFolder.open(folder)
         self.name = folder.resolve().name
         self.fingerprint = fingerprint(run.checkpoint(checkpoint))
@@ -63,6 +73,8 @@ class ServedRun:
         # A pass of the trainer brings the model to its device and its precision, and checks packed batches.
         loaded.predict([("a", "a") if self.pairs else "a"] * 2)
         self.model: Any = loaded.model.eval()
+        if isinstance(self.model, TextClassifier) and not merged:
+            self.model.speedups = replace(self.model.speedups, merged_evaluation=False)
         self.weight_bytes, self.shared_bytes = shared.share(self.model)
         self.packed = loaded.packed
         self._together = evaluated_together(loaded.eval_batch_size)

@@ -29,7 +29,7 @@ PAIRS = [row[:2] for row in make_pairs(20, seed=7)]
 
 @pytest.fixture(scope="session")
 def run_folders(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two LoRA runs with other labels, one of several labels, one of pairs, one in windows and a baseline."""
+    """Two LoRA runs with other labels, one of several labels, one of pairs, one in windows, one packed, a baseline."""
     place = tmp_path_factory.mktemp("served")
     config: dict[str, Any] = {
         "model": {"base_model": str(tiny_base), "learning_rate": 5e-3},
@@ -46,6 +46,7 @@ def run_folders(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     more = {
         "several": ["--config", str(write_config(place / "sets", tiny_base, "multi_label", 60))],
         "windows": [*own, "--data.truncation", "windows", "--data.max_length", "12", "--trainer.max_epochs", "1"],
+        "packed": [*own, "--model.speedups.packing", "true", "--trainer.max_epochs", "1"],
         "words": [*own, "--model.method", "tfidf"],
         "pairs": ["--config", str(place / "pairs.yaml")],
     }
@@ -56,9 +57,12 @@ def run_folders(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 @pytest.fixture(scope="session")
 def served(run_folders: dict[str, Path]) -> dict[str, ServedRun]:
-    """The runs, loaded once, with small batches."""
+    """The runs, loaded once, with small batches; merged and not."""
     shared = SharedWeights()
-    return {path.name: ServedRun(path, "best", shared, batch_tokens=200) for path in run_folders.values()}
+    return {
+        path.name: ServedRun(path, "best", shared, batch_tokens=200, merged=path.name == "run")
+        for path in run_folders.values()
+    }
 
 
 @pytest.fixture(scope="session")

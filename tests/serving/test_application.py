@@ -30,6 +30,7 @@ def test_answers_of_many_clients_and_runs_are_those_of_predict(client: TestClien
     for (name, positions), answer in zip(jobs, answers, strict=True):
         check(answer, expected[name], positions)
         assert (answer["run"], answer["fingerprint"]) == (name, served[name].fingerprint)
+    assert [name for name, run in served.items() if run.packed] == ["packed"]
     several = next(a for (name, _), a in zip(jobs, answers, strict=True) if name == "several")
     assert list(several["thresholds"].values()) == pytest.approx(expected["several"].thresholds.tolist())
     counted = client.get("/metrics").text

@@ -69,7 +69,7 @@ def test_runs_share_the_weights_that_are_equal_and_no_others(served: dict[str, S
         {p.data_ptr() for p in served[name].model.parameters() if p.requires_grad} for name in ("run", "three-labels")
     ]
     assert not trained[0] & trained[1]
-    assert served["run"].shared_bytes == 0 < served["pairs"].shared_bytes < served["pairs"].weight_bytes
+    assert served["run"].shared_bytes < served["pairs"].shared_bytes < served["pairs"].weight_bytes
     assert served["run"].loaded.tokenizer is served["several"].loaded.tokenizer
     # What other runs did meanwhile has changed nothing.
     alone = load_run(run_folders["run"])

@@ -1,7 +1,9 @@
 """The server as a process: really started, asked over HTTP, and ended."""
 
+import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -83,6 +85,24 @@ def test_a_server_that_is_told_to_end_answers_what_it_has_accepted(start, run_fo
         client.join(60)
     assert server.wait() == 0, server.text()
     assert lost == []
+
+
+@pytest.mark.slow
+def test_no_request_made_from_the_openapi_document_makes_the_server_fail(start, run_folders) -> None:
+    """Answers have the statuses, content types and forms of the document; SERVE_REQUESTS sets how many are made."""
+    pytest.importorskip("schemathesis")
+    words = [word for name in ("run", "several", "pairs") for word in ("--run", str(run_folders[name]))]
+    server, address = start(*words, LIGHTNING_LORA_API_KEY="word")
+    key, count = "Authorization: Bearer word", os.environ.get("SERVE_REQUESTS", "500")
+    # What is valid for one run is refused by another: a text where a pair is needed, or a run that is not named.
+    more = ["--exclude-checks", "positive_data_acceptance", "--generation-database", "none", "--seed", "1"]
+    command = [Path(sys.executable).with_name("schemathesis"), "run", f"{address}/openapi.json", "-H", key, "-n", count]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    counted = httpx2.get(f"{address}/metrics", headers={"Authorization": "Bearer word"}).text
+    answers = re.findall(r'lightning_lora_requests_total\{.*status="(\d+)"\} ([\d.]+)', counted)
+    assert sum(float(number) for _, number in answers) > float(count)
+    assert not [status for status, _ in answers if status.startswith("5")], server.text()
 
 
 @pytest.mark.parametrize(
