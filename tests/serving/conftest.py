@@ -7,22 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
-pytest.importorskip("fastapi", reason="needs the extra 'serve'")
-
-from starlette.testclient import TestClient
-
 from lightning_lora import load_run
 from lightning_lora.cli import main
-from lightning_lora.serving.application import make_app
-from lightning_lora.serving.batcher import Batcher
-from lightning_lora.serving.gate import Gate
-from lightning_lora.serving.metrics import ServingMetrics
-from lightning_lora.serving.schemas import Limits
-from lightning_lora.serving.served_run import ServedRun, SharedWeights
 from tests.commands.test_tasks import write_config
 from tests.conftest import PAIR_HEADER, fit_tiny, make_pairs, make_rows, write_csv
 
-LIMITS = Limits(body_mb=0.02, texts=20, characters=300, waiting_texts=500)
+LIMITS: dict[str, Any] = {"body_mb": 0.02, "texts": 20, "characters": 300, "waiting_texts": 500}
 TEXTS = [text for text, _ in make_rows(60, seed=5)]
 PAIRS = [row[:2] for row in make_pairs(20, seed=7)]
 
@@ -56,8 +46,10 @@ def run_folders(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.fixture(scope="session")
-def served(run_folders: dict[str, Path]) -> dict[str, ServedRun]:
+def served(run_folders: dict[str, Path]) -> dict[str, Any]:
     """The runs, loaded once, with small batches; merged and not."""
+    from lightning_lora.serving.served_run import ServedRun, SharedWeights
+
     shared = SharedWeights()
     return {
         path.name: ServedRun(path, "best", shared, batch_tokens=200, merged=path.name == "run")
@@ -77,17 +69,25 @@ def inputs(name: str) -> list[Any]:
 
 
 @pytest.fixture
-def gate(served: dict[str, ServedRun]) -> Iterator[Gate]:
+def gate(served: dict[str, Any]) -> Iterator[Any]:
     """The application in front of the runs, without a key."""
-    metrics = ServingMetrics()
-    batcher = Batcher(LIMITS.waiting_texts, metrics)
+    from lightning_lora.serving.application import make_app
+    from lightning_lora.serving.batcher import Batcher
+    from lightning_lora.serving.gate import Gate
+    from lightning_lora.serving.metrics import ServingMetrics
+    from lightning_lora.serving.schemas import Limits
+
+    limits, metrics = Limits(**LIMITS), ServingMetrics()
+    batcher = Batcher(limits.waiting_texts, metrics)
     batcher.start()
-    yield Gate(make_app(served, batcher, LIMITS), None, LIMITS.body_mb, metrics)
+    yield Gate(make_app(served, batcher, limits), None, limits.body_mb, metrics)
     batcher.close()
 
 
 @pytest.fixture
-def client(gate: Gate) -> TestClient:
+def client(gate: Any) -> Any:
+    from starlette.testclient import TestClient
+
     return TestClient(gate)
 
 

@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+
 from starlette.testclient import TestClient
 
 from lightning_lora.evaluation.predictions import Predictions
@@ -52,8 +55,8 @@ def test_one_text_may_stand_alone(client: TestClient, expected) -> None:
     ("body", "status", "said"),
     [
         ({"run": "run", "texts": []}, 422, "at least 1 item"),
-        ({"run": "run", "texts": ["a"] * (LIMITS.texts + 1)}, 422, "at most 20 items"),
-        ({"run": "run", "texts": "a" * (LIMITS.characters + 1)}, 422, "at most 300 characters"),
+        ({"run": "run", "texts": ["a"] * (LIMITS["texts"] + 1)}, 422, "at most 20 items"),
+        ({"run": "run", "texts": "a" * (LIMITS["characters"] + 1)}, 422, "at most 300 characters"),
         ({"run": "run", "texts": ["fine", " \u200b"]}, 422, "text 1: a text is needed"),
         ({"run": "run", "texts": [["a", "b"]]}, 422, "text 0: a text is needed"),
         ({"run": "pairs", "texts": ["a", "b"]}, 422, "text 0: a pair of texts is needed"),
@@ -128,4 +131,4 @@ def test_info_tells_what_is_served_and_no_path(client: TestClient, run_folders) 
     found = {run["run"]: run for run in info.json()["runs"]}
     assert found["run"]["labels"] == ["neg", "pos"] and found["run"]["max_length"] == 32
     assert {"accuracy", "f1_macro"} <= {*found["run"]["metrics"]} and found["pairs"]["pairs"]
-    assert info.json()["limits"]["texts"] == LIMITS.texts
+    assert info.json()["limits"]["texts"] == LIMITS["texts"]

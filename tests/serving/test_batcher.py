@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+
 from lightning_lora import load_run
 from lightning_lora.serving.batcher import Batcher, choose_batch
 from lightning_lora.serving.metrics import ServingMetrics

@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
+pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+
 from lightning_lora.cli import main
 from tests.faults.processes import Run
 from tests.serving.conftest import TEXTS, check
