@@ -20,7 +20,7 @@ from lightning_lora.inference.predict_files import fingerprint
 from lightning_lora.runs.folder import RunFolder, kept_metrics
 from lightning_lora.training.module import TextClassifier
 
-#: Tokens of a batch on a CPU, padding included, where larger batches are no faster (measured: docs/LOG.md).
+#: Tokens of a batch on a CPU, padding included: larger ones are no faster there (docs/LOG.md).
 CPU_BATCH_TOKENS = 1024
 
 
