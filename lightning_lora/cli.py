@@ -30,6 +30,7 @@ COMMANDS = {
     "report": ("the report of ablations or of any runs, without torch", "report:run"),
     "recipes": ("the configs that --config finds by name", "recipes:run"),
     "predict": ("labels and probabilities for your own texts", "predict:run"),
+    "serve": ("labels and probabilities over HTTP, of one run or many", "serve:run"),
 }
 #: Seconds that a process waits for the one that leads it.
 PATIENCE_S = 10

@@ -53,6 +53,16 @@ class LoadedRun:
         """Names of the classes in the order of their numbers."""
         return self.model.label_names
 
+    @property
+    def packed(self) -> bool:
+        """Whether its batches are packed."""
+        model = self.model
+        return (
+            isinstance(model, TextClassifier)
+            and self.padding != "max_length"
+            and model.packed_batches.wanted(self.trainer)
+        )
+
     def predict(self, texts: Sequence[Text]) -> Predictions:
         """Classify texts.
 
@@ -64,6 +74,14 @@ class LoadedRun:
             where a text may have several labels, and numbers where these are predicted.
 
         Raises:
+            UserError: As ``checked``.
+        """
+        return self.predict_dataset(self.dataset(self.checked(texts)))
+
+    def checked(self, texts: Sequence[Text]) -> list[Text]:
+        """The texts or pairs of texts as the model reads them.
+
+        Raises:
             UserError: A text is not a string, or is blank; or is a pair where a text is needed, or the other way round.
         """
         pair, checked = is_pair(self.frame.keep), list[Text]()
@@ -73,7 +91,7 @@ class LoadedRun:
                 kind = "a pair of texts" if pair else "a text"
                 raise UserError(f"text {i}: {kind} is needed, got {text!r:.40}")
             checked.append(row_text(sides, pair))
-        return self.predict_dataset(self.dataset(checked))
+        return checked
 
     def dataset(self, texts: Sequence[Text]) -> TokenDataset:
         """The texts, tokenized."""
@@ -86,11 +104,9 @@ class LoadedRun:
         names, task = self.model.label_names, self.model.task
         if not len(dataset):
             return Predictions(np.zeros((0, len(names))), None, names, np.zeros(0, dtype=np.int64), task=task)
-        together = evaluated_together(self.eval_batch_size)
-        model, packed = self.model, False
-        if isinstance(model, TextClassifier) and self.padding != "max_length":
-            packed = model.packed_batches.wanted(self.trainer)
-        loader = make_loader(dataset, evaluation_sampler(dataset, together, packed), packed)
+        packed = self.packed
+        sampler = evaluation_sampler(dataset, evaluated_together(self.eval_batch_size), packed)
+        loader = make_loader(dataset, sampler, packed)
         # To put a prediction into its list, the trainer waits for a GPU after each batch (Lightning 2.6.6).
         collector = PredictionCollector()
         self.trainer.callbacks.append(collector)  # type: ignore[attr-defined]

@@ -37,6 +37,7 @@ def test_every_command_has_a_help_page(command: str, capsys: pytest.CaptureFixtu
         "ablate": "--no_test",
         "report": "folders",
         "recipes": "name",
+        "serve": "--max_texts",
     }
     assert own[command] in told and f"main.py {command}" in told
 

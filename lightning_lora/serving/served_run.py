@@ -1,0 +1,159 @@
+"""A loaded run that predicts batch after batch without a trainer's pass around each; weights shared between runs."""
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
+from lightning_lora.data.order import evaluated_together
+from lightning_lora.data.pairs import Text, is_pair
+from lightning_lora.evaluation.predictions import Predictions
+from lightning_lora.inference.loaded_run import load_run
+from lightning_lora.inference.predict_files import fingerprint
+from lightning_lora.runs.folder import RunFolder, kept_metrics
+from lightning_lora.training.module import TextClassifier
+
+#: Tokens of a batch on a CPU, padding included: larger ones are no faster there (docs/LOG.md).
+CPU_BATCH_TOKENS = 1024
+
+
+class QueuedTokens:
+    """Token ids of texts of several requests, as a ``TokenDataset`` reads them.
+
+    Args:
+        ids: Of each text, or two arrays of each pair.
+    """
+
+    def __init__(self, ids: Sequence[Any]) -> None:
+        self.ids = ids
+        self.lengths = np.array([sum(map(len, each)) if isinstance(each, tuple) else len(each) for each in ids])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.ids[index]
+
+
+class ServedRun:
+    """A run that is loaded, on its device, and ready to predict.
+
+    Args:
+        folder: That of the run.
+        checkpoint: As for ``load_run``.
+        shared: Weights of other runs, whose memory is used where this run has the same.
+        batch_tokens: Tokens of a batch at most; None for what suits the machine.
+        merged: Whether LoRA's product is added to the weights, as it is by ``predict``: then a batch takes less time,
+            and changing between runs more.
+
+    Raises:
+        UserError: As ``load_run``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: str,
+        shared: "SharedWeights",
+        batch_tokens: int | None = None,
+        merged: bool = True,
+    ) -> None:
+        run = RunFolder.open(folder)
+        self.name = folder.resolve().name
+        self.fingerprint = fingerprint(run.checkpoint(checkpoint))
+        loaded = load_run(folder, checkpoint)
+        self.loaded = loaded = replace(loaded, tokenizer=shared.tokenizer(loaded.tokenizer))
+        # A pass of the trainer brings the model to its device and its precision, and checks packed batches.
+        loaded.predict([("a", "a") if self.pairs else "a"] * 2)
+        self.model: Any = loaded.model.eval()
+        if isinstance(self.model, TextClassifier) and not merged:
+            self.model.speedups = replace(self.model.speedups, merged_evaluation=False)
+        self.weight_bytes, self.shared_bytes = shared.share(self.model)
+        self.packed = loaded.packed
+        self._together = evaluated_together(loaded.eval_batch_size)
+        on_gpu = loaded.trainer.strategy.root_device.type == "cuda"
+        room = self._together * loaded.frame.max_length
+        self.batch_tokens = batch_tokens or (room if on_gpu else min(room, CPU_BATCH_TOKENS))
+        self.thresholds = None if self.model.thresholds is None else self.model.thresholds.float().cpu().numpy()
+        record = run.read() if run.record.is_file() else {}
+        of_best = dict(kept_metrics(record, "test") or kept_metrics(record, "val")) if checkpoint == "best" else {}
+        self.metrics = {name: value for name, value in of_best.items() if isinstance(value, int | float)}
+        self._pass = ExitStack()
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it reads pairs of texts."""
+        return is_pair(self.loaded.frame.keep)
+
+    def start(self) -> None:
+        """Get ready for batches, as at the start of an evaluation: adapters are merged until ``stop``."""
+        self._pass.callback(self.model.on_predict_end)
+        self.model.on_predict_start()
+
+    def stop(self) -> None:
+        """Undo ``start``."""
+        self._pass.close()
+
+    def logits(self, ids: Sequence[Any], texts: Sequence[Text]) -> np.ndarray:
+        """Compute the logits of a batch, float32 (N, C), between ``start`` and ``stop``, in inference mode.
+
+        Args:
+            ids: Token ids of N texts, without special tokens.
+            texts: The texts.
+        """
+        loaded = self.loaded
+        tokens: Any = QueuedTokens(ids)
+        dataset = TokenDataset(tokens, loaded.frame, None, loaded.padding == "max_length")
+        dataset.batch_texts = texts
+        if self.packed:
+            most = LengthBatchSampler(dataset.lengths, self._together, None, room=self.batch_tokens).most_texts
+            dataset.pack_evaluation(self.batch_tokens, most)
+        device = loaded.trainer.strategy.root_device
+        with loaded.trainer.precision_plugin.predict_step_context():
+            output = self.model.predict_step(dataset.__getitems__(range(len(ids))).to(device), 0)
+        return output["logits"].float().cpu().numpy()
+
+    def predictions(self, logits: np.ndarray) -> Predictions:
+        """Return what logits (N, C) mean, as ``LoadedRun.predict`` does."""
+        names, task = self.model.label_names, self.model.task
+        return Predictions(logits, None, names, np.arange(len(logits)), task=task, thresholds=self.thresholds)
+
+
+class SharedWeights:
+    """Weights in memory, each once, whatever the number of models that have it."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._tokenizers: dict[str, Any] = {}
+
+    def tokenizer(self, tokenizer: Any) -> Any:
+        """Return the one that makes the same tokens, if there is one, or the tokenizer itself."""
+        return self._tokenizers.setdefault(tokenizer.backend_tokenizer.to_str(), tokenizer)
+
+    def share(self, model: nn.Module) -> tuple[int, int]:
+        """Let a model's weights be those that are known where they are equal, and know the others from now on.
+
+        Nothing may change a weight in place from then on.
+
+        Returns:
+            The bytes of all its weights, and of those that were known.
+        """
+        total = known = 0
+        for weight in model.parameters():
+            data = weight.data
+            # As bytes, since NumPy has no bfloat16.
+            content = data.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            key = hashlib.sha256(content.data).digest(), data.shape, data.dtype, data.device
+            first = self._known.setdefault(key, data)
+            total += data.nbytes
+            if first is not data:
+                weight.data = first
+                known += data.nbytes
+        return total, known
