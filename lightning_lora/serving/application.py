@@ -37,9 +37,11 @@ def make_app(runs: Mapping[str, ServedRun], batcher: Batcher, limits: Limits) ->
     """
     app = FastAPI(title="lightning_lora", version=__version__, docs_url=None, redoc_url=None)
     app.state.batcher, app.state.draining = batcher, False
-    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.exception_handler(RequestValidationError)(_answer_invalid)
     app.add_exception_handler(Exception, _answer_failure)
-    refused = {status: {"model": Refusal} for status in (400, 401, 404, 413, 422, 429, 500)}
+    refused: dict[int | str, dict[str, Any]] = {
+        status: {"model": Refusal} for status in (400, 401, 404, 413, 422, 429, 500)
+    }
     # Only for the OpenAPI document: the key is checked before a body is read.
     keyed = [Depends(HTTPBearer(auto_error=False))]
     served = [_describe(run) for run in runs.values()]

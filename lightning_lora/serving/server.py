@@ -37,8 +37,9 @@ class DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no more connections, answer what comes by the open ones, and then close them."""
         self.gate.app.state.draining = True
-        for each in [*self.servers, *(sockets or [])]:
-            each.close()
+        for listening in (self.servers, sockets or []):
+            for each in listening:
+                each.close()
         await asyncio.sleep(DRAIN_S)
         await super().shutdown(sockets)
 
