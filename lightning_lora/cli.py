@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": ("train and test several arms on the same rows: one table", "compare:run"),
     "export": ("adapter, merged model and ONNX for other software", "export:run"),
     "sample": ("random test rows with truth and prediction", "sample:run"),
+    "explain": ("what each word adds to a prediction, and labels that are likely wrong", "explain:run"),
     "ablate": ("an ablation: axes, seeds, sound comparison, report", "ablate:run"),
     "report": ("the report of ablations or of any runs, without torch", "report:run"),
     "predict": ("labels and probabilities for your own texts", "predict:run"),

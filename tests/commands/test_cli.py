@@ -35,6 +35,7 @@ def test_every_command_has_a_help_page(command: str, capsys: pytest.CaptureFixtu
         "predict": "--text_column",
         "compare": "--arms",
         "sample": "--only",
+        "explain": "--html",
         "ablate": "--no_test",
         "report": "folders",
     }

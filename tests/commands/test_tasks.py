@@ -289,3 +289,23 @@ def test_arms_are_compared_by_a_metric_of_the_task(
     assert main(["ablate", "--config", "plan.yaml", "--name", "a", "--trainer.max_epochs", "1"]) == 0
     metric = {"multi_label": "f1_samples", "regression": "mse"}[task]
     assert f"test {metric}" in (tmp_path / "logs" / "a" / "report.md").read_text()
+
+
+def test_explain_says_what_words_add_to_each_label_or_to_the_number(run: Path, capsys: pytest.CaptureFixture) -> None:
+    text = "the awful film was brilliant and long"
+    loaded = load_run(run, accelerator="cpu")
+    whole, shorter = loaded.predict([text, text.replace("awful ", "")]).logits.astype(float)
+    found = loaded.explain([text])
+    if loaded.model.task == "regression":
+        assert [each.score for each in found] == [pytest.approx(whole[0])]
+    else:
+        labels = loaded.predict([text]).names[0] or [LABELS[int(whole.argmax())]]
+        assert [each.label for each in found] == labels
+    for each in found:
+        label = loaded.label_names.index(each.label)
+        assert each.effects[each.words.index("awful")] == pytest.approx(
+            whole[label] - shorter[label], rel=1e-3, abs=1e-3
+        )
+    capsys.readouterr()
+    assert main(["explain", "--run", str(run), "--rows", "4"]) == 0
+    assert "4 of " in (out := capsys.readouterr().out) and "labels are to be checked" in out
