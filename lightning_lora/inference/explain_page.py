@@ -27,6 +27,11 @@ def words_style() -> str:
     return str(_TEMPLATES.get_template("words.html.j2").module.style())  # type: ignore[attr-defined]
 
 
+def words_legend(is_number: bool) -> str:
+    """Return what the colours mean, as HTML."""
+    return str(_TEMPLATES.get_template("words.html.j2").module.legend(is_number))  # type: ignore[attr-defined]
+
+
 def explain_page(
     title: str,
     explanations: Sequence[Explanation],

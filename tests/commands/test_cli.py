@@ -36,6 +36,7 @@ def test_every_command_has_a_help_page(command: str, capsys: pytest.CaptureFixtu
         "compare": "--arms",
         "sample": "--only",
         "explain": "--html",
+        "demo": "--port",
         "ablate": "--no_test",
         "report": "folders",
     }
