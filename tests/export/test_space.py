@@ -54,6 +54,14 @@ def test_of_pairs(pair_run: str) -> None:  # noqa: F811
     same(export(Path(pair_run)), Path(pair_run), PAIRS)
 
 
+@pytest.mark.usefixtures("gradio")
+def test_of_texts_that_no_tokenizer_truncates(tiny_base: Path, tmp_path: Path) -> None:
+    fit_tiny(tmp_path, tiny_base, epochs=1)
+    words = ["fit", "--config", str(tmp_path / "tiny.yaml"), "--logs_dir", str(tmp_path), "--name", "both"]
+    assert main([*words, "--data.truncation", "both", "--trainer.max_epochs", "12"]) == 0
+    same(export(tmp_path / "both"), tmp_path / "both", TEXTS)
+
+
 def test_the_folder_is_a_space_and_runs_by_itself(tiny_base: Path, tmp_path: Path) -> None:
     run = fit_tiny(tmp_path, tiny_base)
     space = export(run)
