@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help quickstart test test-gpu test-slow faults audit lint benchmark benchmark-gpu benchmark-smoke scaling tensorboard outside wheel docs docs-serve notebooks constraints clean
+.PHONY: help quickstart test test-gpu test-slow test-demo faults audit lint benchmark benchmark-gpu benchmark-smoke scaling tensorboard outside wheel docs docs-serve notebooks constraints clean
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
@@ -29,6 +29,10 @@ test-gpu: $(INSTALLED)  ## what needs a GPU, and training on it (python -m pytes
 
 test-slow: $(INSTALLED)  ## the embedded default at full size
 	$(BIN)/python -m pytest -m slow
+
+test-demo: $(INSTALLED)  ## the page of demo, and Spaces: installs Gradio and Playwright; in Chromium where that is installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -rs tests/inference/test_demo.py tests/export/test_space.py
 
 faults: $(INSTALLED)  ## kills, signals, damage and hostile files, all of them (a quarter of an hour)
 	$(BIN)/python -m pytest tests/faults tests/experiments/test_ablate.py tests/experiments/test_search.py \

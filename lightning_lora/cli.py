@@ -26,6 +26,8 @@ COMMANDS = {
     "compare": ("train and test several arms on the same rows: one table", "compare:run"),
     "export": ("adapter, merged model and ONNX for other software", "export:run"),
     "sample": ("random test rows with truth and prediction", "sample:run"),
+    "explain": ("what each word adds to a prediction, and labels that are likely wrong", "explain:run"),
+    "demo": ("a page in your browser: classify, compare two runs, label a file", "demo:run"),
     "ablate": ("an ablation: axes, seeds, sound comparison, report", "ablate:run"),
     "report": ("the report of ablations or of any runs, without torch", "report:run"),
     "recipes": ("the configs that --config finds by name", "recipes:run"),

@@ -18,7 +18,7 @@ from tests.conftest import make_rows, write_csv
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("data", "methods", "ablations", "export", "tasks")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("data", "methods", "ablations", "export", "tasks", "explain")),
 ]
 README = "\n".join(page.read_text() for page in PAGES)
 COMMANDS = [

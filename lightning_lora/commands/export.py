@@ -19,7 +19,7 @@ from lightning_lora.data.specs import find_spec
 from lightning_lora.data.splits import text_keys
 from lightning_lora.data.tokens import InputFormat, base_tokenizer
 from lightning_lora.errors import UserError, first_line
-from lightning_lora.export.card import card, usage_code
+from lightning_lora.export.card import card, space_files, usage_code
 from lightning_lora.export.formats import (
     ENCODED,
     FORMATS,
@@ -70,6 +70,7 @@ def run(words: list[str]) -> int:
     fold_scale(model.model)
     model.cpu().eval()
     formats = choose_formats(config.formats, model)
+    check_space(config, formats)
     print(f"export of {checkpoint} to {output}: {', '.join(formats)}")
 
     rows, warnings = readable_test_rows(cli, model.label_names)
@@ -116,13 +117,11 @@ def run(words: list[str]) -> int:
             path = staging / "adapter" / "adapter_config.json"
             adapter = json.loads(path.read_text(encoding="utf-8"))
             write_json(path, adapter | {"base_model_name_or_path": config.base_model_id})
-        for place in ("", *written):
-            (staging / place / "README.md").write_text(card(place, facts), encoding="utf-8")
-        write_json(staging / "certificate.json", parity.certificate)
+        write_cards(staging, facts, config.space)
     print(f"written: {output} (README.md says how to load each)")
     for warning in warnings:
         print(f"warning: {warning}")
-    if config.formats and (missing := parity.missing()):
+    if (config.formats or (config.space and "merged" not in written)) and (missing := parity.missing()):
         raise UserError(f"--formats: not written: {missing}; {output} holds {', '.join(written)}")
     if config.push_to_hub:
         push(output, config.push_to_hub, config.private)
@@ -216,6 +215,35 @@ def write_formats(
         name = "merged" if "merged" in written else written[0]
         parity.check(f"{name}{PLAIN}", usage_code(usage, name, repr(str(staging / name)), plain=True))
     return written
+
+
+def write_cards(output: Path, facts: Mapping[str, Any], space: bool) -> None:
+    """Writes the card of the export and of each format, how they compare with the trained model, and a Space if asked.
+
+    Args:
+        output: The export.
+        facts: What the cards say.
+        space: Also write the folder of a Space, where there is a merged model for it.
+    """
+    for place in ("", *facts["formats"]):
+        (output / place / "README.md").write_text(card(place, facts), encoding="utf-8")
+    write_json(output / "certificate.json", facts["certificate"])
+    if space and "merged" in facts["formats"]:
+        shutil.copytree(output / "merged", output / "space" / "model")
+        for name, content in space_files(facts).items():
+            (output / "space" / name).write_text(content, encoding="utf-8")
+
+
+def check_space(config: Any, formats: list[str]) -> None:
+    """Refuses to write a Space that cannot be.
+
+    Raises:
+        UserError: The merged model is left out, or the export is to be uploaded.
+    """
+    if config.space and "merged" not in formats:
+        raise UserError("--space: it holds the merged model; add merged to --formats")
+    if config.space and config.push_to_hub:
+        raise UserError("--space: a Space is another repository; export without --push_to_hub, and upload its folder")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -21,11 +21,9 @@ from lightning_lora.inference.many_files import is_many
 from lightning_lora.inference.output import (
     OUTPUTS,
     as_text,
-    checked_columns,
+    columns_beside,
     new_columns,
-    output_columns,
     print_table,
-    warn_of_renamed,
     write_output,
 )
 from lightning_lora.inference.predict_files import load_for, run_files
@@ -54,10 +52,7 @@ def run(words: list[str]) -> int:
         columns = {name: [text[i] for text in rows.texts] for i, name in enumerate(rows.text_columns)}
         columns |= dict.fromkeys(new.names)
     if output or config.format != "table":
-        names = output_columns([*rows.table.columns], rows.text_columns, new.names, config.input)
-        kept = {name: rows.table.columns[source] for name, source in names.items() if source is not None}
-        columns = {**names, **checked_columns(kept, ending)}
-        warn_of_renamed([names])
+        columns = columns_beside(rows.table.columns, rows.text_columns, new.names, ending, config.input)
     if output:
         try:
             check_writable(output.parent)

@@ -57,7 +57,7 @@ def run(words: list[str]) -> int:
 
 
 def read_predictions(folder: RunFolder, split: str) -> list[dict[str, Any]]:
-    """Return label, prediction, probability (of single labels), origin, row and key of each test or validation row.
+    """Return label, prediction, probabilities (but of numbers), origin, row and key of each test or validation row.
 
     Of the validation rows what the best checkpoint predicted where ``validate`` was run, else fit's last pass.
 
@@ -74,7 +74,8 @@ def read_predictions(folder: RunFolder, split: str) -> list[dict[str, Any]]:
         raise UserError(f"--split: {file} is not there; run first: {command_line(command, '--run', folder.path)}")
     try:
         with pq.ParquetFile(file) as table:
-            return table.read([name for name in _COLUMNS if name in table.schema_arrow.names]).to_pylist()
+            names = [name for name in table.schema_arrow.names if name in _COLUMNS or name.startswith("p(")]
+            return table.read(names).to_pylist()
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from error
 

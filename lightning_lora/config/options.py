@@ -57,6 +57,7 @@ COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
         "rows": (int, 1000, "Test rows that the formats are compared on."),
         "license": (str | None, None, "License for the card; by default that of the base model's card."),
         "base_model_id": (str | None, None, "Name on the Hub of a base model that was loaded from elsewhere."),
+        "space": (bool, False, "Also write a folder that runs as a Hugging Face Space, from the merged model."),
         "push_to_hub": (str | None, None, "Upload as NAME or OWNER/NAME."),
         "private": (bool, True, "Whether a new repository on the Hub is private."),
     },
@@ -111,6 +112,7 @@ EXAMPLES = {
     "export": (
         "export --run logs/reviews",
         "export logs/reviews --formats [adapter,onnx]",
+        "export --run logs/reviews --formats merged --space true",
     ),
 }
 

@@ -1,8 +1,10 @@
 """The model card of an export, and the code in it that loads each format: templates beside this module."""
 
 import json
+import platform
 from collections.abc import Mapping
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -10,13 +12,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lightning_lora.evaluation.metric_table import METRICS, row_metrics
 from lightning_lora.export.formats import ENCODED
 
+#: The Gradio that the page of a Space is written for.
+SPACE_GRADIO = "6.31.0"
 _TEMPLATES = Environment(
     loader=PackageLoader("lightning_lora.export", ""), undefined=StrictUndefined, trim_blocks=True, autoescape=False
 )
 _TEMPLATES.filters["quoted"] = partial(json.dumps, ensure_ascii=False)
 
 
-def usage_code(usage: Mapping[str, Any], name: str, path: str, plain: bool = False) -> str:
+def usage_code(usage: Mapping[str, Any], name: str, path: str, plain: bool = False, example: bool = True) -> str:
     """Returns Python code that loads a format, defines ``logits`` or ``classify`` and classifies a text.
 
     Args:
@@ -26,10 +30,32 @@ def usage_code(usage: Mapping[str, Any], name: str, path: str, plain: bool = Fal
         name: The format.
         path: A Python expression for its folder.
         plain: Let the tokenizer truncate, also where it does so otherwise than in training.
+        example: Classify a text and print what is predicted.
     """
     template = _TEMPLATES.get_template("usage.py.j2")
     encoder = usage["truncation"] in ENCODED and not plain
-    return template.render(usage, name=name.removesuffix("-int8"), path=path, encoder=encoder).strip()
+    facts = {"name": name.removesuffix("-int8"), "path": path, "encoder": encoder, "example_shown": example}
+    return template.render(usage, **facts).strip()
+
+
+def space_files(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the files of a Hugging Face Space, by name, but for the merged model, which goes into ``model``.
+
+    Args:
+        facts: As of ``card``.
+    """
+    code = usage_code(
+        facts["usage"], "merged", 'os.path.join(os.path.dirname(os.path.abspath(__file__)), "model")', example=False
+    )
+    named = {"gradio": SPACE_GRADIO, "python": ".".join(platform.python_version_tuple()[:2]), "code": code}
+    packages = {
+        name: metadata.version(name).partition("+")[0] for name in ("torch", "transformers", "numpy", "safetensors")
+    }
+    return {
+        "app.py": _TEMPLATES.get_template("space_app.py.j2").render(facts, **named) + "\n",
+        "README.md": _TEMPLATES.get_template("space_card.md.j2").render(facts, **named) + "\n",
+        "requirements.txt": "".join(f"{k}=={v}\n" for k, v in {"gradio": SPACE_GRADIO, **packages}.items()),
+    }
 
 
 def card_metrics(metrics: Mapping[str, float]) -> list[tuple[str, str, float]]:

@@ -20,6 +20,7 @@ from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.predictions import PredictionCollector, Predictions
 from lightning_lora.export.weights import load_weights, trained_for
+from lightning_lora.inference.explain import Explanation, explain
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training.baselines import TextBaseline, make_classifier
 from lightning_lora.training.module import TextClassifier
@@ -84,6 +85,25 @@ class LoadedRun:
         Raises:
             UserError: A text is not a string, or is blank; or is a pair where a text is needed, or the other way round.
         """
+        return self.predict_dataset(self.dataset(self._checked(texts)))
+
+    def explain(self, texts: Sequence[Text], label: str | None = None, **options: Any) -> list[Explanation]:
+        """Return what each word of the texts adds to their predictions, by leaving it out.
+
+        Args:
+            texts: As of ``predict``.
+            label: What is explained; by default the predicted label, of several each, or the number.
+            options: ``advance``, called with 1 after each text.
+
+        Returns:
+            An explanation of each text and label, in the order of the texts.
+
+        Raises:
+            UserError: As ``predict``; or the run has no such label.
+        """
+        return explain(self, self._checked(texts), label, **options)
+
+    def _checked(self, texts: Sequence[Text]) -> list[Text]:
         pair, checked = is_pair(self.frame.keep), list[Text]()
         for i, text in enumerate([texts] if isinstance(texts, str) else texts):
             sides = list(text) if pair and isinstance(text, list | tuple) else [text]

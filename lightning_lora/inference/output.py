@@ -99,6 +99,21 @@ def checked_columns(columns: Mapping[str, Any], ending: str) -> dict[str, Any]:
     return checked
 
 
+def columns_beside(
+    columns: Mapping[str, Any], text_columns: Sequence[str], new: Sequence[str], ending: str, origin: object
+) -> dict[str, Any]:
+    """Returns the columns of an output in their order: those of the input, and None for each new one.
+
+    Raises:
+        UserError: Two columns of the input have one name, or the format cannot hold one.
+    """
+    names = output_columns([*columns], text_columns, new, origin)
+    kept = {name: columns[source] for name, source in names.items() if source is not None}
+    found = {**names, **checked_columns(kept, ending)}
+    warn_of_renamed([names])
+    return found
+
+
 def write_output(path: Path, columns: Mapping[str, Any], schema: pa.Schema) -> None:
     """Writes the columns in the format of the file's ending, whole or not at all.
 

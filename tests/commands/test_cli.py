@@ -34,6 +34,8 @@ def test_every_command_has_a_help_page(command: str, capsys: pytest.CaptureFixtu
         "predict": "--text_column",
         "compare": "--arms",
         "sample": "--only",
+        "explain": "--html",
+        "demo": "--port",
         "ablate": "--no_test",
         "report": "folders",
         "recipes": "name",

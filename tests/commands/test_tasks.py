@@ -322,3 +322,23 @@ def test_numbers_of_a_head_without_a_bias_are_in_their_units(make_base: Callable
     assert model.score.bias is None and load_run(tmp_path / "run").predict(texts).names == pytest.approx(said, rel=1e-4)
     again = load_run(tmp_path / "run", str(tmp_path / "run" / "export" / "adapter")).predict(texts)
     assert again.names == pytest.approx(said, rel=1e-4)
+
+
+def test_explain_says_what_words_add_to_each_label_or_to_the_number(run: Path, capsys: pytest.CaptureFixture) -> None:
+    text = "the awful film was brilliant and long"
+    loaded = load_run(run, accelerator="cpu")
+    whole, shorter = loaded.predict([text, text.replace("awful ", "")]).logits.astype(float)
+    found = loaded.explain([text])
+    if loaded.model.task == "regression":
+        assert [each.score for each in found] == [pytest.approx(whole[0])]
+    else:
+        labels = loaded.predict([text]).names[0] or [LABELS[int(whole.argmax())]]
+        assert [each.label for each in found] == labels
+    for each in found:
+        label = loaded.label_names.index(each.label)
+        assert each.effects[each.words.index("awful")] == pytest.approx(
+            whole[label] - shorter[label], rel=1e-3, abs=1e-3
+        )
+    capsys.readouterr()
+    assert main(["explain", "--run", str(run), "--rows", "4"]) == 0
+    assert "4 of " in (out := capsys.readouterr().out) and "labels are to be checked" in out

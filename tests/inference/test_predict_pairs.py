@@ -119,3 +119,17 @@ def test_test_with_baselines_and_sample(run: str, capsys) -> None:
     capsys.readouterr()
     assert main(["sample", "--run", run, "--n", "3"]) == 0
     assert capsys.readouterr().out.count("✓ hit") <= 3
+
+
+def test_words_of_both_texts_are_explained(run: str, capsys: pytest.CaptureFixture) -> None:
+    loaded = load_run(run, accelerator="cpu")
+    (found,) = loaded.explain([("a fine film", "an awful story")], "same")
+    assert found.words == ["a", "fine", "film", "an", "awful", "story"]
+    logits = loaded.predict([("a fine film", "an awful story"), ("a fine film", "an story")]).logits
+    same = loaded.label_names.index("same")
+    margins = logits[:, same] - logits[:, 1 - same]
+    assert found.effects[4] == pytest.approx(margins[0] - margins[1], abs=1e-4)
+    assert main(["explain", "--run", run, "a fine film", "an awful story", "--html", "pair.html"]) == 0
+    assert Path("pair.html").read_text().count('<p class="words"><span') >= 2
+    assert main(["explain", "--run", run, "a fine film"]) == 2
+    assert "give two texts for each, got 1" in capsys.readouterr().err
