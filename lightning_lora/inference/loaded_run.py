@@ -85,7 +85,14 @@ class LoadedRun:
         Raises:
             UserError: A text is not a string, or is blank; or is a pair where a text is needed, or the other way round.
         """
-        return self.predict_dataset(self.dataset(self._checked(texts)))
+        pair, checked = is_pair(self.frame.keep), list[Text]()
+        for i, text in enumerate([texts] if isinstance(texts, str) else texts):
+            sides = list(text) if pair and isinstance(text, list | tuple) else [text]
+            if len(sides) != 1 + pair or any(not isinstance(side, str) or is_blank(side) for side in sides):
+                kind = "a pair of texts" if pair else "a text"
+                raise UserError(f"text {i}: {kind} is needed, got {text!r:.40}")
+            checked.append(row_text(sides, pair))
+        return checked
 
     def explain(self, texts: Sequence[Text], label: str | None = None, **options: Any) -> list[Explanation]:
         """Return what each word of the texts adds to their predictions, by leaving it out.
@@ -101,17 +108,7 @@ class LoadedRun:
         Raises:
             UserError: As ``predict``; or the run has no such label.
         """
-        return explain(self, self._checked(texts), label, **options)
-
-    def _checked(self, texts: Sequence[Text]) -> list[Text]:
-        pair, checked = is_pair(self.frame.keep), list[Text]()
-        for i, text in enumerate([texts] if isinstance(texts, str) else texts):
-            sides = list(text) if pair and isinstance(text, list | tuple) else [text]
-            if len(sides) != 1 + pair or any(not isinstance(side, str) or is_blank(side) for side in sides):
-                kind = "a pair of texts" if pair else "a text"
-                raise UserError(f"text {i}: {kind} is needed, got {text!r:.40}")
-            checked.append(row_text(sides, pair))
-        return checked
+        return explain(self, self.checked(texts), label, **options)
 
     def dataset(self, texts: Sequence[Text]) -> TokenDataset:
         """The texts, tokenized."""
