@@ -44,8 +44,8 @@ def cells() -> list[CellResult]:
     """Rate 0.0001 is best on validation in fold 1 only."""
     rng, found = np.random.default_rng(1), []
     for cell in PLAN.cells:
-        val = 1.0 if (cell.variant == "0.0001") == (cell.fold == 1) else 0.5
-        test = answers(rng, cell.fold, 0.9 if cell.arm == "8" else 0.6)
+        val = 1.0 if (cell.variant == "rate 0.0001") == (cell.fold == 1) else 0.5
+        test = answers(rng, cell.fold, 0.9 if cell.arm == "rank 8" else 0.6)
         found.append(CellResult(cell, "finished", "", {}, {"val": answers(rng, cell.fold, val), "test": test}))
     return found
 
@@ -54,8 +54,10 @@ def test_each_fold_takes_its_own_variant_and_rows_are_paired_over_the_folds() ->
     found = cells()
     two, eight = compare_arms(PLAN, found)
     for arm in (two, eight):
-        assert {(c.cell.fold, c.cell.variant) for c in arm.cells} == {(1, "0.0001"), (2, "0.001"), (3, "0.001")}
-        assert [c.cell.seed for c in arm.by_seed] == [1, 2] and arm.variant == "0.0001 / 0.001"
+        assert {(c.cell.fold, c.cell.variant) for c in arm.cells} == {
+            (1, "rate 0.0001"), (2, "rate 0.001"), (3, "rate 0.001")
+        }  # fmt: skip
+        assert [c.cell.seed for c in arm.by_seed] == [1, 2] and arm.variant == "rate 0.0001 / rate 0.001"
     stacks = []
     for arm in (two, eight):
         rows = np.full((2, 90), np.nan)
@@ -77,7 +79,7 @@ def test_a_lost_fold_leaves_the_seed_out_and_other_folds_are_never_paired() -> N
     other = {(c.cell.arm, c.cell.variant, c.cell.seed, c.cell.fold): c.answers for c in found}
     odd = [
         replace(c, answers=other[c.cell.arm, c.cell.variant, c.cell.seed, moved[c.cell.fold]])
-        if c.cell.arm == "2"
+        if c.cell.arm == "rank 2"
         else c
         for c in found
     ]

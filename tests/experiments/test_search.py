@@ -249,11 +249,13 @@ def test_a_search_goes_on_with_what_it_would_have_proposed(tmp_path: Path, stop_
 def test_tpe_looks_where_it_was_good_and_random_does_not(tmp_path: Path) -> None:
     values = {}
     for sampler in ("tpe", "random"):
-        search(tmp_path / sampler, bowl, sampler=sampler)
-        values[sampler] = [value for *_, value in tried(tmp_path / sampler)[0]]
-    assert values["tpe"] != values["random"]
-    assert np.mean(values["tpe"][10:]) < np.mean(values["tpe"][:10]) / 2
-    assert np.mean(values["tpe"][10:]) < np.mean(values["random"][10:]) / 2
+        for seed in range(4):
+            search(tmp_path / f"{sampler}{seed}", bowl, sampler=sampler, seed=seed)
+        found = [[value for *_, value in tried(tmp_path / f"{sampler}{seed}")[0]] for seed in range(4)]
+        values[sampler] = np.array(found)
+    assert not np.array_equal(values["tpe"], values["random"])
+    assert values["tpe"][:, 10:].mean() < values["tpe"][:, :10].mean() / 2
+    assert values["tpe"][:, 10:].mean() < values["random"][:, 10:].mean() / 2
 
 
 def test_without_optuna_the_message_says_how_to_get_it(place: Path, monkeypatch, capsys) -> None:
@@ -266,9 +268,9 @@ def test_a_list_is_a_choice_like_any_other(tmp_path: Path) -> None:
     choices = [["query"], ["query", "value"], None, True]
     one = plan(search={"space": {"model.adapter.target_modules": choices}, "trials": 1})
     study = optuna.create_study(study_name="s", storage=open_journal(tmp_path / "optuna.log"))
-    study.set_user_attr("arm", "2")
+    study.set_user_attr("arm", "rank 2")
     for choice in choices:
         study.enqueue_trial({"model.adapter.target_modules": choice})
-        study.tell(study.ask(one.search.for_arm(one.arms["2"].values)), 0.5)
-    trials = read_found(one, tmp_path)["2"].trials
+        study.tell(study.ask(one.search.for_arm(one.arms["rank 2"].values)), 0.5)
+    trials = read_found(one, tmp_path)["rank 2"].trials
     assert [trial.params["model.adapter.target_modules"] for trial in trials] == choices
