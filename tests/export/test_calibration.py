@@ -34,7 +34,7 @@ def pair_of_runs(place: Path, base: Path, *words: str, **model: object) -> tuple
     return plain, calibrated, best
 
 
-@pytest.mark.parametrize("pooling", ["first", "mean"])
+@pytest.mark.parametrize("pooling", [pytest.param("first", marks=pytest.mark.slow), "mean"])
 def test_every_format_gives_the_probabilities(base: Path, tmp_path: Path, capsys, pooling: str) -> None:
     plain, calibrated, temperature = pair_of_runs(tmp_path, base, pooling=pooling)
     assert f"temperature: {temperature:.3f}" in capsys.readouterr().out
