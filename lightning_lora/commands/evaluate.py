@@ -23,7 +23,7 @@ from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.processes import started_to_follow
 from lightning_lora.program import command_line
 from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, print_tables
-from lightning_lora.runs.folder import RunFolder, now
+from lightning_lora.runs.folder import EVENT_FILES, RunFolder, now
 from lightning_lora.training.baselines import make_classifier
 from lightning_lora.training.parallel import follow_the_leader, run_processes
 
@@ -164,7 +164,7 @@ def _finish(
     print_tables(f"{split}: {len(predictions):,} rows", metrics, costs)
     files = " and ".join(f"{stem}{suffix}.parquet" for suffix in found)
     print(f"\nrun folder:    {folder.path} (this table: {name}.md, every row: predictions/{files})")
-    if (folder.path / "tensorboard").is_dir():
+    if any(folder.path.glob(EVENT_FILES)):
         print(f"curves:        tensorboard --logdir {folder.path.parent}")
     examples = " ".join([f"'{EXAMPLE_TEXT}'"] * (1 + is_pair(cli.config.data.truncation)))
     print(f"your own text: {command_line('predict', '--run', folder.path)} {examples}")

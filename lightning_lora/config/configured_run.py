@@ -36,7 +36,7 @@ from lightning_lora.runs.folder import RunFolder
 from lightning_lora.tokenizer import ordinary_ids
 from lightning_lora.training.baselines import TextBaseline
 from lightning_lora.training.length import TrainingLength, length_of, stay_stopped
-from lightning_lora.training.loggers import TensorBoardPages, make_loggers, rejoin_loggers
+from lightning_lora.training.loggers import LearningRateCurve, TensorBoardPages, make_loggers, rejoin_loggers
 from lightning_lora.training.module import AUTOCAST, TextClassifier
 from lightning_lora.training.parallel import STRATEGIES, data_parallel, device_count
 from lightning_lora.training.refused import check_monitors, refuse_options
@@ -196,7 +196,7 @@ class ConfiguredRun:
             settings = self.hyperparameters if fits and config["enable_autolog_hparams"] else None
             given.append(TensorBoardPages(self.collector, settings, self.steps_done))
             if fits and not any(isinstance(c, LearningRateMonitor) for c in given):
-                callbacks.append(LearningRateMonitor(logging_interval="step"))
+                callbacks.append(LearningRateCurve())
         if folder and saves:
             callbacks += [
                 best_checkpoint(folder, self.model.task),
