@@ -26,6 +26,7 @@ from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, prin
 from lightning_lora.runs.folder import EVENT_FILES, RunFolder, now
 from lightning_lora.training.baselines import make_classifier
 from lightning_lora.training.parallel import follow_the_leader, run_processes
+from lightning_lora.training.trackers import add_results
 
 
 def validate(words: list[str]) -> int:
@@ -159,7 +160,9 @@ def _finish(
     record = folder.add_evaluation(name, evaluation)
     metrics, costs = metric_rows(evaluation), cost_rows(record, evaluation)
     summary = f"# {folder.path.name}: {name}\n\n{markdown(metrics)}\n\n{markdown([['', ''], *costs])}\n"
-    write_text(folder.path / f"{name}.md", summary)
+    write_text(page := folder.path / f"{name}.md", summary)
+    measured = {f"{stem}/{metric}": value for metric, value in evaluation["after"].items()}
+    add_results(record, measured, evaluation["step"], [page])
     print()
     print_tables(f"{split}: {len(predictions):,} rows", metrics, costs)
     files = " and ".join(f"{stem}{suffix}.parquet" for suffix in found)
