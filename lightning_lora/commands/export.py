@@ -29,6 +29,7 @@ from lightning_lora.export.formats import (
 )
 from lightning_lora.export.mean_pooled import mean_head
 from lightning_lora.export.parity import PLAIN, Parity, parity_texts
+from lightning_lora.export.registry import log_model
 from lightning_lora.export.weights import trained_for, trained_steps
 from lightning_lora.files import atomic_folder, refusal
 from lightning_lora.locations import resolve
@@ -116,9 +117,8 @@ def run(words: list[str]) -> int:
         for place in ("", *written):
             (staging / place / "README.md").write_text(card(place, facts), encoding="utf-8")
         write_json(staging / "certificate.json", parity.certificate)
-    print(f"written: {output} (README.md says how to load each)")
-    for warning in warnings:
-        print(f"warning: {warning}")
+    print_written(output, warnings)
+    log_model(folder, output / "merged", usage)
     if config.formats and (missing := parity.missing()):
         raise UserError(f"--formats: not written: {missing}; {output} holds {', '.join(written)}")
     if config.push_to_hub:
@@ -213,6 +213,13 @@ def write_formats(
         name = "merged" if "merged" in written else written[0]
         parity.check(f"{name}{PLAIN}", usage_code(usage, name, repr(str(staging / name)), plain=True))
     return written
+
+
+def print_written(output: Path, warnings: list[str]) -> None:
+    """Prints where the export is, and what a user should know of it."""
+    print(f"written: {output} (README.md says how to load each)")
+    for warning in warnings:
+        print(f"warning: {warning}")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

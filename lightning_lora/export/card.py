@@ -16,7 +16,7 @@ _TEMPLATES = Environment(
 _TEMPLATES.filters["quoted"] = partial(json.dumps, ensure_ascii=False)
 
 
-def usage_code(usage: Mapping[str, Any], name: str, path: str, plain: bool = False) -> str:
+def usage_code(usage: Mapping[str, Any], name: str, path: str, plain: bool = False, pipeline: bool = True) -> str:
     """Returns Python code that loads a format, defines ``logits`` or ``classify`` and classifies a text.
 
     Args:
@@ -26,10 +26,13 @@ def usage_code(usage: Mapping[str, Any], name: str, path: str, plain: bool = Fal
         name: The format.
         path: A Python expression for its folder.
         plain: Let the tokenizer truncate, also where it does so otherwise than in training.
+        pipeline: Let it be ``classify`` where that is enough.
     """
     template = _TEMPLATES.get_template("usage.py.j2")
     encoder = usage["truncation"] in ENCODED and not plain
-    return template.render(usage, name=name.removesuffix("-int8"), path=path, encoder=encoder).strip()
+    return template.render(
+        usage, name=name.removesuffix("-int8"), path=path, encoder=encoder, pipeline=pipeline
+    ).strip()
 
 
 def card_metrics(metrics: Mapping[str, float]) -> list[tuple[str, str, float]]:
