@@ -107,6 +107,18 @@ def fit_tiny(
     return place / "run"
 
 
+def shown_settings(run: Path) -> dict[str, object]:
+    """The hyperparameters that TensorBoard shows for a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in settings.items()}
+
+
 def save_tokenizer(folder: Path, model_max_length: int = 64) -> None:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -24,9 +24,10 @@ from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.processes import started_to_follow
 from lightning_lora.program import command_line
 from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, print_tables
-from lightning_lora.runs.folder import RunFolder, now
+from lightning_lora.runs.folder import EVENT_FILES, RunFolder, now
 from lightning_lora.training.baselines import make_classifier
 from lightning_lora.training.parallel import follow_the_leader, run_processes
+from lightning_lora.training.trackers import add_results
 
 
 def validate(words: list[str]) -> int:
@@ -169,12 +170,14 @@ def _finish(
     record = folder.add_evaluation(name, evaluation)
     metrics, costs = metric_rows(evaluation), cost_rows(record, evaluation)
     summary = f"# {folder.path.name}: {name}\n\n{markdown(metrics)}\n\n{markdown([['', ''], *costs])}\n"
-    write_text(folder.path / f"{name}.md", summary)
+    write_text(page := folder.path / f"{name}.md", summary)
+    measured = {f"{stem}/{metric}": value for metric, value in evaluation["after"].items()}
+    add_results(record, measured, evaluation["step"], [page])
     print()
     print_tables(f"{split}: {len(predictions):,} rows", metrics, costs)
     files = " and ".join(f"{stem}{suffix}.parquet" for suffix in found)
     print(f"\nrun folder:    {folder.path} (this table: {name}.md, every row: predictions/{files})")
-    if (folder.path / "tensorboard").is_dir():
+    if any(folder.path.glob(EVENT_FILES)):
         print(f"curves:        tensorboard --logdir {folder.path.parent}")
     examples = " ".join([f"'{EXAMPLE_TEXT}'"] * (1 + is_pair(cli.config.data.truncation)))
     print(f"your own text: {command_line('predict', '--run', folder.path)} {examples}")

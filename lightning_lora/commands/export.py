@@ -32,6 +32,7 @@ from lightning_lora.export.formats import (
 )
 from lightning_lora.export.mean_pooled import mean_head
 from lightning_lora.export.parity import PLAIN, Parity, parity_texts
+from lightning_lora.export.registry import log_model
 from lightning_lora.export.weights import trained_for, trained_steps
 from lightning_lora.files import atomic_folder, refusal
 from lightning_lora.locations import resolve
@@ -118,9 +119,8 @@ def run(words: list[str]) -> int:
             adapter = json.loads(path.read_text(encoding="utf-8"))
             write_json(path, adapter | {"base_model_name_or_path": config.base_model_id})
         write_cards(staging, facts, config.space)
-    print(f"written: {output} (README.md says how to load each)")
-    for warning in warnings:
-        print(f"warning: {warning}")
+    print_written(output, warnings)
+    log_model(folder, output / "merged", usage)
     if (config.formats or (config.space and "merged" not in written)) and (missing := parity.missing()):
         raise UserError(f"--formats: not written: {missing}; {output} holds {', '.join(written)}")
     if config.push_to_hub:
@@ -244,6 +244,13 @@ def check_space(config: Any, formats: list[str]) -> None:
         raise UserError("--space: it holds the merged model; add merged to --formats")
     if config.space and config.push_to_hub:
         raise UserError("--space: a Space is another repository; export without --push_to_hub, and upload its folder")
+
+
+def print_written(output: Path, warnings: list[str]) -> None:
+    """Prints where the export is, and what a user should know of it."""
+    print(f"written: {output} (README.md says how to load each)")
+    for warning in warnings:
+        print(f"warning: {warning}")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

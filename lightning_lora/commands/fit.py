@@ -32,6 +32,7 @@ from lightning_lora.training.loggers import run_ids
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.parallel import follow_the_leader, run_processes
 from lightning_lora.training.saving import StateSaver, describe_best
+from lightning_lora.training.trackers import Tracker, check_package, new_tracked
 
 
 def run(words: list[str]) -> int:
@@ -42,6 +43,7 @@ def run(words: list[str]) -> int:
         folder = RunFolder(Path(cli.config.logs_dir) / cli.config.name)
         if folder.config.is_file() and was_asked(folder) == cli.settings():
             cli = ConfiguredRun("fit", ["--resume", str(folder.path)])  # the scheduler gives the same command again
+    check_tracking(cli)
     count = cli.count_devices()
     if cli.config.budget is not None:
         from lightning_lora.commands.fit_budget import tune
@@ -59,6 +61,24 @@ def run(words: list[str]) -> int:
     return 0
 
 
+def check_tracking(cli: ConfiguredRun) -> None:
+    """Refuse options of tracking that would be ignored, and a tracker whose package is missing.
+
+    Raises:
+        UserError: There is one.
+    """
+    kind = cli.config.track
+    if kind is None and cli.config.track_group is not None:
+        raise UserError("--track_group: nothing is tracked; give --track too")
+    if kind is None:
+        return
+    if cli.config.budget is not None:
+        raise UserError("--track: the trials of --budget are not tracked; leave it out")
+    if cli.config.trainer.logger is False:
+        raise UserError("--track: nothing is logged with trainer.logger false; leave one out")
+    check_package(kind)
+
+
 def was_asked(folder: RunFolder) -> dict[str, Any]:
     """Return the settings that a run was started with."""
     return as_asked(folder.settings(), folder.read() if folder.record.is_file() else {})
@@ -71,7 +91,10 @@ def start(cli: ConfiguredRun, words: list[str]) -> None:
     try:
         with locked(folder):
             print(f"run: {folder.path}")
-            train(cli, folder, first_record(cli, folder, words), None)
+            record = first_record(cli, folder, words)
+            if cli.config.track is not None:
+                record["tracker"] = new_tracked(cli.config.track, folder.path.name, cli.config.track_group)
+            train(cli, folder, record, None)
     except Exception:
         if not (has_begun(cli) or any(folder.checkpoints.glob("*.ckpt"))):
             shutil.rmtree(folder.path, ignore_errors=True)
@@ -163,7 +186,7 @@ def follow(cli: ConfiguredRun) -> None:
 
 def train(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any], point: Path | None) -> None:
     """Make data, model and trainer; train, from the start or from a saved state; and fill the record."""
-    with cli.stop_request.listening(), recorded(folder, record):
+    with cli.stop_request.listening(), tracked(cli, folder, record), recorded(folder, record):
         cli.build(folder)
         cli.datamodule.setup("fit")
         describe_data(cli, folder, record)
@@ -315,11 +338,32 @@ def record_start(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any]) 
         print(f"learning rate found by LearningRateFinder: {found:g}", flush=True)
         record["model"]["learning_rate"] = cli.config.model.learning_rate = found
     warn_of_schedule(cli.model)
+    if cli.tracker is not None and cli.tracker.attempt(lambda _: None):  # begins the tracked run
+        folder.write(record)
     known = {"config": cli.settings(), "loggers": run_ids(cli.trainer.loggers)}
     if known != {"config": record["config"], "loggers": record.get("loggers", {})}:
         write_text(folder.config, as_yaml(known["config"]))
         record |= known
         folder.write(record)
+
+
+@contextmanager
+def tracked(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any]) -> Iterator[None]:
+    """Give the run its tracker, if it has one, and end what is tracked as the run ends."""
+    if "tracker" not in record:
+        yield
+        return
+    tracker = cli.tracker = Tracker(record["tracker"])
+    try:
+        yield
+    finally:
+        if tracker.version is not None:
+            best = record.get("best") or {}
+            kept = {name.replace("val/", "val-best/"): value for name, value in best.get("metrics", {}).items()}
+            tracker.log_metrics(kept, best.get("step"))
+            tracker.log_files([folder.config])
+            tracker.close(record["status"])
+            folder.write(record)
 
 
 @contextmanager

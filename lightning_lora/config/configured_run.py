@@ -36,11 +36,12 @@ from lightning_lora.runs.folder import RunFolder
 from lightning_lora.tokenizer import ordinary_ids
 from lightning_lora.training.baselines import TextBaseline
 from lightning_lora.training.length import TrainingLength, length_of, stay_stopped
-from lightning_lora.training.loggers import TensorBoardPages, make_loggers, rejoin_loggers
+from lightning_lora.training.loggers import LearningRateCurve, TensorBoardPages, make_loggers, rejoin_loggers
 from lightning_lora.training.module import AUTOCAST, TextClassifier
 from lightning_lora.training.parallel import STRATEGIES, data_parallel, device_count
 from lightning_lora.training.refused import check_monitors, refuse_options
 from lightning_lora.training.saving import StateSaver, best_checkpoint, place_checkpoints
+from lightning_lora.training.trackers import Tracker
 
 
 class ConfiguredRun:
@@ -66,6 +67,8 @@ class ConfiguredRun:
         self.steps_done = 0
         #: The runs that loggers began, by their class, where training is resumed.
         self.logger_ids: dict[str, str] = {}
+        #: Where the run is tracked too.
+        self.tracker: Tracker | None = None
         #: How long to train by the number of rows, where that was left open.
         self.length: TrainingLength | None = None
         #: The trainer's settings that this has filled in, by name: as asked for, and as used.
@@ -183,6 +186,7 @@ class ConfiguredRun:
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
             callbacks.append(Progress())
         added = [each for each in as_list(config["logger"]) if isinstance(each, Logger)]
+        added += [self.tracker] if self.tracker is not None else []
         logs = folder is not None and is_leader() and config["logger"] is not False
         config["logger"] = [*make_loggers(folder.path, fits, self.steps_done), *added] if folder and logs else False
         saves = bool(folder and fits and config["enable_checkpointing"] is not False and not config["fast_dev_run"])
@@ -196,7 +200,7 @@ class ConfiguredRun:
             settings = self.hyperparameters if fits and config["enable_autolog_hparams"] else None
             given.append(TensorBoardPages(self.collector, settings, self.steps_done))
             if fits and not any(isinstance(c, LearningRateMonitor) for c in given):
-                callbacks.append(LearningRateMonitor(logging_interval="step"))
+                callbacks.append(LearningRateCurve())
         if folder and saves:
             callbacks += [
                 best_checkpoint(folder, self.model.task),

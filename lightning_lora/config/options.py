@@ -23,6 +23,9 @@ _BAD_ROWS = (
     "Rows without a text: keep them with 'empty' cells (default; typed texts are refused), or stop with an 'error' "
     "before anything is predicted."
 )
+#: What ``--track`` takes.
+TRACKERS = Literal["mlflow", "wandb", "trackio"]
+TRACK_HELP = "Also write to a tracker; test and export go on with the same tracked run."
 #: For each command its options, each with its type, default and help.
 COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
     "fit": {
@@ -34,6 +37,8 @@ COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
             None,
             "Search settings that are not typed for so long (90s, 5m, 1.5h); keep the run that is best on validation.",
         ),
+        "track": (TRACKERS | None, None, TRACK_HELP),
+        "track_group": (str | None, None, "With --track: MLflow's experiment, or the others' group of the run."),
     },
     "validate": {**_RUN, **_INT8},
     "test": {

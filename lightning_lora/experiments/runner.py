@@ -15,13 +15,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from lightning_lora.children import last_error, run_child
 from lightning_lora.claims import claimed, share_tasks
 from lightning_lora.config.argument_parser import OptionParser
+from lightning_lora.config.options import TRACK_HELP, TRACKERS
 from lightning_lora.config.recipes import DEFAULT_CONFIG
 from lightning_lora.config.settings import flat, read_config
 from lightning_lora.errors import BusyError, UserError
@@ -35,6 +36,7 @@ from lightning_lora.files import atomic_folder, locked_folder, write_text
 from lightning_lora.interrupts import StopRequest
 from lightning_lora.program import command_line
 from lightning_lora.runs.folder import RECORD_FORMAT, RunFolder, as_asked, commit, kept_metrics, now, versions
+from lightning_lora.training.trackers import check_package
 from lightning_lora.units import duration
 from lightning_lora.workers import EXECUTORS, Workers
 
@@ -71,7 +73,11 @@ def run_experiment(
     needs = (options.cell_cpus, options.cell_gpus)
     one_gpu_each = all(each["trainer"]["devices"] == 1 for each in settings.values())
     workers = Workers(options.workers, options.executor, options.address, *needs, one_gpu_each)
-    worker = Worker(plan, folder, resolve)
+    track: list[str] = []
+    if options.track:
+        check_package(options.track)
+        track = ["--track", options.track, "--track_group", "-".join(folder.relative_to(options.logs_dir).parts)]
+    worker = Worker(plan, folder, resolve, track)
     show_plan(plan.with_found(read_found(plan, folder)), folder, changes, worker.stale_cells())
     if options.plan:
         return 0
@@ -81,7 +87,7 @@ def run_experiment(
             raise UserError(f"{path}: metric: '{plan.metric}' is none that the data has; it has {', '.join(metrics)}")
         config = {**config, "metric": metrics[0]}
         plan = make_plan(config, path, options.small)
-        worker = Worker(plan, folder, resolve)
+        worker = Worker(plan, folder, resolve, track)
     asked = {"config": config, "path": str(path), "small": options.small}
     asked["command"] = command_line(*words)
     asked["differences"] = {arm: [asdict(change) for change in found] for arm, found in changes.items()}
@@ -178,6 +184,7 @@ def evaluate_test_rows(plan: Plan, folder: Path) -> bool:
 def add_options(parser: OptionParser) -> None:
     """Add the options of how an experiment is run."""
     parser.add_argument("--logs_dir", default="logs", help="The folder of all runs.")
+    parser.add_argument("--track", choices=get_args(TRACKERS), help=TRACK_HELP)
     parser.add_argument("--plan", action="store_true", help="Show the plan and stop.")
     parser.add_argument("--no_test", action="store_true", help="Do not evaluate test rows.")
     workers = "Processes that share the cells; by default 1, with Ray as many as the cluster has room for."
@@ -195,10 +202,18 @@ class Worker:
         plan: The plan.
         folder: The ablation's folder.
         resolve: Gives all settings of each cell of a plan, by the cell's name.
+        track: The options of ``fit`` that say where cells are tracked.
     """
 
-    def __init__(self, plan: Plan, folder: Path, resolve: Callable[[Plan], dict[str, dict[str, Any]]]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        resolve: Callable[[Plan], dict[str, dict[str, Any]]],
+        track: Sequence[str] = (),
+    ) -> None:
         self.plan = plan
+        self.track = track
         self.folder = folder
         self.cells = folder / "cells"
         self.resolve = resolve
@@ -270,6 +285,7 @@ class Worker:
                 config = Path(directory) / "cell.yaml"
                 config.write_text(yaml.safe_dump(self.settings[cell.name], sort_keys=False, allow_unicode=True))
                 words = ["fit", "--config", str(config), "--logs_dir", str(self.cells), "--name", cell.name]
+                words += self.track
             # The answers of the best weights, not of the last, are what is chosen by.
             exit_status = run_child([words, ["validate", "--run", str(place)]], output)
         if exit_status == BusyError.status:

@@ -20,7 +20,14 @@ _TEMPLATES = Environment(
 _TEMPLATES.filters["quoted"] = partial(json.dumps, ensure_ascii=False)
 
 
-def usage_code(usage: Mapping[str, Any], name: str, path: str, plain: bool = False, example: bool = True) -> str:
+def usage_code(
+    usage: Mapping[str, Any],
+    name: str,
+    path: str,
+    plain: bool = False,
+    example: bool = True,
+    pipeline: bool = True,
+) -> str:
     """Returns Python code that loads a format, defines ``logits`` or ``classify`` and classifies a text.
 
     Args:
@@ -31,10 +38,12 @@ def usage_code(usage: Mapping[str, Any], name: str, path: str, plain: bool = Fal
         path: A Python expression for its folder.
         plain: Let the tokenizer truncate, also where it does so otherwise than in training.
         example: Classify a text and print what is predicted.
+        pipeline: Let it be ``classify`` where that is enough.
     """
     template = _TEMPLATES.get_template("usage.py.j2")
     encoder = usage["truncation"] in ENCODED and not plain
     facts = {"name": name.removesuffix("-int8"), "path": path, "encoder": encoder, "example_shown": example}
+    facts["pipeline"] = pipeline
     return template.render(usage, **facts).strip()
 
 

@@ -1,8 +1,8 @@
 """A run's folder and its record; the only place that reads or writes either. Imports no torch.
 
 A run folder holds ``config.yaml`` (resolved), ``checkpoints/best.ckpt`` and ``last.ckpt``, ``metrics.csv``,
-``tensorboard/``, ``splits.parquet`` (which row went where), ``predictions/`` and, written last,
-``run.json``: the record.
+TensorBoard's ``events.out.*``, ``splits.parquet`` (which row went where), ``predictions/`` and, written
+last, ``run.json``: the record.
 """
 
 import itertools
@@ -30,6 +30,8 @@ from lightning_lora.program import command_line
 RECORD_FORMAT = 1
 #: In the folder of a search within a time (``fit --budget``) that has not ended: what it has tried.
 TUNING = "tuning.json"
+#: What TensorBoard reads, in the run's folder itself: it calls a run by the folder that they lie in.
+EVENT_FILES = "events.out.tfevents.*"
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "peft", "bitsandbytes", "torchmetrics", "jsonargparse")
 #: What trains: with another fingerprint of this code, results may be others.
 _TRAINS = ("training.module", "training.baselines", "data.datamodule")

@@ -34,12 +34,12 @@ def make_loggers(folder: Path, training: bool, steps: int) -> list[Logger]:
         steps: Steps that were done before; what was logged of later ones is logged again, and so left out. Without
             training, those that the weights have been trained for.
     """
-    place: dict[str, Any] = {"save_dir": folder, "name": "", "version": "tensorboard", "default_hp_metric": False}
+    place: dict[str, Any] = {"save_dir": folder, "name": "", "version": "", "default_hp_metric": False}
     if not training:
         return [EvaluationBoard(max(steps - 1, 0), **place)]
     if not steps:
-        return [TensorBoardLogger(**place), MetricsFile(folder, name="", version="")]
-    return [TensorBoardLogger(**place, purge_step=steps), resumed_metrics(folder, steps)]
+        return [RunBoard(**place), MetricsFile(folder, name="", version="")]
+    return [RunBoard(**place, purge_step=steps), resumed_metrics(folder, steps)]
 
 
 def run_ids(loggers: Iterable[Logger]) -> dict[str, str]:
@@ -67,7 +67,14 @@ class MetricsFile(CSVLogger):
         """Write nothing."""
 
 
-class EvaluationBoard(TensorBoardLogger):
+class RunBoard(TensorBoardLogger):
+    """TensorBoard of a run: its files lie in the run's folder itself, so that TensorBoard calls it by its name."""
+
+    def save(self) -> None:
+        """Write no ``hparams.yaml``: the settings are in ``config.yaml``."""
+
+
+class EvaluationBoard(RunBoard):
     """TensorBoard of a pass over trained weights, which would otherwise stand at step 0 of their curves.
 
     Args:
@@ -97,6 +104,26 @@ def resumed_metrics(folder: Path, steps: int) -> MetricsFile:
         csv.writer(text, lineterminator="\r\n").writerows([header, *kept])
         write_text(path, text.getvalue())
     return numbers
+
+
+class LearningRateCurve(Callback):
+    """Logs the learning rate as one curve, ``learning_rate``, and one more for each multiple of it (LoRA+)."""
+
+    logged = -1
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log the rates of the step that comes, once, where Lightning logs a step."""
+        step, each = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == self.logged or (step + 1) % each:
+            return
+        self.logged = step
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        factors = [group.get("lr_factor", 1) for group in groups]
+        names = ["learning_rate" if factor == 1 else f"learning_rate/x{factor:g}" for factor in factors]
+        rates = {name: float(group["lr"]) for name, group in zip(names, groups, strict=True)}
+        for logger in trainer.loggers:
+            logger.log_metrics(rates, step)
+        trainer.callback_metrics.update({name: torch.tensor(rate) for name, rate in rates.items()})
 
 
 class TensorBoardPages(Callback):
@@ -134,7 +161,6 @@ class TensorBoardPages(Callback):
         settings = dict(self.hyperparameters())
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(settings)  # hparams.yaml
                 session = hparams(settings, {})[1]
                 logger.experiment._get_file_writer().add_summary(session)  # as SummaryWriter.add_hparams does
             elif not self.steps:  # a service keeps those of a run that is resumed

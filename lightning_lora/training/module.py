@@ -378,8 +378,9 @@ class TextClassifier(StepRunner):
         self.planned_steps = count_steps(self.trainer, self.schedule, self.warmup_ratio, self.tuned.steps is not None)
         if self.tuned.steps is not None:
             self.tuned.steps.plan(self.planned_steps)
-        scheduler = make_schedule(optimizer, self.schedule, self.warmup_ratio, self.planned_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule = make_schedule(optimizer, self.schedule, self.warmup_ratio, self.planned_steps)
+        scheduler: Any = {"scheduler": schedule, "interval": "step", "name": "learning_rate"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out what the base model holds, and says what the rest belongs to."""

@@ -121,7 +121,7 @@ def check_monitors(
         if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None:
             continue
         kind, stops = type(callback).__name__, isinstance(callback, EarlyStopping)
-        if re.fullmatch(r"lr-AdamW(/pg\d+)?" + "|epoch|step" * (not stops), monitor):
+        if re.fullmatch(r"learning_rate(/\w+)?" + "|epoch|step" * (not stops), monitor):
             continue
         if monitor not in logged:
             raise UserError(f"trainer.callbacks: {kind}: no metric '{monitor}'; there are {', '.join(logged)}")

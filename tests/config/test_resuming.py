@@ -79,7 +79,7 @@ def test_a_schedule_that_depends_on_the_steps_is_laid_out_anew_with_a_warning(co
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert len(lines) == 1 and f"planned for {done} steps and is planned for {3 * done} from here on" in lines[0]
     with Path("logs/run/metrics.csv").open(newline="") as file:
-        rates = {int(r["step"]): float(r["lr-AdamW/pg1"]) for r in csv.DictReader(file) if r["lr-AdamW/pg1"]}
+        rates = {int(r["step"]): float(r["learning_rate"]) for r in csv.DictReader(file) if r["learning_rate"]}
     for step in range(3 * done):
         planned = done if step < done else 3 * done
         assert rates[step] == pytest.approx(5e-3 * (1 - step / planned)), step

@@ -11,7 +11,7 @@ from lightning_lora.commands.compare import choose_arms
 from lightning_lora.config.settings import make_parser, parse_settings, read_config
 from lightning_lora.experiments.resolving import resolve
 from lightning_lora.models.methods import METHODS
-from tests.conftest import make_rows, write_csv
+from tests.conftest import make_rows, shown_settings, write_csv
 
 USED = {
     "model.learning_rate": 1e-3,
@@ -57,7 +57,7 @@ def test_what_is_used_is_shown_everywhere(words: list[str], capsys) -> None:
         printed(capsys, *words),
     ):
         assert {key: value(settings, key) for key in USED} == USED
-    hyperparameters = yaml.safe_load(Path("logs/run/tensorboard/hparams.yaml").read_text())
+    hyperparameters = shown_settings(Path("logs/run"))
     shown = {key: hyperparameters[key] for key in USED if key in hyperparameters}
     assert shown == {key: used for key, used in USED.items() if key in shown} and len(shown) >= 5
     assert record["model"]["learning_rate"] == USED["model.learning_rate"]

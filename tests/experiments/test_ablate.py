@@ -290,7 +290,7 @@ def ask_tensorboard(folder: Path) -> dict[str, Any]:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
-    cells = [p.name for p in (folder / "cells").iterdir() if (p / "tensorboard").is_dir()]
+    cells = [p.name for p in (folder / "cells").iterdir() if any(p.glob("events.out.*"))]
     statuses = [f"STATUS_{name}" for name in ("UNKNOWN", "SUCCESS", "FAILURE", "RUNNING")]
     for _ in range(100):  # it reads the files in a thread of its own
         experiment = ask("plugin/hparams/experiment", {})
@@ -302,7 +302,7 @@ def ask_tensorboard(folder: Path) -> dict[str, Any]:
         if len(found) == len(cells) and tested == 4:
             break
         time.sleep(0.1)
-    query = "plugin/scalars/scalars?tag=val/accuracy&run=cells/{}/tensorboard"
+    query = "plugin/scalars/scalars?tag=val/accuracy&run=cells/{}"
     curves = {name: ask(query.format(name)) for name in cells if name.startswith("rank-")}
     return {"experiment": experiment, "groups": found, "curves": curves}
 

@@ -60,7 +60,7 @@ def columns(run: Path) -> dict[str, list[str]]:
 def test_each_says_and_writes_what_it_is_there_for(busy: SimpleNamespace) -> None:
     found = columns(busy.run)
     assert all(float(value) >= 0 for value in found["DeviceStatsMonitor.on_train_batch_end/cpu_percent"])
-    assert len(found["lr-AdamW/pg1"]) == len(found["lr-AdamW/pg1-weight_decay"]) == 24  # and not twice
+    assert len(found["learning_rate/pg1"]) == len(found["learning_rate/pg1-weight_decay"]) == 24  # and not twice
     assert "Metric val/loss improved. New best score" in busy.said
     assert "'val/loss' reached" in busy.said and "Trainable params" in busy.said
     assert "PeftModelForSequenceClassification" in busy.said and "model.base_model" in busy.said
@@ -72,7 +72,7 @@ def test_each_says_and_writes_what_it_is_there_for(busy: SimpleNamespace) -> Non
 def test_all_of_them_go_on_when_the_run_is_resumed(busy: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(busy.place)
     assert main(["fit", "--resume", "logs/run", "--trainer.max_epochs", "4"]) == 0
-    assert len(columns(busy.run)["lr-AdamW/pg1-weight_decay"]) == 32
+    assert len(columns(busy.run)["learning_rate/pg1-weight_decay"]) == 32
     kept = {path.stem for path in (busy.run / "model_checkpoints").iterdir()}
     assert kept == {"best", "last", *(f"every-step={step}" for step in (5, 10, 15, 20, 25, 30))}
 

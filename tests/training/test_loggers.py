@@ -75,7 +75,7 @@ def test_a_logger_of_a_config_is_added_with_the_settings_and_continued(words: li
     assert main(words) == 0
     with Path("logs/run/metrics.csv").open(newline="") as file:
         assert any(row["val/loss"] for row in csv.DictReader(file))
-    assert list(Path("logs/run/tensorboard").glob("events*"))
+    assert list(Path("logs/run").glob("events.out.*"))
     (settings,) = ServiceLogger.logged["hyperparameters"]
     assert settings["model.learning_rate"] == 1e-3 and settings["model.adapter.rank"] == 8
     assert any("val/loss" in row for row in ServiceLogger.logged["metrics"])
@@ -91,6 +91,24 @@ def test_a_logger_of_a_config_is_added_with_the_settings_and_continued(words: li
     assert len(set(ServiceLogger.began)) == 2
 
 
+@pytest.mark.parametrize(("method", "factors"), [("lora", {"": 1}), ("lora_plus", {"": 1, "/x16": 16})])
+def test_the_learning_rate_is_one_curve_and_one_for_each_multiple(words: list[str], method: str, factors: dict) -> None:
+    """Against the closed form of the schedule; weights with and without decay have the same rate."""
+    more = ["--model.warmup_ratio", "0", "--trainer.log_every_n_steps", "2", "--trainer.accumulate_grad_batches", "2"]
+    assert main([*words, *more, "--trainer.max_epochs", "3", "--model.method", method]) == 0
+    record = json.loads(Path("logs/run/run.json").read_text())
+    with Path("logs/run/metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["learning_rate"]]
+    steps, peak = record["steps"], record["model"]["learning_rate"]
+    assert {key for key in rows[0] if "rate" in key} == {f"learning_rate{name}" for name in factors}
+    assert [int(row["step"]) for row in rows] == list(range(1, steps, 2))
+    for row in rows:
+        now = peak * (1 - int(row["step"]) / steps)
+        assert {name: float(row[f"learning_rate{name}"]) for name in factors} == {
+            name: pytest.approx(factor * now) for name, factor in factors.items()
+        }
+
+
 def test_settings_are_not_logged_where_that_is_switched_off(words: list[str]) -> None:
     assert main([*words, "--trainer.enable_autolog_hparams", "false"]) == 0
     assert "hyperparameters" not in ServiceLogger.logged
@@ -98,9 +116,9 @@ def test_settings_are_not_logged_where_that_is_switched_off(words: list[str]) ->
 
 def test_without_loggers_nothing_points_to_them(words: list[str], capsys) -> None:
     assert main([*words, "--trainer.logger", "false"]) == 0
-    assert not Path("logs/run/tensorboard").exists() and not Path("logs/run/metrics.csv").exists()
+    assert not list(Path("logs/run").glob("events*")) and not Path("logs/run/metrics.csv").exists()
     assert main(["test", "--run", "logs/run"]) == 0
-    assert "tensorboard" not in capsys.readouterr().out and not Path("logs/run/tensorboard").exists()
+    assert "tensorboard" not in capsys.readouterr().out and not list(Path("logs/run").glob("events*"))
 
 
 @pytest.mark.parametrize(

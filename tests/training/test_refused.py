@@ -11,7 +11,7 @@ import yaml
 from lightning_lora.cli import main
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training import refused
-from tests.conftest import make_rows, write_csv
+from tests.conftest import make_rows, shown_settings, write_csv
 
 #: The callbacks that work, with what they need.
 WORKING = {
@@ -83,7 +83,9 @@ def test_a_callback_that_works_trains_as_without_it(fit: Fit, plain: dict, name:
     assert fit(trainer) == 0, capsys.readouterr().err
     kept = yaml.safe_load(Path("logs/run/config.yaml").read_text())["trainer"]["callbacks"]
     assert kept[0]["class_path"].endswith(f".{name}")
-    metrics = RunFolder(Path("logs/run")).read()["metrics"]
+    # LearningRateMonitor shows the rate of each group of weights in place of one curve.
+    found = RunFolder(Path("logs/run")).read()["metrics"]
+    metrics, plain = ({k: v for k, v in each.items() if "rate" not in k} for each in (found, plain))
     assert (metrics == plain) == (name != "LearningRateFinder")
     assert Path("logs/run/model_checkpoints").exists() == (name == "ModelCheckpoint")
     assert ("Epoch 2" in "".join(capsys.readouterr())) == ("ProgressBar" in name)
@@ -94,9 +96,9 @@ def rates(run: str) -> dict[int, list[float]]:
     with Path(f"logs/{run}/metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {
-        int(row["step"]): [float(row[key]) for key in sorted(row) if key.startswith("lr-")]
+        int(row["step"]): [float(row[key]) for key in sorted(row) if key.startswith("learning_rate")]
         for row in rows
-        if row["lr-AdamW/pg1"]
+        if row["learning_rate"]
     }
 
 
@@ -108,7 +110,7 @@ def test_the_rate_that_is_found_is_the_peak_of_the_whole_schedule(fit: Fit, caps
     peak = config["model"]["learning_rate"]
     assert f"learning rate found by LearningRateFinder: {peak:g}" in capsys.readouterr().out
     assert peak == record["model"]["learning_rate"] == record["config"]["model"]["learning_rate"] != 5e-3
-    hyperparameters = yaml.safe_load(Path("logs/run/tensorboard/hparams.yaml").read_text())
+    hyperparameters = shown_settings(Path("logs/run"))
     assert hyperparameters["model.learning_rate"] == peak
     steps = record["steps"]
     warm_up, found = round(0.1 * steps), rates("run")
