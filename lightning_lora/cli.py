@@ -20,6 +20,7 @@ from lightning_lora.program import program
 
 #: For each word after ``main.py`` a line for the help page, and the ``module:function`` that takes the other words.
 COMMANDS = {
+    "data": ("what the data is, what is suspicious first", "data:run"),
     "fit": ("train; without --config the embedded default", "fit:run"),
     "validate": ("metrics of a run on its validation rows", "evaluate:validate"),
     "test": ("metrics before and after, on the test rows", "evaluate:test"),

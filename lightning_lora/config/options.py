@@ -40,6 +40,7 @@ COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
         "track": (TRACKERS | None, None, TRACK_HELP),
         "track_group": (str | None, None, "With --track: MLflow's experiment, or the others' group of the run."),
     },
+    "data": {"output": (str | None, None, "Also write the card as a page that needs no network: an .html file.")},
     "validate": {**_RUN, **_INT8},
     "test": {
         **_RUN,
@@ -81,7 +82,8 @@ COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
 }
 #: Options that belong to one command and not to what is trained; they are left out of ``config.yaml``.
 COMMAND_KEYS = frozenset({"config", "texts", *(name for options in COMMAND_OPTIONS.values() for name in options)})
-#: Settings of a run that ``predict`` uses; it refuses all others, which would be accepted and ignored.
+#: Settings of a run that ``data`` and ``predict`` use; they refuse all others, which would be accepted and ignored.
+CARD_SETTINGS = ("data", "model.base_model")
 PREDICT_SETTINGS = (
     *("data.max_length", "data.truncation", "data.window_overlap", "data.padding", "data.eval_batch_size"),
     *("data.text_column", "data.encoding", "model.base_model", "model.method", "model.adapter", "model.quantization"),
@@ -106,6 +108,10 @@ EXAMPLES = {
         "fit --budget 5m --name reviews",
         "fit --resume logs/reviews",
     ),
+    "data": (
+        "data --config own_csv",
+        "data --config own_csv --data.source rows.csv --data.text_column review --output card.html",
+    ),
     "validate": ("validate --run logs/reviews",),
     "test": ("test --run logs/reviews", "test --run logs/reviews --baselines true"),
     "predict": (
@@ -125,13 +131,15 @@ EXAMPLES = {
 def show_help(command: str, parser: Any, words: Iterable[str]) -> None:
     """Print the help page that the words ask for, if any, and end the process.
 
-    ``--help`` shows the options of the command, and for ``fit`` the settings that are changed most; ``--help_all``
-    shows every setting.
+    ``--help`` shows the options of the command, and for ``fit`` and ``data`` the settings that are changed most;
+    ``--help_all`` shows every setting.
     """
     if not {"-h", "--help", "--help_all"} & set(words):
         return
     if "--help_all" not in words:
-        shown = {*COMMAND_OPTIONS[command], "config", "texts", "help", *(COMMON_SETTINGS if command == "fit" else ())}
+        common = {"fit": "", "data": "data."}.get(command)
+        settings = [name for name in COMMON_SETTINGS if common is not None and name.startswith(common)]
+        shown = {*COMMAND_OPTIONS[command], "config", "texts", "help", *settings}
         for action in parser._actions:
             if action.dest not in shown:
                 action.help = argparse.SUPPRESS
@@ -143,17 +151,19 @@ def show_help(command: str, parser: Any, words: Iterable[str]) -> None:
     sys.exit(0)
 
 
-def refuse_unused(keys: Iterable[str]) -> None:
-    """Refuse settings that ``predict`` does not use.
+def refuse_unused(command: str, keys: Iterable[str]) -> None:
+    """Refuse settings that ``data`` or ``predict`` does not use.
 
     Args:
+        command: "data" or "predict".
         keys: The settings that were given, such as "data.bad_rows".
 
     Raises:
         UserError: There is one.
     """
+    used = {"data": CARD_SETTINGS, "predict": PREDICT_SETTINGS}[command]
     for key in keys:
-        in_use = any(f"{key}.".startswith(f"{setting}.") for setting in PREDICT_SETTINGS)
+        in_use = any(f"{key}.".startswith(f"{setting}.") for setting in used)
         if not in_use and ("." in key or key == "seed_everything"):
             hint = "give --bad_rows empty or --bad_rows error" if key == "data.bad_rows" else "leave it out"
-            raise UserError(f"--{key}: predict does not use it; {hint}")
+            raise UserError(f"--{key}: {command} does not use it; {hint}")

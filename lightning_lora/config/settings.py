@@ -46,6 +46,8 @@ OWN_HELP = {
     "trainer.max_epochs": "Stop training once this number of epochs is reached; by default as many as the training "
     f"rows take for {ENOUGH_STEPS} optimizer steps, fewer where validation does not get better; -1 for no limit."
 }
+#: Commands that take no trained run.
+_NEW = ("fit", "data")
 #: How long a run trains, which may be changed when it is resumed.
 LIMITS = ("max_epochs", "max_steps", "max_time")
 #: From where a config may name classes (``class_path``); more by ``LIGHTNING_LORA_ALLOW``, which no config can set.
@@ -114,16 +116,18 @@ def parse_settings(parser: SettingsParser, command: str, words: Sequence[str]) -
 def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the configs that a command line begins with, each with priority over those before, and all other words."""
     words = list(words)
-    if command not in ("fit", "predict") and words and not words[0].startswith("-"):
+    if command not in (*_NEW, "predict") and words and not words[0].startswith("-"):
         words = ["--run", *words]  # the folder alone is clear enough where no texts are given
     end = words.index("--") if "--" in words else len(words)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("-c", "--config", action="append", default=[])
-    finder.add_argument("--resume" if command == "fit" else "--run", dest="run")
+    finder.set_defaults(run=None)
+    if command != "data":
+        finder.add_argument("--resume" if command == "fit" else "--run", dest="run")
     given, rest = finder.parse_known_args(words[:end])
     options = [word.partition("=")[0].rstrip("+") for word in rest if word.startswith("--")]
     configs = []
-    if command != "fit" and given.run is None:
+    if command not in _NEW and given.run is None:
         raise UserError(f"{command} needs a trained run: --run logs/NAME (a folder that fit made)")
     if given.run is not None:
         option = "--resume" if command == "fit" else "--run"
@@ -148,8 +152,11 @@ def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any
                 )
     if any("arms" in config for config in more):
         raise UserError(f"the config describes arms, which are for: {command_line('compare', '--config', 'FILE')}")
+    typed = [option[2:] for option in options]
     if command == "predict":
-        refuse_unused([*(option[2:] for option in options), *(key for config in more for key in flat(config))])
+        refuse_unused(command, [*typed, *(key for config in more for key in flat(config))])
+    elif command == "data":  # a config describes a run whole
+        refuse_unused(command, typed)
     return [*configs, *more], [*rest, *words[end:]]
 
 

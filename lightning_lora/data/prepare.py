@@ -38,6 +38,8 @@ from lightning_lora.tasks import Task
 
 DEFAULT_TEST_SIZE = 0.2
 DEFAULT_VAL_SIZE = 0.1
+#: What is said of rows that contradict others.
+CONTRADICTED = "rows have a text that stood before with another label"
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ def divide(
         odd = contradictions(train.labels, train.keys)
         if len(odd) and not warnings:
             where = f"{train.origins[odd[0]]}, {train.numbers[odd[0]]}"
-            warnings.append(f"{len(odd)} rows have a text that stood before with another label (the first: {where})")
+            warnings.append(f"{len(odd)} {CONTRADICTED} (the first: {where})")
         spare = int(split == "test" and "val" not in splits)
         seed, fold = options.split_seed, options.fold if split == "test" else None
         groups = strata(train.labels)

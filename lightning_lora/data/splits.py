@@ -216,9 +216,14 @@ def take_fold(
 
 def contradictions(labels: np.ndarray, keys: Sequence[bytes]) -> np.ndarray:
     """Positions of the rows whose text stood before with another label."""
-    texts, firsts = _texts(keys)
-    other = labels != labels[firsts][texts]
+    other = labels != labels[first_positions(keys)]
     return np.flatnonzero(other if other.ndim == 1 else other.any(axis=1))
+
+
+def first_positions(keys: Sequence[bytes]) -> np.ndarray:
+    """For each row the position of the first row with its text."""
+    texts, firsts = _texts(keys)
+    return firsts[texts]
 
 
 def _texts(keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -230,25 +235,26 @@ def _texts(keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def text_keys(texts: Sequence[Text]) -> list[bytes]:
-    """A key for each text, equal for texts with the same letters and digits in the same order; of a pair for both.
+    """A key for each text, equal for texts of which the same counts (``counted_bytes``); of a pair for both."""
+    keys = []
+    for text in texts:
+        counted = counted_bytes(text) if isinstance(text, str) else b"".join(text_keys(text))
+        keys.append(blake2b(counted, digest_size=16).digest())
+    return keys
+
+
+def counted_bytes(text: str) -> bytes:
+    """What counts of a text, in UTF-8: its letters and digits in their order.
 
     Case, spaces and punctuation do not count, so a review that was copied with another line break is
     found. Vowel signs and symbols such as emoji do, and in a text of less than ``SHORT`` letters and digits
     the punctuation too: "nice :)" is not "nice :(".
     """
-    keys = []
-    for text in texts:
-        if not isinstance(text, str):
-            keys.append(blake2b(b"".join(text_keys(text)), digest_size=16).digest())
-            continue
-        if text.isascii():  # the same, ten times as fast
-            plain = text.lower().encode().translate(None, _NOT_ASCII_LETTER_OR_DIGIT)
-        else:
-            plain = "".join(filter(_counts, text.casefold())).encode()
-        if len(plain) < SHORT:
-            plain = "".join(text.casefold().split()).encode()
-        keys.append(blake2b(plain, digest_size=16).digest())
-    return keys
+    if text.isascii():  # the same, ten times as fast
+        counted = text.lower().encode().translate(None, _NOT_ASCII_LETTER_OR_DIGIT)
+    else:
+        counted = "".join(filter(_counts, text.casefold())).encode()
+    return counted if len(counted) >= SHORT else "".join(text.casefold().split()).encode()
 
 
 def _counts(character: str) -> bool:

@@ -4,12 +4,11 @@ import csv
 import io
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, Template
-
 from lightning_lora.reports.ablation import Report, answer, bounded, facts, interval_text, notes
 from lightning_lora.reports.ablation_pictures import color, pictures
 from lightning_lora.reports.ablation_tables import arm_table, metric_table, more_tables
 from lightning_lora.reports.tables import markdown
+from lightning_lora.reports.templates import template
 
 
 def as_markdown(report: Report) -> str:
@@ -33,12 +32,12 @@ def as_latex(report: Report) -> str:
     # Braces of LaTeX are not those of the template.
     marks = {"variable_start_string": "<<", "variable_end_string": ">>"}
     marks |= {"block_start_string": "<%", "block_end_string": "%>"}
-    return _template("report.tex.j2", **marks).render(rows=[row[:9] for row in arm_table(report)])
+    return template("report.tex.j2", **marks).render(rows=[row[:9] for row in arm_table(report)])
 
 
 def as_html(report: Report) -> str:
     """Return the report as one page that needs no network."""
-    return _template("report.html.j2").render(
+    return template("report.html.j2").render(
         report=report,
         answer=answer(report),
         facts=facts(report),
@@ -80,18 +79,3 @@ def forest(report: Report) -> dict[str, Any]:
         rows.append(row)
     band = {"left": place(-margin), "width": round(place(margin) - place(-margin), 2)}
     return {"rows": rows, "nought": place(0), "band": band, "low": f"{low:+.3f}", "high": f"{high:+.3f}"}
-
-
-def _template(name: str, **marks: Any) -> Template:
-    loader = PackageLoader("lightning_lora", "reports")
-    environment = Environment(loader=loader, autoescape=name.endswith(".html.j2"), trim_blocks=True, **marks)
-    environment.filters["latex"] = _latex
-    return environment.get_template(name)
-
-
-def _latex(text: str) -> str:
-    bold = text.startswith("**")
-    text = text.replace("**", "")
-    named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
-    text = "".join(named.get(sign, f"\\{sign}" if sign in "&%$#_{}" else sign) for sign in text)
-    return f"\\textbf{{{text}}}" if bold else text

@@ -40,6 +40,7 @@ def test_every_command_has_a_help_page(command: str, capsys: pytest.CaptureFixtu
         "report": "folders",
         "recipes": "name",
         "serve": "--max_texts",
+        "data": "--output",
     }
     assert own[command] in told and f"main.py {command}" in told
 
@@ -55,10 +56,11 @@ def test_help_shows_the_commands_own_options_and_help_all_every_setting(
         assert stopped.value.code == 0
         pages.append(capsys.readouterr().out)
     short, whole = pages
-    assert len(short.splitlines()) < (165 if command == "fit" else 60) < len(whole.splitlines())
+    assert len(short.splitlines()) < {"fit": 165, "data": 80}.get(command, 60) < len(whole.splitlines())
     assert short.index("python main.py") < short.index("--help_all") and "--model.speedups" not in short
     for setting in ("--model.adapter.rank", "--data.source", "--trainer.max_epochs"):
-        assert setting in whole and (setting in short) == (command == "fit")
+        first = command == "fit" or (command == "data" and setting.startswith("--data"))
+        assert setting in whole and (setting in short) == first
     own = re.findall(r"^  (?:-\w \S+, )?(--\w+)", whole, flags=re.MULTILINE)
     others = {"--seed_everything", "--trainer", "--model", "--data"} if command != "fit" else set()
     assert set(own) - others - {"--trainer", "--model", "--data"} <= set(re.findall(r"--\w+", short))

@@ -1,0 +1,299 @@
+"""What a data set is, before anything is trained on it: the facts of a data card."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+from tqdm import tqdm
+
+from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.data.near_repeats import Sketch, near_repeats
+from lightning_lora.data.pairs import Text, as_texts
+from lightning_lora.data.rows import Rows
+from lightning_lora.data.specs import find_spec
+from lightning_lora.data.splits import contradictions, first_positions, text_keys
+from lightning_lora.tasks import Task
+
+#: A word tells a class where so many of the rows with it, and of the class, have both; in so many rows at least.
+TELLING_PRECISION, TELLING_COVERAGE, TELLING_ROWS = 0.99, 0.2, 20
+#: Training rows, spread evenly, among whose words these are sought.
+_WORD_ROWS = 5_000
+#: The first byte of a letter of several bytes in UTF-8 and the others, each read as a letter of its own.
+_MISREAD = re.compile(r"[ÂÃÄÅÎÏÐÑ][^\x00-\x7f]|[à-ï][^\x00-\x7f]{2}|ð[^\x00-\x7f]{3}")
+_HTML = re.compile(r"</?[a-z][a-z0-9]*(?:\s[^<>]*)?/?>|&(?:[a-z]{2,8}|#\d{2,6}|#x[0-9a-f]{2,6});", re.IGNORECASE)
+#: For each split those in which near repeats of its rows are sought.
+_COMPARED_WITH: dict[str, list[str]] = {"train": [], "val": ["train"], "test": ["train", "val"]}
+#: Characters of a text that are shown.
+_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class FoundRows:
+    """Rows in which something was found.
+
+    Args:
+        count: Their number.
+        example: Where the first stands, and how it begins.
+    """
+
+    count: int = 0
+    example: str = ""
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """The facts of one split.
+
+    Args:
+        rows: Their number.
+        origin: Where they are from.
+        class_counts: Rows of each class or label; of regression empty.
+        unlabelled: Rows without any of several labels.
+        numbers: What is predicted by regression, shape (rows,); else empty.
+        lengths: Tokens of each text, special tokens included, before truncation, shape (rows,).
+        cut_share: Share of the texts that are cut at ``max_length``.
+        repeats: Rows whose text stood before in the split.
+        conflicts: Those of them with another label.
+        faults: By kind ("misread", "lost", "html", "same sides"), rows whose text is suspicious.
+        near: By other split, rows with a near repeat there.
+        compared: Rows that near repeats were sought for.
+    """
+
+    rows: int
+    origin: str
+    class_counts: list[int]
+    unlabelled: int
+    numbers: np.ndarray
+    lengths: np.ndarray
+    cut_share: float
+    repeats: FoundRows
+    conflicts: FoundRows
+    faults: dict[str, FoundRows]
+    near: dict[str, FoundRows]
+    compared: int
+
+
+@dataclass(frozen=True)
+class TellingWord:
+    """A word that alone tells a class, as a label that slipped into the text does.
+
+    Args:
+        word: The word, in lower case.
+        label: The class.
+        rows: Rows with it, among those in which it was sought.
+        precision: Share of these that are of the class.
+        coverage: Share of the rows of the class that have it.
+    """
+
+    word: str
+    label: str
+    rows: int
+    precision: float
+    coverage: float
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The facts of a data set as a data module reads it.
+
+    Args:
+        source: Where it is.
+        encoding: Of its text files, where one was named.
+        task: What is predicted.
+        label_names: The classes.
+        base_model: Whose tokens are counted.
+        max_length: Tokens of a text that the model sees.
+        longest_possible: The greatest ``max_length`` of the base model.
+        truncation: What stays of longer texts.
+        splits: The facts of each split.
+        repeats_removed: As in ``Prepared``.
+        bad_rows_dropped: Rows without text or label.
+        telling: Words that tell a class.
+        citation: Who made it, where that is known.
+        terms: Under which terms it may be used, where they are known.
+        warnings: What was said while it was read.
+    """
+
+    source: str
+    encoding: str | None
+    task: Task
+    label_names: list[str]
+    base_model: str
+    max_length: int
+    longest_possible: int
+    truncation: str
+    splits: dict[str, SplitFacts]
+    repeats_removed: dict[str, int]
+    bad_rows_dropped: int
+    telling: list[TellingWord]
+    citation: str
+    terms: str
+    warnings: list[str]
+
+
+def gather_facts(data: TextDataModule) -> DataFacts:
+    """The facts of the data; texts are read a batch at a time, and their tokens are kept in the cache for ``fit``."""
+    data.setup("fit")
+    data.setup("test")
+    prepared, source = data.prepared, data.options.source
+    sketches = {}
+    for split, rows in prepared.splits.items():
+        with tqdm(desc=f"Comparing {split}", total=len(rows), disable=None, leave=False, delay=0.5) as bar:
+            sketches[split] = Sketch.of(rows, bar.update)
+    splits = {split: _split_facts(data, split, sketches) for split in prepared.splits}
+    spec = find_spec(source)
+    return DataFacts(
+        source=source if isinstance(source, str) else ", ".join(f"{k}: {v}" for k, v in source.items()),
+        encoding=data.options.encoding,
+        task=data.task,
+        label_names=data.label_names,
+        base_model=data.base_model,
+        max_length=data.max_length,
+        longest_possible=data.tokenizer.model_max_length,
+        truncation=data.truncation,
+        splits=splits,
+        repeats_removed=prepared.repeats_removed,
+        bad_rows_dropped=prepared.bad_rows_dropped,
+        telling=telling_words(data.rows("train"), data.label_names) if data.task != "regression" else [],
+        citation=prepared.citation,
+        terms=spec.terms if spec else "",
+        warnings=prepared.warnings,
+    )
+
+
+def _split_facts(data: TextDataModule, split: str, sketches: Mapping[str, Sketch]) -> SplitFacts:
+    rows, tokens, frame = data.rows(split), data.dataset(split).tokens, data.frame
+    labels, regression = rows.labels, data.task == "regression"
+    firsts = first_positions(rows.keys)
+    repeats = np.flatnonzero(firsts != np.arange(len(rows)))
+    conflicts = contradictions(labels, rows.keys)
+
+    def contradicted(number: int) -> str:
+        row, first = conflicts[number], firsts[conflicts[number]]
+        here, there = (label_words(labels[i], data.label_names) for i in (row, first))
+        return f"{here}, but {there} in {_place(rows, first)}"
+
+    return SplitFacts(
+        rows=len(rows),
+        origin=data.prepared.origin[split],
+        class_counts=[] if regression else data.prepared.class_counts(split),
+        unlabelled=int((~labels.any(axis=1)).sum()) if labels.ndim == 2 else 0,
+        numbers=labels if regression else np.zeros(0),
+        lengths=tokens.lengths + frame.special,
+        cut_share=float((tokens.lengths > frame.room).mean()) if frame.keep != "windows" else 0.0,
+        repeats=_found(rows, repeats, lambda i: f"as {_place(rows, firsts[repeats[i]])}"),
+        conflicts=_found(rows, conflicts, contradicted),
+        faults=text_faults(rows),
+        near={other: _near(sketches[split], sketches[other]) for other in _COMPARED_WITH[split]},
+        compared=len(sketches[split].positions),
+    )
+
+
+def _near(sketch: Sketch, others: Sketch) -> FoundRows:
+    pairs = near_repeats(sketch, others)
+    return _found(sketch.rows, pairs[:, 0], lambda number: f"like {_place(others.rows, pairs[number, 1])}")
+
+
+def text_faults(rows: Rows) -> dict[str, FoundRows]:
+    """Of each kind of fault the rows whose text has it; see ``SplitFacts``."""
+    positions: dict[str, list[int]] = {kind: [] for kind in ("misread", "lost", "html", "same sides")}
+    starts: dict[str, int] = {}
+    texts = enumerate(chain.from_iterable(rows.text_batches()))
+    for row, text in tqdm(texts, desc="Reading texts", total=len(rows), disable=None, leave=False, delay=0.5):
+        for kind, start in faults_of(text):
+            positions[kind].append(row)
+            starts.setdefault(kind, start)
+    return {
+        kind: _found(rows, np.array(found, np.int64), start=starts.get(kind, 0)) for kind, found in positions.items()
+    }
+
+
+def faults_of(text: Text) -> Iterator[tuple[str, int]]:
+    """The kinds of faults of a text or pair, each with the place of the first, in the sides joined by a space."""
+    (whole,) = as_texts([text])
+    if not whole.isascii():
+        if (lost := whole.find("\N{REPLACEMENT CHARACTER}")) >= 0:
+            yield "lost", lost
+        if (misread := next(filter(_is_misread, _MISREAD.finditer(whole)), None)) is not None:
+            yield "misread", misread.start()
+    if (html := _HTML.search(whole)) is not None:
+        yield "html", html.start()
+    if not isinstance(text, str) and len(set(text_keys(text))) == 1:
+        yield "same sides", 0
+
+
+def _is_misread(match: re.Match[str]) -> bool:
+    """Whether the bytes of these letters, in Latin-1 or Windows-1252, are a letter in UTF-8, as in "cafÃ©"."""
+    for encoding in ("cp1252", "latin-1"):
+        try:
+            match[0].encode(encoding).decode()
+        except UnicodeError:
+            continue
+        return True
+    return False
+
+
+def telling_words(rows: Rows, label_names: Sequence[str]) -> list[TellingWord]:
+    """For each class the word that most of its texts have and nearly no other, where there is one."""
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    if len(rows) > _WORD_ROWS:
+        rows = rows.select(np.linspace(0, len(rows) - 1, _WORD_ROWS).astype(np.int64))
+    labels = rows.labels if rows.labels.ndim == 2 else np.eye(len(label_names), dtype=np.int64)[rows.labels]
+    labels = labels.astype(np.int64)
+    words = CountVectorizer(binary=True, token_pattern=r"(?u)\w+", min_df=TELLING_ROWS, dtype=np.int64)
+    try:
+        has = words.fit_transform(as_texts(rows.texts))
+    except ValueError:  # no word is in so many texts
+        return []
+    with_word = np.asarray(has.sum(axis=0)).reshape(-1, 1)
+    of_class = np.maximum(labels.sum(axis=0), 1)
+    both = has.T @ labels  # (words, C)
+    precision, coverage = both / with_word, both / of_class
+    telling = (precision >= TELLING_PRECISION) & (coverage >= TELLING_COVERAGE)
+    telling &= of_class / len(rows) < TELLING_PRECISION  # else any word would
+    best = np.where(telling, coverage, 0).argmax(axis=0)
+    names = words.get_feature_names_out()
+    return [
+        TellingWord(
+            str(names[word]), name, int(with_word[word, 0]), float(precision[word, c]), float(coverage[word, c])
+        )
+        for c, (word, name) in enumerate(zip(best, label_names, strict=True))
+        if telling[word, c]
+    ]
+
+
+def label_words(label: np.ndarray, names: Sequence[str]) -> str:
+    """The label of a row as a reader knows it."""
+    if label.ndim:
+        return "+".join(name for name, has in zip(names, label, strict=True) if has) or "no label"
+    return f"{label:g}" if label.dtype.kind == "f" else names[int(label)]
+
+
+def _found(
+    rows: Rows, positions: np.ndarray, beside: Callable[[int], str] = lambda number: "", start: int = 0
+) -> FoundRows:
+    """The rows at these positions.
+
+    Args:
+        rows: The split.
+        positions: Of the rows.
+        beside: Says more of the first of them, number 0.
+        start: The place in its text that is to be seen.
+    """
+    if not len(positions):
+        return FoundRows()
+    (text,) = as_texts(rows.select(positions[:1]).texts)
+    first = max(0, start - _SHOWN // 2)
+    said = " ".join(text[first : first + _SHOWN].split())
+    said = f"{'... ' * (first > 0)}{said}{' ...' * (first + _SHOWN < len(text))}"
+    return FoundRows(len(positions), ", ".join(filter(None, (f"{_place(rows, positions[0])}: '{said}'", beside(0)))))
+
+
+def _place(rows: Rows, position: int) -> str:
+    """Where a row stands in its source."""
+    row = rows.select(np.array([position]))
+    units: Mapping[str, str] = {file.origin: file.unit for file in rows.files}
+    return f"{row.origins[0]}, {units[row.origins[0]]} {row.numbers[0]}"
