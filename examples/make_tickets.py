@@ -72,7 +72,8 @@ def make_others(count: int, kind: str, seed: int = 0) -> list[tuple[str, str]]:
         number, unit = rng.randint(2, 11), rng.choice(list(units))
         parts = [rng.choice(MESSAGES[each]).format(thing=rng.choice(THINGS)) for each in topics]
         wait = f"I have been waiting for {number} {unit}"
-        text = ". ".join([rng.choice(OPENINGS), *parts, wait, rng.choice(("Thanks", "Please reply soon"))])
+        said = [*parts, wait, rng.choice(("Thanks", "Please reply soon"))]
+        text = f"{rng.choice(OPENINGS)} {'. '.join(filter(None, said))}".strip()
         rows.setdefault(text, ";".join(topics) if kind == "topics" else str(number * units[unit]))
     return list(rows.items())
 

@@ -123,17 +123,19 @@ def print_rows(shown: Sequence[dict[str, Any]], texts: Sequence[Text], chars: in
     from rich.text import Text
 
     table = Table(show_lines=True)
-    for heading in ("", "truth", "prediction", "probability"):
-        table.add_column(heading, no_wrap=True, justify="right" if heading == "probability" else "left")
-    table.add_column("text", ratio=1, overflow="fold")
+    single = any("probability" in row for row in shown)
+    for heading in ("", "truth", "prediction", *(["probability"] if single else [])):
+        right = heading == "probability"
+        table.add_column(heading, no_wrap=single or heading == "", justify="right" if right else "left")
+    table.add_column("text", ratio=1, overflow="fold", min_width=24)
     for row, text in zip(shown, texts, strict=True):
         truth, predicted = (_words(row[name]) for name in ("label", "prediction"))
         mark = Text("✓ hit", "green") if truth == predicted else Text("✗ miss", "bold red")
         mark = Text("") if isinstance(row["label"], float) else mark
-        probability = f"{row['probability']:.3f}" if "probability" in row else ""
+        probability = [f"{row['probability']:.3f}"] if single else []
         lines = [" ".join(side.split()) for side in ([text] if isinstance(text, str) else text)]
         cut = "\n".join(line if len(line) <= chars else f"{line[:chars]} ..." for line in lines)
-        table.add_row(mark, Text(truth), Text(predicted), probability, Text(cut))
+        table.add_row(mark, Text(truth), Text(predicted), *probability, Text(cut))
     Console().print(table)
 
 

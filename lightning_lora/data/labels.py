@@ -311,7 +311,7 @@ def _check_categorical(places: Mapping[str, str], rows: int, column: str) -> lis
         column: Its file and name, for messages.
 
     Returns:
-        A warning if they may be a measure.
+        Warnings if they may be a measure, or several labels in one.
     """
     words = ordered(places)
     numbers = [number for word in words if (number := number_of(word)) is not None]
@@ -329,6 +329,13 @@ def _check_categorical(places: Mapping[str, str], rows: int, column: str) -> lis
         ids = numbers[0] in (0, 1) and span == len(words) and numbers[-1] != 100
         if len(words) > MANY_NUMBERS and not ids:
             warnings.append(f"{many}, and each is a class; if it is a measure, {_MEASURE}")
+    for separator in ";|,":
+        made = [w for w in words if separator in w and {part.strip() for part in w.split(separator)} < places.keys()]
+        if made:
+            several = f"if a text may have several labels, set data.label_separator '{separator}'"
+            warnings.append(
+                f"{column} holds labels that are made of others ({few(made)}), each a class here; {several}"
+            )
     if len(words) > FEW_VALUES and 2 * len(words) > rows:
         many = f"{column} holds {len(words):,} different values in {rows:,} rows ({few(words)})"
         remedy = _MEASURE if numbers else "set data.label_column"

@@ -60,10 +60,11 @@ def measured(report: Report, arm: ArmResult, column: Column) -> tuple[float, lis
         return float(np.mean(values)) if values else math.nan, interval
     records = [cell.record for cell in arm.cells if cell.status == "finished"]
     found = [kept_metrics(record, report.split_key) for record in records]
-    values = [metrics[column.key] for metrics in found if column.key in metrics]
+    values = [value for metrics in found if (value := metrics.get(column.key)) is not None]  # None: not defined
     interval = None
     if len(values) == 1 and (name := kept_evaluation(records[0], report.split_key)) is not None:
         interval = records[0]["evaluations"][name].get("after_interval", {}).get(column.key)
+        interval = None if interval is None or None in interval else interval
     return float(np.mean(values)) if values else math.nan, interval
 
 

@@ -164,6 +164,10 @@ def test_runs_are_compared_by_row(run: Path, capsys) -> None:
     words = ["--config", str(run.parent / "config.yaml"), "--logs_dir", str(run.parent)]
     assert main(["fit", *words, "--name", "head", "--model.method", "head", "--trainer.max_epochs", "1"]) == 0
     assert main(["test", "--run", str(run.parent / "head")]) == 0
+    # One number for every row has no correlation.
+    assert main(["fit", *words, "--name", "majority", "--model.method", "majority"]) == 0
+    assert main(["test", "--run", str(run.parent / "majority")]) == 0
+    assert main(["report", str(run), str(run.parent / "majority"), "--output", str(run.parent / "constant")]) == 0
     assert main(["report", str(run), str(run.parent / "head")]) == 0
     report = next(run.parent.glob("report-*/report.md")).read_text()
     if task == "regression":

@@ -223,3 +223,9 @@ def test_a_test_label_that_train_never_has_is_refused() -> None:
     tables = table(["a", "b"]) | {"test": [Table("test.csv", {"label": ["z"]}, [2], "line")]}
     with pytest.raises(UserError, match=r"test.csv, line 2, column 'label': label 'z' is not one of a, b"):
         encode_labels(tables, "label", None)
+
+
+def test_labels_that_are_made_of_others_are_told_of() -> None:
+    (warning,) = encode_labels(table(["a", "b", "a;b", "b;a"] * 9), "label", None).warnings
+    assert "(a;b, b;a)" in warning and "set data.label_separator ';'" in warning
+    assert encode_labels(table(["a", "b", "c;d", "read, write"] * 9), "label", None).warnings == []
