@@ -45,6 +45,7 @@ def _glue(name: str, *columns: str, test: tuple[str, ...] = ("validation",), tas
         task=task,
         splits={"train": ("train",), "test": test},
         citation="Wang et al. 2019, GLUE: A Multi-Task Benchmark and Analysis Platform for NLU",
+        terms="those of the data that the task is made from, to which GLUE refers",
     )
 
 
