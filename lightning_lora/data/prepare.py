@@ -38,7 +38,7 @@ from lightning_lora.tasks import Task
 
 DEFAULT_TEST_SIZE = 0.2
 DEFAULT_VAL_SIZE = 0.1
-#: What is said of rows that contradict others.
+#: The warning about rows that contradict others.
 CONTRADICTED = "rows have a text that stood before with another label"
 
 

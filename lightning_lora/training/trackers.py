@@ -24,11 +24,11 @@ _OWN_NAME = re.compile(r"(?:arm-)?(.+?)__seed-(.+)")  # of a cell: its arm and i
 
 
 class Tracker(Logger):
-    """Writes to a tracked run. Where that fails there is one warning, and the run goes on without.
+    """Writes to a tracked run. Where that fails there is one warning, and the run continues without it.
 
     Args:
         known: What ``run.json`` has of it: ``kind``, ``run`` (its name), ``group``, ``id``, ``store``; filled in once
-            the tracked run has begun.
+            the tracked run has started.
     """
 
     def __init__(self, known: dict[str, Any]) -> None:
@@ -45,7 +45,7 @@ class Tracker(Logger):
 
     @property
     def version(self) -> str | None:
-        """The id of the tracked run, once it has begun."""
+        """The id of the tracked run, once it has started."""
         return self.known["id"]
 
     def attempt(self, work: Callable[[Any], None]) -> bool:
@@ -110,7 +110,7 @@ def check_package(kind: str) -> None:
 
 
 def new_tracked(kind: str, name: str, group: str | None) -> dict[str, Any]:
-    """Return what is known of a tracked run that has not begun: the tracker, the run's name, its group or None."""
+    """Return what is known of a tracked run that has not started: the tracker, the run's name, its group or None."""
     return {"kind": kind, "run": name, "group": group, "id": None, "store": None}
 
 
@@ -190,7 +190,7 @@ class _Trackio(Logger):
         self.run = trackio.init(PROJECT, known["run"], known["group"], resume=resume, embed=False)
         if known["id"]:
             self.run.config.clear()  # else it takes the place of the settings that are there
-        self.experiment = trackio  # whose functions are of the run that has begun last
+        self.experiment = trackio  # whose functions are of the run that was started last
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""The facts of a data card against pandas, on rows with planted faults, and what is said of them."""
+"""The facts of a data card against pandas, on rows with planted faults, and the warnings about them."""
 
 import re
 from pathlib import Path

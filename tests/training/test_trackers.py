@@ -69,7 +69,7 @@ class Recorder(trackers.Logger):
 
     @property
     def version(self) -> str:
-        return self.known["id"] or "begun-1"
+        return self.known["id"] or "started-1"
 
     def artifact(self, path: str, name: str, type: str) -> None:
         self.add("file", name)
@@ -92,7 +92,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_fit_resume_and_test_write_to_one_tracked_run(words: list[str], recorder: SimpleNamespace) -> None:
     assert main([*words, "--track", "trackio"]) == 0
-    known = {"kind": "trackio", "run": "run", "group": None, "id": "begun-1", "store": None}
+    known = {"kind": "trackio", "run": "run", "group": None, "id": "started-1", "store": None}
     assert record()["tracker"] == known and "track" not in Path("logs/run/config.yaml").read_text()
     settings = dict(recorder.calls)["settings"]
     assert settings["model.learning_rate"] == record()["model"]["learning_rate"]
