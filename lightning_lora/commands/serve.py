@@ -36,7 +36,7 @@ def serve_runs(options: Any, address: Any, key: str | None) -> None:
         UserError: A run cannot be loaded.
     """
     from lightning_lora.serving.application import make_app
-    from lightning_lora.serving.batcher import Batcher
+    from lightning_lora.serving.batcher import Batcher, batch_threads
     from lightning_lora.serving.gate import Gate
     from lightning_lora.serving.metrics import ServingMetrics
     from lightning_lora.serving.schemas import Limits
@@ -53,7 +53,7 @@ def serve_runs(options: Any, address: Any, key: str | None) -> None:
         print(f"{served.name}: weights {served.fingerprint[:12]}, {sizes}", file=sys.stderr, flush=True)
     limits = Limits(options.max_body_mb, options.max_texts, options.max_characters, options.max_waiting)
     metrics = ServingMetrics()
-    batcher = Batcher(limits.waiting_texts, metrics)
+    batcher = Batcher(limits.waiting_texts, metrics, batch_threads(list(runs.values())))
     gate = Gate(make_app(runs, batcher, limits), key, limits.body_mb, metrics)
     host, port, *_ = address.getsockname()
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -1,4 +1,4 @@
-"""The queue between HTTP and the models: batches by tokens from the texts of all clients, in a thread of their own."""
+"""The queue between HTTP and the models: batches by tokens from the texts of all clients, in threads of their own."""
 
 import asyncio
 import sys
@@ -20,6 +20,8 @@ from lightning_lora.serving.served_run import ServedRun
 
 #: Where batches are padded, the longest text of one has up to so many times the tokens of its shortest.
 SPREAD = 1.5
+#: Batches that are computed at once on a CPU at most; Python's lock leaves little to more.
+MOST_THREADS = 4
 
 
 class QueueFullError(Exception):
@@ -70,34 +72,36 @@ class Batcher:
     Args:
         max_waiting: Texts that may be accepted and not yet answered.
         metrics: What is counted.
+        threads: Batches that are computed at once; more than one where all runs are ``concurrent``.
     """
 
-    def __init__(self, max_waiting: int, metrics: ServingMetrics) -> None:
+    def __init__(self, max_waiting: int, metrics: ServingMetrics, threads: int = 1) -> None:
         self.max_waiting = max_waiting
         self.metrics = metrics
         self.waiting = 0
         self._queue: list[_QueuedText] = []
         self._now = 0.0
-        self._active: ServedRun | None = None
         self._closed = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
+        self._threads = [threading.Thread(target=self._work, name="batches", daemon=True) for _ in range(threads)]
 
     def start(self) -> None:
-        """Start the thread that predicts."""
-        self._thread.start()
+        """Start the threads that predict."""
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
-        """Predict what is queued, and end the thread."""
+        """Predict what is queued, and end the threads."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether the threads run."""
+        return all(thread.is_alive() for thread in self._threads)
 
     async def predict(self, run: ServedRun, texts: Sequence[Text]) -> Predictions:
         """Classify N texts, which ``LoadedRun.checked`` has returned.
@@ -119,7 +123,7 @@ class Batcher:
                 turns = self._now + np.cumsum(tokens) - tokens
                 for i, turn in enumerate(turns.tolist()):
                     self._queue.append(_QueuedText(request, i, dataset.tokens[i], int(tokens[i]), turn))
-                self._changed.notify()
+                self._changed.notify_all()
             return run.predictions(await asyncio.wrap_future(request.future))
         finally:
             self._count(-len(texts))
@@ -132,8 +136,6 @@ class Batcher:
         with torch.inference_mode():
             while batch := self._take():
                 self._predict(batch)
-            if self._active is not None:
-                self._active.stop()
 
     def _take(self) -> list[_QueuedText]:
         """Wait for texts and return the next batch; an empty one when the queue is empty and closed."""
@@ -151,12 +153,6 @@ class Batcher:
     def _predict(self, batch: list[_QueuedText]) -> None:
         run, start = batch[0].request.run, time.perf_counter()
         try:
-            if self._active is not run:
-                if self._active is not None:
-                    self._active.stop()
-                self._active = None
-                run.start()
-                self._active = run
             logits = run.logits([each.ids for each in batch], [each.request.texts[each.index] for each in batch])
         except Exception as error:  # of any library; the next batch may do
             self._fail(batch, error)
@@ -165,12 +161,13 @@ class Batcher:
         self.metrics.batch_texts.observe(len(batch))
         self.metrics.texts.labels(run.name).inc(len(batch))
         self.metrics.tokens.labels(run.name).inc(sum(each.tokens for each in batch))
-        for text, row in zip(batch, logits, strict=True):
-            request = text.request
-            request.logits[text.index] = row
-            request.left -= 1
-            if not request.left:
-                request.future.set_result(np.stack(request.logits))
+        with self._changed:
+            for text, row in zip(batch, logits, strict=True):
+                request = text.request
+                request.logits[text.index] = row
+                request.left -= 1
+                if not request.left and not request.future.done():
+                    request.future.set_result(np.stack(request.logits))
 
     def _fail(self, batch: list[_QueuedText], error: Exception) -> None:
         """Answer the requests of a batch by an error, and say where it comes from; its message may hold a text."""
@@ -179,9 +176,9 @@ class Batcher:
         failed = {id(text.request): text.request for text in batch}
         with self._changed:
             self._queue = [text for text in self._queue if id(text.request) not in failed]
-        for request in failed.values():
-            if not request.future.done():
-                request.future.set_exception(PredictionError())
+            for request in failed.values():
+                if not request.future.done():
+                    request.future.set_exception(PredictionError())
 
 
 def choose_batch(queue: Sequence[_QueuedText]) -> list[_QueuedText]:
@@ -207,3 +204,14 @@ def choose_batch(queue: Sequence[_QueuedText]) -> list[_QueuedText]:
         batch.append(text)
         total, longest, shortest = total + text.tokens, high, low
     return batch
+
+
+def batch_threads(runs: Sequence[ServedRun]) -> int:
+    """Return how many batches to compute at once, and share torch's threads out among them.
+
+    On a CPU several small batches, each by fewer threads, take less time than one after the other by all threads.
+    """
+    cores = torch.get_num_threads()
+    threads = min(cores, MOST_THREADS) if all(run.concurrent for run in runs) else 1
+    torch.set_num_threads(cores // threads)
+    return threads

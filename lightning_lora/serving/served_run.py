@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lightning_lora.data.pairs import Text, is_pair
 from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.inference.loaded_run import load_run
 from lightning_lora.inference.predict_files import fingerprint
+from lightning_lora.models.kernel_plugins import kernel_plugins
 from lightning_lora.runs.folder import RunFolder, kept_metrics
 from lightning_lora.training.module import TextClassifier
 
@@ -85,24 +85,26 @@ class ServedRun:
         record = run.read() if run.record.is_file() else {}
         of_best = dict(kept_metrics(record, "test") or kept_metrics(record, "val")) if checkpoint == "best" else {}
         self.metrics = {name: value for name, value in of_best.items() if isinstance(value, int | float)}
-        self._pass = ExitStack()
+        # Adapters stay merged, and kernels ready, as within an evaluation pass.
+        self.model.on_predict_start()
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may compute batches at once: nothing is kept in the model within a forward pass."""
+        model = self.model
+        if not isinstance(model, TextClassifier):
+            return True
+        kernels = model.speedups.kernels and kernel_plugins()
+        on_cpu = self.loaded.trainer.strategy.root_device.type == "cpu"
+        return on_cpu and not self.packed and not kernels and model.quantization.bits is None
 
     @property
     def pairs(self) -> bool:
         """Whether it reads pairs of texts."""
         return is_pair(self.loaded.frame.keep)
 
-    def start(self) -> None:
-        """Get ready for batches, as at the start of an evaluation: adapters are merged until ``stop``."""
-        self._pass.callback(self.model.on_predict_end)
-        self.model.on_predict_start()
-
-    def stop(self) -> None:
-        """Undo ``start``."""
-        self._pass.close()
-
     def logits(self, ids: Sequence[Any], texts: Sequence[Text]) -> np.ndarray:
-        """Compute the logits of a batch, float32 (N, C), between ``start`` and ``stop``, in inference mode.
+        """Compute the logits of a batch, float32 (N, C), in inference mode.
 
         Args:
             ids: Token ids of N texts, without special tokens.

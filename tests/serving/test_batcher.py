@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 
 from lightning_lora import load_run
-from lightning_lora.serving.batcher import Batcher, choose_batch
+from lightning_lora.models.quantization import Quantization
+from lightning_lora.serving.batcher import Batcher, batch_threads, choose_batch
 from lightning_lora.serving.metrics import ServingMetrics
 from lightning_lora.serving.served_run import ServedRun, SharedWeights
 from tests.serving.conftest import TEXTS
@@ -61,21 +62,53 @@ def test_few_texts_do_not_wait_for_all_of_a_large_request(served, expected) -> N
     np.testing.assert_allclose(small.logits, expected["run"].logits[:1], atol=1e-5)
 
 
+def test_several_threads_share_the_texts_and_each_request_gets_its_own(served, expected) -> None:
+    batcher, names = Batcher(5000, ServingMetrics(), threads=3), ["three-labels", "several", "windows", "words"]
+
+    async def ask_all() -> list[Any]:
+        asked = [batcher.predict(served[name], TEXTS[i:]) for i in range(10) for name in names]
+        return await asyncio.gather(*asked)
+
+    batcher.start()
+    assert batcher.alive
+    answers = asyncio.run(ask_all())
+    batcher.close()
+    for at, answer in enumerate(answers):
+        wanted = expected[names[at % len(names)]].logits[at // len(names) :]
+        np.testing.assert_allclose(answer.logits, wanted, atol=1e-5)
+
+
+def test_batches_are_computed_at_once_on_a_cpu(served: dict[str, ServedRun], monkeypatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(8)
+        assert batch_threads([served["run"], served["windows"], served["words"]]) == 4
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(8)
+        assert batch_threads([served["run"], served["packed"]]) == 1 and torch.get_num_threads() == 8
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(served["run"].model, "quantization", Quantization(bits=8))
+    assert not served["run"].concurrent
+
+
 def test_runs_share_the_weights_that_are_equal_and_no_others(served: dict[str, ServedRun], run_folders) -> None:
     places = {
         name: {p.data_ptr() for key, p in run.model.named_parameters() if ".bert." in key and not p.requires_grad}
         for name, run in served.items()
     }
-    assert places["run"] == places["three-labels"] == places["several"] == places["pairs"] and len(places["run"]) > 15
+    assert places["three-labels"] == places["several"] == places["pairs"] and len(places["pairs"]) > 15
     trained = [
-        {p.data_ptr() for p in served[name].model.parameters() if p.requires_grad} for name in ("run", "three-labels")
+        {p.data_ptr() for p in served[name].model.parameters() if p.requires_grad}
+        for name in ("several", "three-labels")
     ]
     assert not trained[0] & trained[1]
     assert served["run"].shared_bytes < served["pairs"].shared_bytes < served["pairs"].weight_bytes
     assert served["run"].loaded.tokenizer is served["several"].loaded.tokenizer
     # What other runs did meanwhile has changed nothing.
-    alone = load_run(run_folders["run"])
-    for (name, one), other in zip(alone.model.named_parameters(), served["run"].model.parameters(), strict=True):
+    alone = load_run(run_folders["three-labels"])
+    others = served["three-labels"].model.parameters()
+    for (name, one), other in zip(alone.model.named_parameters(), others, strict=True):
         assert torch.equal(one, other), name
 
 
