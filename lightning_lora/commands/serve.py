@@ -54,7 +54,7 @@ def serve_runs(options: Any, address: Any, key: str | None) -> None:
     limits = Limits(options.max_body_mb, options.max_texts, options.max_characters, options.max_waiting)
     metrics = ServingMetrics()
     batcher = Batcher(limits.waiting_texts, metrics, batch_threads(list(runs.values())))
-    gate = Gate(make_app(runs, batcher, limits), key, limits.body_mb, metrics)
+    gate = Gate(make_app(runs, batcher, limits, options.log_texts), key, limits.body_mb, metrics)
     host, port, *_ = address.getsockname()
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     batcher.start()
@@ -77,6 +77,7 @@ def _read_options(words: list[str]) -> Any:
     parser.add_argument("--max_texts", type=int, default=usual.texts, help="Texts of a request (422).")
     parser.add_argument("--max_characters", type=int, default=usual.characters, help="Of a text (422).")
     parser.add_argument("--max_waiting", type=int, default=usual.waiting_texts, help="Texts that wait (429).")
+    parser.add_argument("--log_texts", action="store_true", help="Write texts and predictions to standard output.")
     parser.add_argument("--batch_tokens", type=int, help="Tokens of a batch; by default what suits the machine.")
     options = parser.parse_args(words)
     for name in ("max_body_mb", "max_texts", "max_characters", "max_waiting", "batch_tokens"):

@@ -1,5 +1,6 @@
 """The HTTP application: what each path answers."""
 
+import json
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -27,13 +28,14 @@ from lightning_lora.serving.schemas import (
 from lightning_lora.serving.served_run import ServedRun
 
 
-def make_app(runs: Mapping[str, ServedRun], batcher: Batcher, limits: Limits) -> FastAPI:
+def make_app(runs: Mapping[str, ServedRun], batcher: Batcher, limits: Limits, log_texts: bool = False) -> FastAPI:
     """Return the application; keys and the size of bodies are the matter of ``Gate``.
 
     Args:
         runs: What is served, by name.
         batcher: What predicts.
         limits: Of a request.
+        log_texts: Whether each text is written to standard output, as JSON with its run and its prediction.
     """
     app = FastAPI(title="lightning_lora", version=__version__, docs_url=None, redoc_url=None)
     app.state.batcher, app.state.draining = batcher, False
@@ -58,11 +60,12 @@ def make_app(runs: Mapping[str, ServedRun], batcher: Batcher, limits: Limits) ->
             raise HTTPException(429, "too many texts wait; try again", {"Retry-After": "1"}) from None
         except PredictionError:
             raise HTTPException(500, "the texts could not be predicted") from None
+        answers = as_answers(predictions)
+        for text, answer in zip(texts if log_texts else (), answers, strict=False):
+            kept = {"run": run.name, "text": text, **answer.model_dump(exclude_none=True)}
+            print(json.dumps(kept, ensure_ascii=False), flush=True)
         return PredictAnswer(
-            run=run.name,
-            fingerprint=run.fingerprint,
-            thresholds=_thresholds(run),
-            predictions=as_answers(predictions),
+            run=run.name, fingerprint=run.fingerprint, thresholds=_thresholds(run), predictions=answers
         )
 
     predict.__annotations__["body"] = request_model(limits)

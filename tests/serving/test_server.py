@@ -1,5 +1,6 @@
 """The server as a process: really started, asked over HTTP, and ended."""
 
+import json
 import os
 import re
 import signal
@@ -58,7 +59,7 @@ def test_two_runs_behind_a_key(start, run_folders, expected) -> None:
 
 
 def test_a_server_that_is_told_to_end_answers_what_it_has_accepted(start, run_folders, expected) -> None:
-    server, address = start("--run", str(run_folders["run"]))
+    server, address = start("--run", str(run_folders["run"]), "--log_texts")
     answered, lost, several = list[int](), list[str](), threading.Event()
 
     def ask(first: int) -> None:
@@ -87,6 +88,15 @@ def test_a_server_that_is_told_to_end_answers_what_it_has_accepted(start, run_fo
         client.join(60)
     assert server.wait() == 0, server.text()
     assert lost == []
+    logged = [json.loads(line) for line in server.text().splitlines() if line.startswith("{")]
+    assert len(logged) == 2 * len(answered) and logged[0].keys() == {
+        "run",
+        "text",
+        "prediction",
+        "probability",
+        "probabilities",
+    }
+    assert {each["text"] for each in logged} <= set(TEXTS)
 
 
 @pytest.mark.slow
