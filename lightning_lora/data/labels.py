@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_lora.data.checking import is_missing, is_unicode
 from lightning_lora.data.reading import Table
 from lightning_lora.errors import UserError
 
@@ -158,11 +159,14 @@ def encode_label_sets(
                     others = "lists" if isinstance(first, list) else "no lists"
                     raise UserError(
                         f"{table.where(i, column)}: a list of labels is needed in all rows or in none, got "
-                        f"{cell!r:.40}, but others are {others}, as {first!r:.40}"
+                        f"{cell!r:.40}, but others are {others}, as {first!r:.40}; correct the row"
                     )
                 for label in cell if isinstance(cell, list) else []:
-                    if not isinstance(label, str | int | float) or label == "":
-                        raise UserError(f"{table.where(i, column)}: a list of labels is needed, got {cell!r:.60}")
+                    if is_missing(label) or not isinstance(label, str | int | float) or not is_unicode(str(label)):
+                        raise UserError(
+                            f"{table.where(i, column)}: a list of words or numbers is needed, got {cell!r:.60}; "
+                            "correct the row"
+                        )
                     at.append((i, label))
             each = table.select([i for i, _ in at])
             single[split].append(replace(each, columns={column: [label for _, label in at]}))
@@ -200,7 +204,8 @@ def encode_numbers(splits: dict[str, list[Table]], column: str, names: Any) -> L
                 at = numbers.index(None)
                 cell = table.columns[column][at]
                 raise UserError(
-                    f"{table.where(at, column)}: a number is needed (data.task=regression), got {cell!r:.40}"
+                    f"{table.where(at, column)}: a number is needed (data.task=regression), got {cell!r:.40}; correct "
+                    "the row, or set data.label_column"
                 )
             encoded[split].append(np.array(numbers, np.float64))
     if len(np.unique(np.concatenate(encoded["train"]))) < 2:

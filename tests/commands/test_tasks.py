@@ -1,7 +1,6 @@
 """Several labels a text, and numbers, through all commands, against plain transformers."""
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,38 +16,17 @@ from lightning_lora import load_run
 from lightning_lora.cli import main
 from lightning_lora.experiments import runner
 from lightning_lora.training.module import TextClassifier
-from tests.conftest import FILLER, WORDS, write_csv
+from tests.conftest import WORDS, make_sets, write_csv, write_kind
 
 TASKS = ("multi_label", "regression")
 LABELS = sorted(WORDS)
 
 
-def make_sets(count: int) -> list[tuple[str, list[str]]]:
-    """Texts with none to three labels, which show in their words."""
-    rng, rows = random.Random(0), dict[str, list[str]]()
-    while len(rows) < count:
-        labels = [label for label in LABELS if rng.random() < 0.4]
-        words = rng.choices(FILLER, k=rng.randint(3, 20)) + [
-            w for each in labels for w in rng.choices(WORDS[each], k=3)
-        ]
-        rng.shuffle(words)
-        rows.setdefault(" ".join(words), labels)
-    return list(rows.items())
-
-
 def write_config(place: Path, base: Path, task: str, rows: int = 150) -> Path:
-    """A config that trains on made-up rows; of regression the number of labels, in units far from 0 and 1."""
-    sets = make_sets(rows)
-    if task == "multi_label":
-        write_csv(place / "rows.csv", [(text, "|".join(each)) for text, each in sets])
-    else:
-        write_csv(
-            place / "rows.csv", [(text, str(1000 + 30 * len(each) + i % 7)) for i, (text, each) in enumerate(sets)]
-        )
-    own = {"label_separator": "|"} if task == "multi_label" else {"task": "regression"}
+    """A config that trains on made-up rows."""
     config = {
         "model": {"base_model": str(base), "learning_rate": 1e-2},
-        "data": {"source": str(place / "rows.csv"), "max_length": 24, "cache_dir": str(place / "cache"), **own},
+        "data": {**write_kind(place / "rows.csv", task, rows), "max_length": 24, "cache_dir": str(place / "cache")},
         "trainer": {"max_epochs": 3, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False},
     }
     (place / "config.yaml").write_text(yaml.safe_dump(config))
@@ -135,12 +113,13 @@ def test_exports_say_the_same_by_plain_transformers(run: Path, capsys) -> None:
 
 def test_predict_writes_lists_or_numbers(run: Path, tmp_path: Path, capsys) -> None:
     several = record_of(run)["data"]["task"] == "multi_label"
-    write_csv(tmp_path / "in.csv", make_sets(5), ("text", "other"))
+    texts = [text for text, _ in make_sets(40)]
+    write_csv(tmp_path / "in.csv", make_sets(40), ("text", "other"))
     for ending in ("parquet", "jsonl", "csv"):
         output = tmp_path / f"out.{ending}"
         assert main(["predict", "--run", str(run), "--input", "in.csv", "--output", str(output)]) == 0
     table = pq.read_table(tmp_path / "out.parquet")
-    expected = load_run(run).predict([text for text, _ in make_sets(5)])
+    expected = load_run(run).predict(texts)
     assert table["prediction"].to_pylist() == expected.names
     assert [
         json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()
@@ -249,7 +228,7 @@ def test_baselines_are_runs(task: str, method: str, tiny_base: Path, tmp_path: P
         (
             "multi_label",
             ["--data.task", "regression"],
-            "data.task: regression, but column 'label' holds lists",
+            "a list of labels, but data.task is regression; correct the row, or set data.task=multi_label",
         ),
         ("multi_label", ["--model.task", "regression"], "model.task"),
     ],
