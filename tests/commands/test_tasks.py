@@ -14,6 +14,7 @@ from sklearn.metrics import f1_score, mean_squared_error
 
 from lightning_lora import load_run
 from lightning_lora.cli import main
+from lightning_lora.data.prepare import SourceOptions, prepare
 from lightning_lora.experiments import runner
 from lightning_lora.training.module import TextClassifier
 from tests.conftest import WORDS, make_sets, write_csv, write_kind
@@ -124,6 +125,14 @@ def test_predict_writes_lists_or_numbers(run: Path, tmp_path: Path, capsys) -> N
     assert [
         json.loads(line)["prediction"] for line in (tmp_path / "out.jsonl").read_text().splitlines()
     ] == expected.names
+    # Each is read back as labels: CSV with the separator of the run's own labels.
+    own = {"task": "multi_label" if several else "regression"}
+    for ending, more in (("parquet", {}), ("jsonl", {}), ("csv", {"label_separator": "|"} if several else {})):
+        again = prepare(SourceOptions(str(tmp_path / f"out.{ending}"), label_column="prediction", **own, **more))
+        found = {text: rows.labels[i] for rows in again.splits.values() for i, text in enumerate(rows.texts)}
+        labels = [found[text] for text in texts]
+        named = [[again.label_names[i] for i in np.flatnonzero(each)] for each in labels] if several else labels
+        assert named == (expected.names if several else pytest.approx(expected.names))
     new = [f"p({name})" for name in LABELS] if several else []
     assert table.column_names == ["text", "prediction", *new, "other"]
     (tmp_path / "many").mkdir()
