@@ -84,14 +84,15 @@ def difference_interval(first: Outputs, second: Outputs, name: str) -> list[floa
 def calibrated_errors(outputs: Outputs) -> NDArray:
     """Return calibration errors that chance alone gives a model with these confidences; shape (resamples,).
 
-    Whether a prediction is right is drawn with the confidence as its probability (consistency resampling,
-    Broecker and Smith 2007, https://doi.org/10.1175/WAF993.1).
+    How many predictions of a bin are right is drawn with its mean confidence as their probability (consistency
+    resampling, Broecker and Smith 2007, https://doi.org/10.1175/WAF993.1).
     """
-    rng = np.random.default_rng(_SEED)
-    confidence, bins = calibration_bins(outputs)
-    gaps = (confidence - (rng.random(len(bins)) < confidence) for _ in range(RESAMPLES))
-    sums = [np.abs(np.bincount(bins, gap, minlength=CALIBRATION_BINS)).sum() for gap in gaps]
-    return np.array(sums) / len(bins)
+    confidence, bins = (each.ravel() for each in calibration_bins(outputs))
+    counts = np.bincount(bins, minlength=CALIBRATION_BINS)
+    sums = np.bincount(bins, confidence, minlength=CALIBRATION_BINS)
+    means = np.minimum(sums / np.maximum(counts, 1), 1)
+    right = np.random.default_rng(_SEED).binomial(counts, means, (RESAMPLES, CALIBRATION_BINS))
+    return np.abs(sums - right).sum(axis=1) / len(bins)
 
 
 def _bootstrap(
