@@ -15,6 +15,9 @@ from lightning_lora.errors import UserError
 
 #: So few different values are never taken for a measure, an identifier or a text.
 FEW_VALUES = 10
+#: Numbers to predict are computed with, and their errors squared, in 32 bits: no larger ones are taken, nor any that
+#: differ by a smaller share of their size.
+LARGEST, LEAST_SPREAD = 1e15, 1e-5
 #: More whole numbers than these are pointed out, as they could measure something.
 MANY_NUMBERS = 20
 _WHOLE_NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.0+)?", re.ASCII)
@@ -200,16 +203,22 @@ def encode_numbers(splits: dict[str, list[Table]], column: str, names: Any) -> L
     for split, tables in splits.items():
         for table in tables:
             numbers = [None if isinstance(cell, bool) else number_of(cell) for cell in table.columns[column]]
-            if None in numbers:
-                at = numbers.index(None)
+            odd = (i for i, number in enumerate(numbers) if number is None or abs(number) > LARGEST)
+            if (at := next(odd, None)) is not None:
                 cell = table.columns[column][at]
                 raise UserError(
-                    f"{table.where(at, column)}: a number is needed (data.task=regression), got {cell!r:.40}; correct "
-                    "the row, or set data.label_column"
+                    f"{table.where(at, column)}: a number from {-LARGEST:g} to {LARGEST:g} is needed "
+                    f"(data.task=regression), got {cell!r:.40}; correct the row, or set data.label_column"
                 )
             encoded[split].append(np.array(numbers, np.float64))
-    if len(np.unique(np.concatenate(encoded["train"]))) < 2:
-        raise UserError(f"{splits['train'][0].origin}: column '{column}' has the same number in every row of train")
+    origin, train = splits["train"][0].origin, np.concatenate(encoded["train"])
+    if len(np.unique(train)) < 2:
+        raise UserError(f"{origin}: column '{column}' has the same number in every row of train")
+    if train.std() < max(np.abs(train).max() * LEAST_SPREAD, 1 / LARGEST):
+        raise UserError(
+            f"{origin}: column '{column}' holds numbers that 32-bit floats hardly tell from one another (mean "
+            f"{train.mean():g}, standard deviation {train.std():g}); take a constant from them, or use another unit"
+        )
     return Labels([column], encoded, {column: []}, [])
 
 

@@ -4,6 +4,7 @@ Rows are drawn with replacement (Efron 1979), by ``scipy.stats.bootstrap``. They
 training: for that a run is repeated with other seeds.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -99,7 +100,7 @@ def _bootstrap(
     rows: Mapping[str, NDArray], statistics: Callable[[dict[str, NDArray]], list[NDArray]]
 ) -> list[list[float]]:
     """Return the percentile interval of each statistic of the means of row values, drawn together."""
-    from scipy.stats import bootstrap
+    from scipy.stats import DegenerateDataWarning, bootstrap
 
     columns = np.concatenate(list(rows.values()), axis=1)
     count, ends = len(columns), np.cumsum([each.shape[1] for each in rows.values()])
@@ -110,14 +111,16 @@ def _bootstrap(
         found = np.stack(statistics(dict(zip(rows, means, strict=True))))
         return found.reshape(len(found), *positions.shape[:-1])
 
-    found = bootstrap(
-        (np.arange(count),),
-        of_positions,
-        n_resamples=RESAMPLES,
-        batch=max(1, 2_000_000 // count),
-        vectorized=True,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=_SEED,  # the same resamples for every model
-    ).confidence_interval
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # one number for all rows has no correlation: NaN
+        found = bootstrap(
+            (np.arange(count),),
+            of_positions,
+            n_resamples=RESAMPLES,
+            batch=max(1, 2_000_000 // count),
+            vectorized=True,
+            confidence_level=LEVEL,
+            method="percentile",
+            rng=_SEED,  # the same resamples for every model
+        ).confidence_interval
     return np.stack([found.low, found.high], axis=-1).tolist()

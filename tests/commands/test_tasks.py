@@ -208,6 +208,8 @@ def test_baselines_are_runs(task: str, method: str, tiny_base: Path, tmp_path: P
     words = ["fit", "--config", str(write_config(tmp_path, tiny_base, task)), "--model.method", method]
     assert main([*words, "--name", "run"]) == 0 and main(["test", "--run", "logs/run"]) == 0
     found = record_of(Path("logs/run"))["evaluations"]["test"]["after"]
+    said = capsys.readouterr()
+    assert "nan" not in said.out and not said.err  # also where one number for all rows has no correlation
     if method == "tfidf":
         assert found["f1_macro"] > 0.9 if task == "multi_label" else found["pearson"] > 0.8
     assert main(["predict", "--run", "logs/run", "a fine and deep film"]) == 0

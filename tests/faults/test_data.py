@@ -100,9 +100,10 @@ def test_a_bad_file_is_one_line_with_its_place(tmp_path: Path, name: str) -> Non
 
 #: Of each kind a cell that is wrong, and what the message must say.
 BAD_CELLS: dict[str, tuple[str, str, object, str]] = {
-    "no number": ("regression", "label", "n/a", "a number is needed (data.task=regression), got 'n/a'"),
+    "no number": ("regression", "label", "n/a", "is needed (data.task=regression), got 'n/a'"),
+    "too large a number": ("regression", "label", -2e38, "a number from -1e+15 to 1e+15 is needed"),
     "NaN": ("regression", "label", float("nan"), "label"),  # a word in CSV, elsewhere missing
-    "infinity": ("regression", "label", float("inf"), "a number is needed"),
+    "infinity": ("regression", "label", float("inf"), "a number from -1e+15 to 1e+15 is needed"),
     "no cell": ("regression", "label", None, "the label is missing"),
     "null in a list": ("multi_label", "label", ["neg", None], "a list of words or numbers is needed, got"),
     "a blank label": ("multi_label", "label", ["neg", " "], "a list of words or numbers is needed, got"),
