@@ -168,6 +168,7 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
         positions = np.flatnonzero(there).astype(position_type(len(there)))
         splits[split] = Rows(each, positions, of_rows.astype(np.int32) if task == "single_label" else of_rows)
     dropped = sum(len(codes) for each in cells.values() for _, codes in each) - sum(usable.values())
+    del tables, cells  # of numbers as long as the rows
     if options.fold is not None:
         warnings += _set_test_aside(splits, options)
     splits, origin, removed, more = divide(splits, options, labels.names, task)
