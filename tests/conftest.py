@@ -97,7 +97,7 @@ def write_kind(path: Path, kind: str, count: int) -> dict[str, object]:
     if kind == "multi_label":
         write_csv(path, [(text, "|".join(labels)) for _, (text, labels) in sets])
         return {"source": str(path), "label_separator": "|"}
-    write_csv(path, [(text, str(1000 + 30 * len(labels) + i % 7)) for i, (text, labels) in sets])
+    write_csv(path, [(text, f"{1000 + 30 * len(labels) + i % 7}.1") for i, (text, labels) in sets])
     return {"source": str(path), "task": "regression"}
 
 

@@ -1,5 +1,6 @@
 """Several labels a text, and numbers, through all commands, against plain transformers."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,9 @@ def test_predict_writes_lists_or_numbers(run: Path, tmp_path: Path, capsys) -> N
         labels = [found[text] for text in texts]
         named = [[again.label_names[i] for i in np.flatnonzero(each)] for each in labels] if several else labels
         assert named == (expected.names if several else pytest.approx(expected.names))
+    if several:
+        with (tmp_path / "out.csv").open(newline="") as file:
+            assert [row["prediction"] for row in csv.DictReader(file)] == ["|".join(each) for each in expected.names]
     new = [f"p({name})" for name in LABELS] if several else []
     assert table.column_names == ["text", "prediction", *new, "other"]
     (tmp_path / "many").mkdir()
@@ -204,6 +208,7 @@ def test_packed_batches_learn_the_same(task: str, tiny_base: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("method", ["majority", "tfidf", "probe"])
+@pytest.mark.filterwarnings("error::scipy.stats.DegenerateDataWarning")
 def test_baselines_are_runs(task: str, method: str, tiny_base: Path, tmp_path: Path, capsys) -> None:
     words = ["fit", "--config", str(write_config(tmp_path, tiny_base, task)), "--model.method", method]
     assert main([*words, "--name", "run"]) == 0 and main(["test", "--run", "logs/run"]) == 0
