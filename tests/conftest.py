@@ -67,7 +67,38 @@ def make_pairs(count: int, seed: int = 0) -> list[tuple[str, str, str]]:
     return [(a, b, "same" if kind(a) == kind(b) else "other") for a, b in pairs]
 
 
+def make_sets(count: int) -> list[tuple[str, list[str]]]:
+    """Texts with none to three labels, which show in their words."""
+    rng, rows = random.Random(0), dict[str, list[str]]()
+    while len(rows) < count:
+        labels = [label for label in sorted(WORDS) if rng.random() < 0.4]
+        words = rng.choices(FILLER, k=rng.randint(3, 20)) + [
+            w for each in labels for w in rng.choices(WORDS[each], k=3)
+        ]
+        rng.shuffle(words)
+        rows.setdefault(" ".join(words), labels)
+    return list(rows.items())
+
+
 PAIR_HEADER = ("premise", "hypothesis", "label")
+#: What is predicted of what, beside one label of one text.
+KINDS = ("multi_label", "regression", "pairs")
+
+
+def write_kind(path: Path, kind: str, count: int) -> dict[str, object]:
+    """Writes made-up rows of a kind as CSV; the settings of ``data`` that read them.
+
+    Labels stand in one cell, ``|`` between; numbers are in units far from 0 and 1.
+    """
+    if kind == "pairs":
+        write_csv(path, make_pairs(count), PAIR_HEADER)
+        return {"source": str(path), "text_column": [*PAIR_HEADER[:2]]}
+    sets = enumerate(make_sets(count))
+    if kind == "multi_label":
+        write_csv(path, [(text, "|".join(labels)) for _, (text, labels) in sets])
+        return {"source": str(path), "label_separator": "|"}
+    write_csv(path, [(text, f"{1000 + 30 * len(labels) + i % 7}.1") for i, (text, labels) in sets])
+    return {"source": str(path), "task": "regression"}
 
 
 def write_csv(path: Path, rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ("text", "label")) -> Path:

@@ -1,5 +1,6 @@
 """What ``fit`` prints of a run: what is about to be done, and what it came to."""
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -114,4 +115,5 @@ def print_result(folder: RunFolder, record: dict[str, Any]) -> None:
 def shown(metrics: Mapping[str, float]) -> str:
     """Return the validation metrics that people look at first."""
     names = next((each for each in SHOWN.values() if f"val/{each[0]}" in metrics), ())
-    return ", ".join(f"val/{name} {metrics[f'val/{name}']:.4f}" for name in names if f"val/{name}" in metrics)
+    found = {name: value for name in names if (value := metrics.get(f"val/{name}")) is not None}
+    return ", ".join(f"val/{name} {value:.4f}" for name, value in found.items() if not math.isnan(value))

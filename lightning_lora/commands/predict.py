@@ -24,6 +24,7 @@ from lightning_lora.inference.output import (
     columns_beside,
     new_columns,
     print_table,
+    separated,
     write_output,
 )
 from lightning_lora.inference.predict_files import load_for, run_files
@@ -60,6 +61,8 @@ def run(words: list[str]) -> int:
             raise UserError(f"--output: cannot write {output} ({error.strerror or error})") from error
     loaded = load_for(cli, path, labels)
     columns |= rows.predicted(loaded.predict_dataset(loaded.dataset(rows.usable)))
+    if ending == ".csv" and config.data.label_separator:
+        columns["prediction"] = separated(columns["prediction"], labels["label_names"], config.data.label_separator)
     if output:
         write_output(output, columns, new)
         print(f"{len(rows.texts):,} rows written to {output}", file=sys.stderr)

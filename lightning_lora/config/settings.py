@@ -19,7 +19,7 @@ from lightning_lora.config.parse_errors import explained
 from lightning_lora.config.recipes import DEFAULT_CONFIG, find_config
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.order import evaluated_together
-from lightning_lora.data.pairs import choose_truncation
+from lightning_lora.data.pairs import choose_truncation, is_pair
 from lightning_lora.data.prepare import SourceOptions, columns_of
 from lightning_lora.errors import UserError
 from lightning_lora.models.methods import BASELINES, METHODS
@@ -108,9 +108,15 @@ def parse_settings(parser: SettingsParser, command: str, words: Sequence[str]) -
     try:
         configs, rest = _split_words(command, words)
         given = [word for config in configs for word in ("--config", yaml.safe_dump(config, allow_unicode=True))]
-        return resolved(parser.parse_args([*given, *rest]))
+        settings = resolved(parser.parse_args([*given, *rest]))
     except (argparse.ArgumentError, TypeError) as error:
         raise UserError(explained(str(error), parser)) from error
+    if command not in _NEW:
+        trained, asked = configs[0].get("data", {}).get("truncation"), settings.get("data.truncation")
+        if trained and asked and is_pair(trained) != is_pair(asked):
+            read = "pairs of texts" if is_pair(trained) else "one text a row"
+            raise UserError(f"data.truncation: {asked}, but the run was trained on {read} ({trained}); leave it out")
+    return settings
 
 
 def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:

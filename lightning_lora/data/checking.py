@@ -33,14 +33,23 @@ def incomplete_rows(table: Table, text_columns: Sequence[str], label_column: str
         if (blank := blank_text(text_columns, row, pair)) is not None:
             found[i] = f"{table.where(i, blank[0])}: the text is {'null' if blank[1] is None else 'empty'}"
     for i, cell in enumerate(table.columns[label_column]):
-        if cell is None or not str(cell).strip() or (isinstance(cell, float) and math.isnan(cell)):
+        if is_missing(cell):
             found.setdefault(i, f"{table.where(i, label_column)}: the label is missing")
         elif not isinstance(cell, str | int | float | list):
             raise UserError(
                 f"{table.where(i, label_column)}: a label is a word, a number or a list of them, got "
                 f"{type(cell).__name__} {cell!r:.40}"
             )
+        elif not is_unicode(str(cell)):
+            raise UserError(
+                f"{table.where(i, label_column)}: half of a surrogate pair is no character; correct the row"
+            )
     return found
+
+
+def is_missing(cell: Any) -> bool:
+    """Whether a cell of a label column says nothing: null, NaN or spaces."""
+    return cell is None or not str(cell).strip() or (isinstance(cell, float) and math.isnan(cell))
 
 
 def is_unicode(text: str) -> bool:

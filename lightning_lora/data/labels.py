@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from lightning_lora.data.checking import is_missing, is_unicode
 from lightning_lora.data.reading import Table
 from lightning_lora.errors import UserError
 
 #: So few different values are never taken for a measure, an identifier or a text.
 FEW_VALUES = 10
+#: Numbers to predict are computed with, and their errors squared, in 32 bits: no larger ones are taken, nor any that
+#: differ by a smaller share of their size.
+LARGEST, LEAST_SPREAD = 1e15, 1e-5
 #: More whole numbers than these are pointed out, as they could measure something.
 MANY_NUMBERS = 20
 _WHOLE_NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.0+)?", re.ASCII)
@@ -158,11 +162,14 @@ def encode_label_sets(
                     others = "lists" if isinstance(first, list) else "no lists"
                     raise UserError(
                         f"{table.where(i, column)}: a list of labels is needed in all rows or in none, got "
-                        f"{cell!r:.40}, but others are {others}, as {first!r:.40}"
+                        f"{cell!r:.40}, but others are {others}, as {first!r:.40}; correct the row"
                     )
                 for label in cell if isinstance(cell, list) else []:
-                    if not isinstance(label, str | int | float) or label == "":
-                        raise UserError(f"{table.where(i, column)}: a list of labels is needed, got {cell!r:.60}")
+                    if is_missing(label) or not isinstance(label, str | int | float) or not is_unicode(str(label)):
+                        raise UserError(
+                            f"{table.where(i, column)}: a list of words or numbers is needed, got {cell!r:.60}; "
+                            "correct the row"
+                        )
                     at.append((i, label))
             each = table.select([i for i, _ in at])
             single[split].append(replace(each, columns={column: [label for _, label in at]}))
@@ -196,15 +203,22 @@ def encode_numbers(splits: dict[str, list[Table]], column: str, names: Any) -> L
     for split, tables in splits.items():
         for table in tables:
             numbers = [None if isinstance(cell, bool) else number_of(cell) for cell in table.columns[column]]
-            if None in numbers:
-                at = numbers.index(None)
+            odd = (i for i, number in enumerate(numbers) if number is None or abs(number) > LARGEST)
+            if (at := next(odd, None)) is not None:
                 cell = table.columns[column][at]
                 raise UserError(
-                    f"{table.where(at, column)}: a number is needed (data.task=regression), got {cell!r:.40}"
+                    f"{table.where(at, column)}: a number from {-LARGEST:g} to {LARGEST:g} is needed "
+                    f"(data.task=regression), got {cell!r:.40}; correct the row, or set data.label_column"
                 )
             encoded[split].append(np.array(numbers, np.float64))
-    if len(np.unique(np.concatenate(encoded["train"]))) < 2:
-        raise UserError(f"{splits['train'][0].origin}: column '{column}' has the same number in every row of train")
+    origin, train = splits["train"][0].origin, np.concatenate(encoded["train"])
+    if len(np.unique(train)) < 2:
+        raise UserError(f"{origin}: column '{column}' has the same number in every row of train")
+    if train.std() < max(np.abs(train).max() * LEAST_SPREAD, 1 / LARGEST):
+        raise UserError(
+            f"{origin}: column '{column}' holds numbers that 32-bit floats hardly tell from one another (mean "
+            f"{train.mean():g}, standard deviation {train.std():g}); take a constant from them, or use another unit"
+        )
     return Labels([column], encoded, {column: []}, [])
 
 

@@ -7,7 +7,7 @@ removed from the training side; validation is carved from what is left; subsampl
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from lightning_lora.data.labels import encode_label_sets, encode_labels, encode_numbers, few
+from lightning_lora.data.labels import encode_label_sets, encode_labels, encode_numbers, few, ordered
 from lightning_lora.data.pairs import Truncation, choose_truncation, is_pair
 from lightning_lora.data.reading import Table
 from lightning_lora.data.rows import Rows
@@ -153,7 +153,9 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
     known = spec.label_names if spec else None
     task = _task_of(tables, column, options, spec.task if spec else None)
     if task == "multi_label":
-        labels = encode_label_sets(tables, column, options.label_names, usable["train"])
+        # Columns are labels also where no row has them.
+        names = ordered(rules.label_columns) if len(rules.label_columns) > 1 else None
+        labels = encode_label_sets(tables, column, options.label_names or names, usable["train"])
     elif task == "regression":
         labels = encode_numbers(tables, column, options.label_names)
     else:
@@ -166,6 +168,7 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
         positions = np.flatnonzero(there).astype(position_type(len(there)))
         splits[split] = Rows(each, positions, of_rows.astype(np.int32) if task == "single_label" else of_rows)
     dropped = sum(len(codes) for each in cells.values() for _, codes in each) - sum(usable.values())
+    del tables, cells  # of numbers as long as the rows
     if options.fold is not None:
         warnings += _set_test_aside(splits, options)
     splits, origin, removed, more = divide(splits, options, labels.names, task)
@@ -182,15 +185,25 @@ def _task_of(
     Raises:
         UserError: The cells are of another kind than was typed.
     """
-    several = any(
-        isinstance(cell, list) for each in tables.values() for table in each for cell in table.columns[column]
+    lists = (
+        table.where(i, column)
+        for table in chain.from_iterable(tables.values())
+        for i, cell in enumerate(table.columns[column])
+        if isinstance(cell, list)
     )
+    several = next(lists, None)
     if options.task == "auto":
         return known or ("multi_label" if several else "single_label")
-    if several != (options.task == "multi_label"):
-        found = "holds lists of labels" if several else "holds no lists of labels"
-        remedy = "multi_label" if several else "single_label, or name data.label_separator or several label columns"
-        raise UserError(f"data.task: {options.task}, but column '{column}' {found}; set data.task={remedy}")
+    if several and options.task != "multi_label":
+        raise UserError(
+            f"{several}: a list of labels, but data.task is {options.task}; correct the row, or set "
+            "data.task=multi_label"
+        )
+    if not several and options.task == "multi_label":
+        raise UserError(
+            f"data.task: multi_label, but column '{column}' holds no lists of labels; set data.task=single_label, or "
+            "name data.label_separator or several label columns"
+        )
     return cast(Task, options.task)
 
 
@@ -204,11 +217,19 @@ def _set_test_aside(splits: dict[str, Rows], options: SourceOptions) -> list[str
 
 
 def columns_of(options: SourceOptions) -> tuple[list[str], str | Sequence[str]]:
-    """The names of the columns with the text, and of that or those with the label."""
+    """The names of the columns with the text, and of that or those with the label.
+
+    Raises:
+        UserError: A column is named twice.
+    """
     spec = find_spec(options.source)
     text_column = options.text_column or (spec.text_column if spec else "text")
     label_column = options.label_column or (spec.label_column if spec else "label")
-    return [text_column] if isinstance(text_column, str) else list(text_column), label_column
+    texts = [text_column] if isinstance(text_column, str) else list(text_column)
+    named = Counter([*texts, *([label_column] if isinstance(label_column, str) else label_column)])
+    if twice := next((name for name, count in named.items() if count > 1), None):
+        raise UserError(f"data.text_column, data.label_column: '{twice}' is named twice; a column is a text or a label")
+    return texts, label_column
 
 
 def divide(

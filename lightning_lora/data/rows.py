@@ -76,7 +76,9 @@ class RowFile:
         codes = encoded.indices.fill_null(-1).to_numpy()
         numbers = np.concatenate([np.zeros(0, np.int64), *(batch["row"].to_numpy() for batch in self.batches("row"))])
         found, firsts = np.unique(codes, return_index=True)
-        cells = [json.loads(word) for word in encoded.dictionary.to_pylist()]
+        starts = range(0, len(encoded.dictionary), _LABELS_TOGETHER)  # of numbers there are as many as rows
+        parts = (encoded.dictionary.slice(start, _LABELS_TOGETHER).to_pylist() for start in starts)
+        cells = [json.loads(word) for part in parts for word in part]
         rows = numbers[firsts[found >= 0]].tolist()
         return Table(self.origin, {column: cells}, rows, self.unit, self.class_names), codes
 

@@ -84,7 +84,9 @@ def stored_rows(
 
 
 def with_labels(table: Table, rules: RowRules) -> tuple[Table, str]:
-    """The table with one column of labels, and its name: lists of them where several columns or a separator say so.
+    """The table with one column of labels, and its name.
+
+    They are lists where several columns, a separator or a text that is a JSON list say so.
 
     Raises:
         UserError: A cell is neither 0 nor 1, or no text to be separated.
@@ -97,26 +99,41 @@ def with_labels(table: Table, rules: RowRules) -> tuple[Table, str]:
             flags.append([_FLAGS.get(str(cell).strip().casefold(), -1) for cell in table.columns[name]])
             if -1 in flags[-1]:
                 at = flags[-1].index(-1)
-                raise UserError(f"{table.where(at, name)}: 0 or 1 is needed, got {table.columns[name][at]!r:.40}")
+                raise UserError(
+                    f"{table.where(at, name)}: 0 or 1 is needed, got {table.columns[name][at]!r:.40}; correct the row, "
+                    "or leave the column out of data.label_column"
+                )
         cells: list[Any] = [
             None if None in row else [name for name, has in zip(columns, row, strict=True) if has]
             for row in zip(*flags, strict=True)
         ]
-    elif rules.label_separator is not None:
+    else:
         cells = list(table.columns[column])
         for i, cell in enumerate(cells):
-            if cell is not None and not isinstance(cell, str):
-                raise UserError(f"{table.where(i, column)}: data.label_separator is for texts, got {cell!r:.40}")
-        parts = [None if cell is None else cell.split(rules.label_separator) for cell in cells]
-        cells = [None if part is None else [word.strip() for word in part if word.strip()] for part in parts]
-    else:
-        return table, column
+            if rules.label_separator is not None and cell is not None and not isinstance(cell, str):
+                raise UserError(
+                    f"{table.where(i, column)}: data.label_separator is for texts, got {cell!r:.40}; leave it out"
+                )
+            if isinstance(cell, str):
+                cells[i] = _labels_in(cell, rules.label_separator)
     return replace(table, columns={**table.columns, column: cells}), column
+
+
+def _labels_in(cell: str, separator: str | None) -> str | list[str]:
+    """The labels in a text: a list of words as JSON, such as ``predict`` writes to CSV, or the parts by a separator."""
+    if cell.startswith("["):
+        try:
+            found = json.loads(cell)
+        except (ValueError, RecursionError):
+            found = None  # a word that begins so
+        if isinstance(found, list) and all(isinstance(word, str) for word in found):
+            return found
+    return cell if separator is None else [word.strip() for word in cell.split(separator) if word.strip()]
 
 
 def label_name(column: str | Sequence[str]) -> str:
     """What the column of the label is called, of several the first and the last."""
-    return column if isinstance(column, str) else f"{column[0]} to {column[-1]}"
+    return column if isinstance(column, str) else " to ".join(dict.fromkeys((column[0], column[-1])))
 
 
 def _checked(table: Table, rules: RowRules) -> pa.Table:

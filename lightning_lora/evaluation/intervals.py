@@ -4,6 +4,7 @@ Rows are drawn with replacement (Efron 1979), by ``scipy.stats.bootstrap``. They
 training: for that a run is repeated with other seeds.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -84,21 +85,22 @@ def difference_interval(first: Outputs, second: Outputs, name: str) -> list[floa
 def calibrated_errors(outputs: Outputs) -> NDArray:
     """Return calibration errors that chance alone gives a model with these confidences; shape (resamples,).
 
-    Whether a prediction is right is drawn with the confidence as its probability (consistency resampling,
-    Broecker and Smith 2007, https://doi.org/10.1175/WAF993.1).
+    How many predictions of a bin are right is drawn with its mean confidence as their probability (consistency
+    resampling, Broecker and Smith 2007, https://doi.org/10.1175/WAF993.1).
     """
-    rng = np.random.default_rng(_SEED)
-    confidence, bins = calibration_bins(outputs)
-    gaps = (confidence - (rng.random(len(bins)) < confidence) for _ in range(RESAMPLES))
-    sums = [np.abs(np.bincount(bins, gap, minlength=CALIBRATION_BINS)).sum() for gap in gaps]
-    return np.array(sums) / len(bins)
+    confidence, bins = (each.ravel() for each in calibration_bins(outputs))
+    counts = np.bincount(bins, minlength=CALIBRATION_BINS)
+    sums = np.bincount(bins, confidence, minlength=CALIBRATION_BINS)
+    means = np.minimum(sums / np.maximum(counts, 1), 1)
+    right = np.random.default_rng(_SEED).binomial(counts, means, (RESAMPLES, CALIBRATION_BINS))
+    return np.abs(sums - right).sum(axis=1) / len(bins)
 
 
 def _bootstrap(
     rows: Mapping[str, NDArray], statistics: Callable[[dict[str, NDArray]], list[NDArray]]
 ) -> list[list[float]]:
     """Return the percentile interval of each statistic of the means of row values, drawn together."""
-    from scipy.stats import bootstrap
+    from scipy.stats import DegenerateDataWarning, bootstrap
 
     columns = np.concatenate(list(rows.values()), axis=1)
     count, ends = len(columns), np.cumsum([each.shape[1] for each in rows.values()])
@@ -109,14 +111,16 @@ def _bootstrap(
         found = np.stack(statistics(dict(zip(rows, means, strict=True))))
         return found.reshape(len(found), *positions.shape[:-1])
 
-    found = bootstrap(
-        (np.arange(count),),
-        of_positions,
-        n_resamples=RESAMPLES,
-        batch=max(1, 2_000_000 // count),
-        vectorized=True,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=_SEED,  # the same resamples for every model
-    ).confidence_interval
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # one number for all rows has no correlation: NaN
+        found = bootstrap(
+            (np.arange(count),),
+            of_positions,
+            n_resamples=RESAMPLES,
+            batch=max(1, 2_000_000 // count),
+            vectorized=True,
+            confidence_level=LEVEL,
+            method="percentile",
+            rng=_SEED,  # the same resamples for every model
+        ).confidence_interval
     return np.stack([found.low, found.high], axis=-1).tolist()

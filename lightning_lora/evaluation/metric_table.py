@@ -135,14 +135,23 @@ def _matthews_metric(torchmetrics: Any, size: Mapping[str, Any]) -> Any:
 
 
 def calibration_bins(outputs: Outputs) -> tuple[NDArray, NDArray]:
-    """Return the probability of each row's predicted class, (N,), and the bin that it falls into, (N,)."""
-    confidence = np.exp(outputs.log_p.max(axis=1))
+    """Return the probability of each row's predicted class, (N,), or of each of several labels, (N, C); and its bin."""
+    single = outputs.task == "single_label"
+    confidence = np.exp(outputs.log_p.max(axis=1)) if single else outputs.probabilities
     return confidence, np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
 
 
 def _calibration_gaps(outputs: Outputs) -> NDArray:
+    """What each row adds to the sum of (probability - outcome) in each bin, (N, bins)."""
     confidence, bins = calibration_bins(outputs)
-    return np.eye(CALIBRATION_BINS)[bins] * (confidence[:, None] - _hits(outputs))
+    gaps = confidence - (outputs.right if outputs.task == "single_label" else outputs.truth)
+    in_bin = (np.where(bins == i, gaps, 0.0).reshape(len(gaps), -1).mean(axis=1) for i in range(CALIBRATION_BINS))
+    return np.stack([*in_bin], axis=1)
+
+
+def _calibration_error(torchmetrics: Any, size: Mapping[str, Any]) -> Any:
+    kind = {"task": "binary"} if size["task"] == "multilabel" else size  # all labels of all rows together
+    return torchmetrics.CalibrationError(**kind, n_bins=CALIBRATION_BINS, norm="l1")
 
 
 def _errors(outputs: Outputs) -> NDArray:
@@ -228,14 +237,17 @@ METRICS: dict[str, MetricSpec] = {
         of_scores=True,
     ),
     "loss": MetricSpec(None, "loss", _losses, tasks=CLASSES, higher_is_better=False),
-    # Naeini et al. 2015: bins of equal width over the probability of the predicted class.
+    # Naeini et al. 2015: bins of equal width over the probability of the predicted class; of several labels over that
+    # of each label of each text, whether it is predicted or not.
     "calibration_error": MetricSpec(
-        lambda t, size: t.CalibrationError(**size, n_bins=CALIBRATION_BINS, norm="l1"),
+        _calibration_error,
         "calibration error",
         _calibration_gaps,
         lambda means, _: np.abs(means).sum(axis=-1),
+        CLASSES,
         higher_is_better=False,
         of_training=False,
+        of_scores=True,
         compared=False,
     ),
     # Of regression; the loss of validation and test rows is the mean squared error too.

@@ -1,6 +1,7 @@
 """The model card of an export, and the code in it that loads each format: templates beside this module."""
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from functools import partial
@@ -67,12 +68,12 @@ def space_files(facts: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def card_metrics(metrics: Mapping[str, float]) -> list[tuple[str, str, float]]:
-    """Returns the Hub's type, the heading and the value of each metric of the card."""
+def card_metrics(metrics: Mapping[str, float | None]) -> list[tuple[str, str, float]]:
+    """Returns the Hub's type, the heading and the value of each metric of the card; none that is not defined."""
     return [
-        (spec.hub_type, spec.heading, metrics[name])
+        (spec.hub_type, spec.heading, value)
         for name, spec in METRICS.items()
-        if spec.hub_type is not None and name in metrics
+        if spec.hub_type is not None and (value := metrics.get(name)) is not None and not math.isnan(value)
     ]
 
 

@@ -145,6 +145,19 @@ def as_text(columns: Mapping[str, Any], ending: str) -> str:
     return "".join(lines).encode(errors="backslashreplace").decode()
 
 
+def separated(cells: Sequence[list[str] | None], names: Sequence[str], separator: str) -> list[Any]:
+    """Returns lists of labels as texts that ``data.label_separator`` reads; as they are where a name holds it.
+
+    Args:
+        cells: The lists, or None.
+        names: Of all labels.
+        separator: What is to stand between them.
+    """
+    if any(separator in name for name in names):
+        return list(cells)
+    return [cell if cell is None else separator.join(cell) for cell in cells]
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=_plain)
 

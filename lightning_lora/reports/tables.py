@@ -1,5 +1,6 @@
 """Tables of one run, for the terminal and as Markdown. A column or row is one entry."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,6 @@ def print_tables(title: str, metrics: list[list[str]], costs: list[list[str]]) -
 
 
 def _cell(value: float | Sequence[float] | None) -> str:
-    if isinstance(value, Sequence):
-        return "{:.4f} to {:.4f}".format(*value)
-    return "-" if value is None else f"{value:.4f}"
+    values = list(value) if isinstance(value, Sequence) else [value]
+    # One number for all rows has no correlation.
+    return " to ".join("-" if each is None or math.isnan(each) else f"{each:.4f}" for each in values)

@@ -24,6 +24,8 @@ from lightning_lora.errors import UserError
 from lightning_lora.processes import follow
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
+#: Holds the process that started this one: once it has been killed, the parent is another.
+_LAUNCHER = "LIGHTNING_LORA_LAUNCHER"
 
 
 def device_count(trainer: Any) -> int:
@@ -95,6 +97,7 @@ def run_processes(words: Sequence[str], count: int, num_nodes: int) -> int | Non
         monitor_interval=0.2,
     )
     logging.disable()  # each process says itself why it ends
+    os.environ[_LAUNCHER] = str(os.getpid())
     try:
         elastic_launch(config, sys.executable)("-m", "lightning_lora", *words)
     except ChildFailedError as error:
@@ -104,6 +107,7 @@ def run_processes(words: Sequence[str], count: int, num_nodes: int) -> int | Non
         return 128 + int(error.sigval)
     finally:
         logging.disable(logging.NOTSET)
+        del os.environ[_LAUNCHER]
     return 0
 
 
@@ -114,8 +118,11 @@ def follow_the_leader() -> None:
 
 
 def _end_with_launcher() -> None:
-    """Have this process save and stop when its launcher is killed, which passes no signal on."""
-    launcher = os.getppid()
+    """Have this process save and stop when its launcher is killed, which passes no signal on.
+
+    Its own launcher may have been killed while this process was still importing.
+    """
+    launcher = int(os.environ.get(_LAUNCHER, os.getppid()))
     while os.getppid() == launcher:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -82,19 +82,25 @@ def test_labels_are_named_as_single_ones_are(tmp_path: Path) -> None:
             {},
             "row 2, column 'label': a list of labels is needed in all",
         ),
-        ([["a", ["x"]], ["b", [["y"]]]], {}, "row 2, column 'label': a list of labels is needed"),
+        ([["a", ["x"]], ["b", [["y"]]]], {}, "row 2, column 'label': a list of words or numbers is needed"),
         ([["a", ["x"]], ["b", ["x"]]], {}, "fewer than two labels"),
         ([["a", ["x"]], ["b", None]], {}, "line 2, column 'label': the label is missing"),
-        ([["a", ["x"]], ["b", ["y"]]], {"task": "single_label"}, "data.task: single_label, but column 'label' holds"),
+        (
+            [["a", ["x"]], ["b", ["y"]]],
+            {"task": "single_label"},
+            "line 1, column 'label': a list of labels, but data.task is",
+        ),
         (
             [["a", "x"], ["b", "y"]],
             {"task": "multi_label"},
             "data.task: multi_label, but column 'label' holds no",
         ),
         ([["a", ["x"]], ["b", 3]], {"label_separator": ";"}, "data.label_separator is for texts, got ['x']"),
-        ([["a", "1"], ["b", "much"]], {"task": "regression"}, "column 'label': a number is needed"),
+        ([["a", "1"], ["b", "much"]], {"task": "regression"}, "line 2, column 'label': a number from -1e+15 to"),
+        ([["a", "x"], ["b", "y"]], {"label_column": "text"}, "'text' is named twice"),
         ([["a", 1], ["b", 2]], {"task": "regression", "label_names": ["x"]}, "data.label_names: numbers"),
         ([["a", 1], ["b", 1]], {"task": "regression"}, "has the same number in every row"),
+        ([["a", 2e9], ["b", 2e9 + 9]], {"task": "regression"}, "32-bit floats hardly tell from one another"),
     ],
 )
 def test_faults_are_said_in_a_line(rows: list, options: dict, says: str, tmp_path: Path) -> None:
@@ -103,6 +109,21 @@ def test_faults_are_said_in_a_line(rows: list, options: dict, says: str, tmp_pat
     with pytest.raises(UserError) as error:
         prepare(SourceOptions(str(tmp_path / "a.jsonl"), **options))
     assert says.replace("row 2", "line 2") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_columns_are_labels_also_without_a_row_and_texts_may_be_lists(tmp_path: Path) -> None:
+    rows = "".join(f"{text},{i % 2},{i // 2 % 2},0\n" for i, text in enumerate(TEXTS))
+    (tmp_path / "a.csv").write_text(f"text,y,x,never\n{rows}")
+    prepared = prepare(SourceOptions(str(tmp_path / "a.csv"), label_column=["y", "x", "never"]))
+    assert prepared.label_names == ["never", "x", "y"] and prepared.class_counts("train")[0] == 0
+    assert any("train has no row of never" in warning for warning in prepared.warnings)
+    one = prepare(SourceOptions(str(tmp_path / "a.csv"), label_column=["y"]))
+    assert (one.task, one.label_names) == ("single_label", ["0", "1"])
+    lines = [json.dumps({"text": text, "label": json.dumps(each)}) for text, each in zip(TEXTS, SETS, strict=True)]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    for separator in (None, ";"):
+        prepared = prepare(SourceOptions(str(tmp_path / "b.jsonl"), label_separator=separator))
+        assert labels_by_text(prepared) == {text: sorted(each) for text, each in zip(TEXTS, SETS, strict=True)}
 
 
 def test_a_column_that_is_neither_0_nor_1_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 from pyarrow import csv
 
 from lightning_lora.cli import main
@@ -18,7 +19,7 @@ from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.reading import Table
 from lightning_lora.errors import UserError
 from lightning_lora.runs.folder import RunFolder
-from tests.conftest import make_rows
+from tests.conftest import KINDS, make_rows, write_kind
 
 Row = tuple[object, object]
 
@@ -98,6 +99,38 @@ def test_batches_record_and_places_are_those_of_rows_that_are_read_whole(
     lines = whole.rows("train").numbers - 1  # of one file, below its header
     files = np.array([int(Path(origin).stem.removeprefix("train-")) for origin in rows.origins])
     np.testing.assert_array_equal(50 * files + rows.numbers, lines)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_streamed_to_the_same_rows_and_weights(
+    kind: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As lists of labels and as numbers of four bytes, beside text in a CSV file; pairs in two columns."""
+    own = write_kind(tmp_path / "rows.csv", kind, 100)
+    table = csv.read_csv(tmp_path / "rows.csv", convert_options=csv.ConvertOptions(strings_can_be_null=False))
+    if kind == "multi_label":
+        lists = [[label for label in cell.split("|") if label] for cell in table["label"].to_pylist()]
+        table = table.set_column(1, "label", pa.array(lists))
+    elif kind == "regression":
+        table = table.set_column(1, "label", table["label"].cast(pa.float32()))
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=20)
+    streamed = {name: value for name, value in own.items() if name != "label_separator"}
+    streamed |= {"source": str(tmp_path / "rows.parquet")}
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False}
+    for reader in (reading, stored):
+        monkeypatch.setattr(reader, "BATCH_ROWS", 7)
+    for name, data in (("whole", own), ("streamed", streamed)):
+        config = {"model": {"base_model": str(tiny_base)}, "data": {**data, "max_length": 24}, "trainer": trainer}
+        Path("tiny.yaml").write_text(json.dumps(config))
+        assert main(["fit", "--config", "tiny.yaml", "--name", name]) == 0
+    whole, ours = (torch.load(f"logs/{name}/checkpoints/last.ckpt")["state_dict"] for name in ("whole", "streamed"))
+    assert whole.keys() == ours.keys() and all(torch.equal(whole[key], ours[key]) for key in whole)
+    one, other = (RunFolder.open(Path("logs") / name).read() for name in ("whole", "streamed"))
+    assert one["metrics"] == other["metrics"]
+    for record in (one, other):
+        for split in record["data"]["splits"].values():
+            split.pop("from_cache", None)
+    assert one["data"]["splits"] == other["data"]["splits"]
 
 
 def test_four_devices_share_the_rows_without_repeats(module) -> None:

@@ -8,6 +8,7 @@ import torch
 from scipy.special import expit
 from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics as sk
+from sklearn.calibration import calibration_curve
 
 from lightning_lora.evaluation.documents import pooled
 from lightning_lora.evaluation.intervals import (
@@ -18,7 +19,7 @@ from lightning_lora.evaluation.intervals import (
     pseudo_values,
     row_values,
 )
-from lightning_lora.evaluation.metric_table import compared_metrics, metrics_for, row_metrics
+from lightning_lora.evaluation.metric_table import CALIBRATION_BINS, compared_metrics, metrics_for, row_metrics
 from lightning_lora.evaluation.metrics import EvaluationCounter, TrainCounter, metric_names
 from lightning_lora.evaluation.outputs import Outputs
 from lightning_lora.evaluation.significance import estimate
@@ -51,6 +52,13 @@ def counted(given: Outputs) -> dict[str, float]:
     return counter.take_values(NAMES if given.task == "multi_label" else ["score"], thresholds)
 
 
+def calibration_error(truth: np.ndarray, scores: np.ndarray) -> float:
+    """That of all labels of all rows, by scikit-learn's curve."""
+    shares, means = calibration_curve(truth, scores, n_bins=CALIBRATION_BINS)
+    counts = np.histogram(scores, CALIBRATION_BINS, (0, 1))[0]
+    return float((np.abs(shares - means) * counts[counts > 0]).sum() / len(scores))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_metrics_of_several_labels_are_scikit_learns(seed: int) -> None:
     given = several(seed)
@@ -66,6 +74,7 @@ def test_metrics_of_several_labels_are_scikit_learns(seed: int) -> None:
         "subset_accuracy": sk.accuracy_score(truth, predicted),
         "hamming_loss": sk.hamming_loss(truth, predicted),
         "average_precision": sk.average_precision_score(truth, scores, average="macro"),
+        "calibration_error": calibration_error(truth.ravel(), scores.ravel()),
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     for i, f1 in enumerate(sk.f1_score(truth, predicted, average=None)):

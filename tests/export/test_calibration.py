@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy.special import expit, softmax
@@ -13,7 +14,9 @@ from lightning_lora.cli import main
 from lightning_lora.export.formats import fold_temperature
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training.module import TextClassifier
-from tests.commands.test_tasks import make_sets, record_of, write_config
+from tests.commands.test_tasks import LABELS, record_of, write_config
+from tests.conftest import make_sets
+from tests.evaluation.test_tasks import calibration_error
 from tests.export.conftest import TEXTS, check_probabilities, export, fit, outside
 from tests.models.test_head import ARCHITECTURES, IDS, MASK
 from tests.models.tiny_bases import save_tiny_base
@@ -92,7 +95,14 @@ def test_several_labels_are_predicted_as_before(base: Path, tmp_path: Path) -> N
     assert main(["test", "--run", str(run)]) == 0 and main(["test", "--run", str(tmp_path / "plain")]) == 0
     before, after = (record_of(each)["evaluations"]["test"] for each in (tmp_path / "plain", run))
     assert after["after"]["f1_macro"] == before["after"]["f1_macro"]
-    assert after["uncalibrated"] == {"loss": pytest.approx(before["after"]["loss"], rel=1e-4)}
+    for name in ("loss", "calibration_error"):
+        assert after["uncalibrated"][name] == pytest.approx(before["after"][name], rel=1e-4)
+    table = pq.read_table(run / "predictions" / "test.parquet").to_pydict()
+    truth = np.array([[name in each for name in LABELS] for each in table["label"]])
+    scores = np.column_stack([table[f"p({name})"] for name in LABELS])
+    assert after["after"]["calibration_error"] == pytest.approx(
+        calibration_error(truth.ravel(), scores.ravel()), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

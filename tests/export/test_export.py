@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lora.cli import main
+from lightning_lora.export.card import card_metrics
 from lightning_lora.runs.folder import RunFolder
 from tests.export.conftest import LABELS, ROOT, TEXTS, check_probabilities, export, fit, outside, predicted
 from tests.hub_stand_in import stand_in
@@ -86,6 +87,12 @@ def test_the_card_s_metadata_is_what_the_hub_reads(exported: Path) -> None:
         after = RunFolder(exported.parent).read()["evaluations"]["test"]["after"]
         assert result.metric_value == pytest.approx(after["accuracy"], abs=1e-6)
         assert "48 test rows and" in card.text and "| `merged` |" in card.text
+
+
+def test_a_metric_that_is_not_defined_is_not_in_the_card() -> None:
+    """One number for all rows has no correlation: null in the record, NaN where it is computed."""
+    given = {"mse": 2.0, "mae": 0.0, "pearson": None, "spearman": float("nan")}
+    assert [(name, value) for name, _, value in card_metrics(given)] == [("mse", 2.0), ("mae", 0.0)]
 
 
 def test_the_card_s_code_runs_as_it_stands(exported: Path, monkeypatch, capsys) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from lightning_lora.data.prepare import SourceOptions, prepare
 from lightning_lora.data.reading import READERS, read_tables
 from lightning_lora.errors import UserError
-from tests.conftest import make_rows
+from tests.conftest import PAIR_HEADER, WORDS, make_pairs, make_rows, make_sets, write_csv
 
 ROWS = make_rows(60)
 GOOD = "".join(f"{text},{label}\n" for text, label in ROWS)
@@ -95,6 +96,73 @@ def test_a_bad_file_is_one_line_with_its_place(tmp_path: Path, name: str) -> Non
     assert "\n" not in message and len(said_itself) < 600 and file in message
     for words in said:
         assert words in message, message
+
+
+#: Of each kind a cell that is wrong, and what the message must say.
+BAD_CELLS: dict[str, tuple[str, str, object, str]] = {
+    "no number": ("regression", "label", "n/a", "is needed (data.task=regression), got 'n/a'"),
+    "too large a number": ("regression", "label", -2e38, "a number from -1e+15 to 1e+15 is needed"),
+    "NaN": ("regression", "label", float("nan"), "label"),  # a word in CSV, elsewhere missing
+    "infinity": ("regression", "label", float("inf"), "a number from -1e+15 to 1e+15 is needed"),
+    "no cell": ("regression", "label", None, "the label is missing"),
+    "null in a list": ("multi_label", "label", ["neg", None], "a list of words or numbers is needed, got"),
+    "a blank label": ("multi_label", "label", ["neg", " "], "a list of words or numbers is needed, got"),
+    "null for a list": ("multi_label", "label", None, "the label is missing"),
+    "2 in a column of 0 and 1": ("columns", "neg", 2, "0 or 1 is needed, got"),
+    "null in a column of 0 and 1": ("columns", "neg", None, "the label is missing"),
+    "no premise": ("pairs", "premise", None, "the text is "),
+    "no hypothesis": ("pairs", "hypothesis", None, "the text is "),
+}
+#: A text in a CSV file is no list.
+BAD_FILES = [
+    (name, ending)
+    for name, (kind, *_) in BAD_CELLS.items()
+    for ending in (".csv", ".jsonl", ".parquet")
+    if (kind, ending) != ("multi_label", ".csv")
+]
+
+
+def write_records(path: Path, records: list[dict[str, object]]) -> None:
+    """Writes a file of the ending's format; a Parquet column of cells that are not of one type as text."""
+    if path.suffix == ".csv":
+        cells = [["" if cell is None else str(cell) for cell in record.values()] for record in records]
+        write_csv(path, [tuple(each) for each in cells], tuple(records[0]))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        columns = {name: [record[name] for record in records] for name in records[0]}
+        for name, values in columns.items():
+            if any(isinstance(cell, str) for cell in values):
+                columns[name] = [cell if cell is None else str(cell) for cell in values]
+        table(path, **columns)
+
+
+@pytest.mark.parametrize(("name", "ending"), BAD_FILES)
+def test_a_bad_cell_of_each_kind_is_one_line_with_its_place_and_what_to_do(
+    tmp_path: Path, name: str, ending: str
+) -> None:
+    kind, column, cell, said = BAD_CELLS[name]
+    good: list[dict[str, object]] = [
+        {"text": text, "label": each, **{label: int(label in each) for label in WORDS}} for text, each in make_sets(60)
+    ]
+    more: dict[str, Any] = {"label_column": [*WORDS]} if kind == "columns" else {}
+    if kind == "regression":
+        good, more = [{**row, "label": 900.0 + i % 7} for i, row in enumerate(good)], {"task": "regression"}
+    elif kind == "pairs":
+        good = [dict(zip(PAIR_HEADER, row, strict=True)) for row in make_pairs(60)]
+        more = {"text_column": PAIR_HEADER[:2]}
+    path = tmp_path / f"a{ending}"
+    write_records(path, [*good, {**good[0], next(iter(good[0])): "a new text", column: cell}])
+    with pytest.raises(UserError) as raised:
+        prepare(SourceOptions(str(path), **more))
+    message = str(raised.value)
+    place = {".csv": "line 62", ".jsonl": "line 61", ".parquet": "row 61"}[ending]
+    assert "\n" not in message and f"a{ending}, {place}" in message and "correct" in message and said in message, (
+        message
+    )
+    if cell is None:
+        kept = prepare(SourceOptions(str(path), bad_rows="drop", **more))
+        assert kept.bad_rows_dropped == 1 and sum(map(len, kept.splits.values())) == 60
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import make_rows, write_csv
+from tests.conftest import KINDS, make_rows, write_csv, write_kind
 from tests.faults.processes import Run, kill_at_the_end, kill_in_rotation, kill_in_write, slow_steps
 
 #: Dropout everywhere, two epochs, validation within them, accumulated steps: what is hard to go on with.
@@ -37,9 +37,14 @@ def place(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config, its data, and an undisturbed run."""
     folder = tmp_path_factory.mktemp("interruption")
     write_csv(folder / "rows.csv", make_rows(200))
+    return undisturbed(folder, make_base("bert"), {"source": str(folder / "rows.csv")})
+
+
+def undisturbed(folder: Path, base: Path, data: dict[str, object], **model: object) -> Path:
+    """Writes the config of rows with further settings, and runs it."""
     settings = yaml.safe_load(yaml.safe_dump(SETTINGS))
-    settings["model"]["base_model"] = str(make_base("bert"))
-    settings["data"] |= {"source": str(folder / "rows.csv"), "cache_dir": str(folder / "cache")}
+    settings["model"] |= {"base_model": str(base), **model}
+    settings["data"] |= {**data, "cache_dir": str(folder / "cache")}
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     run = begin(folder, "undisturbed", folder)
     assert run.wait() == 0, run.text()
@@ -143,6 +148,16 @@ def duration(place: Path, logs: Path) -> float:
 @pytest.mark.parametrize("number", [0, 3, 4])
 def test_a_killed_run_goes_on_bit_for_bit(place: Path, tmp_path: Path, number: int) -> None:
     kill_trial(place, tmp_path, number, 2.0)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_runs_of_each_kind_go_on_bit_for_bit(kind: str, make_base, tmp_path: Path) -> None:
+    """Thresholds and temperature, the scale of numbers and pairs included."""
+    more = {"threshold": "per_label", "calibrate": True} if kind == "multi_label" else {}
+    undisturbed(tmp_path, make_base("bert"), write_kind(tmp_path / "rows.csv", kind, 200), **more)
+    for number in (0, 3, 4):
+        kill_trial(tmp_path, tmp_path, number, 2.0)
 
 
 @pytest.mark.faults

@@ -93,6 +93,10 @@ def test_many_parquet_files_of_pairs(run: str, found: Predictions) -> None:
         (["a fine film", ""], "command line, pair 1, column 'hypothesis': a text is needed, got ''"),
         (["--input", "rows.csv", "--text_column", "premise"], "--text_column: the run reads pairs of texts"),
         (["--input", "rows.csv", "--bad_rows", "error"], r"rows.csv, line 3, column 'premise': a text is needed"),
+        (
+            ["--data.truncation", "windows", "a", "b"],
+            "windows, but the run was trained on pairs of texts .longest_first",
+        ),
         (["--input", "lines.txt"], "give premise and hypothesis with a tab between"),
     ],
 )
