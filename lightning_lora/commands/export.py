@@ -204,7 +204,8 @@ def write_formats(
         except Exception as error:  # exporters raise kinds of several libraries, and each format stands for itself
             if isinstance(error, OSError) and refusal(error) is not None:
                 raise
-            why = f"{type(error).__name__}: {_COLOURS.sub('', first_line(error))}"
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            why = kind + _COLOURS.sub("", first_line(error))
         if why is None:
             written.append(name)
             continue
