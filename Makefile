@@ -63,10 +63,17 @@ scaling: $(INSTALLED)  ## how cost grows with rows, length, rank and batch
 tensorboard: $(INSTALLED)  ## curves of all runs, on this machine only
 	$(BIN)/tensorboard --logdir logs --host 127.0.0.1
 
-outside: $(INSTALLED)  ## compare an export in an environment without this project: EXPORT=logs/NAME/export TEXTS=file
+outside: $(INSTALLED)  ## do other programs read what runs leave? twelve of them, some minutes; or one export: EXPORT=logs/NAME/export TEXTS=file
+ifdef EXPORT
 	$(PYTHON) -m venv .venv-outside
 	.venv-outside/bin/python -m pip install --quiet -c constraints.txt torch transformers peft safetensors tokenizers onnxruntime
 	.venv-outside/bin/python examples/load_anywhere.py $(EXPORT) $(TEXTS)
+else
+	$(PYTHON) -m venv .venv-clients
+	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" > "$$(echo .venv-clients/lib/python*/site-packages)/project.pth"
+	.venv-clients/bin/python -m pip install --quiet 'mlflow>=3.17' openvino optuna-dashboard playwright polars sentence-transformers
+	.venv-clients/bin/python benchmarks/outside.py --out logs/outside
+endif
 
 wheel: $(INSTALLED)  ## build the distribution, and use the wheel in a fresh environment, from another folder (needs the network)
 	$(BIN)/python -m pip install --quiet -c constraints.txt build twine
@@ -89,9 +96,11 @@ docs-serve: docs  ## show it on this machine
 
 constraints:  ## renew constraints.txt: the newest versions that fit together, torch as it is (then: make clean test)
 	$(PYTHON) -m venv .venv-new
-	.venv-new/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -e '.[embedded,dev,docs,scale]' build twine
-	{ grep '^#' constraints.txt; .venv-new/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
+	.venv-new/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -e '.[embedded,dev,docs,scale,browser]' build twine
+	.venv-new/bin/python -m pip check
+	.venv-new/bin/python -m pip freeze --exclude-editable > .venv-new/frozen
+	{ grep '^#' constraints.txt; sed 's/+cpu$$//' .venv-new/frozen | LC_ALL=C sort -f; } > constraints.new
 	mv constraints.new constraints.txt && rm -rf .venv-new
 
 clean:  ## remove the environment and caches of tools (runs stay)
-	rm -rf $(VENV) .venv-outside .venv-wheel dist site .pytest_cache .mypy_cache .ruff_cache build *.egg-info plugins/*/build plugins/*/*.egg-info plugins/*/*/_kernels*
+	rm -rf $(VENV) .venv-outside .venv-clients .venv-wheel dist site .pytest_cache .mypy_cache .ruff_cache build *.egg-info plugins/*/build plugins/*/*.egg-info plugins/*/*/_kernels*

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_lora.errors import UserError, first_line
+from lightning_lora.program import install_line
 
 PACKAGE_PREFIX = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?(:[\w.\-]+)?")
@@ -104,7 +105,7 @@ def _package_path(name: str, key: str) -> Path:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         extra = _EXTRAS.get(package)
-        how = f"pip install -e '.[{extra}]' in this project's folder" if extra else "install it with pip"
+        how = install_line(extra) if extra else "install it with pip"
         raise UserError(f"{key}: package '{package}' of '{name}' is not installed; {how}")
     for root in spec.submodule_search_locations:
         path = (Path(root) / inside).resolve()

@@ -16,6 +16,12 @@ def program() -> str:
     return "python main.py" if started.name != "lightning-lora" and (ROOT / "main.py").is_file() else "lightning-lora"
 
 
+def install_line(extra: str) -> str:
+    """Return the line that installs an extra of this project: in a checkout with its pinned versions."""
+    checkout = (ROOT / "main.py").is_file()
+    return f"pip install -c constraints.txt -e '.[{extra}]'" if checkout else f"pip install 'lightning_lora[{extra}]'"
+
+
 def command_line(*words: object) -> str:
     """Return the line that runs a command of this program in a shell."""
     return f"{program()} {shlex.join(map(str, words))}"

@@ -20,6 +20,7 @@ from lightning_lora.children import join_children, last_error, start_child
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import POLL_S
 from lightning_lora.interrupts import StopRequest
+from lightning_lora.program import install_line
 
 EXECUTORS = ("local", "ray")
 #: How often Ray starts a worker again whose process or node was lost.
@@ -180,7 +181,7 @@ def import_ray(address: str | None) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise UserError("--executor ray: needs Ray; pip install -c constraints.txt -e '.[scale]'") from error
+        raise UserError(f"--executor ray: needs Ray; {install_line('scale')}") from error
     return ray
 
 

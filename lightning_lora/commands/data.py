@@ -66,7 +66,7 @@ def make_card(facts: DataFacts, suspicious: list[str]) -> DataCard:
         about.append(("left out", f"rows without text or label: {facts.bad_rows_dropped:,}"))
     if any(each.compared < each.rows for each in facts.splits.values()):
         about.append(("near repeats", f"sought among at most {MOST_ROWS:,} rows of a split, spread evenly"))
-    for name, value in (("made by", facts.citation), ("terms", facts.terms or "not known here; ask who made the data")):
+    for name, value in (("made by", facts.citation), ("terms", facts.terms)):
         about += [(name, value)] if value else []
     histograms = [Histogram("Tokens of a training text", train.lengths, facts.max_length + 1)]
     if len(train.numbers):

@@ -10,6 +10,7 @@ from lightning_lora.commands.sample import read_predictions, texts_of
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.data.pairs import Text, is_pair
 from lightning_lora.errors import UserError
+from lightning_lora.program import install_line
 from lightning_lora.runs.folder import RunFolder
 
 #: Test rows to try.
@@ -23,7 +24,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("--port", type=int, help="By default the first from 7860 on that is free.")
     options = parser.parse_args(words)
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("demo needs the package 'gradio': pip install -e '.[demo]' in this project's folder")
+        raise UserError(f"demo needs the package 'gradio': {install_line('demo')}")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio is imported
     from lightning_lora.inference.demo import Demo
     from lightning_lora.inference.loaded_run import load_run

@@ -3,19 +3,22 @@
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.pairs import is_pair
 from lightning_lora.data.rows import Rows
-from lightning_lora.data.specs import find_spec
+from lightning_lora.data.specs import find_spec, terms_of
 from lightning_lora.data.splits import text_keys
 from lightning_lora.data.tokens import InputFormat, base_tokenizer
 from lightning_lora.errors import UserError, first_line
@@ -35,11 +38,11 @@ from lightning_lora.export.parity import PLAIN, Parity, parity_texts
 from lightning_lora.export.registry import log_model
 from lightning_lora.export.weights import trained_for, trained_steps
 from lightning_lora.files import atomic_folder, refusal
-from lightning_lora.locations import resolve
+from lightning_lora.locations import PACKAGE_PREFIX, resolve
 from lightning_lora.models.head import fold_scale
 from lightning_lora.models.methods import BASELINES
 from lightning_lora.runs.checkpoints import load_checkpoint
-from lightning_lora.runs.folder import RunFolder
+from lightning_lora.runs.folder import RunFolder, processor
 from lightning_lora.training.module import TextClassifier
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -105,6 +108,8 @@ def run(words: list[str]) -> int:
         facts = {
             **run_facts(config, folder, location),
             "base_id": base_id,
+            "base_package": package_of(config.model.base_model),
+            "machine": machine(),
             "base_fingerprint": model.identity.base_fingerprint,
             "usage": usage,
             "metrics": metrics,
@@ -114,12 +119,9 @@ def run(words: list[str]) -> int:
             "quantization": model.identity.quantization,
             "warnings": warnings,
         }
-        if config.base_model_id and "adapter" in written:  # it was compared with the base where it lies here
-            path = staging / "adapter" / "adapter_config.json"
-            adapter = json.loads(path.read_text(encoding="utf-8"))
-            write_json(path, adapter | {"base_model_name_or_path": config.base_model_id})
+        unnamed = name_base(staging / "adapter", base_id, location.target) if "adapter" in written else []
         write_cards(staging, facts, config.space)
-    print_written(output, warnings)
+    print_written(output, warnings + unnamed)  # a card names no path of this machine
     log_model(folder, output / "merged", usage)
     if (config.formats or (config.space and "merged" not in written)) and (missing := parity.missing()):
         raise UserError(f"--formats: not written: {missing}; {output} holds {', '.join(written)}")
@@ -202,7 +204,8 @@ def write_formats(
         except Exception as error:  # exporters raise kinds of several libraries, and each format stands for itself
             if isinstance(error, OSError) and refusal(error) is not None:
                 raise
-            why = f"{type(error).__name__}: {_COLOURS.sub('', first_line(error))}"
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            why = kind + _COLOURS.sub("", first_line(error))
         if why is None:
             written.append(name)
             continue
@@ -280,10 +283,40 @@ def run_facts(config: Any, folder: RunFolder, location: Any) -> dict[str, Any]:
         "license": config.license or license_of(location),
         "dataset": dataset,
         "dataset_id": dataset_id,
+        "terms": terms_of(source),
         "trainable_params": costs["trainable_params"],
         "total_params": costs["total_params"],
         "hub_name": config.push_to_hub,
     }
+
+
+def name_base(adapter: Path, base_id: str | None, target: str) -> list[str]:
+    """Writes the base model's name on the Hub into an adapter; returns a warning where it has none.
+
+    Args:
+        adapter: The adapter's folder; it was compared on the base where that lies here.
+        base_id: The name on the Hub, if any.
+        target: Where the base lies here.
+    """
+    if base_id is None:
+        place = f"the adapter names its base model by where it lies here ({target}), which others do not have"
+        return [f"{place}; give its name on the Hub with --base_model_id OWNER/NAME"]
+    path = adapter / "adapter_config.json"
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base_id})
+    return []
+
+
+def package_of(base_model: str) -> str | None:
+    """Returns what pip installs to have a base model that lies in a Python package, with its version; else None."""
+    if not base_model.startswith(PACKAGE_PREFIX):
+        return None
+    names = metadata.packages_distributions().get(base_model.removeprefix(PACKAGE_PREFIX).partition("/")[0])
+    return f"{names[0]}=={metadata.version(names[0])}" if names else None
+
+
+def machine() -> str:
+    """Returns the processor that the speeds in the cards are of, with its cores and the threads that were used."""
+    return f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def tested_metrics(folder: RunFolder, checkpoint: Path, rows: Rows | None) -> tuple[dict[str, float], int] | None:

@@ -8,6 +8,7 @@ from typing import Any
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.console import quiet_libraries
 from lightning_lora.errors import UserError
+from lightning_lora.program import install_line
 
 KEY = "LIGHTNING_LORA_API_KEY"
 
@@ -19,9 +20,7 @@ def run(words: list[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "prometheus_client"):
             raise
-        raise UserError(
-            f"serve: needs the package '{error.name}'; pip install -c constraints.txt -e '.[serve]'"
-        ) from error
+        raise UserError(f"serve: needs the package '{error.name}'; {install_line('serve')}") from error
     options = _read_options(words)
     if (key := os.environ.get(KEY)) == "":
         raise UserError(f"{KEY}: it is empty; set a key, or unset it")

@@ -12,7 +12,7 @@ from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.near_repeats import Sketch, near_repeats
 from lightning_lora.data.pairs import Text, as_texts
 from lightning_lora.data.rows import Rows
-from lightning_lora.data.specs import find_spec
+from lightning_lora.data.specs import terms_of
 from lightning_lora.data.splits import contradictions, first_positions, text_keys
 from lightning_lora.tasks import Task
 
@@ -112,7 +112,7 @@ class DataFacts:
         bad_rows_dropped: Rows without text or label.
         telling: Words that tell a class.
         citation: Who made it, where that is known.
-        terms: Under which terms it may be used, where they are known.
+        terms: Under which terms it may be used, or that they are unknown.
         warnings: What was said while it was read.
     """
 
@@ -143,7 +143,6 @@ def gather_facts(data: TextDataModule) -> DataFacts:
         with tqdm(desc=f"Comparing {split}", total=len(rows), disable=None, leave=False, delay=0.5) as bar:
             sketches[split] = Sketch.of(rows, bar.update)
     splits = {split: _split_facts(data, split, sketches) for split in prepared.splits}
-    spec = find_spec(source)
     return DataFacts(
         source=source if isinstance(source, str) else ", ".join(f"{k}: {v}" for k, v in source.items()),
         encoding=data.options.encoding,
@@ -158,7 +157,7 @@ def gather_facts(data: TextDataModule) -> DataFacts:
         bad_rows_dropped=prepared.bad_rows_dropped,
         telling=telling_words(data.rows("train"), data.label_names) if data.task != "regression" else [],
         citation=prepared.citation,
-        terms=spec.terms if spec else "",
+        terms=terms_of(source),
         warnings=prepared.warnings,
     )
 

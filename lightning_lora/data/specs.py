@@ -87,3 +87,9 @@ DATASETS: tuple[DatasetSpec, ...] = (
 def find_spec(source: str | Mapping[str, str]) -> DatasetSpec | None:
     """The spec that ``source`` names, or None when it names none (then it is a location)."""
     return next((spec for spec in DATASETS if source in spec.names), None)
+
+
+def terms_of(source: str | Mapping[str, str]) -> str:
+    """The terms of a known data set, as far as they are stated; of other data, that they are unknown."""
+    spec = find_spec(source)
+    return (spec.terms if spec else "") or "not known here; ask who made the data"

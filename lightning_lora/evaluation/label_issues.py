@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_lora.errors import UserError
+from lightning_lora.program import install_line
 from lightning_lora.tasks import Task
 
 #: Robust standard deviations from the median beyond which the error of a predicted number is an outlier.
@@ -24,9 +25,7 @@ def require_cleanlab() -> None:
         UserError: It is missing.
     """
     if importlib.util.find_spec("cleanlab") is None:
-        raise UserError(
-            "explain: wrong labels are found by 'cleanlab': pip install -e '.[explain]' in this project's folder"
-        )
+        raise UserError(f"explain: wrong labels are found by 'cleanlab': {install_line('explain')}")
 
 
 def label_issues(labels: Sequence[Any], outputs: NDArray, names: Sequence[str], task: Task) -> list[tuple[int, float]]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lightning_lora.errors import UserError
+from lightning_lora.program import install_line
 
 #: Optuna's class of each sampler.
 SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler"}
@@ -161,7 +162,7 @@ def import_optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise UserError("search: needs Optuna; pip install -c constraints.txt -e '.[search]'") from error
+        raise UserError(f"search: needs Optuna; {install_line('search')}") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # A list of target modules is a choice like any other: JSON, in which the journal is written, can hold it.
     warnings.filterwarnings("ignore", message="Choices for a categorical distribution")

@@ -32,6 +32,7 @@ from lightning_lora.locations import PACKAGE_PREFIX, resolve
 from lightning_lora.models.head import divide_output, fold_scale
 from lightning_lora.models.methods import merged
 from lightning_lora.models.quantization import Quantization
+from lightning_lora.program import install_line
 from lightning_lora.quiet import quiet_export, quiet_loading
 from lightning_lora.runs.checkpoints import CHECKPOINT_FORMAT, CheckpointIdentity, load_checkpoint
 from lightning_lora.tasks import PROBLEM_TYPES
@@ -150,7 +151,7 @@ def require_onnx() -> None:
     """
     for package in _ONNX_PACKAGES:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"onnx needs the package '{package}': pip install -e '.[export]' in this project's folder")
+            raise UserError(f"onnx needs the package '{package}': {install_line('export')}")
 
 
 def write_onnx(model: Any, folder: Path, int8: bool, input_format: InputFormat) -> None:

@@ -204,7 +204,7 @@ def test_pairs(tmp_path: Path, tiny_base: Path) -> None:
 
 
 def test_known_data_have_terms(folder: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_lora.data import facts as module
+    from lightning_lora.data import specs as module
     from lightning_lora.data.specs import DATASETS
 
     assert all(spec.terms and spec.citation for spec in DATASETS)

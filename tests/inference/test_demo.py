@@ -72,7 +72,7 @@ def test_a_file_is_labelled_as_predict_does(loaded: LoadedRun, place: Path) -> N
 def test_without_gradio_the_package_is_named(place: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["demo", "--run", str(place / "run")]) == 2
-    assert "pip install -e '.[demo]'" in capsys.readouterr().err
+    assert "pip install -c constraints.txt -e '.[demo]'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
