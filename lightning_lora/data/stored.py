@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from lightning_lora.data.cache import cached
-from lightning_lora.data.checking import incomplete_rows, row_text
+from lightning_lora.data.checking import CORRECT, incomplete_rows, row_text
 from lightning_lora.data.reading import BATCH_ROWS, Table
 from lightning_lora.data.rows import SCHEMA, RowFile
 from lightning_lora.data.sources import RowSource
@@ -97,7 +97,8 @@ def with_labels(table: Table, rules: RowRules) -> tuple[Table, str]:
             flags.append([_FLAGS.get(str(cell).strip().casefold(), -1) for cell in table.columns[name]])
             if -1 in flags[-1]:
                 at = flags[-1].index(-1)
-                raise UserError(f"{table.where(at, name)}: 0 or 1 is needed, got {table.columns[name][at]!r:.40}")
+                got = f"{table.columns[name][at]!r:.40}"
+                raise UserError(f"{table.where(at, name)}: 0 or 1 is needed, got {got}; {CORRECT}")
         cells: list[Any] = [
             None if None in row else [name for name, has in zip(columns, row, strict=True) if has]
             for row in zip(*flags, strict=True)
@@ -106,7 +107,10 @@ def with_labels(table: Table, rules: RowRules) -> tuple[Table, str]:
         cells = list(table.columns[column])
         for i, cell in enumerate(cells):
             if cell is not None and not isinstance(cell, str):
-                raise UserError(f"{table.where(i, column)}: data.label_separator is for texts, got {cell!r:.40}")
+                raise UserError(
+                    f"{table.where(i, column)}: data.label_separator is for texts, got {cell!r:.40}; write it as a "
+                    "text, or leave data.label_separator out"
+                )
         parts = [None if cell is None else cell.split(rules.label_separator) for cell in cells]
         cells = [None if part is None else [word.strip() for word in part if word.strip()] for part in parts]
     else:

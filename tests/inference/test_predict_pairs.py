@@ -93,7 +93,7 @@ def test_many_parquet_files_of_pairs(run: str, found: Predictions) -> None:
         (["a fine film", ""], "command line, pair 1, column 'hypothesis': a text is needed, got ''"),
         (["--input", "rows.csv", "--text_column", "premise"], "--text_column: the run reads pairs of texts"),
         (["--input", "rows.csv", "--bad_rows", "error"], r"rows.csv, line 3, column 'premise': a text is needed"),
-        (["--input", "lines.txt"], "give premise and hypothesis with a tab between"),
+        (["--input", "lines.txt"], "lines.txt, line 1, .*: give premise and hypothesis with a tab between"),
     ],
 )
 def test_what_is_no_pair_is_one_line(run: str, capsys, words: list[str], said: str) -> None:
