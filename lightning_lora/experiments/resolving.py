@@ -1,5 +1,6 @@
 """All settings of each cell, and in what they differ from the baseline's: before anything is trained."""
 
+import contextlib
 import itertools
 import json
 import tempfile
@@ -21,6 +22,7 @@ from lightning_lora.experiments.results import first_difference
 from lightning_lora.locations import check_model
 from lightning_lora.models.methods import AdapterOptions, check_options, find_method
 from lightning_lora.models.quantization import Quantization, check_quantization
+from lightning_lora.training.length import describe_length
 
 
 def resolve_cells(plan: Plan, base: Sequence[Mapping[str, Any]], overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -80,6 +82,31 @@ def data_module(data: Mapping[str, Any]) -> TextDataModule:
         data: The cell's settings of it, with ``base_model``.
     """
     return TextDataModule(**{**data, "augmentation": Augmentation(**data["augmentation"])})
+
+
+def check_validated(settings: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse a number of steps that ends before the first validation pass, by which all is chosen.
+
+    Args:
+        settings: All of each cell, by its name.
+
+    Raises:
+        UserError: There is one; faults of the data are the cells' own.
+    """
+    limited: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name, each in settings.items():
+        trainer = each["trainer"]
+        ends_early = trainer["max_steps"] != -1 or trainer["limit_val_batches"] == 0
+        if ends_early and find_method(each["model"]["method"]).trains:
+            own = {**each["data"], "base_model": each["model"]["base_model"]}
+            limited.setdefault(json.dumps([own, trainer], sort_keys=True, default=str), (name, each))
+    for name, each in limited.values():
+        planned: dict[str, Any] = {}
+        with contextlib.suppress(UserError):
+            data = data_module({**each["data"], "base_model": each["model"]["base_model"]})
+            planned = describe_length(each["trainer"], data, None)
+        if "not_validated" in planned:
+            raise UserError(f"{name}: {planned['not_validated']}")
 
 
 def nested(change: Mapping[str, Any]) -> dict[str, Any]:

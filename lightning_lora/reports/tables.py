@@ -86,17 +86,30 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
         rows.append(["peak memory", f"{costs['peak_memory_mb']:,.0f} MiB"])
     if size := costs.get("checkpoint_bytes"):
         rows.append(["checkpoint", f"{size / 1e6:.2f} MB"])
-    for name, values in evaluation.get("baselines", {}).items():
-        if "interval" in values:
-            spec, (low, high) = METRICS[values.get("compared_by", "accuracy")], values["interval"]
-            better = f"{values['ours_better_by']:+.4f} {spec.heading} ({low:+.4f} to {high:+.4f}, 95% interval)"
-            rows.append([f"better than {name} by", better])
+    rows += _baseline_rows(evaluation.get("baselines", {}))
     if "majority_accuracy" in evaluation:
         rows.append(["majority vote", f"{evaluation['majority_accuracy']:.4f} accuracy on the same rows"])
     if without := evaluation.get("uncalibrated"):
         values = ", ".join(f"{METRICS[name].heading} {value:.4f}" for name, value in without.items())
         rows.append(["temperature", f"{evaluation['temperature']:.3f}; without it {values}"])
     return [*rows, *_threshold_row(evaluation.get("thresholds", {}))]
+
+
+def _baseline_rows(baselines: Mapping[str, Any]) -> list[list[str]]:
+    """Return how much better, or worse, the run is than each baseline."""
+    rows = []
+    for name, values in baselines.items():
+        if "interval" in values:
+            spec, by, (low, high) = (
+                METRICS[values.get("compared_by", "accuracy")],
+                values["ours_better_by"],
+                values["interval"],
+            )
+            ends = f"{low:+.4f} to {high:+.4f}" if by >= 0 else f"{-high:+.4f} to {-low:+.4f}"
+            lower = "" if spec.higher_is_better else ", of which less is better"
+            said = f"{abs(by):.4f} {spec.heading} ({ends}, 95% interval){lower}"
+            rows.append([f"{'better' if by >= 0 else 'worse'} than {name} by", said])
+    return rows
 
 
 def _threshold_row(thresholds: Mapping[str, float]) -> list[list[str]]:
