@@ -207,14 +207,12 @@ class Parity:
                 if row["labels_flipped"] > FLIPPED_SHARE * row["rows"]:
                     warnings.append(f"onnx-int8 gives another label for {flipped} texts")
             elif name.endswith(PLAIN):
-                differ = f"{flipped} labels differ, {row['labels_flipped_long']:,} of the {row['long_rows']:,} texts"
-                if self.is_number:
-                    differ = (
-                        f"up to {row['max_logit_difference']:.2g} in a {self.unit}, of the {row['long_rows']:,} texts"
-                    )
+                differ = f"numbers differ by up to {row['max_logit_difference']:.2g}, scaled to their size"
+                if not self.is_number:
+                    long = f"{row['labels_flipped_long']:,} of the {row['long_rows']:,} texts"
+                    differ = f"{flipped} labels differ, {long} that are longer than max_length"
                 warnings.append(
-                    "a pipeline or tokenizer alone, without encode.py, truncates otherwise than in training: "
-                    f"{differ} that are longer than max_length"
+                    f"a pipeline or tokenizer alone, without encode.py, truncates otherwise than in training: {differ}"
                 )
             elif row["max_logit_difference"] > TOLERANCE or row["labels_flipped"]:
                 off.append(name)

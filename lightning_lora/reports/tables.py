@@ -100,11 +100,8 @@ def _baseline_rows(baselines: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for name, values in baselines.items():
         if "interval" in values:
-            spec, by, (low, high) = (
-                METRICS[values.get("compared_by", "accuracy")],
-                values["ours_better_by"],
-                values["interval"],
-            )
+            spec, by = METRICS[values.get("compared_by", "accuracy")], values["ours_better_by"]
+            low, high = values["interval"]
             ends = f"{low:+.4f} to {high:+.4f}" if by >= 0 else f"{-high:+.4f} to {-low:+.4f}"
             lower = "" if spec.higher_is_better else ", of which less is better"
             said = f"{abs(by):.4f} {spec.heading} ({ends}, 95% interval){lower}"

@@ -82,7 +82,6 @@ def test_folds_are_crossed_with_seeds_and_arms() -> None:
         ({"axes": {"r": {"a": [1, 2], "b": [1]}}}, "as many values each"),
         ({"axes": {"r": {"a": 1}}}, "a list of values each"),
         ({"axes": {"r": {"a": [1, 1]}}}, "a name of its own"),
-        ({"axes": {"r": {"a": [1]}}, "baseline": {}}, "one arm only"),
         ({"axes": {"r": {"a": [1, 2], "chosen": True}}, "baseline": {}}, "nothing is compared"),
         ({"baseline": {"rank": 3}}, "rank 3 is none of 2, 8"),
         ({"baseline": {"x": 3}}, "'x' is no compared axis"),
