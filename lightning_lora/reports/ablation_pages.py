@@ -7,7 +7,7 @@ from typing import Any
 from lightning_lora.reports.ablation import Report, answer, bounded, facts, interval_text, notes
 from lightning_lora.reports.ablation_pictures import color, pictures
 from lightning_lora.reports.ablation_tables import arm_table, metric_table, more_tables
-from lightning_lora.reports.tables import markdown
+from lightning_lora.reports.tables import COST_COLUMNS, markdown, metric_columns
 from lightning_lora.reports.templates import template
 
 
@@ -44,7 +44,8 @@ def as_html(report: Report) -> str:
         answer=answer(report),
         facts=facts(report),
         forest=forest(report),
-        metrics=metric_table(report),
+        metrics=metric_table(report, metric_columns(report.task)),
+        costs=metric_table(report, COST_COLUMNS),
         arms=arm_table(report),
         notes=(said := notes(report)),
         warnings=sum(note.startswith("warning:") for note in said),

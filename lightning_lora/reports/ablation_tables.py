@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -69,10 +69,10 @@ def measured(report: Report, arm: ArmResult, column: Column) -> tuple[float, lis
     return float(np.mean(values)) if values else math.nan, interval
 
 
-def metric_table(report: Report) -> TextTable:
-    """Return metrics and costs of each arm, without the columns that no arm has."""
+def metric_table(report: Report, columns: Sequence[Column] | None = None) -> TextTable:
+    """Return metrics and costs of each arm, by default all, without the columns that no arm has."""
     header, *rows = ["arm"], *([arm.label] for arm in report.arms)
-    for column in [*metric_columns(report.task), *COST_COLUMNS]:
+    for column in [*metric_columns(report.task), *COST_COLUMNS] if columns is None else columns:
         found = [measured(report, arm, column) for arm in report.arms]
         if all(math.isnan(value) for value, _ in found):
             continue
