@@ -12,17 +12,53 @@ from typing import Any
 import yaml
 
 from lightning_lora.config.configured_run import ConfiguredRun
-from lightning_lora.config.settings import flat
+from lightning_lora.config.recipes import DEFAULT_CONFIG
+from lightning_lora.config.settings import flat, read_config
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.confounders import Change, changes
-from lightning_lora.experiments.plan import Plan, label_of
+from lightning_lora.experiments.plan import ARM, Plan, label_of
 from lightning_lora.experiments.results import first_difference
 from lightning_lora.locations import check_model
 from lightning_lora.models.methods import AdapterOptions, check_options, find_method
 from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.training.length import describe_length
+
+
+def with_arms(
+    config: Mapping[str, Any], path: Path, wanted: Sequence[str] | None = None
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return an ablation's config with the arms of its base recipe, where it has neither axes nor arms; and the recipe.
+
+    Args:
+        config: The config.
+        path: Its path, to which that of the recipe is relative.
+        wanted: Names of arms, which are then the only ones.
+
+    Raises:
+        UserError: A wanted arm is none.
+    """
+    recipe = read_config(path.parent / str(config["base"]) if config.get("base") else DEFAULT_CONFIG)
+    if not (config.get("axes") or config.get("arms")):
+        config = {**config, "arms": recipe.pop("arms", None)}
+    return (_only_arms(config, wanted) if wanted else config), recipe
+
+
+def _only_arms(config: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+    """An ablation's config with some of its arms, and with what it says of these."""
+    described = config.get("arms")
+    arms = {str(name): change for name, change in described.items()} if isinstance(described, dict) else {}
+    if missing := [name for name in wanted if name not in arms]:
+        there = f"there are {', '.join(arms)}" if arms else "the config has axes and names no arms; leave it out"
+        raise UserError(f"--arms: no arm '{missing[0]}'; {there}")
+    kept, dropped = {**config, "arms": {name: arms[name] for name in wanted}}, arms.keys() - set(wanted)
+    if isinstance(figures := config.get("published"), dict):
+        kept["published"] = {name: figure for name, figure in figures.items() if str(name) not in dropped}
+    baseline = config.get("baseline")
+    if isinstance(baseline, dict) and str(baseline.get(ARM)) in dropped:
+        del kept["baseline"]
+    return kept
 
 
 def resolve_cells(plan: Plan, base: Sequence[Mapping[str, Any]], overrides: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -23,13 +23,12 @@ from lightning_lora.children import last_error, run_child
 from lightning_lora.claims import claimed, share_tasks
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.options import TRACK_HELP, TRACKERS
-from lightning_lora.config.recipes import DEFAULT_CONFIG
-from lightning_lora.config.settings import flat, read_config
+from lightning_lora.config.settings import flat
 from lightning_lora.errors import BusyError, UserError
 from lightning_lora.evaluation.metric_table import compared_metrics
 from lightning_lora.experiments.confounders import Change
-from lightning_lora.experiments.plan import ARM, Cell, Plan, make_plan
-from lightning_lora.experiments.resolving import check_validated, data_module, find_changes, resolve_cells
+from lightning_lora.experiments.plan import Cell, Plan, make_plan
+from lightning_lora.experiments.resolving import check_validated, data_module, find_changes, resolve_cells, with_arms
 from lightning_lora.experiments.results import compare_arms, read_cells
 from lightning_lora.experiments.searcher import Searcher, read_found
 from lightning_lora.files import atomic_folder, locked_folder, write_text
@@ -104,41 +103,6 @@ def run_experiment(
         plan = plan.with_found(read_found(plan, folder))
         tested = options.no_test or evaluate_test_rows(plan, folder)
     return int(not tested or any(cell.status != "finished" for cell in read_cells(plan, folder)))
-
-
-def with_arms(
-    config: Mapping[str, Any], path: Path, wanted: Sequence[str] | None = None
-) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """Return an ablation's config with the arms of its base recipe, where it has neither axes nor arms; and the recipe.
-
-    Args:
-        config: The config.
-        path: Its path, to which that of the recipe is relative.
-        wanted: Names of arms, which are then the only ones.
-
-    Raises:
-        UserError: A wanted arm is none.
-    """
-    recipe = read_config(path.parent / str(config["base"]) if config.get("base") else DEFAULT_CONFIG)
-    if not (config.get("axes") or config.get("arms")):
-        config = {**config, "arms": recipe.pop("arms", None)}
-    return (_only_arms(config, wanted) if wanted else config), recipe
-
-
-def _only_arms(config: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
-    """An ablation's config with some of its arms, and with what it says of these."""
-    described = config.get("arms")
-    arms = {str(name): change for name, change in described.items()} if isinstance(described, dict) else {}
-    if missing := [name for name in wanted if name not in arms]:
-        there = f"there are {', '.join(arms)}" if arms else "the config has axes and names no arms; leave it out"
-        raise UserError(f"--arms: no arm '{missing[0]}'; {there}")
-    kept, dropped = {**config, "arms": {name: arms[name] for name in wanted}}, arms.keys() - set(wanted)
-    if isinstance(figures := config.get("published"), dict):
-        kept["published"] = {name: figure for name, figure in figures.items() if str(name) not in dropped}
-    baseline = config.get("baseline")
-    if isinstance(baseline, dict) and str(baseline.get(ARM)) in dropped:
-        del kept["baseline"]
-    return kept
 
 
 def own_metrics(settings: Mapping[str, Any]) -> list[str]:

@@ -78,8 +78,9 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
         rate = f"{evaluation['rows'] / seconds:.1f} texts/s, {evaluation['int8_layers']}"
         rows.append(["in int8", f"{duration(seconds)} ({rate})"])
         bounds = {name: evaluation.get(f"int8_{name}_difference") for name in row_metrics()}
+        flipped = [f"{evaluation['int8_flipped']:,} labels"] * (evaluation.get("task") != "regression")
         changed = [f"{METRICS[n].heading} {b[0]:+.4f} to {b[1]:+.4f} (95% interval)" for n, b in bounds.items() if b]
-        rows.append(["int8 changes", ", ".join([f"{evaluation['int8_flipped']:,} labels", *changed])])
+        rows.append(["int8 changes", ", ".join([*flipped, *changed])])
     if "peak_gpu_memory_mb" in costs:
         rows.append(["peak GPU memory", f"{costs['peak_gpu_memory_mb']:,.0f} MiB"])
     if "peak_memory_mb" in costs:

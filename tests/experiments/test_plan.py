@@ -6,7 +6,7 @@ import yaml
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.data_sets import split_sets
 from lightning_lora.experiments.plan import make_plan
-from lightning_lora.experiments.runner import with_arms
+from lightning_lora.experiments.resolving import with_arms
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs" / "ablation").glob("*.yaml"))
