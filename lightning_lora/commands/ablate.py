@@ -26,6 +26,9 @@ def run(words: list[str]) -> int:
     parser.add_argument("--small", action="store_true", help="The small size that the config describes.")
     parser.add_argument("--name", help="The folder under --logs_dir; by default ablation-CONFIG.")
     parser.add_argument("--sets", nargs="+", help="Of an ablation over several data sets: those to run now.")
+    parser.add_argument(
+        "--arms", nargs="+", help="Of the arms that the config, or its base recipe, names: those to run now."
+    )
     add_options(parser)
     options, overrides = parser.parse_known_args(words)
     parser.refuse_misspelt(overrides)

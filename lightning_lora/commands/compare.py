@@ -41,7 +41,9 @@ def run(words: list[str]) -> int:
     key = hashlib.sha256(json.dumps([configs, overrides], sort_keys=True, default=str).encode()).hexdigest()[:8]
     folder = Path(options.logs_dir) / (folder_name(options.name) if options.name else f"compare-{paths[-1].stem}-{key}")
     content = {
-        "question": f"How do {', '.join(arms)} compare on the same rows, in the same order, from the same head?",
+        "question": f"How do {', '.join(arms)} compare on the same rows, in the same order, from the same head?"
+        if len(arms) > 1
+        else f"How good is {next(iter(arms))}?",
         "arms": arms,
         "baseline": {ARM: options.baseline or next(iter(arms))},
         "seeds": options.seed_everything or seeds[-1:] or [DEFAULT_SEED],

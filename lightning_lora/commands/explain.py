@@ -116,7 +116,8 @@ def explain_rows(options: Any) -> int:
     for label, words in by_label.items():
         print(f"\n{label}: words that add most")
         print_table(columns(_OF_WORDS, [(word, str(n), effect) for word, n, effect in words[: options.top]]), ["word"])
-    print(f"\n{len(issues):,} of {len(rows):,} labels are to be checked (likely wrong, or hard for the model):")
+    what = "numbers" if is_number else "labels"
+    print(f"\n{len(issues):,} of {len(rows):,} {what} are to be checked (likely wrong, or hard for the model):")
     table = columns(_OF_ISSUES, [[*map(_cell, issue)] for issue in issues[: options.top]])
     print_table({name: table[name] for name in ("text", "label", "prediction", "row")})
 
@@ -149,9 +150,9 @@ def _cell(value: Any) -> str:
 
 def deletion_text(loaded: LoadedRun, found: Sequence[Explanation]) -> str:
     """Return how faithful the explanations are, in a sentence."""
-    share = 0.1
+    share, what = 0.1, "number" if any(each.is_number for each in found) else "score"
     most, random = deletion_check(loaded, found, share)
     return (
-        f"Without the {share:.0%} of the words that add most, the score falls by {most.mean():.3g} on average, without "
-        f"as many random ones by {random.mean():.3g} (in {np.mean(most > random):.0%} of the texts by less)."
+        f"Without the {share:.0%} of the words that add most, the {what} falls by {most.mean():.3g} on average, "
+        f"without as many random ones by {random.mean():.3g} (in {np.mean(most > random):.0%} of the texts by less)."
     )

@@ -20,6 +20,7 @@ from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
 from lightning_lora.files import locked_folder, remove_partial, write_text
 from lightning_lora.interrupts import Interrupted, requeue, requeued
+from lightning_lora.models.head import scale_output
 from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.processes import started_to_follow
 from lightning_lora.program import command_line
@@ -327,6 +328,8 @@ def fit_without_steps(cli: ConfiguredRun, folder: RunFolder) -> None:
         baseline: Any = cli.model
         baseline.chosen = baseline.fit_rows(cli.datamodule, cli.trainer)
         cli.costs.train_s, cli.costs.train_rows = time.perf_counter() - started, len(cli.datamodule.rows("train"))
+    elif cli.model.task == "regression":  # a fresh head in the units of the data, as before fine-tuning
+        scale_output(cli.model.model, *cli.datamodule.target_moments)
     cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     cli.trainer.save_checkpoint(folder.checkpoints / "best.ckpt", weights_only=True)
 

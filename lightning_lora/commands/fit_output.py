@@ -73,6 +73,8 @@ def print_model(record: dict[str, Any], trainer: Trainer) -> None:
     print(f"learning rate {model['learning_rate']:g}, {device}, precision {trainer.precision}")
     if "length" in record:
         print(f"training length: {length_words(record['length'])}")
+        if (why := record["length"].get("not_validated")) is not None:
+            print_warnings([why])
     print(speed_line)
 
 

@@ -26,11 +26,13 @@ _BAD_ROWS = (
 #: What ``--track`` takes.
 TRACKERS = Literal["mlflow", "wandb", "trackio"]
 TRACK_HELP = "Also write to a tracker; test and export go on with the same tracked run."
+ARM_HELP = "Of a config that describes arms (for compare): the one whose settings are taken."
 #: For each command its options, each with its type, default and help.
 COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
     "fit": {
         "name": (str | None, None, "Name of the run folder; it must be new."),
         "logs_dir": (str, "logs", "The folder of all runs."),
+        "arm": (str | None, None, ARM_HELP),
         "resume": (str | None, None, "Resume an interrupted run: its folder."),
         "budget": (
             str | None,
@@ -40,7 +42,10 @@ COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {
         "track": (TRACKERS | None, None, TRACK_HELP),
         "track_group": (str | None, None, "With --track: MLflow's experiment, or the others' group of the run."),
     },
-    "data": {"output": (str | None, None, "Also write the card as a page that needs no network: an .html file.")},
+    "data": {
+        "arm": (str | None, None, ARM_HELP),
+        "output": (str | None, None, "Also write the card as a page that needs no network: an .html file."),
+    },
     "validate": {**_RUN, **_INT8},
     "test": {
         **_RUN,

@@ -127,7 +127,9 @@ def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any
     end = words.index("--") if "--" in words else len(words)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("-c", "--config", action="append", default=[])
-    finder.set_defaults(run=None)
+    finder.set_defaults(run=None, arm=None)
+    if command in _NEW:
+        finder.add_argument("--arm")
     if command != "data":
         finder.add_argument("--resume" if command == "fit" else "--run", dest="run")
     given, rest = finder.parse_known_args(words[:end])
@@ -147,7 +149,7 @@ def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any
         rest += [option, given.run]
     elif not given.config:
         configs = [read_config(DEFAULT_CONFIG)]
-    more = [read_config(find_config(path)) for path in given.config]
+    more = [config for _, config in _read_configs(given.config, given.arm)]
     limits = [f"--trainer.{name}" for name in LIMITS]
     if command == "fit" and given.run is not None:
         for option in [*options, *(["--config"] if more else [])]:
@@ -156,8 +158,6 @@ def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any
                     f"--resume: '{option}' would make it another run; only {', '.join(limits)} can be given, or start "
                     "a new run"
                 )
-    if any("arms" in config for config in more):
-        raise UserError(f"the config describes arms, which are for: {command_line('compare', '--config', 'FILE')}")
     typed = [option[2:] for option in options]
     if command == "predict":
         refuse_unused(command, [*typed, *(key for config in more for key in flat(config))])
@@ -179,12 +179,40 @@ def split_fit(words: Sequence[str]) -> tuple[list[dict[str, Any]], list[str], se
     for name in COMMAND_OPTIONS["fit"]:
         finder.add_argument(f"--{name}")
     given, rest = finder.parse_known_args(list(words))
-    paths = [find_config(path) for path in given.config] or [DEFAULT_CONFIG]
-    configs = [{k: v for k, v in read_config(path).items() if k not in COMMAND_OPTIONS["fit"]} for path in paths]
     typed = {word[2:].partition("=")[0].rstrip("+") for word in rest if word.startswith("--")}
-    for path, config in zip(paths, configs, strict=True):
-        typed |= set() if path.resolve() == DEFAULT_CONFIG else set(flat(config))
+    configs = list[dict[str, Any]]()
+    for path, config in _read_configs(given.config or [DEFAULT_CONFIG], given.arm):
+        configs.append({k: v for k, v in config.items() if k not in COMMAND_OPTIONS["fit"]})
+        typed |= set() if path.resolve() == DEFAULT_CONFIG else set(flat(configs[-1]))
     return configs, rest, typed
+
+
+def _read_configs(names: Sequence[str | Path], arm: str | None) -> list[tuple[Path, dict[str, Any]]]:
+    """The settings of each config with its path, and after them those of an arm where the config describes arms.
+
+    Raises:
+        UserError: A config is an ablation or describes arms and the name is none of them; or none describes arms.
+    """
+    found, known = list[tuple[Path, dict[str, Any]]](), False
+    for name in names:
+        config = read_config(path := find_config(str(name)))
+        if "question" in config:
+            raise UserError(f"--config: {name} is an ablation: {command_line('ablate', '--config', name)}")
+        found.append((path, config))
+        if "arms" in config:
+            arms = config.pop("arms")
+            arms = {str(key): change or {} for key, change in arms.items()} if isinstance(arms, dict) else {}
+            if arm not in arms:
+                other = "" if arm is None else f"'{arm}' is none of them; "
+                raise UserError(
+                    f"--config: {name} describes the arms {', '.join(arms)}; {other}choose one with --arm, or train "
+                    f"all: {command_line('compare', '--config', name)}"
+                )
+            found.append((path, arms[arm]))
+            known = True
+    if arm is not None and not known:
+        raise UserError(f"--arm: no config that is given describes arms; leave '{arm}' out")
+    return found
 
 
 def restrict_imports() -> None:

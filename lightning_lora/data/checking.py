@@ -9,6 +9,8 @@ from lightning_lora.data.pairs import Text
 from lightning_lora.data.reading import Table
 from lightning_lora.errors import UserError
 
+#: What to do about a label that cannot be used.
+CORRECT = "correct it, or empty it and leave such rows out with data.bad_rows=drop"
 #: Unicode categories of characters that show nothing: controls, format characters and separators.
 _INVISIBLE = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 

@@ -172,7 +172,7 @@ def _split_facts(data: TextDataModule, split: str, sketches: Mapping[str, Sketch
     def contradicted(number: int) -> str:
         row, first = conflicts[number], firsts[conflicts[number]]
         here, there = (label_words(labels[i], data.label_names) for i in (row, first))
-        return f"{here}, but {there} in {_place(rows, first)}"
+        return f"{here}, but {there} in {rows.place(first)}"
 
     return SplitFacts(
         rows=len(rows),
@@ -182,7 +182,7 @@ def _split_facts(data: TextDataModule, split: str, sketches: Mapping[str, Sketch
         numbers=labels if regression else np.zeros(0),
         lengths=tokens.lengths + frame.special,
         cut_share=float((tokens.lengths > frame.room).mean()) if frame.keep != "windows" else 0.0,
-        repeats=_found(rows, repeats, lambda i: f"as {_place(rows, firsts[repeats[i]])}"),
+        repeats=_found(rows, repeats, lambda i: f"as {rows.place(firsts[repeats[i]])}"),
         conflicts=_found(rows, conflicts, contradicted),
         faults=text_faults(rows),
         near={other: _near(sketches[split], sketches[other]) for other in _COMPARED_WITH[split]},
@@ -192,7 +192,7 @@ def _split_facts(data: TextDataModule, split: str, sketches: Mapping[str, Sketch
 
 def _near(sketch: Sketch, others: Sketch) -> FoundRows:
     pairs = near_repeats(sketch, others)
-    return _found(sketch.rows, pairs[:, 0], lambda number: f"like {_place(others.rows, pairs[number, 1])}")
+    return _found(sketch.rows, pairs[:, 0], lambda number: f"like {others.rows.place(pairs[number, 1])}")
 
 
 def text_faults(rows: Rows) -> dict[str, FoundRows]:
@@ -288,11 +288,4 @@ def _found(
     first = max(0, start - _SHOWN // 2)
     said = " ".join(text[first : first + _SHOWN].split())
     said = f"{'... ' * (first > 0)}{said}{' ...' * (first + _SHOWN < len(text))}"
-    return FoundRows(len(positions), ", ".join(filter(None, (f"{_place(rows, positions[0])}: '{said}'", beside(0)))))
-
-
-def _place(rows: Rows, position: int) -> str:
-    """Where a row stands in its source."""
-    row = rows.select(np.array([position]))
-    units: Mapping[str, str] = {file.origin: file.unit for file in rows.files}
-    return f"{row.origins[0]}, {units[row.origins[0]]} {row.numbers[0]}"
+    return FoundRows(len(positions), ", ".join(filter(None, (f"{rows.place(positions[0])}: '{said}'", beside(0)))))

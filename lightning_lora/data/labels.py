@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lora.data.checking import is_missing, is_unicode
+from lightning_lora.data.checking import CORRECT, is_missing, is_unicode
 from lightning_lora.data.reading import Table
 from lightning_lora.errors import UserError
 
@@ -162,19 +162,21 @@ def encode_label_sets(
                     others = "lists" if isinstance(first, list) else "no lists"
                     raise UserError(
                         f"{table.where(i, column)}: a list of labels is needed in all rows or in none, got "
-                        f"{cell!r:.40}, but others are {others}, as {first!r:.40}; correct the row"
+                        f"{cell!r:.40}, but others are {others}, as {first!r:.40}; {CORRECT}"
                     )
                 for label in cell if isinstance(cell, list) else []:
                     if is_missing(label) or not isinstance(label, str | int | float) or not is_unicode(str(label)):
                         raise UserError(
                             f"{table.where(i, column)}: a list of words or numbers is needed, got {cell!r:.60}; "
-                            "correct the row"
+                            f"{CORRECT}"
                         )
                     at.append((i, label))
             each = table.select([i for i, _ in at])
             single[split].append(replace(each, columns={column: [label for _, label in at]}))
     if len({label for table in single["train"] for label in table.columns[column]}) < 2:
-        raise UserError(f"{splits['train'][0].origin}: column '{column}' holds fewer than two labels in train")
+        raise UserError(
+            f"{splits['train'][0].origin}: column '{column}' holds fewer than two labels in train; add rows"
+        )
     labels = encode_labels(single, column, names, train_rows=train_rows)
     sets: dict[str, list[np.ndarray]] = {}
     for split, tables in splits.items():
@@ -195,11 +197,16 @@ def encode_numbers(splits: dict[str, list[Table]], column: str, names: Any) -> L
         names: The user's names of labels, which must be none.
 
     Raises:
-        UserError: There are names, a cell is no number, or all of train are the same.
+        UserError: There are names, a cell is no number, or all of train are the same or none.
     """
     if names is not None:
         raise UserError("data.label_names: numbers (data.task=regression) have no names; leave it out")
     encoded: dict[str, list[np.ndarray]] = {split: [] for split in splits}
+    if all(number_of(cell) is None for table in splits["train"] for cell in table.columns[column]):
+        raise UserError(
+            f"data.task: regression, but column '{column}' holds no numbers; leave data.task out, or name another "
+            "data.label_column"
+        )
     for split, tables in splits.items():
         for table in tables:
             numbers = [None if isinstance(cell, bool) else number_of(cell) for cell in table.columns[column]]
@@ -208,12 +215,12 @@ def encode_numbers(splits: dict[str, list[Table]], column: str, names: Any) -> L
                 cell = table.columns[column][at]
                 raise UserError(
                     f"{table.where(at, column)}: a number from {-LARGEST:g} to {LARGEST:g} is needed "
-                    f"(data.task=regression), got {cell!r:.40}; correct the row, or set data.label_column"
+                    f"(data.task=regression), got {cell!r:.40}; {CORRECT}"
                 )
             encoded[split].append(np.array(numbers, np.float64))
     origin, train = splits["train"][0].origin, np.concatenate(encoded["train"])
     if len(np.unique(train)) < 2:
-        raise UserError(f"{origin}: column '{column}' has the same number in every row of train")
+        raise UserError(f"{origin}: column '{column}' has the same number in every row of train; add others")
     if train.std() < max(np.abs(train).max() * LEAST_SPREAD, 1 / LARGEST):
         raise UserError(
             f"{origin}: column '{column}' holds numbers that 32-bit floats hardly tell from one another (mean "
@@ -331,8 +338,14 @@ def _check_categorical(places: Mapping[str, str], rows: int, column: str) -> lis
     numbers = [number for word in words if (number := number_of(word)) is not None]
     warnings = []
     if numbers and len(numbers) < len(words):
-        odd = next(word for word in places if (number_of(word) is None) != (number_of(next(iter(places))) is None))
-        raise UserError(f"{places[odd]}: label '{odd}', but others are {few(list(places))}; use one kind")
+        are = {"a number": [w for w in places if number_of(w) is not None]}
+        are["a word"] = [w for w in places if w not in are["a number"]]
+        kind, odd = min(are.items(), key=lambda each: (len(each[1]), next(iter(places)) in each[1]))
+        others = next(each for name, each in are.items() if name != kind)
+        more = f" (so {'are' if len(odd) > 2 else 'is'} {few(odd[1:])})" if len(odd) > 1 else ""
+        raise UserError(
+            f"{places[odd[0]]}: label '{odd[0]}' is {kind}{more}, but others are {few(others)}; {CORRECT}, or {_REMEDY}"
+        )
     if numbers:
         many = f"{column} holds {len(words):,} different numbers ({few(words)})"
         span = numbers[-1] - numbers[0] + 1

@@ -15,7 +15,15 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from lightning_lora.data.labels import encode_label_sets, encode_labels, encode_numbers, few, ordered
+from lightning_lora.data.labels import (
+    FEW_VALUES,
+    encode_label_sets,
+    encode_labels,
+    encode_numbers,
+    few,
+    number_of,
+    ordered,
+)
 from lightning_lora.data.pairs import Truncation, choose_truncation, is_pair
 from lightning_lora.data.reading import Table
 from lightning_lora.data.rows import Rows
@@ -200,10 +208,11 @@ def _task_of(
             "data.task=multi_label"
         )
     if not several and options.task == "multi_label":
-        raise UserError(
-            f"data.task: multi_label, but column '{column}' holds no lists of labels; set data.task=single_label, or "
-            "name data.label_separator or several label columns"
-        )
+        found, remedy = "no lists of labels", "single_label, or name data.label_separator or several label columns"
+        cells = {cell for each in chain.from_iterable(tables.values()) for cell in each.columns[column]}
+        if len(cells) > FEW_VALUES and all(number_of(cell) is not None for cell in cells):
+            found, remedy = "numbers", "regression to predict them, or name another data.label_column"
+        raise UserError(f"data.task: multi_label, but column '{column}' holds {found}; set data.task={remedy}")
     return cast(Task, options.task)
 
 
@@ -261,14 +270,14 @@ def divide(
             continue
         train = splits["train"]
         odd = contradictions(train.labels, train.keys)
+        where = train.place(odd[0]) if len(odd) else train.origins[0]
         if len(odd) and not warnings:
-            where = f"{train.origins[odd[0]]}, {train.numbers[odd[0]]}"
             warnings.append(f"{len(odd)} {CONTRADICTED} (the first: {where})")
         spare = int(split == "test" and "val" not in splits)
         seed, fold = options.split_seed, options.fold if split == "test" else None
         groups = strata(train.labels)
         stay, taken = (
-            carve(groups, train.keys, size, seed, split, default, spare, train.origins[0])
+            carve(groups, train.keys, size, seed, split, default, spare, where)
             if fold is None
             else take_fold(groups, train.keys, fold, seed)
         )

@@ -151,6 +151,12 @@ class Rows:
         """The file or Hub split of each row."""
         return [origin for origin, batch in self.batches("row") for _ in range(len(batch))]
 
+    def place(self, position: int) -> str:
+        """Where the row at a position stands, in words: file, line or row."""
+        row = self.select(np.array([position]))
+        units = {file.origin: file.unit for file in self.files}
+        return f"{row.origins[0]}, {units[row.origins[0]]} {row.numbers[0]}"
+
     def select(self, keep: np.ndarray) -> "Rows":
         """The rows at the given ascending positions."""
         return Rows(self.files, self.positions[keep], self.labels[keep])

@@ -139,12 +139,18 @@ def carve(
         stream: The split to carve, "val" or "test".
         default: A fraction.
         spare: Texts that stay beside one of each class, for another split to carve.
-        origin: Where the rows are from, for messages.
+        origin: Where the rows are from, or the first that contradicts another, for messages.
     """
     every, (texts, firsts) = np.arange(len(labels)), _texts(keys)
     # A text that stands with several labels is no measure of any of them.
     single = np.sort(firsts[~np.isin(texts[firsts], texts[contradictions(labels, keys)])])
     most = len(single) - len(classes_of(labels[single])) - spare
+    if most < 1 and len(single) < len(firsts):
+        raise UserError(
+            f"{origin}: this text stood before with another label, as {len(firsts) - len(single)} of {len(firsts)} "
+            f"different texts do, and such a text is no measure: too few others can be held out for {stream}; correct "
+            "the labels, or add rows"
+        )
     if most < 1:
         raise UserError(
             f"{origin}: of {len(single)} different texts with one label none can be held out for {stream} and leave "
@@ -192,7 +198,7 @@ def take_fold(
     number, folds = fold if len(fold) == 2 else (0, 0)
     if not 1 <= number <= folds or not 2 <= folds <= most:
         raise UserError(
-            f"data.fold: {list(fold)} is no fold [k, n]; n goes from 2 to the {most} texts of the largest class, "
+            f"data.fold: {list(fold)} is no fold [k, n], such as [1, 5]; with these rows n goes from 2 to {most}, "
             "k from 1 to n"
         )
     if classes.ndim == 2:

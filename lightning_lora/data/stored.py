@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from lightning_lora.data.cache import cached
-from lightning_lora.data.checking import incomplete_rows, row_text
+from lightning_lora.data.checking import CORRECT, incomplete_rows, row_text
 from lightning_lora.data.reading import BATCH_ROWS, Table
 from lightning_lora.data.rows import SCHEMA, RowFile
 from lightning_lora.data.sources import RowSource
@@ -100,8 +100,8 @@ def with_labels(table: Table, rules: RowRules) -> tuple[Table, str]:
             if -1 in flags[-1]:
                 at = flags[-1].index(-1)
                 raise UserError(
-                    f"{table.where(at, name)}: 0 or 1 is needed, got {table.columns[name][at]!r:.40}; correct the row, "
-                    "or leave the column out of data.label_column"
+                    f"{table.where(at, name)}: 0 or 1 is needed, got {table.columns[name][at]!r:.40}; {CORRECT}, or "
+                    "leave the column out of data.label_column"
                 )
         cells: list[Any] = [
             None if None in row else [name for name, has in zip(columns, row, strict=True) if has]
@@ -112,7 +112,8 @@ def with_labels(table: Table, rules: RowRules) -> tuple[Table, str]:
         for i, cell in enumerate(cells):
             if rules.label_separator is not None and cell is not None and not isinstance(cell, str):
                 raise UserError(
-                    f"{table.where(i, column)}: data.label_separator is for texts, got {cell!r:.40}; leave it out"
+                    f"{table.where(i, column)}: data.label_separator is for texts, got {cell!r:.40}; write it as a "
+                    "text, or leave data.label_separator out"
                 )
             if isinstance(cell, str):
                 cells[i] = _labels_in(cell, rules.label_separator)

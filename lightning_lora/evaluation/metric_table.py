@@ -46,6 +46,7 @@ class MetricSpec:
         hub_type: The Hub's name for it in the metadata of model cards; None leaves it out of them.
         compared: Whether arms can be compared by it (``pseudo_values``): not by ranks, which depend on the other rows,
             nor by what is biased.
+        unit: Of a metric in units of the data what a margin is a share of, in words and from the truth (N,).
     """
 
     torch_metric: Callable[[Any, Mapping[str, Any]], Any] | None
@@ -58,6 +59,7 @@ class MetricSpec:
     of_scores: bool = False
     hub_type: str | None = None
     compared: bool = True
+    unit: tuple[str, Callable[[NDArray], float]] | None = None
 
 
 def _hits(outputs: Outputs) -> NDArray:
@@ -259,6 +261,7 @@ METRICS: dict[str, MetricSpec] = {
         higher_is_better=False,
         of_training=False,
         hub_type="mse",
+        unit=("variance", lambda truth: float(truth.var())),
     ),
     "mae": MetricSpec(
         lambda t, _: t.MeanAbsoluteError(),
@@ -268,6 +271,7 @@ METRICS: dict[str, MetricSpec] = {
         higher_is_better=False,
         of_training=False,
         hub_type="mae",
+        unit=("standard deviation", lambda truth: float(truth.std())),
     ),
     "pearson": MetricSpec(
         lambda t, _: t.PearsonCorrCoef(),

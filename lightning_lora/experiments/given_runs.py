@@ -104,8 +104,11 @@ def as_ablation(runs: Sequence[GivenRun], baseline: GivenRun) -> tuple[Plan, lis
         reason = one_class(judged) if judged and "val" in answers else "no predictions of validation rows"
         cells.append(CellResult(cell, "finished", reason, run.record, answers, run.place))
     base = firsts[labels[baseline.place]]
+    question = f"{len(runs)} runs that differ in {', '.join(keys)}: which are better, and by how much?"
+    if len(firsts) == 1:
+        question = f"How good {f'are {len(runs)} runs of other seeds' if len(runs) > 1 else f'is {runs[0].name}'}?"
     plan = Plan(
-        question=f"{len(runs)} runs that differ in {', '.join(keys) or 'nothing'}: which are better, and by how much?",
+        question=question,
         base=None,
         axes=[Axis(ARM, {label: run.settings for label, run in firsts.items()}, chosen=False, numbers=False)],
         baseline=labels[baseline.place],

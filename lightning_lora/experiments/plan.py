@@ -15,7 +15,7 @@
     seeds: [1, 2, 3]
     folds: 5                             # cross-validation: each labelled row is tested once for each arm and seed
     metric: accuracy
-    margin: 0.01                         # smaller differences count as none
+    margin: 0.01                         # smaller differences count as none; of mse a share of the labels' variance
     published: {rank 8: 0.93}               # of others, for an arm: ``published.py``
     search: {space: {...}, trials: 12}   # instead of chosen axes: ``search_space.py``
     small: {seeds: [1, 2], settings: {data.train_rows: 200}, axes: {rank: ["2", "8"]}, trials: 3}
@@ -32,6 +32,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from numpy.typing import NDArray
 
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metric_table import METRICS, compared_metrics
@@ -121,7 +123,7 @@ class Plan:
         baseline: The label of the arm that the others are compared with.
         seeds: Of every arm.
         metric: What is chosen and compared by; one of ``compared_metrics``.
-        margin: Differences under this count as none.
+        margin: Differences under this count as none; of an error of numbers a share of their spread (``margin_on``).
         cells: In the order in which they are run: seed by seed, so that early stops leave whole comparisons.
         search: What is searched for each arm before it is compared, or None.
         found: What the search has found of each arm.
@@ -159,6 +161,11 @@ class Plan:
     def higher_is_better(self) -> bool:
         """Whether more of the metric is better."""
         return METRICS[self.metric].higher_is_better
+
+    def margin_on(self, truth: NDArray) -> float:
+        """Return the margin in the metric's units, for rows with this truth, (N,)."""
+        unit = METRICS[self.metric].unit
+        return self.margin * ((unit[1](truth) or 1.0) if unit is not None else 1.0)
 
     def trial_cell(self, arm: str, number: int | None, settings: Mapping[str, Any], seed: int | None = None) -> Cell:
         """Return the cell of a trial of the search; the number is None for the best one before there is one."""
@@ -393,7 +400,6 @@ def _check_cells(plan: Plan) -> None:
     if plan.search is not None:
         for cell in plan.arms.values():
             plan.search.for_arm(cell.values)  # there must be a space for each
-    require(len(plan.arms) > 1, "axes: one arm only; there is nothing to compare")
     for cell in plan.cells:
         usable = re.fullmatch(r"[A-Za-z0-9][\w.\-]{0,90}", cell.name)
         require(usable, f"axes: '{cell.name:.120}' would be a cell's folder; give axes and values shorter names")

@@ -1,5 +1,6 @@
 """All settings of each cell, and in what they differ from the baseline's: before anything is trained."""
 
+import contextlib
 import itertools
 import json
 import tempfile
@@ -11,16 +12,53 @@ from typing import Any
 import yaml
 
 from lightning_lora.config.configured_run import ConfiguredRun
-from lightning_lora.config.settings import flat
+from lightning_lora.config.recipes import DEFAULT_CONFIG
+from lightning_lora.config.settings import flat, read_config
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.confounders import Change, changes
-from lightning_lora.experiments.plan import Plan, label_of
+from lightning_lora.experiments.plan import ARM, Plan, label_of
 from lightning_lora.experiments.results import first_difference
 from lightning_lora.locations import check_model
 from lightning_lora.models.methods import AdapterOptions, check_options, find_method
 from lightning_lora.models.quantization import Quantization, check_quantization
+from lightning_lora.training.length import describe_length
+
+
+def with_arms(
+    config: Mapping[str, Any], path: Path, wanted: Sequence[str] | None = None
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Return an ablation's config with the arms of its base recipe, where it has neither axes nor arms; and the recipe.
+
+    Args:
+        config: The config.
+        path: Its path, to which that of the recipe is relative.
+        wanted: Names of arms, which are then the only ones.
+
+    Raises:
+        UserError: A wanted arm is none.
+    """
+    recipe = read_config(path.parent / str(config["base"]) if config.get("base") else DEFAULT_CONFIG)
+    if not (config.get("axes") or config.get("arms")):
+        config = {**config, "arms": recipe.pop("arms", None)}
+    return (_only_arms(config, wanted) if wanted else config), recipe
+
+
+def _only_arms(config: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+    """An ablation's config with some of its arms, and with what it says of these."""
+    described = config.get("arms")
+    arms = {str(name): change for name, change in described.items()} if isinstance(described, dict) else {}
+    if missing := [name for name in wanted if name not in arms]:
+        there = f"there are {', '.join(arms)}" if arms else "the config has axes and names no arms; leave it out"
+        raise UserError(f"--arms: no arm '{missing[0]}'; {there}")
+    kept, dropped = {**config, "arms": {name: arms[name] for name in wanted}}, arms.keys() - set(wanted)
+    if isinstance(figures := config.get("published"), dict):
+        kept["published"] = {name: figure for name, figure in figures.items() if str(name) not in dropped}
+    baseline = config.get("baseline")
+    if isinstance(baseline, dict) and str(baseline.get(ARM)) in dropped:
+        del kept["baseline"]
+    return kept
 
 
 def resolve_cells(plan: Plan, base: Sequence[Mapping[str, Any]], overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -80,6 +118,31 @@ def data_module(data: Mapping[str, Any]) -> TextDataModule:
         data: The cell's settings of it, with ``base_model``.
     """
     return TextDataModule(**{**data, "augmentation": Augmentation(**data["augmentation"])})
+
+
+def check_validated(settings: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse a number of steps that ends before the first validation pass, by which all is chosen.
+
+    Args:
+        settings: All of each cell, by its name.
+
+    Raises:
+        UserError: There is one; faults of the data are the cells' own.
+    """
+    limited: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name, each in settings.items():
+        trainer = each["trainer"]
+        ends_early = trainer["max_steps"] != -1 or trainer["limit_val_batches"] == 0
+        if ends_early and find_method(each["model"]["method"]).trains:
+            own = {**each["data"], "base_model": each["model"]["base_model"]}
+            limited.setdefault(json.dumps([own, trainer], sort_keys=True, default=str), (name, each))
+    for name, each in limited.values():
+        planned: dict[str, Any] = {}
+        with contextlib.suppress(UserError):
+            data = data_module({**each["data"], "base_model": each["model"]["base_model"]})
+            planned = describe_length(each["trainer"], data, None)
+        if "not_validated" in planned:
+            raise UserError(f"{name}: {planned['not_validated']}")
 
 
 def nested(change: Mapping[str, Any]) -> dict[str, Any]:

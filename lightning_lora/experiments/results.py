@@ -380,7 +380,8 @@ def _paired(plan: Plan, arm: ArmResult, base: ArmResult, split: str) -> tuple[Di
     if not seeds:
         return None
     values, folds = _stack(plan, [each[seed] for each in (one, other) for seed in seeds], split)
-    return difference(values[len(seeds) :], values[: len(seeds)], plan.margin, plan.higher_is_better, folds), seeds
+    margin = plan.margin_on(one[seeds[0]].answers[split].truth)
+    return difference(values[len(seeds) :], values[: len(seeds)], margin, plan.higher_is_better, folds), seeds
 
 
 def one_class(answers: Answers) -> str:

@@ -23,13 +23,12 @@ from lightning_lora.children import last_error, run_child
 from lightning_lora.claims import claimed, share_tasks
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.options import TRACK_HELP, TRACKERS
-from lightning_lora.config.recipes import DEFAULT_CONFIG
-from lightning_lora.config.settings import flat, read_config
+from lightning_lora.config.settings import flat
 from lightning_lora.errors import BusyError, UserError
 from lightning_lora.evaluation.metric_table import compared_metrics
 from lightning_lora.experiments.confounders import Change
 from lightning_lora.experiments.plan import Cell, Plan, make_plan
-from lightning_lora.experiments.resolving import data_module, find_changes, resolve_cells
+from lightning_lora.experiments.resolving import check_validated, data_module, find_changes, resolve_cells, with_arms
 from lightning_lora.experiments.results import compare_arms, read_cells
 from lightning_lora.experiments.searcher import Searcher, read_found
 from lightning_lora.files import atomic_folder, locked_folder, write_text
@@ -62,7 +61,7 @@ def run_experiment(
         base: Configs of the base recipe, each with priority over those before; by default the one that the plan names.
     """
     if not base:
-        config, recipe = with_arms(config, path)
+        config, recipe = with_arms(config, path, options.arms)
         base = [recipe]
     plan = make_plan(config, path, options.small)
     resolve = partial(resolve_cells, base=base, overrides=overrides)
@@ -81,6 +80,7 @@ def run_experiment(
     show_plan(plan.with_found(read_found(plan, folder)), folder, changes, worker.stale_cells())
     if options.plan:
         return 0
+    check_validated(settings)
     metrics = own_metrics(settings[plan.arms[plan.baseline].name])
     if plan.metric not in metrics:
         if "metric" in config:
@@ -105,19 +105,6 @@ def run_experiment(
     return int(not tested or any(cell.status != "finished" for cell in read_cells(plan, folder)))
 
 
-def with_arms(config: Mapping[str, Any], path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """Return an ablation's config with the arms of its base recipe, where it has neither axes nor arms; and the recipe.
-
-    Args:
-        config: The config.
-        path: Its path, to which that of the recipe is relative.
-    """
-    recipe = read_config(path.parent / str(config["base"]) if config.get("base") else DEFAULT_CONFIG)
-    if config.get("axes") or config.get("arms"):
-        return config, recipe
-    return {**config, "arms": recipe.pop("arms", None)}, recipe
-
-
 def own_metrics(settings: Mapping[str, Any]) -> list[str]:
     """Return what models of some settings can be compared by, best first; faults of the data are the cells' own."""
     with contextlib.suppress(UserError):
@@ -137,7 +124,8 @@ def show_plan(plan: Plan, folder: Path, changes: Mapping[str, Sequence[Change]],
     cells = [cell for cell in read_cells(plan, folder) if cell.cell.name not in stale]
     took = [float(cell.record.get("wall_s", 0)) for cell in cells if cell.status == "finished"]
     left = len(plan.cells) - len(took)
-    print(f"{plan.question}\n\nablation: {folder}\narms: {', '.join(plan.arms)} (baseline {plan.baseline})")
+    baseline = f" (baseline {plan.baseline})" if len(plan.arms) > 1 else ""
+    print(f"{plan.question}\n\nablation: {folder}\narms: {', '.join(plan.arms)}{baseline}")
     variants = f" x {plan.tried} variants, the best on validation taken" if plan.tried > 1 else ""
     if (search := plan.search) is not None:
         variants = ""
@@ -156,7 +144,7 @@ def show_plan(plan: Plan, folder: Path, changes: Mapping[str, Sequence[Change]],
         for change in found:
             if not change.named:
                 print(f"  warning: confounder: {change} is named by no axis; its effect cannot be told from the axis's")
-    if len(plan.seeds) < 2:
+    if len(plan.seeds) < 2 and baseline:
         print("warning: one seed; nothing can be called better")
     print(flush=True)
 

@@ -160,10 +160,10 @@ class Parity:
         """
         row = self.certificate[name] = self.compare(run_code(code))
         difference = row["max_logit_difference"]
-        said = (
-            f"{difference:.2g} in a logit ({row['labels_flipped']} of {row['rows']} labels in batches, "
-            f"{row['labels_flipped_single']} of {row['single_rows']} one by one)"
-        )
+        said = f"{difference:.2g} in a {self.unit}"
+        if not self.is_number:
+            said += f" ({row['labels_flipped']} of {row['rows']} labels in batches, "
+            said += f"{row['labels_flipped_single']} of {row['single_rows']} one by one)"
         exact = name != "onnx-int8" and self.quantization == "none" and not name.endswith(PLAIN)
         if not math.isfinite(difference) or (exact and difference > BROKEN):
             return f"differs from the trained model by {said}"
@@ -182,6 +182,16 @@ class Parity:
         """The metric by row that formats are compared by."""
         return row_metrics(self.outputs.keywords["task"])[0]
 
+    @property
+    def is_number(self) -> bool:
+        """Whether numbers are predicted, which have no labels that could be others."""
+        return self.outputs.keywords["task"] == "regression"
+
+    @property
+    def unit(self) -> str:
+        """What is compared, in words."""
+        return "number, scaled to their size" if self.is_number else "logit"
+
     def missing(self) -> str:
         """Returns the formats that could not be made, each with the reason."""
         rows = self.certificate.items()
@@ -196,22 +206,26 @@ class Parity:
             flipped = f"{row['labels_flipped']:,} of {row['rows']:,}"
             if name == "trained":
                 if row["max_logit_difference"] > TOLERANCE:
-                    warnings.append("the trained model itself gives other logits for a text alone than in a batch")
+                    what = "numbers" if self.is_number else "logits"
+                    warnings.append(f"the trained model itself gives other {what} for a text alone than in a batch")
             elif name == "onnx-int8":
                 if row["labels_flipped"] > FLIPPED_SHARE * row["rows"]:
                     warnings.append(f"onnx-int8 gives another label for {flipped} texts")
             elif name.endswith(PLAIN):
+                differ = f"numbers differ by up to {row['max_logit_difference']:.2g}, scaled to their size"
+                if not self.is_number:
+                    long = f"{row['labels_flipped_long']:,} of the {row['long_rows']:,} texts"
+                    differ = f"{flipped} labels differ, {long} that are longer than max_length"
                 warnings.append(
-                    "a pipeline or tokenizer alone, without encode.py, truncates otherwise than in training: "
-                    f"{flipped} labels differ, {row['labels_flipped_long']:,} of the {row['long_rows']:,} texts that "
-                    "are longer than max_length"
+                    f"a pipeline or tokenizer alone, without encode.py, truncates otherwise than in training: {differ}"
                 )
             elif row["max_logit_difference"] > TOLERANCE or row["labels_flipped"]:
                 off.append(name)
         if off:
             why = f"; the run's base was stored as {self.quantization}, the export's is not"
             warnings.append(
-                f"{', '.join(off)} differ from the trained model: a logit by more than {TOLERANCE:g}, or a label"
+                f"{', '.join(off)} differ from the trained model: a {self.unit} by more than {TOLERANCE:g}"
+                + ("" if self.is_number else ", or a label")
                 + (why if self.quantization != "none" else "")
             )
         return warnings + ([f"not written: {missing}"] if (missing := self.missing()) else [])

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,10 @@ def text_columns_of(config: Any) -> list[str]:
     columns = config.text_column or config.data.text_column or "text"
     columns = [columns] if isinstance(columns, str) else list(columns)
     if is_pair(config.data.truncation) and len(columns) != 2:
-        raise UserError(f"--text_column: the run reads pairs of texts; give two columns, got {', '.join(columns)}")
+        raise UserError(
+            "--text_column: the run reads pairs of texts; give two columns, as [premise, hypothesis], got "
+            f"{', '.join(columns)}"
+        )
     return columns
 
 
@@ -173,10 +176,13 @@ def _lines(origin: str, content: str, pair: Sequence[str]) -> InputRows:
     if not lines:
         raise UserError(f"{origin}: no texts")
     texts = [line.removesuffix("\r") for line in lines]
-    columns: dict[str, Any] = {"text": texts}
-    if pair:
-        if not any("\t" in line for line in texts):
-            raise UserError(f"{origin}: the run reads pairs of texts; give {' and '.join(pair)} with a tab between")
-        firsts, _, seconds = zip(*(line.partition("\t") for line in texts), strict=True)
-        columns = dict(zip(pair, (list(firsts), list(seconds)), strict=True))
-    return InputRows.of(Table(origin, columns, range(1, len(lines) + 1), "line"), [*columns], bool(pair))
+    table = Table(origin, {"text": texts}, range(1, len(lines) + 1), "line")
+    if not pair:
+        return InputRows.of(table, ["text"])
+    columns = zip(*(line.partition("\t")[::2] for line in texts), strict=True)
+    rows = InputRows.of(replace(table, columns=dict(zip(pair, map(list, columns), strict=True))), pair, True)
+    tabs = f"; the run reads pairs of texts: give {' and '.join(pair)} with a tab between"
+    faults = {i: fault if "\t" in texts[i] else f"{fault}{tabs}" for i, fault in rows.faults.items()}
+    if not any("\t" in line for line in texts):
+        raise UserError(faults[0])
+    return replace(rows, faults=faults)

@@ -353,7 +353,7 @@ METHODS: dict[str, Method] = {
 }
 #: What a fine-tuned model must beat; methods too, fitted without steps (``models/baselines.py``).
 BASELINES: dict[str, Method] = {
-    "majority": Method("the most frequent class", 0.0, True, (), _none, bits=(), trains=False),
-    "tfidf": Method("logistic regression on TF-IDF n-grams", 0.0, True, (), _none, bits=(), trains=False),
-    "probe": Method("logistic regression on pooled states", 0.0, True, (), _probe, bits=(), trains=False),
+    "majority": Method("the most frequent class, or the mean", 0.0, True, (), _none, bits=(), trains=False),
+    "tfidf": Method("logistic or ridge regression on TF-IDF n-grams", 0.0, True, (), _none, bits=(), trains=False),
+    "probe": Method("logistic or ridge regression on pooled states", 0.0, True, (), _probe, bits=(), trains=False),
 }

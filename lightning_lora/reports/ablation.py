@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_lora.evaluation.metric_table import judged_by
+from lightning_lora.evaluation.metric_table import METRICS, judged_by
 from lightning_lora.evaluation.significance import Estimate
 from lightning_lora.experiments.confounders import Change
 from lightning_lora.experiments.plan import Plan
@@ -58,6 +58,28 @@ class Report:
         """The baseline's arm."""
         return next(arm for arm in self.arms if arm.label == self.plan.baseline)
 
+    @property
+    def compares(self) -> bool:
+        """Whether there is more than one arm."""
+        return len(self.arms) > 1
+
+    @property
+    def rows(self) -> Answers | None:
+        """The answers of one cell of the baseline: all that are compared are to the same rows."""
+        return next((found for cell in self.baseline.by_seed if (found := self.answers(cell)) is not None), None)
+
+    @property
+    def margin(self) -> float:
+        """The margin in the metric's units."""
+        return self.plan.margin if self.rows is None else self.plan.margin_on(self.rows.truth)
+
+    @property
+    def margin_text(self) -> str:
+        """The margin in words."""
+        unit = METRICS[self.plan.metric].unit
+        of = f" ({self.plan.margin:g} of the {unit[0]} of the {self.split} labels)" if unit is not None else ""
+        return f"{self.margin:.4g}{of}"
+
     def answers(self, cell: CellResult) -> Answers | None:
         """Return a cell's answers to the rows that the arms are compared on."""
         return cell.answers.get(self.split_key)
@@ -68,8 +90,14 @@ def answer(report: Report) -> str:
     base, metric = report.baseline, report.plan.metric
     own = base.own
     if own is None:
-        return "No answer yet: the baseline has no finished cell."
-    start = f"The baseline, {base.label}, has {report.split} {metric} {own.mean:.4f} {interval_text(own, metric)}"
+        why = next((f" ({cell.reason:.160})" for cell in base.cells if cell.reason), "")
+        return f"No answer yet: {'the baseline' if report.compares else base.label} has no finished cell{why}."
+    better = "" if report.plan.higher_is_better else ", lower is better"
+    what = f"The baseline, {base.label}," if report.compares else base.label
+    start = f"{what} has {report.split} {metric} {own.mean:.4f} {interval_text(own, metric)}{better}"
+    if not report.compares:
+        published = report.plan.published
+        return f"{start}; published: {published.shown(base.label)}." if published.figures else f"{start}."
     if not any(arm.against for arm in report.arms):
         return f"{start}. No other arm has finished with a seed that the baseline has."
     if own.seeds < 2:
@@ -77,7 +105,7 @@ def answer(report: Report) -> str:
     phrases = {
         "better": "Better than it: {}",
         "worse": "Worse than it: {}",
-        "equivalent": f"Equivalent to it within {report.plan.margin:g}: {{}}",
+        "equivalent": f"Equivalent to it within {report.margin_text}: {{}}",
         "inconclusive": "Inconclusive: {}; in brackets the minimum detectable effect at 80% power",
         "same predictions": "With the same predictions on every row: {}",
         "one seed": "One seed in common with it only, which does not support a conclusion: {}",
@@ -114,13 +142,19 @@ def facts(report: Report) -> list[tuple[str, str]]:
         if any(split in each for each in splits)
     ]
     labels = [(record.get("data") or {}).get("label_names") or [] for record in records]
+    said = (f"{len(each)} ({', '.join(each[:6])}{', ...' * (len(each) > 6)})" for each in labels)
+    if is_number := report.task == "regression":
+        spans = (each["train"]["numbers"] for each in splits if "numbers" in each.get("train", {}))
+        said = (", ".join(each) for each in labels)
+        said = (f"{name}, {span['min']:g} to {span['max']:g} in train" for name, span in zip(said, spans, strict=False))
+    compared = "paired by seed and row; margin " + report.margin_text if report.compares else "over seeds and rows"
     return [
         ("data", joined((record["config"].get("data") or {}).get("source", "-") for record in records)),
         ("rows", ", ".join(rows)),
-        ("labels", joined(f"{len(each)} ({', '.join(each[:6])}{', ...' * (len(each) > 6)})" for each in labels)),
+        ("number" if is_number else "labels", joined(said)),
         ("base model", joined(record["base_model"] for record in records if record.get("base_model"))),
         ("seeds", ", ".join(map(str, report.plan.seeds))),
-        ("compared by", f"{report.split} {report.plan.metric}, paired by seed and row; margin {report.plan.margin:g}"),
+        ("compared by" if report.compares else "measured by", f"{report.split} {report.plan.metric}, {compared}"),
     ]
 
 
@@ -148,7 +182,9 @@ def notes(report: Report) -> list[str]:
         f"Intervals and p-values are over seeds and {report.split} rows together; p-values, also those behind "
         "'equivalent', are corrected for the number of arms (Holm), intervals are of each arm by itself. The "
         "minimum detectable effect is the smallest true difference found with 80% power; 'seeds to settle' is how many "
-        "seeds would find one as large as was seen ('more rows': over a thousand); both for a single comparison.",
+        "seeds would find one as large as was seen ('more rows': over a thousand); both for a single comparison."
+        if report.compares
+        else f"Intervals are over seeds and {report.split} rows together.",
         "All seeds learn from the same choice of rows (data.split_seed) and are tested on the same: how much the "
         "result depends on that choice is not in the intervals."
         if report.plan.folds is None
@@ -205,7 +241,8 @@ def _cautions(report: Report) -> list[str]:
             found.append(f"warning: {first} and {other} were made {what}")
     count = len(report.cells)
     if one_class := sum(bool(cell.reason) for cell in finished):
-        found.append(f"warning: {one_class} of {count} cells predict one class only")
+        same = "one class only" if report.task == "single_label" else "the same for every text"
+        found.append(f"warning: {one_class} of {count} cells predict {same}")
     if len(finished) < count:
         found.append(f"{count - len(finished)} of {count} cells have not finished; the table of cells says why")
     return found
@@ -213,9 +250,16 @@ def _cautions(report: Report) -> list[str]:
 
 def bounded(found: Estimate, metric: str, signed: bool = False) -> tuple[float, float]:
     """Return the ends of an interval, within what the metric, or a difference of two, can be."""
-    if metric in ("accuracy", "subset_accuracy", "f1_samples", "hamming_loss"):
-        return max(found.low, -1.0 if signed else 0.0), min(found.high, 1.0)
-    return found.low, found.high
+    least, most = -math.inf, math.inf
+    if metric in ("pearson", "matthews_correlation"):
+        least, most = -1.0, 1.0
+    elif metric.startswith(("accuracy", "subset_accuracy", "hamming_loss", "f1_", "precision_", "recall_")):
+        least, most = 0.0, 1.0
+    elif metric in ("loss", "mse", "mae"):
+        least = 0.0
+    if signed:
+        least, most = least - most, most - least
+    return max(found.low, least), min(found.high, most)
 
 
 def interval_text(found: Estimate, metric: str, signed: bool = False) -> str:

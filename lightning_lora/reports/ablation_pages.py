@@ -7,7 +7,7 @@ from typing import Any
 from lightning_lora.reports.ablation import Report, answer, bounded, facts, interval_text, notes
 from lightning_lora.reports.ablation_pictures import color, pictures
 from lightning_lora.reports.ablation_tables import arm_table, metric_table, more_tables
-from lightning_lora.reports.tables import markdown
+from lightning_lora.reports.tables import COST_COLUMNS, markdown, metric_columns
 from lightning_lora.reports.templates import template
 
 
@@ -31,8 +31,10 @@ def as_latex(report: Report) -> str:
     """Return the main table's first columns for a paper, with booktabs."""
     # Braces of LaTeX are not those of the template.
     marks = {"variable_start_string": "<<", "variable_end_string": ">>"}
+    rows = [row[: 9 if report.compares else None] for row in arm_table(report)]
+    columns = "l" + "r" * 7 + "l" if report.compares else "l" + "r" * (len(rows[0]) - 1)
     marks |= {"block_start_string": "<%", "block_end_string": "%>"}
-    return template("report.tex.j2", **marks).render(rows=[row[:9] for row in arm_table(report)])
+    return template("report.tex.j2", **marks).render(rows=rows, columns=columns)
 
 
 def as_html(report: Report) -> str:
@@ -42,7 +44,8 @@ def as_html(report: Report) -> str:
         answer=answer(report),
         facts=facts(report),
         forest=forest(report),
-        metrics=metric_table(report),
+        metrics=metric_table(report, metric_columns(report.task)),
+        costs=metric_table(report, COST_COLUMNS),
         arms=arm_table(report),
         notes=(said := notes(report)),
         warnings=sum(note.startswith("warning:") for note in said),
@@ -56,7 +59,7 @@ def forest(report: Report) -> dict[str, Any]:
 
     The axis holds all intervals of the paired differences, nought, and the margin on both sides.
     """
-    metric, margin = report.plan.metric, report.plan.margin
+    metric, margin = report.plan.metric, report.margin
     ends = [end for arm in report.arms if arm.against for end in bounded(arm.against.estimate, metric, True)]
     low, high = min([-margin, *ends]), max([margin, *ends])
     room = 0.03 * (high - low)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_lora.evaluation.intervals import LEVEL, MOST_FILES
-from lightning_lora.experiments.results import Answers, ArmResult
+from lightning_lora.experiments.results import ArmResult
 from lightning_lora.reports.ablation import Report, interval_text, number_text
 from lightning_lora.reports.tables import COST_COLUMNS, Column, metric_columns
 from lightning_lora.runs.folder import kept_evaluation, kept_metrics
@@ -19,30 +19,31 @@ TextTable = list[list[str]]
 
 
 def arm_table(report: Report) -> TextTable:
-    """Return the main table: a row for each arm."""
+    """Return the main table: a row for each arm; of one arm without what compares it."""
     metric, level = report.plan.metric, f"{LEVEL:.0%} interval"
-    header = ["arm", "seeds", f"{report.split} {metric}", level, "SD of seeds", "better than baseline by", level]
-    header += ["p (Holm)", "verdict", "minimum detectable effect", "seeds to settle", "settings tried"]
-    published = report.plan.published
-    rows = [[*header, "published"] if published.figures else header]
+    compared = ["better than baseline by", level, "p (Holm)", "verdict", "minimum detectable effect", "seeds to settle"]
+    header = ["arm", "seeds", f"{report.split} {metric}", level, "SD of seeds"]
+    rows = [[*header, *(compared if report.compares else []), "settings tried"]]
     for arm in report.arms:
         own, found = arm.own, arm.against
-        row = [f"**{arm.label}** (baseline)" if arm is report.baseline else arm.label]
+        name = f"**{arm.label}** (baseline)" if arm is report.baseline and report.compares else arm.label
         if own is None:
-            row += ["0", *["-"] * 6, _why_not(arm), *["-"] * 3]
-            rows.append([*row, published.shown(arm.label)] if published.figures else row)
+            against = ["-", "-", "-", _why_not(arm), "-", "-"] if report.compares else []
+            rows.append([name, "0", *["-"] * 3, *against, "-"])
             continue
-        row += [str(own.seeds), f"{own.mean:.4f}", interval_text(own, metric), number_text(own.sd, 4)]
-        if found is None:
-            row += ["-"] * 6
-        else:
+        row = [name, str(own.seeds), f"{own.mean:.4f}", interval_text(own, metric), number_text(own.sd, 4)]
+        if found is not None:
             needed = "more rows" if found.seeds_needed is None else str(found.seeds_needed)
             if found.verdict not in ("inconclusive", "one seed"):
                 needed = "settled"
             row += [f"{found.estimate.mean:+.4f}", interval_text(found.estimate, metric, True), _p(found.p_corrected)]
             row += [found.verdict, f"{found.detectable:.4f}", "-" if found.estimate.seeds < 2 else needed]
-        row.append(str(arm.tried))
-        rows.append([*row, published.shown(arm.label)] if published.figures else row)
+        elif report.compares:
+            row += ["-"] * 6
+        rows.append([*row, str(arm.tried)])
+    if (published := report.plan.published).figures:
+        shown = ["published", *(published.shown(arm.label) for arm in report.arms)]
+        rows = [[*row, figure] for row, figure in zip(rows, shown, strict=True)]
     return rows
 
 
@@ -68,10 +69,10 @@ def measured(report: Report, arm: ArmResult, column: Column) -> tuple[float, lis
     return float(np.mean(values)) if values else math.nan, interval
 
 
-def metric_table(report: Report) -> TextTable:
-    """Return metrics and costs of each arm, without the columns that no arm has."""
+def metric_table(report: Report, columns: Sequence[Column] | None = None) -> TextTable:
+    """Return metrics and costs of each arm, by default all, without the columns that no arm has."""
     header, *rows = ["arm"], *([arm.label] for arm in report.arms)
-    for column in [*metric_columns(report.task), *COST_COLUMNS]:
+    for column in [*metric_columns(report.task), *COST_COLUMNS] if columns is None else columns:
         found = [measured(report, arm, column) for arm in report.arms]
         if all(math.isnan(value) for value, _ in found):
             continue
@@ -120,7 +121,7 @@ def more_tables(report: Report) -> list[tuple[str, TextTable]]:
 
 def file_table(report: Report) -> TextTable:
     """Return the metric of each arm on the compared rows of each file or split, where they are from a few."""
-    rows, metric = _compared_rows(report), report.plan.metric
+    rows, metric = report.rows, report.plan.metric
     names: list[str] = [] if rows is None else np.unique(rows.origins).tolist()
     if not 1 < len(names) <= MOST_FILES:
         return []
@@ -193,7 +194,7 @@ def change_table(report: Report) -> TextTable:
 
 def by_class(report: Report) -> dict[str, NDArray]:
     """Return which of the compared rows, (N,), are of each class; of several labels a text, which answers, (1, C)."""
-    rows = _compared_rows(report)
+    rows = report.rows
     if rows is None or rows.task == "regression":
         return {}
     several = np.eye(len(rows.label_names), dtype=bool)
@@ -203,7 +204,7 @@ def by_class(report: Report) -> dict[str, NDArray]:
 
 def by_length(report: Report) -> dict[str, NDArray]:
     """Return which of the compared rows are of each third of the texts' lengths, where these were kept and differ."""
-    rows = _compared_rows(report)
+    rows = report.rows
     if rows is None or rows.lengths is None or rows.task == "regression":
         return {}
     longest = int(rows.lengths.max())
@@ -214,11 +215,6 @@ def by_length(report: Report) -> dict[str, NDArray]:
         inside = (rows.lengths > low) & (rows.lengths <= high)
         groups[name] = inside[:, None] if rows.task == "multi_label" else inside
     return groups
-
-
-def _compared_rows(report: Report) -> Answers | None:
-    """The answers of one cell of the baseline: all that are compared are to the same rows."""
-    return next((answers for cell in report.baseline.by_seed if (answers := report.answers(cell)) is not None), None)
 
 
 def fixed_and_broken(report: Report, groups: Mapping[str, NDArray]) -> TextTable:

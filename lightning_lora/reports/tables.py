@@ -79,25 +79,36 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
         rate = f"{evaluation['rows'] / seconds:.1f} texts/s, {evaluation['int8_layers']}"
         rows.append(["in int8", f"{duration(seconds)} ({rate})"])
         bounds = {name: evaluation.get(f"int8_{name}_difference") for name in row_metrics()}
+        flipped = [f"{evaluation['int8_flipped']:,} labels"] * (evaluation.get("task") != "regression")
         changed = [f"{METRICS[n].heading} {b[0]:+.4f} to {b[1]:+.4f} (95% interval)" for n, b in bounds.items() if b]
-        rows.append(["int8 changes", ", ".join([f"{evaluation['int8_flipped']:,} labels", *changed])])
+        rows.append(["int8 changes", ", ".join([*flipped, *changed])])
     if "peak_gpu_memory_mb" in costs:
         rows.append(["peak GPU memory", f"{costs['peak_gpu_memory_mb']:,.0f} MiB"])
     if "peak_memory_mb" in costs:
         rows.append(["peak memory", f"{costs['peak_memory_mb']:,.0f} MiB"])
     if size := costs.get("checkpoint_bytes"):
         rows.append(["checkpoint", f"{size / 1e6:.2f} MB"])
-    for name, values in evaluation.get("baselines", {}).items():
-        if "interval" in values:
-            spec, (low, high) = METRICS[values.get("compared_by", "accuracy")], values["interval"]
-            better = f"{values['ours_better_by']:+.4f} {spec.heading} ({low:+.4f} to {high:+.4f}, 95% interval)"
-            rows.append([f"better than {name} by", better])
+    rows += _baseline_rows(evaluation.get("baselines", {}))
     if "majority_accuracy" in evaluation:
         rows.append(["majority vote", f"{evaluation['majority_accuracy']:.4f} accuracy on the same rows"])
     if without := evaluation.get("uncalibrated"):
         values = ", ".join(f"{METRICS[name].heading} {value:.4f}" for name, value in without.items())
         rows.append(["temperature", f"{evaluation['temperature']:.3f}; without it {values}"])
     return [*rows, *_threshold_row(evaluation.get("thresholds", {}))]
+
+
+def _baseline_rows(baselines: Mapping[str, Any]) -> list[list[str]]:
+    """Return how much better, or worse, the run is than each baseline."""
+    rows = []
+    for name, values in baselines.items():
+        if "interval" in values:
+            spec, by = METRICS[values.get("compared_by", "accuracy")], values["ours_better_by"]
+            low, high = values["interval"]
+            ends = f"{low:+.4f} to {high:+.4f}" if by >= 0 else f"{-high:+.4f} to {-low:+.4f}"
+            lower = "" if spec.higher_is_better else ", of which less is better"
+            said = f"{abs(by):.4f} {spec.heading} ({ends}, 95% interval){lower}"
+            rows.append([f"{'better' if by >= 0 else 'worse'} than {name} by", said])
+    return rows
 
 
 def _threshold_row(thresholds: Mapping[str, float]) -> list[list[str]]:

@@ -135,10 +135,12 @@ class RunFolder:
         """
         path = self.checkpoints / f"{which}.ckpt" if which in ("best", "last") else Path(which)
         if not (path.is_file() or (which not in ("best", "last") and path.is_dir())):
-            status = self.read().get("status") if self.record.is_file() else "unfinished"
+            record = self.read() if self.record.is_file() else {}
+            status = record.get("status", "unfinished")
             remedy = "an untrained model is not evaluated; run fit again"
             if which == "best" and (self.checkpoints / "last.ckpt").is_file():
-                remedy = "no validation pass ended, so none is best; --checkpoint last takes the last state"
+                why = (record.get("length") or {}).get("not_validated", "no validation pass ended, so none is best")
+                remedy = f"{why}; --checkpoint last takes the last state"
             raise UserError(f"--run: {self.path} has no checkpoint {path.name} (the run's status: {status}); {remedy}")
         return path
 

@@ -172,10 +172,30 @@ def describe_length(trainer: Mapping[str, Any], data: TextDataModule, length: Tr
         "val_rows": _validated_rows(trainer, data),
         "validated_every_epochs": _typed_interval(trainer, batches) or 1,
     }
+    if (why := _why_not_validated(trainer, batches, found)) is not None:
+        found["not_validated"] = why
     if length is None:
         return found
     found["typed"].pop("max_epochs")
     return {**found, "at_least_steps": ENOUGH_STEPS, "patience": length.patience, **monitored(data.task)}
+
+
+def _why_not_validated(trainer: Mapping[str, Any], batches: int, planned: Mapping[str, Any]) -> str | None:
+    """Return why training ends before the first validation pass, and what to change; None where it does not."""
+    if not planned["val_rows"]:
+        return "trainer.limit_val_batches leaves no validation rows, so no checkpoint is the best one; leave it out"
+    every, together = planned["validated_every_epochs"], trainer["accumulate_grad_batches"]
+    first = max(1, int(batches * every / together)) if every % 1 else math.ceil(batches / together) * int(every)
+    steps = planned["steps"]
+    if steps is None or steps >= first:
+        return None
+    by_steps = "max_steps" in planned["typed"] and steps == trainer["max_steps"]
+    remedy = f"trainer.max_steps to {first}" if by_steps else f"trainer.max_epochs to {math.ceil(every)}"
+    other = f"set trainer.val_check_interval to {steps * together}" if every <= 1 else "validate more often"
+    return (
+        f"training ends after {steps:,} steps, before the first validation pass (after {first:,}), so no checkpoint is "
+        f"the best one: raise {remedy}, or {other}"
+    )
 
 
 def length_words(planned: Mapping[str, Any]) -> str:

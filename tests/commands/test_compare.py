@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from lightning_lora.cli import main
 from lightning_lora.commands.compare import choose_arms, method_settings
+from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.errors import UserError
 from lightning_lora.experiments import runner
+from lightning_lora.experiments.plan import flatten
 from lightning_lora.experiments.resolving import resolve
 from lightning_lora.runs.checkpoints import read_checkpoint
 from lightning_lora.runs.folder import RunFolder
@@ -178,6 +181,31 @@ def test_arms_by_method_and_quantization() -> None:
     assert arms["full"]["model"]["method"] == "full" and arms["full"]["model"]["quantization"]["bits"] is None
     assert list(choose_arms(None, None)) == ARMS
     assert list(choose_arms(None, {8: {}, 16: {"model": {"adapter": {"rank": 16}}}})) == ["8", "16"]
+
+
+def test_one_arm_of_a_config_is_what_fit_trains(make_base, tmp_path: Path, capsys) -> None:
+    arms = {"small": {"model": {"adapter": {"rank": 2}}}, "large": {"model": {"adapter": {"rank": 4}}}}
+    config = str(write_config(tmp_path, make_base("bert"), arms=arms))
+    one = ConfiguredRun("fit", ["--config", config, "--arm", "small", "--data.max_length", "9"]).settings()
+    other = resolve([yaml.safe_load(Path(config).read_text().partition("arms:")[0])], [], flatten(arms["small"]))
+    assert one == other | {"data": other["data"] | {"max_length": 9}} and one["model"]["adapter"]["rank"] == 2
+    ablation = tmp_path / "ablation.yaml"
+    ablation.write_text("question: Which?\n")
+    for words, said in (
+        (["--config", config], "describes the arms small, large; choose one with --arm, or train all: .*compare"),
+        (["--config", config, "--arm", "no"], "'no' is none of them"),
+        (["--arm", "small"], "--arm: no config that is given describes arms"),
+        (["--config", str(ablation)], "is an ablation: .*ablate --config"),
+    ):
+        assert main(["fit", *words]) == 2
+        assert re.search(said, capsys.readouterr().err)
+
+
+def test_too_few_steps_for_a_validation_pass_are_refused_before_training(make_base, tmp_path: Path, capsys) -> None:
+    config = str(write_config(tmp_path, make_base("bert")))
+    words = ["compare", "--config", config, "--arms", "tfidf", "lora", "--name", "few", "--trainer.max_steps", "2"]
+    assert main(words) == 2 and not Path("logs").exists()
+    assert re.search(r"arm-lora__seed-\d+: training ends after 2 steps, before the first", capsys.readouterr().err)
 
 
 def test_method_arms_reset_only_what_the_method_does_not_take(make_base) -> None:

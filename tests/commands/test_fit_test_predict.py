@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -263,10 +264,18 @@ def refit(fitted: RunFolder, *words: str) -> tuple[int, RunFolder]:
 @pytest.mark.parametrize("stop", [["--trainer.max_steps", "3"], ["--trainer.limit_val_batches", "0.0"]])
 def test_a_run_without_validation_keeps_its_weights_and_says_so(fitted: RunFolder, stop: list[str], capsys) -> None:
     status, folder = refit(fitted, *stop)
-    assert status == 0 and "--checkpoint last" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert status == 0 and "--checkpoint last" in said.out and "warning: " in said.err
     assert main(["test", str(folder.path)]) == 2
     assert "--checkpoint last" in capsys.readouterr().err
     assert main(["test", str(folder.path), "--checkpoint", "last"]) == 0
+    # What the warning advises works.
+    advised = re.search(r"raise (trainer.max_steps) to (\d+), or set (trainer.val_check_interval) to (\d+)", said.err)
+    assert (advised is not None) == (stop[0] == "--trainer.max_steps")
+    for name, value in zip(*[iter(advised.groups() if advised else ())] * 2, strict=True):
+        words = ["fit", "--config", str(fitted.path.parents[1] / "tiny.yaml"), "--name", name, *stop]
+        assert main([*words, f"--{name}", value]) == 0
+        assert (Path("logs") / name / "checkpoints" / "best.ckpt").is_file()
 
 
 def test_fast_dev_run_runs_and_keeps_nothing(fitted: RunFolder, capsys) -> None:

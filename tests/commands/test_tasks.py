@@ -16,6 +16,7 @@ from sklearn.metrics import f1_score, mean_squared_error
 from lightning_lora import load_run
 from lightning_lora.cli import main
 from lightning_lora.data.prepare import SourceOptions, prepare
+from lightning_lora.evaluation.metric_table import METRICS
 from lightning_lora.experiments import runner
 from lightning_lora.training.module import TextClassifier
 from tests.conftest import WORDS, make_sets, write_csv, write_kind
@@ -76,6 +77,13 @@ def test_baselines_beside_it_are_of_the_same_task(run: Path) -> None:
     metric = {"multi_label": "f1_samples", "regression": "mse"}[record_of(run)["data"]["task"]]
     for values in found.values():
         assert values["compared_by"] == metric and values["interval"][0] <= values["ours_better_by"]
+    summary = (run / "test.md").read_text()
+    for name, values in found.items():
+        better, sign = values["ours_better_by"], METRICS[metric].higher_is_better * 2 - 1
+        assert better == pytest.approx(
+            sign * (record_of(run)["evaluations"]["test"]["after"][metric] - values[metric]), rel=1e-4
+        )
+        assert f"| {'better' if better >= 0 else 'worse'} than {name} by | {abs(better):.4f} " in summary
     assert found["tfidf"][metric] > 0.9 if metric == "f1_samples" else found["tfidf"][metric] < 200
 
 
@@ -103,6 +111,7 @@ def test_exports_say_the_same_by_plain_transformers(run: Path, capsys) -> None:
         assert f"neg {facts['thresholds'][1]:.2f}" in card
     else:
         assert ours.names == pytest.approx(logits[:, 0].tolist(), rel=1e-5)
+        assert "- a number: label\n" in card and "logit difference" not in card and "labels flipped" not in card
     # The adapter is read back, with its thresholds or its units.
     again = load_run(run, str(run / "export" / "adapter")).predict(texts)
     assert again.names == (ours.names if task == "multi_label" else pytest.approx(ours.names, rel=1e-5))
@@ -163,7 +172,10 @@ def test_runs_are_compared_by_row(run: Path, capsys) -> None:
     assert main(["report", str(run), str(run.parent / "head")]) == 0
     report = next(run.parent.glob("report-*/report.md")).read_text()
     if task == "regression":
-        assert "test mse" in report and "fixed / broken" not in report
+        assert "test mse" in report and "fixed / broken" not in report and ", lower is better." in report
+        page = next(run.parent.glob("report-*/report.html")).read_text()
+        assert "<dt>number</dt><dd>label, 1000 to " in page and "<dt>labels</dt>" not in page
+        assert "(0.01 of the variance of the test labels)" in page
         return
     assert "test f1_samples" in report
     answers = [pq.read_table(each / "predictions" / "test.parquet").to_pydict() for each in (run, run.parent / "head")]
@@ -337,4 +349,5 @@ def test_explain_says_what_words_add_to_each_label_or_to_the_number(run: Path, c
         )
     capsys.readouterr()
     assert main(["explain", "--run", str(run), "--rows", "4"]) == 0
-    assert "4 of " in (out := capsys.readouterr().out) and "labels are to be checked" in out
+    what = "numbers" if loaded.model.task == "regression" else "labels"
+    assert "4 of " in (out := capsys.readouterr().out) and f"{what} are to be checked" in out

@@ -96,8 +96,23 @@ def test_labels_are_named_as_single_ones_are(tmp_path: Path) -> None:
             "data.task: multi_label, but column 'label' holds no",
         ),
         ([["a", ["x"]], ["b", 3]], {"label_separator": ";"}, "data.label_separator is for texts, got ['x']"),
-        ([["a", "1"], ["b", "much"]], {"task": "regression"}, "line 2, column 'label': a number from -1e+15 to"),
+        (
+            [["a", "1"], ["b", "much"]],
+            {"task": "regression"},
+            "line 2, column 'label': a number from -1e+15 to 1e+15 is needed (data.task=regression), got 'much'",
+        ),
         ([["a", "x"], ["b", "y"]], {"label_column": "text"}, "'text' is named twice"),
+        ([["a", "x"], ["b", "y"]], {"task": "regression"}, "column 'label' holds no numbers; leave data.task out"),
+        (
+            [[f"text {i}", i] for i in range(20)],
+            {"task": "multi_label"},
+            "data.task: multi_label, but column 'label' holds numbers; set data.task=regression",
+        ),
+        (
+            [["a", "1"], ["b", "2"], ["c", "n/a"]],
+            {},
+            "line 3, column 'label': label 'n/a' is a word, but others are 1, 2",
+        ),
         ([["a", 1], ["b", 2]], {"task": "regression", "label_names": ["x"]}, "data.label_names: numbers"),
         ([["a", 1], ["b", 1]], {"task": "regression"}, "has the same number in every row"),
         ([["a", 2e9], ["b", 2e9 + 9]], {"task": "regression"}, "32-bit floats hardly tell from one another"),
@@ -179,5 +194,5 @@ def test_over_the_folds_each_row_is_tested_once_and_labels_are_shared_out(tmp_pa
         assert set(prepared.class_counts("test")[1:]) <= {7, 8}  # of 30
         tested += prepared.splits["test"].texts
     assert sorted(tested) == sorted(TEXTS)
-    with pytest.raises(UserError, match="n goes from 2 to the 30 texts of the largest class"):
+    with pytest.raises(UserError, match="n goes from 2 to 30, k from 1 to n"):
         prepare(SourceOptions(**options, fold=[1, 31]))

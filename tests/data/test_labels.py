@@ -128,7 +128,7 @@ def test_declared_names_count_from_0_even_where_a_class_has_no_row() -> None:
         (["1e-05", "2"], None, "a measure, not classes"),
         ([7 * i for i in range(50)] * 4, None, "a measure, not classes"),
         ([f"id-{i}" for i in range(50)], None, "50 different values in 50 rows"),
-        (["0", "pos"], None, "label 'pos', but others are"),
+        (["0", "pos"], None, "label 'pos' is a word, but others are 0; correct it"),
         (["pos", "Pos"], None, "differs from 'pos' only in case"),
         (
             [0.5, 1.0],

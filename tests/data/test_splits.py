@@ -141,5 +141,7 @@ def test_repeats_are_in_one_fold_and_many_of_them_are_tested_once(different: int
 
 @pytest.mark.parametrize("fold", [[0, 5], [6, 5], [1, 1], [1, 701], [1], [1, 2, 3]])
 def test_what_is_no_fold_is_refused(fold: list[int]) -> None:
-    with pytest.raises(UserError, match=r"data.fold: .* is no fold \[k, n\]; n goes from 2 to the 700 texts"):
+    with pytest.raises(
+        UserError, match=r"data.fold: .* is no fold \[k, n\], such as \[1, 5\]; with these rows n goes from 2 to 700"
+    ):
         take_fold(LABELS, text_keys([f"text number {i}" for i in range(len(LABELS))]), fold, 0)

@@ -149,7 +149,7 @@ def test_four_devices_share_the_rows_without_repeats(module) -> None:
         (("  ", "pos"), "train-1.parquet, row 31, column 'text': the text is empty"),
         (("fine", None), "train-1.parquet, row 31, column 'label': the label is missing"),
         (("fi\0ne", "pos"), "train-1.parquet, row 31, column 'text': a NUL byte"),
-        (("fine", "7"), "train-1.parquet, row 31, column 'label': label '7', but others are"),
+        (("fine", "7"), "train-1.parquet, row 31, column 'label': label '7' is a number, but others are"),
         (("fine", "POS"), "train-1.parquet, row 31, column 'label': label 'POS' differs from 'pos' only in case"),
     ],
 )

@@ -108,6 +108,21 @@ def test_one_table_has_every_arm_on_every_set(tiny_base: Path, tmp_path: Path, c
     capsys.readouterr()
     assert main(words) == 0
     assert "4 are finished" in capsys.readouterr().out.replace("arms x 2 seeds = 4; ", "")
+    # One of the arms: its mean, interval and published figure, and no comparison.
+    (first,) = [line for line in report.splitlines() if line.startswith("| tfidf (baseline)")]
+    assert main([*words, "--sets", "one", "--arms", "tfidf"]) == 0
+    alone, own = Path("logs/all/report.md").read_text(), Path("logs/all/one/report.md").read_text()
+    assert "2 are finished" in capsys.readouterr().out and "better" not in own.split("- command")[0]
+    mean = re.search(r"\d\.\d+", first)[0]  # type: ignore[index]
+    shown = re.search(rf"\| tfidf[^|]* \| {mean} \[(\d\.\d+), (\d\.\d+)\] \|", alone)
+    assert (
+        shown is not None and float(shown[1]) <= float(mean) <= float(shown[2]) and "tfidf, published | 0.950" in alone
+    )
+    assert re.search(rf"^tfidf has test accuracy {mean}\d+ \[.*\]; published: 0\.950\.$", own, re.MULTILINE)
+    page = Path("logs/all/one/report.html").read_text()
+    assert "id=forest" not in page and "verdict" not in page.split("<h2>Metrics")[1].split("id=notes")[0]
+    assert main([*words, "--sets", "one", "--arms", "probe"]) == 2
+    assert "--arms: no arm 'probe'; there are tfidf, majority" in capsys.readouterr().err
 
 
 def test_sets_are_for_a_config_that_has_some(tmp_path: Path, capsys) -> None:

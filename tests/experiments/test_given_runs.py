@@ -197,7 +197,7 @@ def test_runs_of_a_folder_are_grouped_by_their_data(tmp_path: Path, capsys) -> N
             *("damaged", "half", "interrupted", "notes", "again")
         ]
         assert [row[0] for row in table(logs / "report-a")[1:]] == ["rank 8 (baseline)", "rank 2"]
-        assert [row[0] for row in table(logs / "report-c")[1:]] == ["all runs (baseline)"]
+        assert [row[0] for row in table(logs / "report-c")[1:]] == ["all runs"]
     assert main(["report", str(logs), "--baseline", str(logs / "d"), "--output", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report-a", "report-c"]
 

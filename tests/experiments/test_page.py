@@ -4,10 +4,12 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lightning_lora.evaluation.metric_table import metrics_for
 from lightning_lora.experiments.results import compare_arms
 from lightning_lora.reports.ablation import Report
 from lightning_lora.reports.ablation_pages import as_html
@@ -52,6 +54,22 @@ def test_the_page_on_a_telephone(tmp_path: Path) -> None:
     assert said["window"] == 380 and said["page"] <= 380 and said["wide"] == [] and said["faults"] == []
 
 
+@pytest.mark.skipif(BROWSER is None, reason="no browser on this machine")
+def test_many_metrics_with_intervals_fit_on_a_desktop(tmp_path: Path) -> None:
+    names = [name for name, spec in metrics_for("multi_label").items() if spec.heading]
+    after = {"after": dict.fromkeys(names, 0.5), "after_interval": {name: [0.25, 0.75] for name in names}}
+    record = {"data": {"task": "multi_label"}, "evaluations": {"test": after}}
+    found = [
+        replace(cell, record=record if cell.cell.seed == 1 else {}) for cell in cells(VAL, test={"2": 0.6, "8": 0.8})
+    ]
+    html = as_html(Report("a", PLAN, "ablate", compare_arms(PLAN, found), found, (6, 6), {}))
+    assert html.count("0.5000\n[0.250, 0.750]") == 2 * len(names) > 16
+    box = "document.querySelector('#metrics').parentElement"
+    fits = f"said.fits = [{box}.scrollWidth, {box}.clientWidth]; document.title ="
+    said = ask(tmp_path, html, 1440, ASK.replace("document.title =", fits))
+    assert said["fits"][0] <= said["fits"][1] and said["wide"] == []
+
+
 def page() -> str:
     found = cells(VAL, test={"2": 0.62, "8": 0.8})
     return as_html(
@@ -59,8 +77,8 @@ def page() -> str:
     )
 
 
-def ask(folder: Path, html: str, width: int) -> dict:
-    return dumped(folder, html.replace("</head>", f"{WATCH}</head>").replace("</body>", f"{ASK}</body>"), width)
+def ask(folder: Path, html: str, width: int, asked: str = ASK) -> dict:
+    return dumped(folder, html.replace("</head>", f"{WATCH}</head>").replace("</body>", f"{asked}</body>"), width)
 
 
 def dumped(folder: Path, html: str, width: int, *options: str) -> dict:

@@ -6,7 +6,7 @@ import yaml
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.data_sets import split_sets
 from lightning_lora.experiments.plan import make_plan
-from lightning_lora.experiments.runner import with_arms
+from lightning_lora.experiments.resolving import with_arms
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs" / "ablation").glob("*.yaml"))
@@ -82,7 +82,6 @@ def test_folds_are_crossed_with_seeds_and_arms() -> None:
         ({"axes": {"r": {"a": [1, 2], "b": [1]}}}, "as many values each"),
         ({"axes": {"r": {"a": 1}}}, "a list of values each"),
         ({"axes": {"r": {"a": [1, 1]}}}, "a name of its own"),
-        ({"axes": {"r": {"a": [1]}}, "baseline": {}}, "one arm only"),
         ({"axes": {"r": {"a": [1, 2], "chosen": True}}, "baseline": {}}, "nothing is compared"),
         ({"baseline": {"rank": 3}}, "rank 3 is none of 2, 8"),
         ({"baseline": {"x": 3}}, "'x' is no compared axis"),

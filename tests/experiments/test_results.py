@@ -199,6 +199,31 @@ def test_the_answer_and_the_tables_of_a_report() -> None:
     assert "a &amp; b" in page and "a & b" not in page and page.count("<table") == 7 and "<svg" in page
 
 
+@pytest.mark.parametrize("metric", ["mse", "mae"])
+def test_the_margin_of_numbers_is_a_share_of_their_spread(metric: str) -> None:
+    """Whatever the unit of the data, the same is said; of the mean squared error the margin is one of R2."""
+    rng = np.random.default_rng(0)
+    truth, noise = rng.normal(5, 2, 400), rng.normal(0, 0.6, (3, 400))
+    plan = replace(PLAN, metric=metric, axes=PLAN.axes[:1], cells=PLAN.cells)
+    found = {}
+    for unit in (1, 1000):
+        results = []
+        for cell in plan.cells:
+            off = 1.0 if cell.arm == "rank 8" else 1.005
+            numbers = (unit * (truth + off * noise[cell.seed - 1]))[:, None].astype(np.float32)
+            said = Answers(numbers, unit * truth, np.arange(400).astype(str), ["days"], task="regression")
+            results.append(CellResult(cell, "finished", "", {}, {"val": said}))
+        arms = compare_arms(plan, results)
+        found[unit] = arms[0].against
+        values = {a.label: np.stack([c.answers["val"].values(metric) for c in a.cells]) for a in arms}
+        margin = 0.01 * unit ** (2 if metric == "mse" else 1) * (truth.var() if metric == "mse" else truth.std())
+        by_hand = difference(values["rank 2"], values["rank 8"], margin, higher_is_better=False)
+        assert found[unit] is not None and found[unit].p_equivalent == pytest.approx(by_hand.p_equivalent)
+        assert found[unit].estimate.mean < 0 and found[unit].verdict in ("equivalent", "worse")
+    assert found[1].p_equivalent == pytest.approx(found[1000].p_equivalent, rel=1e-3, abs=1e-12)
+    assert found[1].verdict == found[1000].verdict
+
+
 def test_labels_that_are_markup_stay_words() -> None:
     from lightning_lora.reports.ablation import Report
     from lightning_lora.reports.ablation_pages import as_html

@@ -58,8 +58,16 @@ BAD: dict[str, tuple[str, str | bytes, list[str]]] = {
     "a million empty lines": ("a.csv", HEAD + "\n" * 1_000_000, ["has no usable row"]),
     "a million empty rows": ("a.csv", HEAD + ",\n" * 1_000_000, ["line 2", "and 999999 more"]),
     "case of a label": ("a.csv", f"{HEAD}{GOOD}fine film,Pos\n", ["line 62", "differs from 'pos' only in case"]),
-    "numbers and names": ("a.csv", f"{HEAD}{GOOD}fine film,1\n", ["line 62", "label '1'", "use one kind"]),
-    "scores for labels": ("a.jsonl", lines({"text": "x", "label": 0.5}), ["line 61", "label '0.5'", "use one kind"]),
+    "numbers and names": (
+        "a.csv",
+        f"{HEAD}{GOOD}fine film,1\n",
+        ["line 62", "label '1' is a number, but others are", "correct it"],
+    ),
+    "scores for labels": (
+        "a.jsonl",
+        lines({"text": "x", "label": 0.5}),
+        ["line 61", "label '0.5' is a number", "correct it"],
+    ),
     "a label of NaN": ("a.jsonl", lines() + '{"text": "x", "label": NaN}\n', ["line 61", "label is missing"]),
     "a label of null": ("a.jsonl", lines({"text": "x", "label": None}), ["line 61", "label is missing"]),
     "a label that is a list": ("a.jsonl", lines({"text": "x", "label": ["pos"]}), ["line 61", "'label'", "list"]),

@@ -97,7 +97,7 @@ def test_many_parquet_files_of_pairs(run: str, found: Predictions) -> None:
             ["--data.truncation", "windows", "a", "b"],
             "windows, but the run was trained on pairs of texts .longest_first",
         ),
-        (["--input", "lines.txt"], "give premise and hypothesis with a tab between"),
+        (["--input", "lines.txt"], "lines.txt, line 1, .*: give premise and hypothesis with a tab between"),
     ],
 )
 def test_what_is_no_pair_is_one_line(run: str, capsys, words: list[str], said: str) -> None:
