@@ -13,6 +13,7 @@ from lightning_lora.evaluation.metric_table import metrics_for
 from lightning_lora.experiments.results import compare_arms
 from lightning_lora.reports.ablation import Report
 from lightning_lora.reports.ablation_pages import as_html
+from lightning_lora.reports.tables import COST_COLUMNS
 from tests.experiments.test_results import PLAN, VAL, cells
 
 BROWSER = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
@@ -58,7 +59,8 @@ def test_the_page_on_a_telephone(tmp_path: Path) -> None:
 def test_many_metrics_with_intervals_fit_on_a_desktop(tmp_path: Path) -> None:
     names = [name for name, spec in metrics_for("multi_label").items() if spec.heading]
     after = {"after": dict.fromkeys(names, 0.5), "after_interval": {name: [0.25, 0.75] for name in names}}
-    record = {"data": {"task": "multi_label"}, "evaluations": {"test": after}}
+    costs = {column.key: 123456.7 for column in COST_COLUMNS}
+    record = {"data": {"task": "multi_label"}, "evaluations": {"test": after}, "costs": costs}
     found = [
         replace(cell, record=record if cell.cell.seed == 1 else {}) for cell in cells(VAL, test={"2": 0.6, "8": 0.8})
     ]
