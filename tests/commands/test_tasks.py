@@ -174,7 +174,7 @@ def test_runs_are_compared_by_row(run: Path, capsys) -> None:
     if task == "regression":
         assert "test mse" in report and "fixed / broken" not in report and ", lower is better." in report
         page = next(run.parent.glob("report-*/report.html")).read_text()
-        assert "<dt>number</dt><dd>label, 1000 to " in page and "<dt>labels</dt>" not in page
+        assert "<dt>number</dt><dd>label, 1000.1 to " in page and "<dt>labels</dt>" not in page
         assert "(0.01 of the variance of the test labels)" in page
         return
     assert "test f1_samples" in report
