@@ -1,7 +1,5 @@
 """Labels that were made wrong are found, among predictions of a model that knows better."""
 
-import sys
-
 import numpy as np
 import pytest
 from scipy.special import softmax
@@ -49,6 +47,5 @@ def test_numbers_far_from_the_predicted_ones_are_found() -> None:
 
 def test_without_cleanlab_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install -e '.\[explain\]'"):
+    with pytest.raises(UserError, match=r"pip install -c constraints.txt -e '.\[explain\]'"):
         label_issues(["a"], np.ones((1, 1)), ["a"], "single_label")
-    assert "torch" in sys.modules or "cleanlab" not in sys.modules
