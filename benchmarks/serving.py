@@ -86,6 +86,8 @@ def server(command: list[str], port: int) -> Iterator[None]:
                     urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).read()
                     break
                 except OSError:
+                    if process.poll() is not None:
+                        raise SystemExit(f"the server ended with status {process.returncode}") from None
                     time.sleep(0.2)
             yield
         finally:
@@ -106,6 +108,8 @@ def load(port: int, clients: int, seconds: int, texts: Path) -> dict[str, Any]:
     command += ["-u", str(clients), "-r", str(clients), "-t", f"{seconds}s", "--host", f"http://127.0.0.1:{port}"]
     environment = {**os.environ, "LOAD_TEXTS": str(texts)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if not done.stdout.strip():  # with failed requests it has a status of its own, and figures
+        raise SystemExit(f"locust: {done.stderr[-1000:]}")
     (stats,) = json.loads(done.stdout)
     times = {float(ms): count for ms, count in stats["response_times"].items()}
     ordered = np.repeat(sorted(times), [times[ms] for ms in sorted(times)])
@@ -132,6 +136,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.clients, options.seconds = [2], 3
+    merged = (options.run / "export" / "merged").resolve()
+    if not merged.is_dir():
+        raise SystemExit(f"no folder {merged}: python main.py export --run {options.run} --formats [merged]")
     from lightning_lora import load_run
 
     loaded = load_run(options.run)
@@ -142,7 +149,7 @@ def main() -> None:
     commands = {
         "serve": [sys.executable, "main.py", "serve", "--run", str(options.run.resolve()), "--port", str(port)],
         "pipeline": [
-            *(sys.executable, "-c", PEER, str((options.run / "export" / "merged").resolve())),
+            *(sys.executable, "-c", PEER, str(merged)),
             *(str(max_length), str(port)),
         ],
     }

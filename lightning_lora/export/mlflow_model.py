@@ -24,8 +24,7 @@ class ExportedClassifier(PythonModel):
         with contextlib.redirect_stdout(io.StringIO()):  # it classifies an example
             self.code = runpy.run_path(context.artifacts["code"], {"folder": context.artifacts["merged"]})
 
-    # MLflow warns of hints that it makes no schema from.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    def predict(self, context: Any, model_input: Any, params: Any = None) -> pd.DataFrame:
         """Return ``label`` and ``score`` (its probability) of each row; of several labels those over their thresholds.
 
         Args:
