@@ -10,7 +10,7 @@ from lightning import Callback, Trainer
 from benchmarks.throughput import make_base, make_rows, matrix_rate
 from lightning_lora.data.batching import LengthBatchSampler
 from lightning_lora.data.datamodule import make_loader
-from lightning_lora.data.order import evaluated_together
+from lightning_lora.data.order import default_eval_batch_size
 from lightning_lora.inference.loaded_run import LoadedRun
 from lightning_lora.models.methods import AdapterOptions
 from lightning_lora.models.speedups import Speedups
@@ -134,4 +134,4 @@ def predictor(bench: "Bench", size: str, speedups: Speedups, *callbacks: Callbac
                 parameter.normal_(std=0.02)
     precision = precision or auto_precision("auto")
     trainer = Trainer(precision=precision, enable_progress_bar=False, callbacks=list(callbacks), **QUIET)
-    return LoadedRun(model, None, bench.rows(1).frame, "longest", evaluated_together(None), trainer)
+    return LoadedRun(model, None, bench.rows(1).input_format, "longest", default_eval_batch_size(None), trainer)

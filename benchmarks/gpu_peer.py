@@ -55,7 +55,7 @@ def peer(bench: "Bench", model: Any, rows: int, batch_size: int, tuned: bool) ->
     from transformers import TrainingArguments
 
     data = bench.rows(rows)
-    ids = [data.frame.inputs(data.tokens[i])[0] for i in range(rows)]
+    ids = [data.input_format.inputs(data.tokens[i])[0] for i in range(rows)]
     table = Dataset.from_dict({"input_ids": ids, "labels": data.labels, "length": data.lengths})
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -145,7 +145,7 @@ def main() -> None:
     texts = make_texts(options.run, 400)
     found = loaded.predict(texts)
     expected = [dict(zip(found.label_names, row, strict=True)) for row in found.probabilities.tolist()]
-    max_length, port = loaded.frame.max_length, options.port
+    max_length, port = loaded.input_format.max_length, options.port
     commands = {
         "serve": [sys.executable, "main.py", "serve", "--run", str(options.run.resolve()), "--port", str(port)],
         "pipeline": [

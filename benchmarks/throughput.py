@@ -68,9 +68,9 @@ def make_rows(rows: int, max_length: int, length: int | None = None, seed: int =
         lengths[:] = length - 2
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int32)))
     ids = draw.integers(1000, top, offsets[-1], dtype=np.int32)
-    frame = InputFormat(prefix=(0,), suffix=(2,), pad_id=1, max_length=max_length)
+    input_format = InputFormat(prefix=(0,), suffix=(2,), pad_id=1, max_length=max_length)
     tokens = TokenRows(pa.chunked_array([pa.ListArray.from_arrays(offsets, ids)]))
-    return TokenDataset(tokens, frame, draw.integers(0, 4, rows), pad_to_max=False)
+    return TokenDataset(tokens, input_format, draw.integers(0, 4, rows), pad_to_max=False)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:

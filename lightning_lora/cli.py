@@ -15,7 +15,7 @@ from lightning_lora import __version__
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import refusal
 from lightning_lora.interrupts import Interrupted
-from lightning_lora.processes import is_leader
+from lightning_lora.processes import is_rank_zero
 from lightning_lora.program import program
 
 #: For each word after ``main.py`` a line for the help page, and the ``module:function`` that takes the other words.
@@ -82,7 +82,7 @@ def exit_status(work: Callable[[], int | None], show_traceback: bool = False) ->
         try:
             return work() or 0
         except (Interrupted, UserError):
-            if not is_leader():  # launchers end all once one has ended: the leader has a record to write, and says why
+            if not is_rank_zero():  # launchers end all once one has ended, and rank zero has a record to write
                 time.sleep(PATIENCE_S)
             raise
     except Interrupted as error:

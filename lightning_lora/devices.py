@@ -14,7 +14,7 @@ def has_bf16(device: str) -> bool:
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return the number format in which a matrix product with the tensor is computed: autocast's, or its own."""
+    """Return the dtype in which a matrix product with the tensor is computed: autocast's, or its own."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 

@@ -149,7 +149,7 @@ def check_writable(folder: Path) -> None:
     """Refuse a folder that takes no files, before time is spent on what is to be written there.
 
     Raises:
-        UserError: As said.
+        UserError: A file cannot be written into the folder.
     """
     with atomic_path(folder / "writable") as staging:
         staging.write_text("x")

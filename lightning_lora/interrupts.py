@@ -61,7 +61,7 @@ class StopRequest:
         """End the run, if it was asked to by this signal; 0 for none.
 
         Raises:
-            Interrupted: As said.
+            Interrupted: ``number`` is a signal.
         """
         if number:
             self._ending = True  # what is left is to write down that the run was ended: no signal ends that

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_following = False
+_nonzero_rank = False
 
 
-def started_to_follow() -> bool:
-    """Whether torchrun, SLURM's srun or this project's launcher have started this process behind another one.
+def started_with_nonzero_rank() -> bool:
+    """Whether torchrun, SLURM's srun or this project's launcher have started this process with another rank than zero.
 
     That says nothing yet: srun also starts processes that have nothing to do with each other.
     """
@@ -27,15 +27,15 @@ def started_to_follow() -> bool:
     return any(rank != "0" for rank in ranks or [os.environ.get("SLURM_PROCID", "0")])
 
 
-def follow() -> None:
-    """From here on another process leads."""
-    global _following  # noqa: PLW0603  # a process is one or the other
-    _following = True
+def become_nonzero_rank() -> None:
+    """Take it from here on that another process has rank zero."""
+    global _nonzero_rank  # noqa: PLW0603  # a process is one or the other
+    _nonzero_rank = True
 
 
-def is_leader() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is the one that makes the run's folder, writes into it and prints."""
-    return not _following
+    return not _nonzero_rank
 
 
 def count() -> int:
@@ -47,7 +47,7 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def agreed(*numbers: float) -> list[float]:
+def all_reduce_max(*numbers: float) -> list[float]:
     """Return the largest of each number over all processes, which must all ask at the same point."""
     return _reduced(numbers, "MAX")
 

@@ -19,7 +19,7 @@ def test_the_default_trains_briefly_on_real_reviews() -> None:
     assert main(["test", "--run", "logs/brief"]) == 0
     record = RunFolder.open(Path("logs/brief")).read()
     assert record["model"]["architecture"] == "bert"
-    assert record["data"]["repeats_removed"]["train_in_test"] > 0  # 99 exact repeats in the 25,000 rows
+    assert record["data"]["duplicates_removed"]["train_in_test"] > 0  # 99 exact repeats in the 25,000 rows
     assert record["costs"]["trainable_params"] == 332_546
     assert record["costs"]["checkpoint_bytes"] < 1.5e6
     assert record["steps"] == 4

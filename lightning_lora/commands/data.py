@@ -10,7 +10,7 @@ from lightning_lora.config.settings import make_parser, parse_settings
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.facts import DataFacts, gather_facts
 from lightning_lora.data.findings import find_suspicious
-from lightning_lora.data.near_repeats import MOST_ROWS
+from lightning_lora.data.near_duplicates import MOST_ROWS
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.resolving import data_module
 from lightning_lora.files import write_text
@@ -65,7 +65,7 @@ def make_card(facts: DataFacts, suspicious: list[str]) -> DataCard:
     if facts.bad_rows_dropped:
         about.append(("left out", f"rows without text or label: {facts.bad_rows_dropped:,}"))
     if any(each.compared < each.rows for each in facts.splits.values()):
-        about.append(("near repeats", f"sought among at most {MOST_ROWS:,} rows of a split, spread evenly"))
+        about.append(("near-duplicates", f"sought among at most {MOST_ROWS:,} rows of a split, spread evenly"))
     for name, value in (("made by", facts.citation), ("terms", facts.terms)):
         about += [(name, value)] if value else []
     histograms = [Histogram("Tokens of a training text", train.lengths, facts.max_length + 1)]
@@ -94,13 +94,13 @@ def split_table(facts: DataFacts) -> TextTable:
             rows.append([name, *(f"{np.quantile(each.numbers, share):g}" for each in splits.values())])
     count("without any label", [each.unlabelled for each in splits.values()], sizes)
     for other in ("val", "test"):
-        removed = [facts.repeats_removed.get(f"{split}_in_{other}", 0) for split in splits]
+        removed = [facts.duplicates_removed.get(f"{split}_in_{other}", 0) for split in splits]
         count(f"removed, as they are in {other} too", removed, None)
     count("repeats within the split", [each.repeats.count for each in splits.values()], sizes)
     count("of these, with another label", [each.conflicts.count for each in splits.values()], sizes)
     for other in ("train", "val"):
         near = [each.near[other].count if other in each.near else 0 for each in splits.values()]
-        count(f"near repeats of {other} rows", near, compared)
+        count(f"near-duplicates of {other} rows", near, compared)
     names = {"misread": "decoded wrongly", "lost": "replacement characters", "html": "HTML", "same sides": "same sides"}
     for kind, name in names.items():
         count(name, [each.faults[kind].count for each in splits.values()], sizes)

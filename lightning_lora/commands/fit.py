@@ -22,7 +22,7 @@ from lightning_lora.files import locked_folder, remove_partial, write_text
 from lightning_lora.interrupts import Interrupted, requeue, requeued
 from lightning_lora.models.head import scale_output
 from lightning_lora.models.methods import BASELINES, find_method
-from lightning_lora.processes import started_to_follow
+from lightning_lora.processes import started_with_nonzero_rank
 from lightning_lora.program import command_line
 from lightning_lora.runs.checkpoints import ResumePoints, read_checkpoint
 from lightning_lora.runs.folder import RunFolder, as_asked, as_yaml, new_record, now
@@ -31,7 +31,7 @@ from lightning_lora.training.guard import NotFiniteError
 from lightning_lora.training.length import describe_length, stopped_by
 from lightning_lora.training.loggers import run_ids
 from lightning_lora.training.module import TextClassifier
-from lightning_lora.training.parallel import follow_the_leader, run_processes
+from lightning_lora.training.parallel import run_processes, silence_nonzero_rank
 from lightning_lora.training.saving import StateSaver, describe_best
 from lightning_lora.training.trackers import Tracker, check_package, new_tracked
 
@@ -53,8 +53,8 @@ def run(words: list[str]) -> int:
         return 0
     if (status := run_processes(["fit", *words], count, cli.config.trainer.num_nodes)) is not None:
         return status
-    if count > 1 and started_to_follow():
-        follow(cli)
+    if count > 1 and started_with_nonzero_rank():
+        fit_nonzero_rank(cli)
     elif cli.config.resume is not None:
         resume(cli, words)
     else:
@@ -66,7 +66,7 @@ def check_tracking(cli: ConfiguredRun) -> None:
     """Refuse options of tracking that would be ignored, and a tracker whose package is missing.
 
     Raises:
-        UserError: There is one.
+        UserError: An option would be ignored, or a package is missing.
     """
     kind = cli.config.track
     if kind is None and cli.config.track_group is not None:
@@ -168,15 +168,15 @@ def resume(cli: ConfiguredRun, words: list[str]) -> None:
             print_warnings([f"{stale} in run.json are of the weights before; evaluate again"])
 
 
-def follow(cli: ConfiguredRun) -> None:
-    """Train as one of several processes that is not their leader, which keeps the record and writes all files."""
-    follow_the_leader()
+def fit_nonzero_rank(cli: ConfiguredRun) -> None:
+    """Train as one of several processes whose rank is not zero; rank zero keeps the record and writes all files."""
+    silence_nonzero_rank()
     folder, point = RunFolder(Path(cli.config.resume or cli.config.logs_dir)), None
     if cli.config.resume is not None:
         finished = folder.record.is_file() and folder.read().get("status") == "finished"
         cli.longer = bool(changed_limits(folder, cli.settings()["trainer"]))
         if finished and not cli.longer:
-            return  # as the leader does
+            return  # as rank zero does
         point, _ = ResumePoints(folder.checkpoints).find()
         cli.steps_done = int(read_checkpoint(point)["global_step"]) if point is not None else 0
     with cli.stop_request.listening():

@@ -25,7 +25,7 @@ def print_run(record: dict[str, Any], trainer: Trainer) -> None:
         cut = f", {report['truncated_share']:.0%} cut at {data['max_length']} tokens" if "tokens" in report else ""
         cached = ", tokens from the cache" if report.get("from_cache") else ""
         print(f"{split}: {report['rows']:,} rows ({report['from']}){cut}{cached}")
-    for splits, count in data["repeats_removed"].items():
+    for splits, count in data["duplicates_removed"].items():
         split, _, other = splits.partition("_in_")
         if count:
             print(f"duplicates: {count:,} rows of {split} removed, whose texts are in {other} too")

@@ -78,7 +78,7 @@ def check_options(config: Any, output: Path | None) -> None:
     """Refuse options that do not go with texts or a single file.
 
     Raises:
-        UserError: There is one.
+        UserError: An option needs a folder of files or an output.
     """
     for option in ("workers", "executor", "address"):
         if config[option] is not None:

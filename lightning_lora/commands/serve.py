@@ -36,8 +36,8 @@ def serve_runs(options: Any, address: Any, key: str | None) -> None:
     """
     from lightning_lora.serving.application import make_app
     from lightning_lora.serving.batcher import Batcher, batch_threads
-    from lightning_lora.serving.gate import Gate
     from lightning_lora.serving.metrics import ServingMetrics
+    from lightning_lora.serving.middleware import AccessMiddleware
     from lightning_lora.serving.schemas import Limits
     from lightning_lora.serving.served_run import ServedRun, SharedWeights
     from lightning_lora.serving.server import run_server
@@ -53,12 +53,14 @@ def serve_runs(options: Any, address: Any, key: str | None) -> None:
     limits = Limits(options.max_body_mb, options.max_texts, options.max_characters, options.max_waiting)
     metrics = ServingMetrics()
     batcher = Batcher(limits.waiting_texts, metrics, batch_threads(list(runs.values())))
-    gate = Gate(make_app(runs, batcher, limits, options.log_texts), key, limits.body_mb, metrics)
+    middleware = AccessMiddleware(make_app(runs, batcher, limits, options.log_texts), key, limits.body_mb, metrics)
     host, port, *_ = address.getsockname()
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     batcher.start()
     try:
-        run_server(gate, address, lambda: print(f"serving at {where} (/openapi.json)", file=sys.stderr, flush=True))
+        run_server(
+            middleware, address, lambda: print(f"serving at {where} (/openapi.json)", file=sys.stderr, flush=True)
+        )
     finally:
         batcher.close()
 

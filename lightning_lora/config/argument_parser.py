@@ -58,7 +58,7 @@ class OptionParser(argparse.ArgumentParser):
         """Refuse options of another parser that are most likely misspelt ones of this.
 
         Raises:
-            UserError: There is one.
+            UserError: An option is unknown and close to one of this parser.
         """
         for option in [word.partition("=")[0] for word in words]:
             if option.startswith("--") and "." not in option and did_you_mean(option, self._option_string_actions):

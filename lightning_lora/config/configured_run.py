@@ -30,7 +30,7 @@ from lightning_lora.interrupts import StopRequest
 from lightning_lora.models.check_base import BaseCheck, Inputs
 from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.models.speedups import lower_frozen
-from lightning_lora.processes import is_leader
+from lightning_lora.processes import is_rank_zero
 from lightning_lora.runs.checkpoints import AtomicCheckpointIO, ResumePoints
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.tokenizer import ordinary_ids
@@ -88,7 +88,7 @@ class ConfiguredRun:
         """Refuse settings that the parser lets through.
 
         Raises:
-            UserError: There is one.
+            UserError: A setting is out of range, or does not go with another.
         """
         config, trainer = self.config, self.config.trainer
         if not 0 <= config.seed_everything < 2**32:
@@ -187,7 +187,7 @@ class ConfiguredRun:
             callbacks.append(Progress())
         added = [each for each in as_list(config["logger"]) if isinstance(each, Logger)]
         added += [self.tracker] if self.tracker is not None else []
-        logs = folder is not None and is_leader() and config["logger"] is not False
+        logs = folder is not None and is_rank_zero() and config["logger"] is not False
         config["logger"] = [*make_loggers(folder.path, fits, self.steps_done), *added] if folder and logs else False
         saves = bool(folder and fits and config["enable_checkpointing"] is not False and not config["fast_dev_run"])
         config["enable_checkpointing"] = saves
@@ -257,7 +257,7 @@ def check_base(model: TextClassifier | TextBaseline, texts: Any, precision: str 
 
     Args:
         model: The model.
-        texts: How texts are given to it: has ``frame``, ``tokenizer`` and ``padding``.
+        texts: How texts are given to it: has ``input_format``, ``tokenizer`` and ``padding``.
         precision: What is to be trained in on the CPU; None where nothing is.
 
     Raises:
@@ -265,9 +265,14 @@ def check_base(model: TextClassifier | TextBaseline, texts: Any, precision: str 
     """
     if isinstance(model, TextBaseline):
         return
-    frame, words = texts.frame, ordinary_ids(texts.tokenizer)
+    input_format, words = texts.input_format, ordinary_ids(texts.tokenizer)
     inputs = Inputs(
-        frame.prefix, frame.suffix, words, frame.pad_id, frame.max_length, pad_to_max=texts.padding == "max_length"
+        input_format.prefix,
+        input_format.suffix,
+        words,
+        input_format.pad_id,
+        input_format.max_length,
+        pad_to_max=texts.padding == "max_length",
     )
     config = model.model.config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -164,7 +164,7 @@ def refuse_unused(command: str, keys: Iterable[str]) -> None:
         keys: The settings that were given, such as "data.bad_rows".
 
     Raises:
-        UserError: There is one.
+        UserError: A setting is not used by the command.
     """
     used = {"data": CARD_SETTINGS, "predict": PREDICT_SETTINGS}[command]
     for key in keys:

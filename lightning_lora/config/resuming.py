@@ -52,10 +52,10 @@ def check_limits(method: str, trainer: Mapping[str, Any], state: Mapping[str, An
         folder: The run's folder.
 
     Raises:
-        UserError: It is so.
+        UserError: The new limits are reached already, or the method's schedule cannot be made longer.
     """
     if method == "adalora":
-        raise UserError(f"--resume: {folder.path} has laid adalora's ranks out over its steps; start a new run")
+        raise UserError(f"--resume: {folder.path} has planned adalora's ranks for its number of steps; start a new run")
     for name, done in (("max_epochs", int(state["epoch"])), ("max_steps", int(state["global_step"]))):
         limit = trainer[name]
         if limit is not None and 0 <= limit <= done:

@@ -18,7 +18,7 @@ from lightning_lora.config.options import COMMAND_OPTIONS, refuse_unused, show_h
 from lightning_lora.config.parse_errors import explained
 from lightning_lora.config.recipes import DEFAULT_CONFIG, find_config
 from lightning_lora.data.datamodule import TextDataModule
-from lightning_lora.data.order import evaluated_together
+from lightning_lora.data.order import default_eval_batch_size
 from lightning_lora.data.pairs import choose_truncation, is_pair
 from lightning_lora.data.prepare import SourceOptions, columns_of
 from lightning_lora.errors import UserError
@@ -51,7 +51,7 @@ _NEW = ("fit", "data")
 #: How long a run trains, which may be changed when it is resumed.
 LIMITS = ("max_epochs", "max_steps", "max_time")
 #: From where a config may name classes (``class_path``); more by ``LIGHTNING_LORA_ALLOW``, which no config can set.
-ALLOWED = tuple(f"lightning.pytorch.{room}" for room in ("callbacks", "loggers", "profilers"))
+ALLOWED = tuple(f"lightning.pytorch.{module}" for module in ("callbacks", "loggers", "profilers"))
 ALLOW_VARIABLE = "LIGHTNING_LORA_ALLOW"
 #: Settings of such classes that say where they write.
 _PLACES = ("dirpath", "save_dir", "root_dir", "log_dir", "directory")
@@ -303,7 +303,7 @@ def resolved(config: Namespace) -> Namespace:
         if "data.truncation" in config:
             config["data.truncation"] = choose_truncation(config["data.truncation"], texts)
     if "data.eval_batch_size" in config:
-        config["data.eval_batch_size"] = evaluated_together(config["data.eval_batch_size"])
+        config["data.eval_batch_size"] = default_eval_batch_size(config["data.eval_batch_size"])
     if "trainer.precision" in config:
         precision = config["trainer.precision"]
         automatic = auto_precision(str(config["trainer.accelerator"])) if precision is None else precision

@@ -60,7 +60,7 @@ class AugmentedDataset(TokenDataset):
     @property
     def longest(self) -> int:
         """Tokens of the longest text that there can be: a changed text may have more than it had."""
-        return self.frame.max_length
+        return self.input_format.max_length
 
     def ids(self, rows: Sequence[int], epoch: int) -> list[Any]:
         """Token ids of the rows' texts as this epoch has them."""

@@ -72,12 +72,12 @@ class TokenDataset(Dataset):
     """
 
     tokens: TokenRows | PairTokens
-    frame: InputFormat
+    input_format: InputFormat
     labels: np.ndarray | None
     pad_to_max: bool
 
     def __post_init__(self) -> None:
-        self.lengths = self.frame.input_lengths(self.tokens)
+        self.lengths = self.input_format.input_lengths(self.tokens)
         #: How batches are packed; None for padded ones.
         self.packing: Packing | None = None
         #: The texts, where batches are to hold them.
@@ -85,17 +85,17 @@ class TokenDataset(Dataset):
 
     def pack_like(self, batches: Sequence[Sequence[int]], most: int) -> None:
         """Pack batches from now on, in at most so many sizes, chosen for batches of rows like the given ones."""
-        windows = -(-self.lengths // self.frame.max_length) if self.frame.keep == "windows" else None
+        windows = -(-self.lengths // self.input_format.max_length) if self.input_format.keep == "windows" else None
         several = [np.asarray(batch) for batch in batches]
-        types = bool(self.frame.types)
-        made = Packing.of(self.lengths, several, windows, self.longest, self.frame.pad_id, most, types)
+        types = bool(self.input_format.types)
+        made = Packing.of(self.lengths, several, windows, self.longest, self.input_format.pad_id, most, types)
         self.packing = replace(made, **self._label_layout)
 
-    def pack_evaluation(self, room: int, texts: int) -> None:
+    def pack_evaluation(self, max_tokens: int, texts: int) -> None:
         """Pack batches from now on, of at most so many tokens and texts, in shapes that do not depend on the texts."""
-        windows = self.frame.keep == "windows"
-        most, types = self.frame.max_length, bool(self.frame.types)
-        made = Packing.of_evaluation(room, texts, most, self.frame.pad_id, windows, types)
+        windows = self.input_format.keep == "windows"
+        most, types = self.input_format.max_length, bool(self.input_format.types)
+        made = Packing.of_evaluation(max_tokens, texts, most, self.input_format.pad_id, windows, types)
         self.packing = replace(made, **self._label_layout)
 
     @property
@@ -107,24 +107,24 @@ class TokenDataset(Dataset):
 
     @property
     def label_type(self) -> type[np.generic]:
-        """The number format of a batch's labels."""
+        """The dtype of a batch's labels."""
         several = self.labels is not None and (self.labels.ndim == 2 or self.labels.dtype.kind == "f")
         return np.float32 if several else np.int64
 
     @property
     def longest(self) -> int:
         """Tokens of the longest text or window."""
-        return min(int(self.lengths.max()), self.frame.max_length)
+        return min(int(self.lengths.max()), self.input_format.max_length)
 
     @property
     def widths(self) -> np.ndarray:
         """Tokens that each row is padded to among rows of its length; of a row of several windows, in all of them."""
-        if self.frame.keep == "windows":
-            return np.maximum(padded_widths(self.lengths), self.frame.max_length if self.pad_to_max else 0)
-        return np.full(len(self), self.frame.max_length) if self.pad_to_max else self._capped(self.lengths)
+        if self.input_format.keep == "windows":
+            return np.maximum(padded_widths(self.lengths), self.input_format.max_length if self.pad_to_max else 0)
+        return np.full(len(self), self.input_format.max_length) if self.pad_to_max else self._capped(self.lengths)
 
     def _capped(self, lengths: Any) -> Any:
-        return np.minimum(padded_widths(lengths), self.frame.max_length)
+        return np.minimum(padded_widths(lengths), self.input_format.max_length)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -138,8 +138,8 @@ class TokenDataset(Dataset):
         """The batch of the given rows: packed, or padded to about its longest input, or to ``max_length`` if asked."""
         part = rows if isinstance(rows, StepPart) else StepPart(rows)
         whole = self.ids(part, part.epoch)
-        documents = [self.frame.inputs(ids) for ids in whole]
-        types = [self.frame.token_types(ids) for ids in whole] if self.frame.types else []
+        documents = [self.input_format.inputs(ids) for ids in whole]
+        types = [self.input_format.token_types(ids) for ids in whole] if self.input_format.types else []
         inputs = list(itertools.chain.from_iterable(documents))
         owners = np.repeat(np.arange(len(documents)), [len(windows) for windows in documents])
         labels = None if self.labels is None else self.labels[rows].astype(self.label_type, copy=False)
@@ -154,7 +154,7 @@ class TokenDataset(Dataset):
             batch |= {"packed": flat, "shape": shape, "static": self.packing.is_static(shape)}
         else:
             batch |= self._padded(inputs, types)
-            if self.frame.keep == "windows":
+            if self.input_format.keep == "windows":
                 batch["documents"] = torch.from_numpy(owners)
         if labels is not None:
             batch["labels"] = torch.from_numpy(labels)
@@ -164,8 +164,8 @@ class TokenDataset(Dataset):
 
     def _padded(self, inputs: Sequence[np.ndarray], types: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         lengths = np.array([len(ids) for ids in inputs])
-        width = self.frame.max_length if self.pad_to_max else int(self._capped(lengths.max()))
-        input_ids = np.full((len(inputs), width), self.frame.pad_id, dtype=np.int64)
+        width = self.input_format.max_length if self.pad_to_max else int(self._capped(lengths.max()))
+        input_ids = np.full((len(inputs), width), self.input_format.pad_id, dtype=np.int64)
         for i, ids in enumerate(inputs):
             input_ids[i, : len(ids)] = ids
         mask = np.arange(width) < lengths[:, None]
@@ -239,7 +239,7 @@ class LengthBatchSampler(Sampler[list[int]]):
         rank: Of this process.
         processes: Their number.
         by: What batches have in equal number.
-        room: Tokens of an evaluation batch at most, where these are packed.
+        max_tokens: Tokens of an evaluation batch at most, where these are packed.
     """
 
     lengths: np.ndarray
@@ -249,7 +249,7 @@ class LengthBatchSampler(Sampler[list[int]]):
     rank: int = 0
     processes: int = 1
     by: BatchBy = "texts"
-    room: int | None = None
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self.epoch = 0
@@ -260,8 +260,8 @@ class LengthBatchSampler(Sampler[list[int]]):
         # Lightning sets the epoch of ``loader.batch_sampler.sampler``.
         self.sampler = self
         self._evaluated: list[np.ndarray] = []
-        if self.seed is None and self.room is not None:
-            self._evaluated = packed_evaluation_batches(self.lengths, self.room, self.most_texts)
+        if self.seed is None and self.max_tokens is not None:
+            self._evaluated = packed_evaluation_batches(self.lengths, self.max_tokens, self.most_texts)
         elif self.seed is None:
             self._evaluated = evaluation_batches(self.lengths, self.batch_size)
 

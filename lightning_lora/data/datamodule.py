@@ -13,7 +13,7 @@ from tqdm import tqdm
 from lightning_lora.data.augment import Augmentation, AugmentedDataset
 from lightning_lora.data.batching import LengthBatchSampler, ResumableLoader, TokenDataset
 from lightning_lora.data.cache import default_cache_dir
-from lightning_lora.data.order import BatchBy, evaluated_together
+from lightning_lora.data.order import BatchBy, default_eval_batch_size
 from lightning_lora.data.packing import BATCHES_A_SIZE, MOST_SIZES
 from lightning_lora.data.pairs import Truncation, choose_truncation
 from lightning_lora.data.prepare import Prepared, SourceOptions, columns_of, prepare
@@ -103,7 +103,7 @@ class TextDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        eval_batch_size = evaluated_together(eval_batch_size)
+        eval_batch_size = default_eval_batch_size(eval_batch_size)
         check_range("data.max_length", max_length, 1, None)
         check_range("data.batch_size", batch_size, 1, None)
         check_range("data.eval_batch_size", eval_batch_size, 1, None)
@@ -157,7 +157,7 @@ class TextDataModule(LightningDataModule):
         return base_tokenizer(self.base_model)
 
     @cached_property
-    def frame(self) -> InputFormat:
+    def input_format(self) -> InputFormat:
         """The special tokens around a text, and its truncation."""
         return InputFormat.of(self.tokenizer, self.max_length, self.truncation, self.window_overlap)
 
@@ -194,22 +194,24 @@ class TextDataModule(LightningDataModule):
         """Tokenizes the splits that the stage needs, or takes them from the cache."""
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
         for split in (split for split in wanted if split not in self._datasets):
-            rows, tokenizer, frame = self.rows(split), self.tokenizer, self.frame
+            rows, tokenizer, input_format = self.rows(split), self.tokenizer, self.input_format
             with tqdm(desc=f"Tokenizing {split}", total=len(rows), disable=None, leave=False, delay=0.5) as bar:
                 tokens, cached = cached_tokens(rows, tokenizer, self.cache_dir, bar.update)
-            if len(both := frame.cut_both(tokens)):
+            if len(both := input_format.cut_both(tokens)):
                 self.prepared.warnings.append(
                     f"{len(both):,} pairs of {split} have both texts cut, as one alone fills data.max_length (the "
                     f"first: {rows.origins[both[0]]}, {rows.numbers[both[0]]}); longest_first cuts the longer one first"
                 )
-            common = (tokens, frame, rows.labels, self.padding == "max_length")
+            common = (tokens, input_format, rows.labels, self.padding == "max_length")
             dataset = TokenDataset(*common)
             if split == "train" and self.augmentation.active:
                 dataset = AugmentedDataset(*common, rows.texts, tokenizer, self.augmentation, self.seed)
             self._datasets[split] = dataset
             self._token_report[split] = {
                 "tokens": int(dataset.lengths.sum()),
-                "truncated_share": float((tokens.lengths > frame.room).mean()) if frame.keep != "windows" else 0.0,
+                "truncated_share": float((tokens.lengths > input_format.text_tokens).mean())
+                if input_format.keep != "windows"
+                else 0.0,
                 "from_cache": cached,
             }
 
@@ -265,15 +267,17 @@ def evaluation_sampler(
         rank: Of this process.
         processes: Their number.
     """
-    lengths, room = (dataset.lengths, batch_size * dataset.frame.max_length) if packed else (dataset.widths, None)
-    return LengthBatchSampler(lengths, batch_size, None, 1, rank, processes, room=room)
+    lengths, max_tokens = (
+        (dataset.lengths, batch_size * dataset.input_format.max_length) if packed else (dataset.widths, None)
+    )
+    return LengthBatchSampler(lengths, batch_size, None, 1, rank, processes, max_tokens=max_tokens)
 
 
 def make_loader(dataset: TokenDataset, sampler: LengthBatchSampler, packed: bool = False) -> DataLoader:
     """A loader in this process: making a batch from flat arrays costs less than a worker's hand-over."""
     dataset.packing = None  # of a loader before
-    if packed and sampler.room is not None:
-        dataset.pack_evaluation(sampler.room, sampler.most_texts)
+    if packed and sampler.max_tokens is not None:
+        dataset.pack_evaluation(sampler.max_tokens, sampler.most_texts)
     elif packed:
         dataset.pack_like(sampler.sample(), min(MOST_SIZES, max(1, len(sampler) // BATCHES_A_SIZE)))
     pin = torch.cuda.is_available()  # what is pinned is copied to the GPU without waiting for it

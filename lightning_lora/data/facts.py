@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lightning_lora.data.datamodule import TextDataModule
-from lightning_lora.data.near_repeats import Sketch, near_repeats
+from lightning_lora.data.near_duplicates import Sketch, near_duplicates
 from lightning_lora.data.pairs import Text, as_texts
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.specs import terms_of
@@ -23,7 +23,7 @@ _WORD_ROWS = 5_000
 #: The first byte of a letter of several bytes in UTF-8 and the others, each read as a letter of its own.
 _MISREAD = re.compile(r"[ÂÃÄÅÎÏÐÑ][^\x00-\x7f]|[à-ï][^\x00-\x7f]{2}|ð[^\x00-\x7f]{3}")
 _HTML = re.compile(r"</?[a-z][a-z0-9]*(?:\s[^<>]*)?/?>|&(?:[a-z]{2,8}|#\d{2,6}|#x[0-9a-f]{2,6});", re.IGNORECASE)
-#: For each split those in which near repeats of its rows are sought.
+#: For each split those in which near-duplicates of its rows are sought.
 _COMPARED_WITH: dict[str, list[str]] = {"train": [], "val": ["train"], "test": ["train", "val"]}
 #: Characters of a text that are shown.
 _SHOWN = 60
@@ -57,8 +57,8 @@ class SplitFacts:
         repeats: Rows whose text stood before in the split.
         conflicts: Those of them with another label.
         faults: By kind ("misread", "lost", "html", "same sides"), rows whose text is suspicious.
-        near: By other split, rows with a near repeat there.
-        compared: Rows that near repeats were sought for.
+        near: By other split, rows with a near-duplicate there.
+        compared: Rows that near-duplicates were sought for.
     """
 
     rows: int
@@ -108,7 +108,7 @@ class DataFacts:
         longest_possible: The greatest ``max_length`` of the base model.
         truncation: What stays of longer texts.
         splits: The facts of each split.
-        repeats_removed: As in ``Prepared``.
+        duplicates_removed: As in ``Prepared``.
         bad_rows_dropped: Rows without text or label.
         telling: Words that tell a class.
         citation: Who made it, where that is known.
@@ -125,7 +125,7 @@ class DataFacts:
     longest_possible: int
     truncation: str
     splits: dict[str, SplitFacts]
-    repeats_removed: dict[str, int]
+    duplicates_removed: dict[str, int]
     bad_rows_dropped: int
     telling: list[TellingWord]
     citation: str
@@ -153,7 +153,7 @@ def gather_facts(data: TextDataModule) -> DataFacts:
         longest_possible=data.tokenizer.model_max_length,
         truncation=data.truncation,
         splits=splits,
-        repeats_removed=prepared.repeats_removed,
+        duplicates_removed=prepared.duplicates_removed,
         bad_rows_dropped=prepared.bad_rows_dropped,
         telling=telling_words(data.rows("train"), data.label_names) if data.task != "regression" else [],
         citation=prepared.citation,
@@ -163,7 +163,7 @@ def gather_facts(data: TextDataModule) -> DataFacts:
 
 
 def _split_facts(data: TextDataModule, split: str, sketches: Mapping[str, Sketch]) -> SplitFacts:
-    rows, tokens, frame = data.rows(split), data.dataset(split).tokens, data.frame
+    rows, tokens, input_format = data.rows(split), data.dataset(split).tokens, data.input_format
     labels, regression = rows.labels, data.task == "regression"
     firsts = first_positions(rows.keys)
     repeats = np.flatnonzero(firsts != np.arange(len(rows)))
@@ -180,8 +180,8 @@ def _split_facts(data: TextDataModule, split: str, sketches: Mapping[str, Sketch
         class_counts=[] if regression else data.prepared.class_counts(split),
         unlabelled=int((~labels.any(axis=1)).sum()) if labels.ndim == 2 else 0,
         numbers=labels if regression else np.zeros(0),
-        lengths=tokens.lengths + frame.special,
-        cut_share=float((tokens.lengths > frame.room).mean()) if frame.keep != "windows" else 0.0,
+        lengths=tokens.lengths + input_format.special,
+        cut_share=float((tokens.lengths > input_format.text_tokens).mean()) if input_format.keep != "windows" else 0.0,
         repeats=_found(rows, repeats, lambda i: f"as {rows.place(firsts[repeats[i]])}"),
         conflicts=_found(rows, conflicts, contradicted),
         faults=text_faults(rows),
@@ -191,7 +191,7 @@ def _split_facts(data: TextDataModule, split: str, sketches: Mapping[str, Sketch
 
 
 def _near(sketch: Sketch, others: Sketch) -> FoundRows:
-    pairs = near_repeats(sketch, others)
+    pairs = near_duplicates(sketch, others)
     return _found(sketch.rows, pairs[:, 0], lambda number: f"like {others.rows.place(pairs[number, 1])}")
 
 

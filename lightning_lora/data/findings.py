@@ -6,7 +6,7 @@ import numpy as np
 
 from lightning_lora.data.facts import DataFacts, FoundRows, SplitFacts
 from lightning_lora.data.labels import few
-from lightning_lora.data.near_repeats import LEAST_SIMILARITY
+from lightning_lora.data.near_duplicates import LEAST_SIMILARITY
 from lightning_lora.data.pairs import is_pair
 from lightning_lora.data.prepare import CONTRADICTED
 
@@ -44,7 +44,7 @@ def _leaks(facts: DataFacts) -> Iterator[str]:
         counts = [f"{e.near[other].count:,} of {e.compared:,} {split} rows in {other}" for split, other, e in near]
         _, other, first = near[0]
         yield (
-            f"near repeats: {', '.join(counts)} (texts that share {LEAST_SIMILARITY:.0%} of their 5-letter pieces; "
+            f"near-duplicates: {', '.join(counts)} (texts that share {LEAST_SIMILARITY:.0%} of their 5-letter pieces; "
             f"{first.near[other].example}); metrics are optimistically biased: make splits that keep such rows "
             "together, data.source='{train: a.csv, test: b.csv}'"
         )

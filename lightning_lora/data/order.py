@@ -128,7 +128,7 @@ def _cuts(widths: np.ndarray, count: int, unit: int) -> np.ndarray:
     return cuts
 
 
-def evaluated_together(wanted: int | None) -> int:
+def default_eval_batch_size(wanted: int | None) -> int:
     """How many texts are evaluated together: as wanted, or where that is left open what is fast on this machine."""
     return (256 if torch.cuda.is_available() else 32) if wanted is None else wanted
 
@@ -151,19 +151,19 @@ def evaluation_batches(widths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return batches
 
 
-def packed_evaluation_batches(lengths: np.ndarray, room: int, texts: int) -> list[np.ndarray]:
+def packed_evaluation_batches(lengths: np.ndarray, max_tokens: int, texts: int) -> list[np.ndarray]:
     """Every position once, longest first, with about as many tokens in each batch, as nothing is padded.
 
     Args:
         lengths: Tokens of each row.
-        room: Tokens of a batch at most, but for a longer row, which is a batch of its own.
+        max_tokens: Tokens of a batch at most, but for a longer row, which is a batch of its own.
         texts: Rows of a batch at most.
     """
     order = np.argsort(-lengths, kind="stable")
     ends = np.cumsum(lengths[order])
     batches, start, before = [], 0, 0
     while start < len(order):
-        end = int(np.searchsorted(ends, before + room, side="right"))
+        end = int(np.searchsorted(ends, before + max_tokens, side="right"))
         end = min(max(end, start + 1), start + texts)
         batches.append(order[start:end])
         start, before = end, int(ends[end - 1])

@@ -157,22 +157,22 @@ class Packing:
 
     @classmethod
     def of_evaluation(
-        cls, room: int, texts: int, longest: int, pad_id: int, windows: bool, token_types: bool = False
+        cls, max_tokens: int, texts: int, longest: int, pad_id: int, windows: bool, token_types: bool = False
     ) -> "Packing":
         """The shapes of evaluation batches, the same for all texts: a pass that was captured serves others too.
 
         Args:
-            room: Tokens of a batch at most, but for a single text that is longer in all its windows.
+            max_tokens: Tokens of a batch at most, but for a single text that is longer in all its windows.
             texts: Texts of a batch at most.
             longest: Tokens of a text or window at most.
             pad_id: The padding token.
             windows: Whether several inputs may belong to one text.
             token_types: Whether each token has a type.
         """
-        sizes = {math.ceil(room * share / SIZE_STEP) * SIZE_STEP for share in EVALUATION_SHARES}
+        sizes = {math.ceil(max_tokens * share / SIZE_STEP) * SIZE_STEP for share in EVALUATION_SHARES}
         # Kernels for short texts are faster.
         lengths = {min(1 << power, longest) for power in range(6, max(longest.bit_length() + 1, 7))}
-        inputs = texts + room // longest if windows else texts
+        inputs = texts + max_tokens // longest if windows else texts
         shapes = tuple(sorted(itertools.product(sizes, lengths)))
         return cls(shapes, inputs, texts, longest, pad_id, windows, token_types)
 
@@ -189,8 +189,8 @@ class Packing:
         if fits and texts <= self.texts and inputs <= self.inputs:
             return self._static(*fits[0])
         size = -(-tokens // SIZE_STEP) * SIZE_STEP
-        room = max(inputs, self.inputs), max(texts, self.texts)
-        return self._shape(size, *room, max(longest, self.longest))
+        counts = max(inputs, self.inputs), max(texts, self.texts)
+        return self._shape(size, *counts, max(longest, self.longest))
 
     def _static(self, size: int, longest: int) -> PackedShape:
         return self._shape(size, self.inputs, self.texts, longest)

@@ -80,7 +80,7 @@ class Prepared:
     label_values: dict[str, list[str]]
     splits: dict[str, Rows]
     origin: dict[str, str]
-    repeats_removed: dict[str, int]
+    duplicates_removed: dict[str, int]
     bad_rows_dropped: int
     citation: str
     warnings: list[str]

@@ -141,7 +141,7 @@ class InputFormat:
         return len(self.prefix) + len(self.middle) + len(self.suffix)
 
     @property
-    def room(self) -> int:
+    def text_tokens(self) -> int:
         """Tokens of a text, or of both texts of a pair, that fit."""
         return self.max_length - self.special
 
@@ -150,10 +150,13 @@ class InputFormat:
         if isinstance(ids, tuple):
             first, second = self._kept(ids)
             return [np.concatenate((self.prefix, ids[0][:first], self.middle, ids[1][:second], self.suffix))]
-        if self.keep != "windows" or len(ids) <= self.room:
+        if self.keep != "windows" or len(ids) <= self.text_tokens:
             return [self._cut(ids)]
-        starts = [*range(0, len(ids) - self.room, self.room - self.overlap), len(ids) - self.room]  # the last ends it
-        return [np.concatenate((self.prefix, ids[start : start + self.room], self.suffix)) for start in starts]
+        starts = [
+            *range(0, len(ids) - self.text_tokens, self.text_tokens - self.overlap),
+            len(ids) - self.text_tokens,
+        ]  # the last ends it
+        return [np.concatenate((self.prefix, ids[start : start + self.text_tokens], self.suffix)) for start in starts]
 
     def token_types(self, ids: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """The token types of a pair's ``inputs``."""
@@ -162,25 +165,27 @@ class InputFormat:
         return np.repeat(self.types, [*before, first, *between, second, *after])
 
     def _kept(self, ids: tuple[np.ndarray, np.ndarray]) -> tuple[int, int]:
-        return lengths_kept(len(ids[0]), len(ids[1]), self.room, self.keep)
+        return lengths_kept(len(ids[0]), len(ids[1]), self.text_tokens, self.keep)
 
     def _cut(self, ids: np.ndarray) -> np.ndarray:
-        if len(ids) > self.room:
-            head = {"head": self.room, "tail": 0, "both": self.room // 4}[self.keep]
-            ids = np.concatenate((ids[:head], ids[len(ids) - (self.room - head) :]))
+        if len(ids) > self.text_tokens:
+            head = {"head": self.text_tokens, "tail": 0, "both": self.text_tokens // 4}[self.keep]
+            ids = np.concatenate((ids[:head], ids[len(ids) - (self.text_tokens - head) :]))
         framed = np.concatenate((self.prefix, ids, self.suffix))
         return framed if len(framed) else np.array([self.pad_id])  # no token of the text, and none around it
 
     def cut_both(self, tokens: Any) -> np.ndarray:
         """Positions of the pairs whose text that is to stay whole leaves the other no token, so that both are cut."""
         whole = {"only_first": "second", "only_second": "first"}.get(self.keep)
-        return np.flatnonzero(getattr(tokens, whole).lengths >= self.room) if whole else np.zeros(0, np.int64)
+        return np.flatnonzero(getattr(tokens, whole).lengths >= self.text_tokens) if whole else np.zeros(0, np.int64)
 
     def input_lengths(self, tokens: TokenRows | PairTokens) -> np.ndarray:
         """Tokens of each text as the model sees it, with special tokens, in all its windows; shape (texts,)."""
         if self.keep != "windows":
-            return np.maximum(np.minimum(tokens.lengths, self.room) + self.special, 1)
-        windows = 1 + np.maximum(np.ceil((tokens.lengths - self.room) / (self.room - self.overlap)), 0).astype(np.int64)
+            return np.maximum(np.minimum(tokens.lengths, self.text_tokens) + self.special, 1)
+        windows = 1 + np.maximum(
+            np.ceil((tokens.lengths - self.text_tokens) / (self.text_tokens - self.overlap)), 0
+        ).astype(np.int64)
         return np.where(windows == 1, np.maximum(tokens.lengths + self.special, 1), windows * self.max_length)
 
 

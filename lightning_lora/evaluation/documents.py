@@ -7,7 +7,7 @@ from lightning_lora.tasks import Task
 
 
 def wide(values: Tensor) -> torch.dtype:
-    """The widest number format of the values' device: Apple's GPUs have no double precision."""
+    """The widest dtype of the values' device: Apple's GPUs have no double precision."""
     return torch.float32 if values.device.type == "mps" else torch.float64
 
 

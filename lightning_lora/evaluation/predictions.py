@@ -142,7 +142,7 @@ class PredictionCollector(Callback):
         thresholds = model.settled_thresholds(split)
         if batches:
             self.last[split] = in_row_order(batches, model.label_names, model.task, thresholds)
-            if split in self.keep and processes.is_leader():
+            if split in self.keep and processes.is_rank_zero():
                 self.keep[split](self.last[split])
 
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end

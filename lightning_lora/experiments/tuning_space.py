@@ -173,7 +173,7 @@ def _text_choices(data: TextDataModule, typed: Collection[str]) -> dict[str, lis
     """Return the lengths and truncations that can matter on the training texts, the default's among them."""
     if data.truncation == "windows":  # nothing is cut
         return {}
-    tokens = data.dataset("train").tokens.lengths + data.frame.special  # of each text, shape (rows,)
+    tokens = data.dataset("train").tokens.lengths + data.input_format.special  # of each text, shape (rows,)
 
     def cuts(length: int) -> bool:
         return float(np.mean(tokens > length)) >= _CUT_SHARE

@@ -62,7 +62,7 @@ class MeanHead:
         """The activation's class in torch.nn.
 
         Raises:
-            UserError: There is none.
+            UserError: torch.nn has no class for the activation.
         """
         if self.activation not in _ACTIVATIONS:
             raise UserError(f"torch.nn has no class for the head's activation '{self.activation}'; use onnx")

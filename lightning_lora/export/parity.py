@@ -56,7 +56,7 @@ def parity_texts(
     Returns:
         Texts or pairs, and the labels of the test rows among them, which come first.
     """
-    texts, labels, room = list[Text](), np.zeros(0, dtype=np.int64), input_format.room
+    texts, labels, room = list[Text](), np.zeros(0, dtype=np.int64), input_format.text_tokens
     lengths = np.linspace(1, 3 * room, min(count, MADE_UP_TEXTS))
     if rows is not None:
         chosen = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int))
@@ -108,7 +108,7 @@ class Parity:
         self.real = np.arange(len(texts)) < len(labels)
         # Of made-up texts some label, which nothing is compared with.
         self.labels = np.concatenate([labels, np.zeros((len(texts) - len(labels), *labels.shape[1:]), labels.dtype)])
-        self.long = tokenize(texts, tokenizer).lengths > input_format.room
+        self.long = tokenize(texts, tokenizer).lengths > input_format.text_tokens
         self.reference = _batch_logits(trained, texts)
         #: The comparison by format, "trained" (the model itself) first; or why a format is missing.
         self.certificate: dict[str, dict[str, Any]] = {"trained": self.compare(trained)}

@@ -43,7 +43,7 @@ class Demo:
     examples: Sequence[tuple[Text, str]]
 
     def __post_init__(self) -> None:
-        pairs = {name: is_pair(run.frame.keep) for name, run in self.runs.items()}
+        pairs = {name: is_pair(run.input_format.keep) for name, run in self.runs.items()}
         if len({*pairs.values()}) > 1:
             raise UserError(f"--run: {next(n for n in pairs if pairs[n])} reads pairs of texts, and others do not")
         self._lock = threading.Lock()  # requests come in threads, and a model answers one at a time

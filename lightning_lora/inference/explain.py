@@ -170,7 +170,7 @@ def _differs(run: "LoadedRun", text: Text, others: Sequence[Text]) -> NDArray:
     if isinstance(run.model, TextBaseline) or not others:  # which reads all of it
         return np.ones(len(others), bool)
     tokens = run.dataset([text, *others]).tokens
-    inputs = [[part.tobytes() for part in run.frame.inputs(tokens[i])] for i in range(len(others) + 1)]
+    inputs = [[part.tobytes() for part in run.input_format.inputs(tokens[i])] for i in range(len(others) + 1)]
     return np.array([each != inputs[0] for each in inputs[1:]])
 
 

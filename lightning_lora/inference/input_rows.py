@@ -76,7 +76,7 @@ class InputRows:
         """Refuses rows without a text.
 
         Raises:
-            UserError: There is one; its place is named.
+            UserError: A row has no text; its place is named.
         """
         if self.faults:
             more = f" (and {len(self.faults) - 1:,} more)" if len(self.faults) > 1 else ""

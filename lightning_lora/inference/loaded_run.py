@@ -13,7 +13,7 @@ from lightning_lora.config.console import quiet_libraries
 from lightning_lora.data.batching import TokenDataset
 from lightning_lora.data.checking import is_blank, row_text
 from lightning_lora.data.datamodule import evaluation_sampler, make_loader
-from lightning_lora.data.order import evaluated_together
+from lightning_lora.data.order import default_eval_batch_size
 from lightning_lora.data.pairs import Text, is_pair
 from lightning_lora.data.tokens import InputFormat, base_tokenizer, tokenize
 from lightning_lora.devices import keep_freed_memory
@@ -33,7 +33,7 @@ class LoadedRun:
     Args:
         model: The model, with its trained weights.
         tokenizer: The base model's.
-        frame: How texts are truncated and framed by special tokens.
+        input_format: How texts are truncated and framed by special tokens.
         padding: To the "longest" text of a batch, or to "max_length".
         eval_batch_size: Texts in a batch; None for what suits the machine.
         trainer: What runs the prediction loop.
@@ -41,7 +41,7 @@ class LoadedRun:
 
     model: TextClassifier | TextBaseline
     tokenizer: Any
-    frame: InputFormat
+    input_format: InputFormat
     padding: str
     eval_batch_size: int | None
     trainer: Trainer
@@ -85,7 +85,7 @@ class LoadedRun:
         Raises:
             UserError: A text is not a string, or is blank; or is a pair where a text is needed, or the other way round.
         """
-        pair, checked = is_pair(self.frame.keep), list[Text]()
+        pair, checked = is_pair(self.input_format.keep), list[Text]()
         for i, text in enumerate([texts] if isinstance(texts, str) else texts):
             sides = list(text) if pair and isinstance(text, list | tuple) else [text]
             if len(sides) != 1 + pair or any(not isinstance(side, str) or is_blank(side) for side in sides):
@@ -112,7 +112,7 @@ class LoadedRun:
 
     def dataset(self, texts: Sequence[Text]) -> TokenDataset:
         """The texts, tokenized."""
-        dataset = TokenDataset(tokenize(texts, self.tokenizer), self.frame, None, self.padding == "max_length")
+        dataset = TokenDataset(tokenize(texts, self.tokenizer), self.input_format, None, self.padding == "max_length")
         dataset.batch_texts = texts if isinstance(self.model, TextBaseline) else None
         return dataset
 
@@ -122,7 +122,7 @@ class LoadedRun:
         if not len(dataset):
             return Predictions(np.zeros((0, len(names))), None, names, np.zeros(0, dtype=np.int64), task=task)
         packed = self.packed
-        sampler = evaluation_sampler(dataset, evaluated_together(self.eval_batch_size), packed)
+        sampler = evaluation_sampler(dataset, default_eval_batch_size(self.eval_batch_size), packed)
         loader = make_loader(dataset, sampler, packed)
         # To put a prediction into its list, the trainer waits for a GPU after each batch (Lightning 2.6.6).
         collector = PredictionCollector()
@@ -154,8 +154,8 @@ def assemble(
     load_weights(classifier, checkpoint)
     keep_freed_memory()
     tokenizer = base_tokenizer(model["base_model"])
-    frame = InputFormat.of(tokenizer, data["max_length"], data["truncation"], data["window_overlap"])
-    return LoadedRun(classifier, tokenizer, frame, data["padding"], data["eval_batch_size"], trainer)
+    input_format = InputFormat.of(tokenizer, data["max_length"], data["truncation"], data["window_overlap"])
+    return LoadedRun(classifier, tokenizer, input_format, data["padding"], data["eval_batch_size"], trainer)
 
 
 def load_run(folder: str | Path, checkpoint: str = "best", **trainer: Any) -> LoadedRun:

@@ -180,7 +180,7 @@ def predict_file(loaded: LoadedRun, job: PredictJob, task: FileTask, advance: Ad
     empty, places = 0, list[str]()
     tokenized = (
         (rows, loaded.dataset(rows.usable), rows.table.columns)
-        for rows in read_rows(task, job.settings["text_column"], pair=is_pair(loaded.frame.keep))
+        for rows in read_rows(task, job.settings["text_column"], pair=is_pair(loaded.input_format.keep))
     )
     with atomic_path(task.output) as staging, pq.ParquetWriter(staging, schema) as writer:
         for rows, dataset, columns in _one_ahead(tokenized):

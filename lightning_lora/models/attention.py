@@ -165,14 +165,14 @@ def _uneven(width: int, dtype: torch.dtype) -> bool:
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """Of the last dimension, in the number format of the scores."""
+    """Of the last dimension, in the dtype of the scores."""
     if _uneven(scores.shape[-1], scores.dtype):
         return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
     return scores.softmax(-1)
 
 
 def finite(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask in another number format without -inf: a row of nothing else would become NaN."""
+    """The mask in another dtype without -inf: a row of nothing else would become NaN."""
     return mask.to(dtype).clamp(min=torch.finfo(dtype).min)
 
 

@@ -79,7 +79,7 @@ class BaseCheck:
             padding: Whether to look for what it reads; layers in 8 or 4 bits round by the whole batch.
 
         Raises:
-            UserError: It is so; what works is named.
+            UserError: The forward or backward pass fails, or padding changes the logits; what works is named.
         """
         inputs = self.inputs
         with self._unchanged():
@@ -110,14 +110,14 @@ class BaseCheck:
             )
 
     def check_precision(self, precision: str, dtype: torch.dtype) -> None:
-        """Refuse a model that cannot be trained or evaluated in a number format, after ``check``.
+        """Refuse a model that cannot be trained or evaluated in a dtype, after ``check``.
 
         Args:
             precision: What the trainer calls it.
             dtype: In which autocast multiplies.
 
         Raises:
-            UserError: It cannot.
+            UserError: The pass fails in this dtype, or its result is not finite.
         """
         with self._unchanged(), torch.autocast(self._device.type, dtype):
             failure = _failure(self._step) or self._failure(self._short)

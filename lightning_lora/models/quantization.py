@@ -47,7 +47,7 @@ def check_quantization(options: Quantization, method: str, bits: Sequence[int], 
         cpu_bits: What it can do without one.
 
     Raises:
-        UserError: As said.
+        UserError: An option is for 4 bits only, or the method cannot train on weights of so many bits (here).
     """
     if options.bits != 4:
         for field in fields(Quantization):

@@ -112,7 +112,7 @@ def cut_last_layer(base: Base, tokens: FirstTokens) -> bool:
 
 
 def cast_once(base: Base) -> None:
-    """Cast what several layers read to the number format of their products once, on a GPU, and not in each of them.
+    """Cast what several layers read to the dtype of their products once, on a GPU, and not in each of them.
 
     Of an attention these are its queries, keys and values, and of a LoRA layer its weight and its A.
     """
@@ -295,12 +295,12 @@ def _mergeable(model: nn.Module) -> Iterator[lora.Linear]:
 
 
 def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep frozen weights in another number format, except in modules that also train weights of their own."""
+    """Keep frozen weights in another dtype, except in modules that also train weights of their own."""
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         if all(not p.requires_grad and p.dtype == torch.float32 for p in own):
             for parameter in own:
                 parameter.data = parameter.data.to(dtype)
-        # PEFT would cast the input of each adapter to the adapter's format; autocast casts the adapter instead.
+        # PEFT would cast the input of each adapter to the adapter's dtype; autocast casts the adapter instead.
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]

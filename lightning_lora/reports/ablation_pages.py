@@ -57,7 +57,7 @@ def as_html(report: Report) -> str:
 def forest(report: Report) -> dict[str, Any]:
     """Return what a forest plot shows: places on its axis in percent, and for each arm its numbers in words.
 
-    The axis holds all intervals of the paired differences, nought, and the margin on both sides.
+    The axis holds all intervals of the paired differences, zero, and the margin on both sides.
     """
     metric, margin = report.plan.metric, report.margin
     ends = [end for arm in report.arms if arm.against for end in bounded(arm.against.estimate, metric, True)]
@@ -81,4 +81,4 @@ def forest(report: Report) -> dict[str, Any]:
             row["difference_interval"] = interval_text(found.estimate, metric, True)
         rows.append(row)
     band = {"left": place(-margin), "width": round(place(margin) - place(-margin), 2)}
-    return {"rows": rows, "nought": place(0), "band": band, "low": f"{low:+.3f}", "high": f"{high:+.3f}"}
+    return {"rows": rows, "zero": place(0), "band": band, "low": f"{low:+.3f}", "high": f"{high:+.3f}"}

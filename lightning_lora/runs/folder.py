@@ -1,8 +1,9 @@
 """A run's folder and its record; the only place that reads or writes either. Imports no torch.
 
-A run folder holds ``config.yaml`` (resolved), ``checkpoints/best.ckpt`` and ``last.ckpt``, ``metrics.csv``,
-TensorBoard's ``events.out.*``, ``splits.parquet`` (which row went where), ``predictions/`` and, written
-last, ``run.json``: the record.
+A run folder holds ``config.yaml`` (resolved), ``checkpoints/best.ckpt`` and ``last.ckpt`` (``stopped.ckpt`` where it
+was asked to stop), ``metrics.csv``, TensorBoard's ``events.out.*``, ``splits.parquet`` (which row went where),
+``predictions/``, the table of each evaluated split (``test.md``), ``export/``, of ``fit --budget`` ``tuning.json`` and
+``tuning.md``, and, written last, ``run.json``: the record.
 """
 
 import itertools

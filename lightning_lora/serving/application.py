@@ -29,7 +29,7 @@ from lightning_lora.serving.served_run import ServedRun
 
 
 def make_app(runs: Mapping[str, ServedRun], batcher: Batcher, limits: Limits, log_texts: bool = False) -> FastAPI:
-    """Return the application; keys and the size of bodies are the matter of ``Gate``.
+    """Return the application; keys and the size of bodies are the matter of ``AccessMiddleware``.
 
     Args:
         runs: What is served, by name.
@@ -115,7 +115,7 @@ def _describe(run: ServedRun) -> RunInfo:
         labels=list(run.loaded.label_names),
         thresholds=_thresholds(run),
         pairs=run.pairs,
-        max_length=run.loaded.frame.max_length,
+        max_length=run.loaded.input_format.max_length,
         method=identity.method,
         base_model=PurePath(base).name if PurePath(base).is_absolute() else base,
         base_fingerprint=identity.base_fingerprint,
@@ -131,6 +131,6 @@ def _answer_invalid(request: Request, error: RequestValidationError) -> JSONResp
 
 
 def _answer_failure(request: Request, error: Exception) -> JSONResponse:
-    """Say no more than that it failed; ``Gate`` says on standard error where."""
+    """Say no more than that it failed; ``AccessMiddleware`` says on standard error where."""
     del request, error
     return JSONResponse({"detail": "internal error"}, 500)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
-from lightning_lora.data.order import evaluated_together
+from lightning_lora.data.order import default_eval_batch_size
 from lightning_lora.data.pairs import Text, is_pair
 from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.inference.loaded_run import load_run
@@ -77,10 +77,10 @@ class ServedRun:
             self.model.speedups = replace(self.model.speedups, merged_evaluation=False)
         self.weight_bytes, self.shared_bytes = shared.share(self.model)
         self.packed = loaded.packed
-        self._together = evaluated_together(loaded.eval_batch_size)
+        self._together = default_eval_batch_size(loaded.eval_batch_size)
         on_gpu = loaded.trainer.strategy.root_device.type == "cuda"
-        room = self._together * loaded.frame.max_length
-        self.batch_tokens = batch_tokens or (room if on_gpu else min(room, CPU_BATCH_TOKENS))
+        max_tokens = self._together * loaded.input_format.max_length
+        self.batch_tokens = batch_tokens or (max_tokens if on_gpu else min(max_tokens, CPU_BATCH_TOKENS))
         self.thresholds = None if self.model.thresholds is None else self.model.thresholds.float().cpu().numpy()
         record = run.read() if run.record.is_file() else {}
         of_best = dict(kept_metrics(record, "test") or kept_metrics(record, "val")) if checkpoint == "best" else {}
@@ -101,7 +101,7 @@ class ServedRun:
     @property
     def pairs(self) -> bool:
         """Whether it reads pairs of texts."""
-        return is_pair(self.loaded.frame.keep)
+        return is_pair(self.loaded.input_format.keep)
 
     def logits(self, ids: Sequence[Any], texts: Sequence[Text]) -> np.ndarray:
         """Compute the logits of a batch, float32 (N, C), in inference mode.
@@ -112,10 +112,10 @@ class ServedRun:
         """
         loaded = self.loaded
         tokens: Any = QueuedTokens(ids)
-        dataset = TokenDataset(tokens, loaded.frame, None, loaded.padding == "max_length")
+        dataset = TokenDataset(tokens, loaded.input_format, None, loaded.padding == "max_length")
         dataset.batch_texts = texts
         if self.packed:
-            most = LengthBatchSampler(dataset.lengths, self._together, None, room=self.batch_tokens).most_texts
+            most = LengthBatchSampler(dataset.lengths, self._together, None, max_tokens=self.batch_tokens).most_texts
             dataset.pack_evaluation(self.batch_tokens, most)
         device = loaded.trainer.strategy.root_device
         with loaded.trainer.precision_plugin.predict_step_context():

@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 
 from lightning_lora.errors import UserError
-from lightning_lora.serving.gate import Gate
+from lightning_lora.serving.middleware import AccessMiddleware
 
 #: Seconds in which clients with an open connection are told to close it, before it is closed.
 DRAIN_S = 0.5
@@ -20,14 +20,14 @@ class DrainingServer(uvicorn.Server):
     """A server that answers what it has accepted before it ends.
 
     Args:
-        gate: What answers.
+        middleware: What answers.
         ready: Called when it accepts requests.
     """
 
-    def __init__(self, gate: Gate, ready: Callable[[], None]) -> None:
+    def __init__(self, middleware: AccessMiddleware, ready: Callable[[], None]) -> None:
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False}
-        super().__init__(uvicorn.Config(gate, lifespan="off", ws="none", **quiet))
-        self.gate, self.ready = gate, ready
+        super().__init__(uvicorn.Config(middleware, lifespan="off", ws="none", **quiet))
+        self.middleware, self.ready = middleware, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to accept requests."""
@@ -36,7 +36,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no more connections, answer what comes by the open ones, and then close them."""
-        self.gate.app.state.draining = True
+        self.middleware.app.state.draining = True
         for listening in (self.servers, sockets or []):
             for each in listening:
                 each.close()
@@ -44,11 +44,11 @@ class DrainingServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run_server(gate: Gate, address: socket.socket, ready: Callable[[], None]) -> None:
+def run_server(middleware: AccessMiddleware, address: socket.socket, ready: Callable[[], None]) -> None:
     """Answer requests until SIGTERM or Ctrl-C, and then those that are accepted."""
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # which uvicorn raises again when all is answered
     try:
-        DrainingServer(gate, ready).run([address])
+        DrainingServer(middleware, ready).run([address])
     finally:
         signal.signal(signal.SIGTERM, before)
 

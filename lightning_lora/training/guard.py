@@ -66,7 +66,7 @@ class StepGuard:
             self.gradient_norm = nn.utils.get_total_norm([p.grad for p in stepped(optimizer) if p.grad is not None])
             checked["gradient"] = self.gradient_norm
         finite = torch.stack([values.isfinite().all() for values in checked.values()])
-        spoilt = processes.agreed(*(~finite).tolist())
+        spoilt = processes.all_reduce_max(*(~finite).tolist())
         if not any(spoilt):
             return
         what = next(name for name, bad in zip(checked, spoilt, strict=True) if bad)
@@ -150,7 +150,7 @@ def check_whole_steps(trainer: Trainer) -> None:
     """Refuses a limit on training batches that cuts the last step of an epoch, whose parts would count too little.
 
     Raises:
-        UserError: It does.
+        UserError: ``trainer.limit_train_batches`` is no multiple of ``accumulate_grad_batches``.
     """
     batches, parts, loader = trainer.num_training_batches, trainer.accumulate_grad_batches, trainer.train_dataloader
     if batches % parts and loader is not None and batches < len(loader):

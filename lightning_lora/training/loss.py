@@ -61,7 +61,7 @@ def check_task(
         threshold: From which on labels are predicted.
 
     Raises:
-        UserError: There is one.
+        UserError: A setting does not go with the task.
     """
     if task == "regression" and (smoothing or weights is not None):
         name = "label_smoothing" if smoothing else "class_weights"
@@ -84,7 +84,7 @@ def check_calibration(calibrate: bool, task: Task, threshold: str | float, metho
         method: How the model is fine-tuned.
 
     Raises:
-        UserError: There is none, or it would.
+        UserError: Nothing is fitted, or the task has no probabilities; or a typed threshold would change labels.
     """
     if not calibrate:
         return

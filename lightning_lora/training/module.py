@@ -158,7 +158,7 @@ class TextClassifier(StepRunner):
         self._counted: dict[str, Any] = {}
         #: The peak of the schedule, which a search may replace.
         self.scheduled_rate = self.learning_rate
-        #: Optimizer steps that the schedule is laid out over: in the state that training continues from, and now.
+        #: Optimizer steps of the schedule: in the state that training continues from, and now.
         self.planned_before: int | None = None
         self.planned_steps: int | None = None
 
@@ -246,7 +246,7 @@ class TextClassifier(StepRunner):
         """The number of layers that can be evaluated in int8 in a run of this precision.
 
         Raises:
-            UserError: There is none, or this machine cannot.
+            UserError: No layer can be evaluated in int8, or this machine has no kernels for it.
         """
         attention = self.attention_for(training=False) if self.lowers_frozen(precision) else None
         return check_engine("int8", self.model, attention)
@@ -330,7 +330,7 @@ class TextClassifier(StepRunner):
         self.log_epoch("train")
 
     def setup(self, stage: str) -> None:
-        """Puts the frozen weights into their number format, and takes the class weights of the training loss."""
+        """Puts the frozen weights into their dtype, and takes the class weights of the training loss."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TextDataModule):
             if self.calibrate and data.truncation == "windows":

@@ -118,7 +118,7 @@ def warmup_steps(warmup_ratio: float, total_steps: int) -> int:
 
 
 def same_schedule(schedule: Schedule, warmup_ratio: float, total: int, other: int) -> bool:
-    """Whether a schedule gives the same rates where it is laid out over another number of steps."""
+    """Whether a schedule gives the same rates for another total number of steps."""
     return schedule == "constant" and warmup_steps(warmup_ratio, total) == warmup_steps(warmup_ratio, other)
 
 

@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import lightning_lora
 from lightning_lora.errors import UserError
-from lightning_lora.processes import follow
+from lightning_lora.processes import become_nonzero_rank
 
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 #: Holds the process that started this one: once it has been killed, the parent is another.
@@ -111,9 +111,9 @@ def run_processes(words: Sequence[str], count: int, num_nodes: int) -> int | Non
     return 0
 
 
-def follow_the_leader() -> None:
+def silence_nonzero_rank() -> None:
     """Write and print nothing from here on."""
-    follow()
+    become_nonzero_rank()
     sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
 
 

@@ -1,4 +1,4 @@
-"""The number format to compute in, where the user leaves it open."""
+"""The precision to compute in, where the user leaves it open."""
 
 import torch
 

@@ -61,7 +61,7 @@ def refuse_options(trainer: Mapping[str, Any]) -> None:
     """Refuse values of trainer options that would be ignored, or would do something else than they say.
 
     Raises:
-        UserError: There is one.
+        UserError: An option has such a value.
     """
     for name, (allowed, reason) in OPTIONS.items():
         if trainer[name] != allowed:

@@ -88,7 +88,7 @@ class StateSaver(Checkpoint):
         first, self._first = self._first, False  # nothing is new yet
         if taken and not first and not validates_within(trainer, taken - steps):
             due = trainer.is_global_zero and time.perf_counter() - self._saved_at >= self._took / SHARE
-            save, asked = processes.agreed(due, self.request.number or 0)
+            save, asked = processes.all_reduce_max(due, self.request.number or 0)
             if save or asked or validates_within(trainer, taken):
                 self.save(trainer)
             self.request.grant(int(asked))
@@ -97,7 +97,7 @@ class StateSaver(Checkpoint):
 
     def _grant(self) -> None:
         """End the run if one of its processes was asked to, in all of them."""
-        (asked,) = processes.agreed(self.request.number or 0)
+        (asked,) = processes.all_reduce_max(self.request.number or 0)
         self.request.grant(int(asked))
 
     def state_dict(self) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def test_no_batch_of_an_evaluation_is_larger_than_the_first(to_max: bool, keep: 
     """In tokens, padding included: 130 is no width that texts are padded to, and is one here."""
     ends = np.cumsum(LENGTHS)
     tokens = TokenRows(pa.chunked_array([pa.ListArray.from_arrays([0, *ends], np.ones(ends[-1], np.int32))]))
-    frame = InputFormat((2,), (3,), 0, 130, keep)
-    data = TokenDataset(tokens, frame, None, to_max)
+    input_format = InputFormat((2,), (3,), 0, 130, keep)
+    data = TokenDataset(tokens, input_format, None, to_max)
     sizes = [data.__getitems__(batch)["input_ids"].numel() for batch in LengthBatchSampler(data.widths, 16, None)]
     assert max(sizes) == sizes[0]
     whole = math.ceil(len(LENGTHS) / 16)

@@ -74,7 +74,7 @@ def test_repeats_and_contradictions(folder: Path, tiny_base: Path) -> None:
     assert train.repeats.count == frame.duplicated("key").sum() == 3
     contradicted = frame.groupby("key")["label"].nunique() > 1
     assert train.conflicts.count == contradicted.sum() == 1
-    assert facts.repeats_removed["train_in_test"] == 1 and train.rows == 203
+    assert facts.duplicates_removed["train_in_test"] == 1 and train.rows == 203
     assert f"{label[0]}, but {label[2]} in {folder / 'train.csv'}, line 4" in only(found, "another label")
     assert f"{folder / 'train.csv'}, line 204" in train.conflicts.example
     assert f"as {folder / 'train.csv'}, line 2" in only(found, "each counts as often")
@@ -98,7 +98,7 @@ def test_near_repeats_across_splits(folder: Path, tiny_base: Path) -> None:
     plant(folder, "val", (f"{long[2]} zebra", "neg"))
     facts, found = facts_of(str(folder), tiny_base)
     assert facts.splits["test"].near["train"].count == 2 and facts.splits["val"].near["train"].count == 1
-    said = only(found, "near repeats")
+    said = only(found, "near-duplicates")
     assert "2 of 62 test rows in train, 1 of 41 val rows in train" in said
     where = pd.read_csv(folder / "train.csv")["text"].tolist().index(long[0]) + 2
     assert f"{folder / 'test.csv'}, line 62: '" in said and f"like {folder / 'train.csv'}, line {where})" in said

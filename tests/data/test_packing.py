@@ -20,8 +20,8 @@ def dataset(rows: int = 200, keep: str = "head", max_length: int = 24, top: int 
     ids = DRAW.integers(5, 100, lengths.sum()).astype(np.int32)
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int32)))
     tokens = TokenRows(pa.chunked_array([pa.ListArray.from_arrays(offsets, ids)]))
-    frame = InputFormat((2,), (3,), 1, max_length, keep, 5 if keep == "windows" else 0)  # type: ignore[arg-type]
-    return TokenDataset(tokens, frame, DRAW.integers(0, 3, rows), pad_to_max=False)
+    input_format = InputFormat((2,), (3,), 1, max_length, keep, 5 if keep == "windows" else 0)  # type: ignore[arg-type]
+    return TokenDataset(tokens, input_format, DRAW.integers(0, 3, rows), pad_to_max=False)
 
 
 @pytest.mark.parametrize("keep", ["head", "windows"])

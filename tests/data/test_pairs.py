@@ -35,9 +35,9 @@ def test_batches_are_what_the_tokenizer_itself_gives(
     words = ["film", "dull", "story", "unknown"]
     texts = [tuple(" ".join(rng.choice(words, n)) for n in rng.integers(1, 24, 2)) for _ in range(150)]
     tokenizer = load_tokenizer(str(base), "model.base_model")
-    frame, plain = InputFormat.of(tokenizer, 21, truncation), AutoTokenizer.from_pretrained(base)  # type: ignore[arg-type]
+    input_format, plain = InputFormat.of(tokenizer, 21, truncation), AutoTokenizer.from_pretrained(base)  # type: ignore[arg-type]
     tokens = tokenize(texts, tokenizer)
-    both = set(frame.cut_both(tokens).tolist())
+    both = set(input_format.cut_both(tokens).tolist())
     kept = [i for i in range(len(texts)) if i not in both]
     assert bool(both) == (truncation != "longest_first") and len(kept) > 50
     for i in both:
@@ -47,14 +47,14 @@ def test_batches_are_what_the_tokenizer_itself_gives(
     theirs = plain(
         list(first), list(second), truncation=truncation, max_length=21, padding="longest", return_tensors="np"
     )
-    dataset = TokenDataset(tokens, frame, None, pad_to_max=False)
+    dataset = TokenDataset(tokens, input_format, None, pad_to_max=False)
     ours = dataset.__getitems__(kept)
     assert set(ours) - {"rows", "num_tokens", "share", "part_share"} == set(theirs)
     for name, expected in theirs.items():
         np.testing.assert_array_equal(ours[name], expected)
     assert dataset.lengths[kept].tolist() == theirs["attention_mask"].sum(1).tolist()
     assert all(dataset.lengths[i] == 21 for i in both)  # of these longest_first
-    assert all(len(frame.inputs(tokens[i])[0]) == 21 for i in both)
+    assert all(len(input_format.inputs(tokens[i])[0]) == 21 for i in both)
 
 
 def test_lengths_of_a_pair_that_no_strategy_can_cut_alone() -> None:
@@ -104,7 +104,7 @@ def test_a_pair_repeats_only_as_a_whole(tmp_path: Path) -> None:
     repeats = [(f"{a}!", b.upper(), label), (a, other[1], label), (b, a, label), (f"{a} {b}", other[1], label)]
     write_csv(tmp_path / "train.csv", [*rows[:30], *repeats], PAIR_HEADER)
     prepared = prepare(SourceOptions(files, text_column=COLUMNS))
-    assert prepared.repeats_removed["train_in_test"] == 1  # of which case and punctuation do not count
+    assert prepared.duplicates_removed["train_in_test"] == 1  # of which case and punctuation do not count
     left = [*prepared.splits["train"].texts, *prepared.splits["val"].texts]
     assert repeats[0][:2] not in left and set(left) >= {each[:2] for each in repeats[1:]}
 

@@ -52,7 +52,7 @@ def test_repeats_are_taken_out_of_the_training_side_only_and_counted(tmp_path: P
     write_csv(tmp_path / "train.csv", [*rows[:100], *((f"{t.upper()} !!", label) for t, label in rows[100:107])])
     write_csv(tmp_path / "test.csv", rows[100:])
     prepared = prepare(SourceOptions(str(tmp_path)))
-    assert prepared.repeats_removed["train_in_test"] == 7
+    assert prepared.duplicates_removed["train_in_test"] == 7
     assert len(prepared.splits["test"]) == 20
     assert sum(len(prepared.splits[s]) for s in ("train", "val")) == 100
 
@@ -64,7 +64,7 @@ def test_a_row_that_stands_twice_in_train_is_never_in_train_and_val(tmp_path: Pa
     prepared = prepare(SourceOptions(str(tmp_path)))
     held_out = {text.lower() for text in prepared.splits["val"].texts}
     assert not held_out & {text.lower() for text in prepared.splits["train"].texts}
-    assert len(prepared.splits["val"]) == 10 == prepared.repeats_removed["train_in_val"]
+    assert len(prepared.splits["val"]) == 10 == prepared.duplicates_removed["train_in_val"]
 
 
 def test_other_seeds_of_the_split_give_other_rows_and_the_same_seed_the_same(reviews: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_source_of_repeats_is_shared_out_by_text(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "repeats.csv", make_rows(60) * 20)
     prepared = prepare(SourceOptions(str(path)))
     assert {split: len(rows) for split, rows in prepared.splits.items()} == {"train": 43 * 20, "val": 5, "test": 12}
-    assert prepared.repeats_removed == {"train_in_test": 12 * 19, "train_in_val": 5 * 19}
+    assert prepared.duplicates_removed == {"train_in_test": 12 * 19, "train_in_val": 5 * 19}
 
 
 @pytest.mark.parametrize("rows", [make_rows(6), make_rows(4) * 25, make_rows(4), [*make_rows(6), ("alone", "rare")]])

@@ -87,7 +87,7 @@ def test_batches_record_and_places_are_those_of_rows_that_are_read_whole(
             np.testing.assert_array_equal(value, ours[key])
             assert getattr(value, "dtype", None) == getattr(ours[key], "dtype", None)
     expected, got = whole.describe(), streamed.describe()
-    assert got["repeats_removed"] == {"train_in_test": 2, "val_in_test": 0, "train_in_val": 1}
+    assert got["duplicates_removed"] == {"train_in_test": 2, "val_in_test": 0, "train_in_val": 1}
     for split, report in expected["splits"].items():
         assert got["splits"][split]["fingerprint"] == report["fingerprint"]
         assert got["splits"][split]["rows_by_class"] == report["rows_by_class"]

@@ -28,8 +28,8 @@ def test_batches_are_what_the_tokenizer_itself_gives(tiny_base: Path, tokenizer,
     theirs = AutoTokenizer.from_pretrained(tiny_base)(
         TEXTS, truncation=True, max_length=max_length, padding="longest", return_tensors="np"
     )
-    frame = InputFormat.of(tokenizer, max_length)
-    ours = TokenDataset(tokenize(TEXTS, tokenizer), frame, None, pad_to_max=False).__getitems__([0, 1, 2, 3])
+    input_format = InputFormat.of(tokenizer, max_length)
+    ours = TokenDataset(tokenize(TEXTS, tokenizer), input_format, None, pad_to_max=False).__getitems__([0, 1, 2, 3])
     np.testing.assert_array_equal(ours["input_ids"], theirs["input_ids"])
     np.testing.assert_array_equal(ours["attention_mask"], theirs["attention_mask"])
     assert ours["num_tokens"] == theirs["attention_mask"].sum()
@@ -55,17 +55,17 @@ def test_other_framings_of_a_text(tmp_path: Path, tokenizer, framing: str) -> No
     [("head", [10, 11, 12, 13, 14]), ("tail", [15, 16, 17, 18, 19]), ("both", [10, 16, 17, 18, 19])],
 )
 def test_what_stays_of_a_long_text(keep: str, expected: list[int]) -> None:
-    frame = InputFormat(prefix=(2,), suffix=(3,), pad_id=0, max_length=7, keep=keep)
-    assert [ids.tolist() for ids in frame.inputs(np.arange(10, 20))] == [[2, *expected, 3]]
-    assert [ids.tolist() for ids in frame.inputs(np.arange(10, 15))] == [[2, 10, 11, 12, 13, 14, 3]]  # fits
+    input_format = InputFormat(prefix=(2,), suffix=(3,), pad_id=0, max_length=7, keep=keep)
+    assert [ids.tolist() for ids in input_format.inputs(np.arange(10, 20))] == [[2, *expected, 3]]
+    assert [ids.tolist() for ids in input_format.inputs(np.arange(10, 15))] == [[2, 10, 11, 12, 13, 14, 3]]  # fits
 
 
 @pytest.mark.parametrize("overlap", [0, 1, 4])
 @pytest.mark.parametrize("length", [1, 5, 6, 7, 10, 23])
 def test_windows_cover_a_text_with_full_windows_that_share_the_overlap(overlap: int, length: int) -> None:
-    frame = InputFormat(prefix=(2,), suffix=(3,), pad_id=0, max_length=7, keep="windows", overlap=overlap)
+    input_format = InputFormat(prefix=(2,), suffix=(3,), pad_id=0, max_length=7, keep="windows", overlap=overlap)
     ids = np.arange(10, 10 + length)
-    windows = [window.tolist() for window in frame.inputs(ids)]
+    windows = [window.tolist() for window in input_format.inputs(ids)]
     assert all(window[0] == 2 and window[-1] == 3 for window in windows)
     bare = [window[1:-1] for window in windows]
     assert set().union(*bare) == set(ids.tolist())
@@ -73,13 +73,13 @@ def test_windows_cover_a_text_with_full_windows_that_share_the_overlap(overlap: 
     for left, right in itertools.pairwise(bare[:-1]):  # the last one is moved back to the end of the text
         assert len(set(left) & set(right)) == overlap
     tokens = TokenRows(pa.chunked_array([[ids.tolist()]], pa.list_(pa.int32())))
-    assert frame.input_lengths(tokens)[0] == sum(map(len, windows))
+    assert input_format.input_lengths(tokens)[0] == sum(map(len, windows))
 
 
 def test_a_batch_of_windows_says_which_document_each_belongs_to(tokenizer) -> None:
     texts = [" ".join(["film"] * n) for n in (3, 12, 5)]
-    frame = InputFormat.of(tokenizer, 7, "windows", 1)
-    batch = TokenDataset(tokenize(texts, tokenizer), frame, None, pad_to_max=False).__getitems__([2, 0, 1])
+    input_format = InputFormat.of(tokenizer, 7, "windows", 1)
+    batch = TokenDataset(tokenize(texts, tokenizer), input_format, None, pad_to_max=False).__getitems__([2, 0, 1])
     assert batch["documents"].tolist() == [0, 1, 2, 2, 2]
     assert batch["rows"].tolist() == [2, 0, 1] and batch["input_ids"].shape == (5, 7)
     assert batch["num_tokens"] == int(batch["attention_mask"].sum())

@@ -20,11 +20,13 @@ from tests.conftest import make_rows
 @pytest.mark.parametrize("truncation", ["head", "tail", "both", "windows"])
 def test_texts_are_encoded_as_in_training(tiny_base: Path, tmp_path: Path, truncation, padding: str) -> None:
     tokenizer = load_tokenizer(str(tiny_base), "model.base_model")
-    frame = InputFormat.of(tokenizer, 11, truncation)
-    write_tokenizer(tmp_path, str(tiny_base), frame, padding)
-    write_identity(tmp_path, CheckpointIdentity("base", "0", ["a", "b"], "lora"), frame, padding)
+    input_format = InputFormat.of(tokenizer, 11, truncation)
+    write_tokenizer(tmp_path, str(tiny_base), input_format, padding)
+    write_identity(tmp_path, CheckpointIdentity("base", "0", ["a", "b"], "lora"), input_format, padding)
     texts = [text for text, _ in make_rows(40)]
-    batch = TokenDataset(tokenize(texts, tokenizer), frame, None, padding == "max_length").__getitems__(range(40))
+    batch = TokenDataset(tokenize(texts, tokenizer), input_format, None, padding == "max_length").__getitems__(
+        range(40)
+    )
     seen: dict[str, list[np.ndarray]] = {"input_ids": [], "attention_mask": []}
 
     def run(input_ids: np.ndarray, attention_mask: np.ndarray) -> np.ndarray:

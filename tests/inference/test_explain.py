@@ -76,7 +76,7 @@ def test_an_effect_is_the_fall_of_the_log_odds_without_the_word(loaded: LoadedRu
 def test_words_that_are_cut_off_count_nothing_and_take_no_prediction(loaded: LoadedRun, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(LoadedRun, "predict_dataset", lambda self, data: asked.append(len(data)) or plain(self, data))
-    room = loaded.frame.room
+    room = loaded.input_format.text_tokens
     (found,) = loaded.explain([" ".join(f"{word}" for word in (FILLER * 9)[: room + 20])])
     # Of the last that is read another moves into its place; then nothing changes.
     assert found.read[:room].all() and not found.read[room + 1 :].any() and not found.effects[room + 1 :].any()

@@ -69,7 +69,9 @@ def trained(base: Path, **settings: Any) -> TextClassifier:
 
 
 def batch_of(texts: list[str], data: TextDataModule) -> dict[str, torch.Tensor]:
-    return TokenDataset(tokenize(texts, data.tokenizer), data.frame, None, False).__getitems__(list(range(len(texts))))
+    return TokenDataset(tokenize(texts, data.tokenizer), data.input_format, None, False).__getitems__(
+        list(range(len(texts)))
+    )
 
 
 @torch.no_grad()
@@ -154,11 +156,14 @@ def test_a_token_that_ends_every_text_is_not_what_pads_it(tmp_path: Path) -> Non
 def test_the_last_token_that_is_kept_is_read_and_special_tokens_stay(tmp_path: Path, keep: Truncation) -> None:
     base = save_tiny_base(tmp_path / "base", "llama")
     tokenizer = load_tokenizer(str(base), "k")
-    for frame in (InputFormat.of(tokenizer, 10, keep), InputFormat((2,), (), 0, 10, keep, 2 * (keep == "windows"))):
-        parts = frame.inputs(np.arange(5, 30))
+    for input_format in (
+        InputFormat.of(tokenizer, 10, keep),
+        InputFormat((2,), (), 0, 10, keep, 2 * (keep == "windows")),
+    ):
+        parts = input_format.inputs(np.arange(5, 30))
         assert all(part[0] == 2 and len(part) <= 10 for part in parts)  # the token that begins a text
-        assert all(part[-1] == 3 for part in parts) == bool(frame.suffix)
-        end = len(parts[-1]) - len(frame.suffix) - 1
+        assert all(part[-1] == 3 for part in parts) == bool(input_format.suffix)
+        end = len(parts[-1]) - len(input_format.suffix) - 1
         assert parts[-1][end] == (2 + end + 2 if keep == "head" else 29)
         model = trained(base)
         ids = torch.tensor(parts[-1]).long()[None]
@@ -174,7 +179,7 @@ def test_a_text_of_which_no_token_is_left_gets_a_prediction(tmp_path: Path) -> N
     data = TextDataModule("nothing.csv", str(base), max_length=60)
     model, nothing = trained(base), "�"  # which this tokenizer drops
     assert not data.tokenizer(nothing)["input_ids"]
-    assert data.frame.input_lengths(tokenize([nothing, "fine film"], data.tokenizer)).tolist() == [1, 2]
+    assert data.input_format.input_lengths(tokenize([nothing, "fine film"], data.tokenizer)).tolist() == [1, 2]
     together, alone = said(model, [nothing, TEXTS[0]], data)[:1], said(model, [nothing], data)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 

@@ -25,10 +25,10 @@ def rows(keep: str = "head", count: int = 9, longest: int = 40, top: int = 60) -
     draw = np.random.default_rng(1)
     lengths = draw.integers(1, top, count)
     ids = draw.integers(5, 30, lengths.sum()).astype(np.int32)
-    frame = InputFormat((2,), (3,), 0, longest, keep, 4 if keep == "windows" else 0)  # type: ignore[arg-type]
+    input_format = InputFormat((2,), (3,), 0, longest, keep, 4 if keep == "windows" else 0)  # type: ignore[arg-type]
     offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int32)))
     tokens = TokenRows(pa.chunked_array([pa.ListArray.from_arrays(offsets, ids)]))
-    return TokenDataset(tokens, frame, draw.integers(0, 3, count), pad_to_max=False)
+    return TokenDataset(tokens, input_format, draw.integers(0, 3, count), pad_to_max=False)
 
 
 def both(data: TokenDataset) -> list[dict]:

@@ -43,7 +43,9 @@ def change_tokenizer(folder: Path, **changes: Any) -> None:
 
 def predicted(model: TextClassifier, data: TextDataModule) -> np.ndarray:
     """Probabilities as ``predict`` makes them, all texts in one batch."""
-    batch = TokenDataset(tokenize(TEXTS, data.tokenizer), data.frame, None, False).__getitems__(list(range(len(TEXTS))))
+    batch = TokenDataset(tokenize(TEXTS, data.tokenizer), data.input_format, None, False).__getitems__(
+        list(range(len(TEXTS)))
+    )
     with torch.no_grad():
         return model.eval().document_logits(batch).softmax(-1).numpy()
 

@@ -43,7 +43,7 @@ def test_the_forest_plot_has_nought_the_margin_and_the_intervals_in_their_places
     rows = {row["label"]: row for row in plot["rows"]}
     two = rows["rank 2, rate 0.001"]
     assert two["difference"] == "-0.2000" and two["verdict"] == "worse"
-    scale = (plot["nought"] - two["point"]) / 0.2  # percent of the axis for a difference of 1
+    scale = (plot["zero"] - two["point"]) / 0.2  # percent of the axis for a difference of 1
     assert plot["band"]["width"] == pytest.approx(2 * 0.01 * scale, abs=0.05)
     (arm,) = (arm for arm in crossed.arms if arm.label == "rank 2, rate 0.001")
     assert two["width"] == pytest.approx((arm.against.estimate.high - arm.against.estimate.low) * scale, abs=0.05)

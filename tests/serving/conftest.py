@@ -69,26 +69,26 @@ def inputs(name: str) -> list[Any]:
 
 
 @pytest.fixture
-def gate(served: dict[str, Any]) -> Iterator[Any]:
+def middleware(served: dict[str, Any]) -> Iterator[Any]:
     """The application in front of the runs, without a key."""
     from lightning_lora.serving.application import make_app
     from lightning_lora.serving.batcher import Batcher
-    from lightning_lora.serving.gate import Gate
     from lightning_lora.serving.metrics import ServingMetrics
+    from lightning_lora.serving.middleware import AccessMiddleware
     from lightning_lora.serving.schemas import Limits
 
     limits, metrics = Limits(**LIMITS), ServingMetrics()
     batcher = Batcher(limits.waiting_texts, metrics)
     batcher.start()
-    yield Gate(make_app(served, batcher, limits), None, limits.body_mb, metrics)
+    yield AccessMiddleware(make_app(served, batcher, limits), None, limits.body_mb, metrics)
     batcher.close()
 
 
 @pytest.fixture
-def client(gate: Any) -> Any:
+def client(middleware: Any) -> Any:
     from starlette.testclient import TestClient
 
-    return TestClient(gate)
+    return TestClient(middleware)
 
 
 def check(answer: dict[str, Any], expected: Any, positions: list[int]) -> None:

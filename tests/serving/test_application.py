@@ -12,7 +12,7 @@ pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 from starlette.testclient import TestClient
 
 from lightning_lora.evaluation.predictions import Predictions
-from lightning_lora.serving.gate import Gate
+from lightning_lora.serving.middleware import AccessMiddleware
 from lightning_lora.serving.schemas import as_answers
 from tests.serving.conftest import LIMITS, TEXTS, check, inputs
 
@@ -84,16 +84,18 @@ def test_a_body_without_a_length_is_limited_too(client: TestClient) -> None:
     assert answer.status_code == 413
 
 
-def test_where_too_many_texts_wait_clients_are_told_to_try_again(client: TestClient, gate: Gate, monkeypatch) -> None:
-    batcher = gate.app.state.batcher
+def test_where_too_many_texts_wait_clients_are_told_to_try_again(
+    client: TestClient, middleware: AccessMiddleware, monkeypatch
+) -> None:
+    batcher = middleware.app.state.batcher
     monkeypatch.setattr(batcher, "max_waiting", 5)
     answer = client.post("/predict", json={"run": "run", "texts": ["a"] * 6})
     assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
     assert client.post("/predict", json={"run": "run", "texts": ["a"] * 5}).status_code == 200
 
 
-def test_a_key_opens_all_but_health_is_open(gate: Gate) -> None:
-    client = TestClient(Gate(gate.app, "secret-ключ", 1.0, gate.metrics))
+def test_a_key_opens_all_but_health_is_open(middleware: AccessMiddleware) -> None:
+    client = TestClient(AccessMiddleware(middleware.app, "secret-ключ", 1.0, middleware.metrics))
     body = {"run": "run", "texts": "fine"}
     assert client.get("/health").status_code == 200
     key = "Bearer secret-ключ".encode()

@@ -249,7 +249,7 @@ def test_long_documents_are_read_whole_and_counted_once(tiny_base: Path, reviews
     model.eval()
     some_long = 0
     for i in range(len(rows)):
-        windows = dataset.frame.inputs(dataset.tokens[i])
+        windows = dataset.input_format.inputs(dataset.tokens[i])
         some_long += len(windows) > 1
         with torch.no_grad():
             each = [model(torch.tensor(w)[None], torch.ones(1, len(w), dtype=torch.long)) for w in windows]

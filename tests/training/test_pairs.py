@@ -27,8 +27,8 @@ def classifier(base: Path, method: str = "full", **settings) -> TextClassifier:
 
 def dataset(base: Path, truncation: str = "longest_first") -> TokenDataset:
     tokenizer = load_tokenizer(str(base), "model.base_model")
-    frame = InputFormat.of(tokenizer, 26, truncation)  # type: ignore[arg-type]
-    return TokenDataset(tokenize(PAIRS, tokenizer), frame, torch.arange(20).numpy() % 3, pad_to_max=False)
+    input_format = InputFormat.of(tokenizer, 26, truncation)  # type: ignore[arg-type]
+    return TokenDataset(tokenize(PAIRS, tokenizer), input_format, torch.arange(20).numpy() % 3, pad_to_max=False)
 
 
 @pytest.mark.parametrize("first_token_only", [True, False])
@@ -39,7 +39,7 @@ def test_logits_are_those_of_plain_transformers(
     changes = {"roberta": {"type_vocab_size": 1}, "deberta-v2": {"type_vocab_size": 2}}.get(model_type, {})
     base = save_pair_base(make_base(model_type, initializer_range=0.3, **changes), tmp_path / "base", model_type)
     model, data = classifier(base, first_token_only=first_token_only), dataset(base)
-    assert bool(data.frame.types) == (model_type in ("bert", "albert", "electra", "deberta-v2"))
+    assert bool(data.input_format.types) == (model_type in ("bert", "albert", "electra", "deberta-v2"))
     plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, attn_implementation="eager").eval()
     plain.load_state_dict(model.model.state_dict())
     first, second = (list(side) for side in zip(*PAIRS, strict=True))
@@ -49,7 +49,7 @@ def test_logits_are_those_of_plain_transformers(
     with torch.inference_mode():
         expected, found = plain(**inputs).logits, model.document_logits(batch)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
-        if data.frame.types:  # they say something
+        if data.input_format.types:  # they say something
             other = plain(**inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}).logits
             assert (found - other).abs().max() > 1e-3
 

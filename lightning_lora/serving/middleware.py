@@ -17,7 +17,7 @@ DISCARDED = 16
 _OPEN = "/health"
 
 
-class Gate:
+class AccessMiddleware:
     """The ASGI application around the application.
 
     Args:

@@ -61,8 +61,8 @@ class Sketch:
         return (self.minima[:, number * BAND : (number + 1) * BAND] * _WEIGHTS).sum(axis=1, dtype=np.uint64)
 
 
-def near_repeats(sketch: Sketch, others: Sketch) -> np.ndarray:
-    """Positions of the rows with a near repeat among other rows, each with that of a near repeat of it, (N, 2).
+def near_duplicates(sketch: Sketch, others: Sketch) -> np.ndarray:
+    """Positions of the rows with a near-duplicate among other rows, each with that of a near-duplicate of it, (N, 2).
 
     It is the most similar one of those compared. Where buckets are full, a row can be missed.
     """

@@ -1,4 +1,4 @@
-"""Near repeats against all pairs compared by sets of 5-grams."""
+"""Near-duplicates against all pairs compared by sets of 5-grams."""
 
 import random
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_lora.data.near_repeats import Sketch, near_repeats, similarity
+from lightning_lora.data.near_duplicates import Sketch, near_duplicates, similarity
 from lightning_lora.data.prepare import SourceOptions, prepare
 from lightning_lora.data.rows import Rows
 from tests.conftest import make_rows, write_csv
@@ -47,7 +47,7 @@ def test_what_is_found_is_what_comparing_all_pairs_finds(tmp_path: Path) -> None
     splits = split_rows(tmp_path, train=train, test=test, val=[text for text, _ in make_rows(40, seed=5)])
     held, texts = splits["test"].texts, splits["train"].texts
     best = np.array([max(jaccard(one, other) for other in texts) for one in held])
-    pairs = near_repeats(Sketch.of(splits["test"]), Sketch.of(splits["train"]))
+    pairs = near_duplicates(Sketch.of(splits["test"]), Sketch.of(splits["train"]))
     expected = np.flatnonzero(best >= 0.8)
     assert 30 < len(expected) < 110
     assert pairs[:, 0].tolist() == expected.tolist()
@@ -61,7 +61,7 @@ def test_the_most_similar_row_is_named(tmp_path: Path) -> None:
     near = [f"{text} zebra" for text in test]
     train = [*near, *(edited(text, 1, rng) for text in test)]  # less similar, and later
     splits = split_rows(tmp_path, train=train, test=test, val=["something else", "and another thing"])
-    pairs = near_repeats(Sketch.of(splits["test"]), Sketch.of(splits["train"]))
+    pairs = near_duplicates(Sketch.of(splits["test"]), Sketch.of(splits["train"]))
     right = [max(train, key=lambda text: jaccard(text, test[i])) == splits["train"].texts[j] for i, j in pairs]
     assert len(pairs) == len(test) > 15 and np.mean(right) > 0.9
 
@@ -84,9 +84,9 @@ def test_texts_of_one_template_and_no_text_alike(tmp_path: Path) -> None:
     ]
     others = [f"{word * 4} {i}" for i, word in enumerate(text.replace(" ", "") for text, _ in make_rows(20, seed=9))]
     splits = split_rows(tmp_path, train=train, test=[*test, *others], val=["something else", "and another thing"])
-    pairs = near_repeats(Sketch.of(splits["test"]), Sketch.of(splits["train"]))
+    pairs = near_duplicates(Sketch.of(splits["test"]), Sketch.of(splits["train"]))
     assert pairs[:, 0].tolist() == list(range(30))
-    assert len(near_repeats(Sketch.of(splits["val"]), Sketch.of(splits["train"]))) == 0
+    assert len(near_duplicates(Sketch.of(splits["val"]), Sketch.of(splits["train"]))) == 0
 
 
 def test_of_many_rows_some_are_compared_spread_evenly(tmp_path: Path) -> None:
@@ -96,4 +96,4 @@ def test_of_many_rows_some_are_compared_spread_evenly(tmp_path: Path) -> None:
     sketch = Sketch.of(rows, counted.append, most=10)
     assert sketch.positions.tolist() == np.linspace(0, len(rows) - 1, 10).astype(int).tolist()
     assert sketch.minima.shape == (10, 80) and sum(counted) == 10
-    assert near_repeats(sketch, Sketch.of(rows))[:, 1].tolist() == sketch.positions.tolist()  # itself
+    assert near_duplicates(sketch, Sketch.of(rows))[:, 1].tolist() == sketch.positions.tolist()  # itself
