@@ -18,8 +18,10 @@ FEW_VALUES = 10
 #: Numbers to predict are computed with, and their errors squared, in 32 bits: no larger ones are taken, nor any that
 #: differ by a smaller share of their size.
 LARGEST, LEAST_SPREAD = 1e15, 1e-5
-#: More whole numbers than these are pointed out, as they could measure something.
-MANY_NUMBERS = 20
+#: More whole numbers than these are pointed out, as they could measure something, and more than those are refused.
+MANY_NUMBERS, TOO_MANY_NUMBERS = 20, 100
+#: Numbers with a decimal comma, or with separators of thousands.
+_COMMA_NUMBER = re.compile(r"[+-]?\d+(,\d+)+(\.\d+)?", re.ASCII)
 _WHOLE_NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.0+)?", re.ASCII)
 _QUOTE = "YAML reads yes, no, on, off, null, 007, 1:30 and 1.10 without quotes as something else: put each in quotes"
 _MEASURE = "set data.task=regression to predict it, or another data.label_column"
@@ -69,6 +71,7 @@ def encode_labels(
     names: Sequence[Any] | Mapping[Any, Any] | None,
     known: Sequence[str] | None = None,
     train_rows: int | None = None,
+    typed: bool = False,
 ) -> Labels:
     """The classes, and the class number of every row of every table.
 
@@ -79,6 +82,7 @@ def encode_labels(
             labels themselves or, where these are numbers, of names for the sorted numbers.
         known: Names of the classes 0, 1, ... of a known data set; else those that the tables declare are used.
         train_rows: How many the train split has, where its tables hold each label cell once.
+        typed: Whether the user says that they are classes, however many numbers there are.
 
     Without names the classes are the values of the train split: numbers in numeric order, words in alphabetic order.
 
@@ -105,7 +109,7 @@ def encode_labels(
     elif declared:
         by_word = {name: name for name in declared}
     else:
-        warnings = _check_categorical(places, rows, f"{origin}: column '{column}'")
+        warnings = _check_categorical(places, rows, f"{origin}: column '{column}'", typed)
         in_train = {words[type(cell), cell] for table in splits["train"] for cell in table.columns[column]}
         by_word = {word: word for word in ordered(in_train)}
     if missing := [word for word in places if word not in by_word]:
@@ -203,9 +207,13 @@ def encode_numbers(splits: dict[str, list[Table]], column: str, names: Any) -> L
         raise UserError("data.label_names: numbers (data.task=regression) have no names; leave it out")
     encoded: dict[str, list[np.ndarray]] = {split: [] for split in splits}
     if all(number_of(cell) is None for table in splits["train"] for cell in table.columns[column]):
+        table = next(table for table in splits["train"] if len(table))
+        remedy = "leave data.task out, or name another data.label_column"
+        if _COMMA_NUMBER.fullmatch(str(table.columns[column][0])):
+            remedy = "write numbers with a point and without separators of thousands"
         raise UserError(
-            f"data.task: regression, but column '{column}' holds no numbers; leave data.task out, or name another "
-            "data.label_column"
+            f"{table.where(0, column)}: data.task is regression, but the column holds no numbers, as "
+            f"{table.columns[column][0]!r:.40}; {remedy}"
         )
     for split, tables in splits.items():
         for table in tables:
@@ -323,13 +331,14 @@ def _named(names: Sequence[Any] | Mapping[Any, Any], words: list[str], declared:
     return dict(zip(values, given.values(), strict=True))
 
 
-def _check_categorical(places: Mapping[str, str], rows: int, column: str) -> list[str]:
+def _check_categorical(places: Mapping[str, str], rows: int, column: str, typed: bool) -> list[str]:
     """Refuses labels that are no classes unless the user says so, and those that differ only in how they are written.
 
     Args:
         places: Where each label is first.
         rows: Of the train split.
         column: Its file and name, for messages.
+        typed: Whether the user says that they are classes.
 
     Returns:
         Warnings if they may be a measure, or several labels in one.
@@ -352,10 +361,17 @@ def _check_categorical(places: Mapping[str, str], rows: int, column: str) -> lis
         sparse = span > len(words) > FEW_VALUES and rows < 10 * len(words)
         if sparse or not all(map(float.is_integer, numbers)):
             raise UserError(f"{many}: a measure, not classes; {_MEASURE}, or {_REMEDY}")
+        if len(words) > TOO_MANY_NUMBERS and not typed:
+            raise UserError(f"{many}: a measure? {_MEASURE}; or, if each is a class, data.task=single_label")
         # Ids without a gap from 0 or 1 are classes; up to 100 they could be percent.
         ids = numbers[0] in (0, 1) and span == len(words) and numbers[-1] != 100
-        if len(words) > MANY_NUMBERS and not ids:
+        if len(words) > MANY_NUMBERS and not ids and not typed:
             warnings.append(f"{many}, and each is a class; if it is a measure, {_MEASURE}")
+    elif len(words) > FEW_VALUES and all(map(_COMMA_NUMBER.fullmatch, words)) and not typed:
+        raise UserError(
+            f"{column} holds numbers with commas ({few(words)}): to predict them, write them with a point and without "
+            "separators, and set data.task=regression; or, if each is a class, data.task=single_label"
+        )
     for separator in ";|,":
         made = [w for w in words if separator in w and {part.strip() for part in w.split(separator)} < places.keys()]
         if made:

@@ -167,7 +167,9 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
     elif task == "regression":
         labels = encode_numbers(tables, column, options.label_names)
     else:
-        labels = encode_labels(tables, column, options.label_names, known, usable["train"])
+        labels = encode_labels(
+            tables, column, options.label_names, known, usable["train"], options.task == "single_label"
+        )
     splits = {}
     for split, each in files.items():
         coded = zip(labels.encoded[split], cells[split], strict=True)
@@ -202,6 +204,10 @@ def _task_of(
     several = next(lists, None)
     if options.task == "auto":
         return known or ("multi_label" if several else "single_label")
+    if options.label_separator is not None and options.task != "multi_label":
+        raise UserError(
+            f"data.label_separator: it makes lists of labels, but data.task is {options.task}; leave one out"
+        )
     if several and options.task != "multi_label":
         raise UserError(
             f"{several}: a list of labels, but data.task is {options.task}; correct the row, or set "

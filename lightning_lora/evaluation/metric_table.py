@@ -151,6 +151,12 @@ def _calibration_gaps(outputs: Outputs) -> NDArray:
     return np.stack([*in_bin], axis=1)
 
 
+def _spearman(torchmetrics: Any, size: Mapping[str, Any]) -> Any:
+    from lightning_lora.evaluation.metrics import SpearmanCorrelation  # which imports torch
+
+    return SpearmanCorrelation()
+
+
 def _calibration_error(torchmetrics: Any, size: Mapping[str, Any]) -> Any:
     kind = {"task": "binary"} if size["task"] == "multilabel" else size  # all labels of all rows together
     return torchmetrics.CalibrationError(**kind, n_bins=CALIBRATION_BINS, norm="l1")
@@ -284,7 +290,7 @@ METRICS: dict[str, MetricSpec] = {
     ),
     # Its interval draws rows with the ranks that they have among all.
     "spearman": MetricSpec(
-        lambda t, _: t.SpearmanCorrCoef(),
+        _spearman,
         "Spearman correlation",
         _moments(_ranks),
         _correlation,

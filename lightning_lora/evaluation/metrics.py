@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 import torchmetrics
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, MetricCollection, SpearmanCorrCoef
 from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.utilities import dim_zero_cat
 
 from lightning_lora import processes
 from lightning_lora.evaluation.documents import wide
@@ -33,6 +34,17 @@ class MatthewsCorrelation(MulticlassConfusionMatrix):
         value = METRICS["matthews_correlation"].value
         assert value is not None
         return torch.as_tensor(value(means, "single_label"))
+
+
+class SpearmanCorrelation(SpearmanCorrCoef):
+    """Spearman's correlation as SciPy has it: NaN where all predictions, or all labels, are equal, not 0."""
+
+    def compute(self) -> Tensor:
+        """Return the correlation, ()."""
+        preds, target = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        if (preds == preds[0]).all() or (target == target[0]).all():
+            return preds.new_tensor(torch.nan)
+        return super().compute()
 
 
 def make_metrics(num_classes: int, training: bool = False, task: Task = "single_label") -> MetricCollection:

@@ -256,7 +256,7 @@ def test_baselines_are_runs(task: str, method: str, tiny_base: Path, tmp_path: P
         (
             "multi_label",
             ["--data.task", "regression"],
-            "a list of labels, but data.task is regression; correct the row, or set data.task=multi_label",
+            "data.label_separator: it makes lists of labels, but data.task is regression; leave one out",
         ),
         ("multi_label", ["--model.task", "regression"], "model.task"),
     ],

@@ -102,7 +102,17 @@ def test_labels_are_named_as_single_ones_are(tmp_path: Path) -> None:
             "line 2, column 'label': a number from -1e+15 to 1e+15 is needed (data.task=regression), got 'much'",
         ),
         ([["a", "x"], ["b", "y"]], {"label_column": "text"}, "'text' is named twice"),
-        ([["a", "x"], ["b", "y"]], {"task": "regression"}, "column 'label' holds no numbers; leave data.task out"),
+        ([["a", "x"], ["b", "y"]], {"task": "regression"}, "the column holds no numbers, as 'x'; leave data.task out"),
+        (
+            [["a", "1,5"], ["b", "0,5"]],
+            {"task": "regression"},
+            "line 1, column 'label': data.task is regression, but the column holds no numbers, as '1,5'; write numbers",
+        ),
+        (
+            [["a", "1"], ["b", "2"]],
+            {"task": "regression", "label_separator": ";"},
+            "data.label_separator: it makes lists",
+        ),
         (
             [[f"text {i}", i] for i in range(20)],
             {"task": "multi_label"},

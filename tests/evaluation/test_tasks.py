@@ -134,6 +134,13 @@ def test_metrics_of_numbers_are_scipys(seed: int) -> None:
     assert counter.take_values(["score"]) == {"loss": 1.0}
 
 
+def test_correlations_of_constant_predictions_are_not_defined() -> None:
+    counter = EvaluationCounter(1, "regression")
+    counter.count(torch.ones(9, 1), torch.arange(9.0), torch.tensor(0.0))
+    found = counter.take_values(["score"])
+    assert np.isnan(found["spearman"]) and np.isnan(found["pearson"])  # as SciPy's, and not 0
+
+
 def test_matthews_correlation_of_single_labels_is_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     labels = rng.choice(3, size=200, p=[0.6, 0.3, 0.1])
