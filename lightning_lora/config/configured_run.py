@@ -141,7 +141,7 @@ class ConfiguredRun:
         except (ValueError, TypeError, ImportError, AttributeError) as error:
             if "class_path" not in str(error):
                 raise
-            raise UserError(f"a class that the config names cannot be made: {root_cause(error)}") from error
+            raise UserError(f"trainer: a class that the config names cannot be made: {root_cause(error)}") from error
         self.datamodule, self.model, self.trainer_settings = made.data, made.model, vars(made.trainer)
         if self.command == "fit" and find_method(config.model.method).trains:
             self._fill_length()

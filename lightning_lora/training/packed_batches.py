@@ -110,7 +110,8 @@ class PackedBatches:
         elif getattr(data, "padding", None) == "max_length":
             reason = "data.padding asks for max_length"
         if asked is True and reason is not None:
-            raise UserError(f"model.speedups.packing: {reason}; leave one of the two out")
+            one = "it" if reason == self.cannot else "one of the two"
+            raise UserError(f"model.speedups.packing: {reason}; leave {one} out")
         on_gpu = trainer.strategy.root_device.type == "cuda"
         return reason is None and (on_gpu if asked == "auto" else bool(asked))
 
