@@ -200,7 +200,7 @@ def tensorboard() -> None:
     """The metrics of the test rows, by TensorBoard's HTTP interface."""
     with web_server([sys.executable, "-m", "tensorboard.main", "--logdir", "logs", "--host", "127.0.0.1"]) as address:
         tags: dict[str, Any] = {}
-        for _ in range(50):  # it reads the runs after it has begun to answer
+        for _ in range(50):  # it reads the runs after it has started to answer
             tags = asked(address, "/data/plugin/scalars/tags")
             if all(any(tag.startswith("test/") for tag in tags.get(run, [])) for run in RUNS):
                 break
@@ -249,7 +249,7 @@ def optuna_dashboard() -> None:
 
 
 def scikit_learn() -> None:
-    """Metrics of the rows that ``test`` wrote, with their labels, computed anew."""
+    """Metrics of the rows that ``test`` wrote, with their labels, computed again."""
     import pandas as pd
     from sklearn import metrics
     from sklearn.preprocessing import MultiLabelBinarizer

@@ -25,7 +25,7 @@ _BAD_ROWS = (
 )
 #: What ``--track`` takes.
 TRACKERS = Literal["mlflow", "wandb", "trackio"]
-TRACK_HELP = "Also write to a tracker; test and export go on with the same tracked run."
+TRACK_HELP = "Also write to a tracker; test and export continue the same tracked run."
 ARM_HELP = "Of a config that describes arms (for compare): the one whose settings are taken."
 #: For each command its options, each with its type, default and help.
 COMMAND_OPTIONS: dict[str, dict[str, tuple[Any, Any, str]]] = {

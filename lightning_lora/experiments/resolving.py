@@ -127,7 +127,7 @@ def check_validated(settings: Mapping[str, dict[str, Any]]) -> None:
         settings: All of each cell, by its name.
 
     Raises:
-        UserError: There is one; faults of the data are the cells' own.
+        UserError: A cell would end before it; faults of the data are told when the cell runs.
     """
     limited: dict[str, tuple[str, dict[str, Any]]] = {}
     for name, each in settings.items():

@@ -1,6 +1,6 @@
 """Experiment trackers beside TensorBoard (``fit --track``): MLflow, Weights & Biases, Trackio.
 
-A run has one tracked run, whose id is in ``run.json``, so that ``fit --resume``, ``test`` and ``export`` go on with it.
+A run has one tracked run, whose id is in ``run.json``, so that ``fit --resume``, ``test`` and ``export`` continue it.
 Where a tracker keeps its runs is its own affair: each reads the variables that its manual names, and is local without.
 """
 
