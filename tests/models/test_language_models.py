@@ -270,5 +270,5 @@ def test_what_reads_other_tokens_than_the_last_is_off_or_refused(make_base: Call
     from lightning import Trainer
 
     packed = TextClassifier(base, LABELS, speedups=Speedups(packing=True))
-    with pytest.raises(UserError, match=r"model\.speedups\.packing: the attention .* is causal; leave one"):
+    with pytest.raises(UserError, match=r"model\.speedups\.packing: the attention .* is causal; leave it out"):
         packed.packed_batches.wanted(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
