@@ -1,6 +1,7 @@
 """This project against its peers on one machine: the same rows, the same base model, the same LoRA, in one run.
 
     python benchmarks/suite.py --out logs/benchmark [--data FOLDER]      (make benchmark)
+    python benchmarks/suite.py --checkout before=../old --systems lightning_lora before     (two commits, in turn)
 
 Each system first finds, for each batch size that it may have, its fastest settings on a few rows; then the batch size
 and the learning rate of one small sweep with the best validation accuracy. Then all systems train and test in turn, a
@@ -9,6 +10,7 @@ rows choose nothing.
 """
 
 import argparse
+import importlib.util
 import json
 import platform
 import re
@@ -19,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,12 +50,14 @@ class System:
         recipe: Of ``hf_trainer.py``; None for this project.
         batches: The batch sizes that it may choose from, as options.
         settings: What it may choose from besides, for speed alone.
+        checkout: Of this project; its own ``benchmarks/suite.py`` knows its options.
     """
 
     name: str
     recipe: str | None = None
     batches: Sequence[tuple[str, ...]] = ((),)
     settings: Sequence[tuple[str, ...]] = ((),)
+    checkout: Path = ROOT
 
     def run(
         self, task: Task, settings: Sequence[str], rate: float, seed: int, work: Path, test: bool
@@ -60,8 +65,23 @@ class System:
         """Trains and evaluates once, each as a process of its own; what came out, in plain numbers."""
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        run = ours if self.recipe is None else trainer
-        return run(self, task, settings, rate, seed, work, test)
+        if self.recipe is not None:
+            return trainer(self, task, settings, rate, seed, work, test)
+        own = ours if self.checkout == ROOT else suite_of(self.checkout).ours
+        result: dict[str, Any] = own(self, task, settings, rate, seed, work, test)
+        return result
+
+
+@cache
+def suite_of(checkout: Path) -> Any:
+    """This file of another checkout, as a module."""
+    path = checkout / "benchmarks" / "suite.py"
+    spec = importlib.util.spec_from_file_location(f"suite_of_{checkout.name}", path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def trainer(system: System, task: Task, settings: Sequence[str], rate: float, seed: int, work: Path, test: bool) -> Any:
@@ -266,15 +286,21 @@ def best(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(
-    task: Task, out: Path, rates: Sequence[float], rounds: int, trial: Task | None, swept: dict[str, Any] | None
+    systems: Sequence[System],
+    task: Task,
+    out: Path,
+    rates: Sequence[float],
+    rounds: int,
+    trial: Task | None,
+    swept: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Settings, learning rates and rounds of every system; with ``swept`` the sweeps are those of an earlier report."""
-    swept = swept or {s.name: sweep(s, task, trial, rates, out) for s in SYSTEMS}
-    found = {s.name: best(swept[s.name]) for s in SYSTEMS}
+    swept = swept or {s.name: sweep(s, task, trial, rates, out) for s in systems}
+    found = {s.name: best(swept[s.name]) for s in systems}
     for name, entry in found.items():
         say(f"{name}: {' '.join(entry['settings'])}, learning rate {entry['learning_rate']:g}")
     for seed in range(1, rounds + 1):
-        order = SYSTEMS if seed % 2 else SYSTEMS[::-1]
+        order = systems if seed % 2 else systems[::-1]
         for system in order:
             entry = found[system.name]
             result = system.run(task, entry["settings"], entry["learning_rate"], seed, out / "work", True)
@@ -314,7 +340,8 @@ def picture(found: dict[str, Any], path: Path) -> None:
 
     shown = ("train_rows_per_s", "test_rows_per_s", "peak_memory_mb", "test_accuracy")
     figure = Figure(figsize=(13, 3.4), layout="constrained")
-    colors = ("#999999", "#56B4E9", "#0072B2", "#D55E00")  # Okabe and Ito: distinguishable without colour vision
+    # Okabe and Ito: distinguishable without colour vision
+    colors = ("#999999", "#56B4E9", "#0072B2", "#D55E00", "#009E73", "#CC79A7")[: len(found)]
     for axes, key in zip(figure.subplots(1, len(shown)), shown, strict=True):
         for i, (entry, color) in enumerate(zip(found.values(), colors, strict=True)):
             values = [r[key] for r in entry["rounds"]]
@@ -360,6 +387,8 @@ def main() -> None:
     parser.add_argument("--trial_rows", type=int, default=256, help="rows on which fast settings are found")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sweeps", type=Path, help="a benchmark.json whose sweeps are taken instead of new ones")
+    parser.add_argument("--checkout", action="append", default=[], help="NAME=FOLDER: another checkout, as a system")
+    parser.add_argument("--systems", nargs="+", help="only these, by name")
     parser.add_argument("--smoke", action="store_true", help="a few rows, one rate, one round: does it still run?")
     options = parser.parse_args()
     if options.smoke:
@@ -370,7 +399,15 @@ def main() -> None:
     task = Task(folder, options.max_length, options.base_model, options.epochs)
     trial = None if options.smoke else small(task, options.trial_rows, out)
     swept = json.loads(options.sweeps.read_text())["systems"] if options.sweeps else None
-    found = compare(task, out, options.rates, options.rounds, trial, swept)
+    systems = [
+        *SYSTEMS,
+        *(
+            System(name, None, SYSTEMS[-1].batches, checkout=Path(folder).resolve())
+            for name, _, folder in (each.partition("=") for each in options.checkout)
+        ),
+    ]
+    systems = [each for each in systems if each.name in (options.systems or [each.name])]
+    found = compare(systems, task, out, options.rates, options.rounds, trial, swept)
     shutil.rmtree(out / "work")
     told = {"rows": rows, "max_length": options.max_length, "epochs": options.epochs, "rates": options.rates}
     source = options.data.name if options.data else "imdb_packaged"
