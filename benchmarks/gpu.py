@@ -55,8 +55,8 @@ def correctness(bench: "Bench") -> dict[str, Any]:
     def losses(speedups: Speedups, precision: str, **model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         watch = Watch(losses=True)
         module = fit(base, data, size, speedups, watch, precision, **model)
-        if speedups is GRAPHS and CUDA and module.plain_steps:
-            raise RuntimeError(module.plain_steps)
+        if speedups is GRAPHS and CUDA and module.not_captured:
+            raise RuntimeError(module.not_captured)
         return torch.stack(watch.losses).cpu(), weights(module)
 
     for precision in ("32-true", "bf16-mixed"):
@@ -95,8 +95,8 @@ def methods(bench: "Bench") -> dict[str, Any]:
             watch = Watch(losses=True)
             module = fit(base, data, 16, BEST, watch, **settings)
             ends = bool(torch.stack(watch.losses).isfinite().all())
-            packed = module.packed_batches.distrust
-            said = f"plain: {module.plain_steps}" if module.plain_steps else "captured"
+            packed = module.packed_batches.rejected
+            said = f"plain: {module.not_captured}" if module.not_captured else "captured"
             found[name] = said + (f"; padded: {packed}" if packed else "") + ("" if ends else "; NOT FINITE")
         except UserError as error:  # captures are asked for
             found[name] = f"plain: {error}"
@@ -114,8 +114,8 @@ def architectures(bench: "Bench") -> dict[str, Any]:
     for name in ARCHITECTURES:
         try:
             module = fit(bench.base(name), data, 16, BEST, Watch())
-            packed = module.packed_batches.distrust or module.packed_batches.cannot
-            found[name] = (f"plain: {module.plain_steps}" if module.plain_steps else "captured") + (
+            packed = module.packed_batches.rejected or module.packed_batches.cannot
+            found[name] = (f"plain: {module.not_captured}" if module.not_captured else "captured") + (
                 f"; padded: {packed}" if packed else ""
             )
         except UserError as error:
@@ -140,10 +140,10 @@ def fallback(bench: "Bench") -> dict[str, Any]:
     base, data = bench.base("minilm"), bench.rows(96)
     found = [fit(base, data, 16, speedups, Watch(), kind=Asks) for speedups in (GRAPHS, PACKED, GRAPHS)]
     return {
-        "plain because": found[0].plain_steps,
+        "plain because": found[0].not_captured,
         "learns what a plain run learns": bool(torch.equal(weights(found[0]), weights(found[1]))),
         "again": bool(torch.equal(weights(found[0]), weights(found[2]))),
-        "captured after it": fit(base, data, 16, GRAPHS, Watch()).plain_steps is None,
+        "captured after it": fit(base, data, 16, GRAPHS, Watch()).not_captured is None,
     }
 
 
@@ -173,7 +173,7 @@ def own_training(bench: "Bench", batch_size: int, rows: int, speedups: Speedups)
     row["share_of_matrix_rate"] = float(data.lengths.sum()) / steps * encoder_flops(module.model) / each / bench.rate
     if CUDA:
         row["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return row | {"plain_because": module.plain_steps}
+    return row | {"plain_because": module.not_captured}
 
 
 class PredictClock(Callback):
@@ -240,7 +240,7 @@ def evaluation(bench: "Bench") -> dict[str, Any]:
         for name in TUNED:
             found[f"{size}, best over the best of the {name}"] = best["this project"] / best[name]
         packed_batches = runs["this project"].model.packed_batches
-        found[f"{size}, plain because"] = packed_batches.plain_evaluation or packed_batches.distrust
+        found[f"{size}, plain because"] = packed_batches.plain_evaluation or packed_batches.rejected
         few = bench.rows(2000 if not bench.tiny else 40)
         exact = predictor(bench, size, PLAIN, precision="32-true").predict_dataset(few).probabilities
         for name, speedups in {**variants, "padded and plain": PLAIN}.items():

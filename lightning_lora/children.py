@@ -23,7 +23,7 @@ def run_child(commands: list[list[str]], output: Path) -> int:
     """Run commands of this program one after another in one process until one fails; return its exit status, or 0.
 
     Args:
-        commands: The words of each.
+        commands: The arguments of each.
         output: What they print is added to this file.
 
     Raises:
@@ -141,8 +141,8 @@ def _main(work: Callable[[], int | None], output: str, environment: dict[str, st
 def _run_commands(commands: list[list[str]]) -> int:
     from lightning_lora.cli import main
 
-    for words in commands:
-        print("$", command_line(*words), flush=True)
-        if status := main(words):
+    for argv in commands:
+        print("$", command_line(*argv), flush=True)
+        if status := main(argv):
             return status
     return 0

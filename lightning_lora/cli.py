@@ -18,7 +18,7 @@ from lightning_lora.interrupts import Interrupted
 from lightning_lora.processes import is_rank_zero
 from lightning_lora.program import program
 
-#: For each word after ``main.py`` a line for the help page, and the ``module:function`` that takes the other words.
+#: For each word after ``main.py`` a line for the help page, and the ``module:function`` that takes the other arguments.
 COMMANDS = {
     "data": ("what the data is, what is suspicious first", "data:run"),
     "fit": ("train; without --config the embedded default", "fit:run"),
@@ -49,26 +49,26 @@ Errors are one line; --traceback (or LIGHTNING_LORA_TRACEBACK=1) shows where the
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 1 for a fault, 2 for a wrong input, 130 for Ctrl-C."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     # Large pages for large tensors (4% of a step on a CPU); torch reads it before its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    show_traceback = "--traceback" in words or bool(os.environ.get("LIGHTNING_LORA_TRACEBACK"))
-    words = [word for word in words if word != "--traceback"]
-    if not words or words[0] in ("-h", "--help"):
+    show_traceback = "--traceback" in argv or bool(os.environ.get("LIGHTNING_LORA_TRACEBACK"))
+    argv = [word for word in argv if word != "--traceback"]
+    if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
-        return 0 if words else 2
-    if words[0] == "--version":
+        return 0 if argv else 2
+    if argv[0] == "--version":
         print(f"lightning_lora {__version__}")
         return 0
-    return exit_status(lambda: _run_command(*words), show_traceback)
+    return exit_status(lambda: _run_command(*argv), show_traceback)
 
 
-def _run_command(command: str, *words: str) -> int | None:
+def _run_command(command: str, *argv: str) -> int | None:
     if command not in COMMANDS:
         meant = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(command, COMMANDS, 1))
         raise UserError(f"no command '{command}'{meant}; there are {', '.join(COMMANDS)}")
     module, _, function = COMMANDS[command][1].partition(":")
-    return getattr(importlib.import_module(f"lightning_lora.commands.{module}"), function)(list(words))
+    return getattr(importlib.import_module(f"lightning_lora.commands.{module}"), function)(list(argv))
 
 
 def exit_status(work: Callable[[], int | None], show_traceback: bool = False) -> int:

@@ -27,8 +27,8 @@ class Interrupted(BaseException):
 class StopRequest:
     """Takes the signals of a run.
 
-    While ``deferred`` a signal is kept until ``grant`` is called, and a second one ends the run at once; otherwise
-    the first one does. Once granted, more of them are passed over.
+    While ``deferred`` a signal is kept until ``deliver`` is called, and a second one ends the run at once; otherwise
+    the first one does. Once delivered, more of them are passed over.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class StopRequest:
         for number in self._taken:
             signal.signal(number, self._handle)
 
-    def grant(self, number: int) -> None:
+    def deliver(self, number: int) -> None:
         """End the run, if it was asked to by this signal; 0 for none.
 
         Raises:

@@ -12,7 +12,7 @@ from lightning_lora.cli import main
 from lightning_lora.evaluation.metric_table import METRICS, MetricSpec
 from lightning_lora.evaluation.metrics import make_metrics
 from lightning_lora.experiments.plan import make_plan
-from lightning_lora.experiments.results import read_answers
+from lightning_lora.experiments.results import read_cell_predictions
 from lightning_lora.export.card import card_metrics
 from lightning_lora.training.refused import check_monitors
 from tests.conftest import fit_tiny
@@ -57,7 +57,7 @@ def test_a_new_metric_is_one_entry(tiny_base: Path, tmp_path: Path, monkeypatch:
     # Arms can be chosen and compared by it.
     axes = {"rank": {"model.adapter.rank": [2, 8]}}
     assert make_plan({"question": "?", "axes": axes, "metric": "top_2"}, Path("a.yaml")).higher_is_better
-    answers = read_answers(run / "predictions" / "test.parquet")
+    answers = read_cell_predictions(run / "predictions" / "test.parquet")
     assert answers is not None and answers.values("top_2").mean() == pytest.approx(expected)
     # The model card.
     assert ("top_2_accuracy", "top-2 accuracy", test["after"]["top_2"]) in card_metrics(test["after"])

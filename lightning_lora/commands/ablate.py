@@ -15,7 +15,7 @@ from lightning_lora.experiments.runner import add_options, run_experiment
 from lightning_lora.runs.folder import folder_name
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Run what is missing of an ablation and write its report; return 1 if a cell failed."""
     parser = OptionParser(
         "ablate",
@@ -30,14 +30,14 @@ def run(words: list[str]) -> int:
         "--arms", nargs="+", help="Of the arms that the config, or its base recipe, names: those to run now."
     )
     add_options(parser)
-    options, overrides = parser.parse_known_args(words)
+    options, overrides = parser.parse_known_args(argv)
     parser.refuse_misspelt(overrides)
     if any(word.startswith("--seed_everything") for word in overrides):
         raise UserError("--seed_everything: the seeds of an ablation are those of its config")
     path = find_config(options.config)
     name = f"ablation-{path.stem}{'-small' if options.small else ''}"
     folder = Path(options.logs_dir) / (folder_name(options.name) if options.name else name)
-    content, command = read_config(path), ["ablate", *words]
+    content, command = read_config(path), ["ablate", *argv]
     if "sets" not in content:
         if options.sets:
             raise UserError(f"--sets: {path} describes no sets")
@@ -53,9 +53,9 @@ def run(words: list[str]) -> int:
 
 
 def _run_one(
-    content: Mapping[str, Any], path: Path, folder: Path, options: Namespace, overrides: Sequence[str], words: list[str]
+    content: Mapping[str, Any], path: Path, folder: Path, options: Namespace, overrides: Sequence[str], argv: list[str]
 ) -> int:
-    status = run_experiment(content, path, folder, options, overrides, words)
+    status = run_experiment(content, path, folder, options, overrides, argv)
     if not options.plan:
         write_ablation_report(folder)
     return status

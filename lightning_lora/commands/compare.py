@@ -28,10 +28,10 @@ STORED: dict[str, dict[str, Any]] = {
 }
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Run what is missing of the arms and write the report; return 1 if an arm failed."""
     parser = _parser()
-    options, overrides = parser.parse_known_args(words)
+    options, overrides = parser.parse_known_args(argv)
     parser.refuse_misspelt(overrides)
     paths = [find_config(each) for each in options.config or [DEFAULT_CONFIG]]
     configs = [read_config(path) for path in paths]
@@ -49,7 +49,7 @@ def run(words: list[str]) -> int:
         "seeds": options.seed_everything or seeds[-1:] or [DEFAULT_SEED],
     }
     path = folder / "comparison.yaml"
-    status = run_experiment(content, path, folder, options, overrides, ["compare", *words], configs)
+    status = run_experiment(content, path, folder, options, overrides, ["compare", *argv], configs)
     if not options.plan:
         write_ablation_report(folder)
     return status

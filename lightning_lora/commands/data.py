@@ -22,11 +22,11 @@ from lightning_lora.reports.data_card import DataCard, Histogram, as_page
 MOST_CLASSES = 20
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Print the card of the data that ``fit`` would read, and write the page where one is asked for."""
     quiet_libraries()
     parser = make_parser("data")
-    config = parse_settings(parser, "data", words)
+    config = parse_settings(parser, "data", argv)
     if config.output is not None and Path(config.output).suffix != ".html":
         raise UserError(f"--output: a file that ends with .html is needed, got {config.output}")
     data = data_module(config.data.as_dict())
@@ -39,7 +39,7 @@ def run(words: list[str]) -> int:
     if config.output is not None:
         print(f"written: {config.output}")
     else:
-        print(f"the card as a page: {command_line('data', *words, '--output', 'card.html')}")
+        print(f"the card as a page: {command_line('data', *argv, '--output', 'card.html')}")
     return 0
 
 

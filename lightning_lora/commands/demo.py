@@ -17,12 +17,12 @@ from lightning_lora.runs.folder import RunFolder
 _EXAMPLES = 20
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Show the page until it is interrupted."""
     parser = OptionParser("demo", description="A page on 127.0.0.1, for this machine alone (extra 'demo').")
     parser.add_argument("--run", required=True, action="append", help="A run folder; again for more, side by side.")
     parser.add_argument("--port", type=int, help="By default the first from 7860 on that is free.")
-    options = parser.parse_args(words)
+    options = parser.parse_args(argv)
     if importlib.util.find_spec("gradio") is None:
         raise UserError(f"demo needs the package 'gradio': {install_line('demo')}")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio is imported

@@ -30,22 +30,22 @@ from lightning_lora.training.parallel import run_processes, silence_nonzero_rank
 from lightning_lora.training.trackers import add_results
 
 
-def validate(words: list[str]) -> int:
+def validate(argv: list[str]) -> int:
     """Measure a run on its validation rows."""
-    return _evaluate("validate", "val", words)
+    return _evaluate("validate", "val", argv)
 
 
-def test(words: list[str]) -> int:
+def test(argv: list[str]) -> int:
     """Measure a run on its test rows, before and after fine-tuning."""
-    return _evaluate("test", "test", words)
+    return _evaluate("test", "test", argv)
 
 
-def _evaluate(command: str, split: str, words: list[str]) -> int:
-    cli = ConfiguredRun(command, words)
+def _evaluate(command: str, split: str, argv: list[str]) -> int:
+    cli = ConfiguredRun(command, argv)
     count = cli.count_devices()
     if count > 1 and cli.config.get("baselines"):
         raise UserError("--baselines: they are fitted by one process; leave trainer.devices out, or baselines")
-    if (status := run_processes([command, *words], count, cli.config.trainer.num_nodes)) is not None:
+    if (status := run_processes([command, *argv], count, cli.config.trainer.num_nodes)) is not None:
         return status
     nonzero_rank = count > 1 and started_with_nonzero_rank()
     if nonzero_rank:  # rank zero checks, prints and writes
@@ -63,7 +63,7 @@ def _evaluate(command: str, split: str, words: list[str]) -> int:
         folder.refuse_trained_rows(text_keys(rows.texts), ("train",) if split == "val" else ("train", "val"))
     evaluation: dict[str, Any] = {
         "measured": now(),
-        "command": command_line(command, *cli.words),
+        "command": command_line(command, *cli.argv),
         "checkpoint": str(path),
         "step": cli.steps_done,
         "task": cli.model.task,

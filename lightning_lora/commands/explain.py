@@ -29,7 +29,7 @@ _OF_ISSUES = ("text", "origin", "row", "label", "prediction", "quality")
 _ON_PAGE = 100
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Explain the texts of the command line, or rows that were evaluated."""
     parser = OptionParser(
         "explain",
@@ -45,7 +45,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("--split", choices=("test", "val"), help="Without a text: of which rows (default: test).")
     parser.add_argument("--rows", type=int, help="Without a text: how many rows are explained (default: 50).")
     parser.add_argument("--seed", type=int, help="Without a text: another seed takes other rows (default: 0).")
-    options = parser.parse_intermixed_args(words)
+    options = parser.parse_intermixed_args(argv)
     for name in ("top", "rows"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name}: a number of at least 1 is needed, got {value}")

@@ -48,13 +48,13 @@ from lightning_lora.training.module import TextClassifier
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Writes the formats asked for, compares each with the trained model, and uploads them where asked.
 
     Raises:
         UserError: A format that was asked for by name could not be made (the others are written), or none could.
     """
-    cli = ConfiguredRun("export", words)
+    cli = ConfiguredRun("export", argv)
     config = cli.config
     if config.rows < 1:
         raise UserError(f"--rows: a number of at least 1 is needed, got {config.rows}")
@@ -158,7 +158,7 @@ def readable_test_rows(cli: ConfiguredRun, label_names: list[str]) -> tuple[Rows
         rows = data.rows("test")
         RunFolder.open(Path(cli.config.run)).refuse_trained_rows(text_keys(rows.texts), ("train", "val"))
     except Exception as error:  # a source can be gone, moved, changed, or unreachable in many ways
-        if any(word.startswith("--data.") for word in cli.words):
+        if any(word.startswith("--data.") for word in cli.argv):
             raise
         why = first_line(error, 300)
         return None, [f"the run's test rows were not used ({why}); the texts are made up of the vocabulary"]

@@ -25,7 +25,7 @@ from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.processes import started_with_nonzero_rank
 from lightning_lora.program import command_line
 from lightning_lora.runs.checkpoints import ResumePoints, read_checkpoint
-from lightning_lora.runs.folder import RunFolder, as_asked, as_yaml, new_record, now
+from lightning_lora.runs.folder import RunFolder, as_configured, as_yaml, new_record, now
 from lightning_lora.training.baselines import TextBaseline
 from lightning_lora.training.guard import NotFiniteError
 from lightning_lora.training.length import describe_length, stopped_by
@@ -36,29 +36,29 @@ from lightning_lora.training.saving import StateSaver, describe_best
 from lightning_lora.training.trackers import Tracker, check_package, new_tracked
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Train one run, or resume one; once its first step has started, a record is left whatever happens."""
     started = time.monotonic()
-    cli = ConfiguredRun("fit", words)
+    cli = ConfiguredRun("fit", argv)
     if cli.config.resume is None and cli.config.name and requeued():
         folder = RunFolder(Path(cli.config.logs_dir) / cli.config.name)
-        if folder.config.is_file() and was_asked(folder) == cli.settings():
+        if folder.config.is_file() and was_configured(folder) == cli.settings():
             cli = ConfiguredRun("fit", ["--resume", str(folder.path)])  # the scheduler gives the same command again
     check_tracking(cli)
     count = cli.count_devices()
     if cli.config.budget is not None:
         from lightning_lora.commands.fit_budget import tune
 
-        tune(cli, words, source_stem(cli), started)
+        tune(cli, argv, source_stem(cli), started)
         return 0
-    if (status := run_processes(["fit", *words], count, cli.config.trainer.num_nodes)) is not None:
+    if (status := run_processes(["fit", *argv], count, cli.config.trainer.num_nodes)) is not None:
         return status
     if count > 1 and started_with_nonzero_rank():
         fit_nonzero_rank(cli)
     elif cli.config.resume is not None:
-        resume(cli, words)
+        resume(cli, argv)
     else:
-        start(cli, words)
+        start(cli, argv)
     return 0
 
 
@@ -80,19 +80,19 @@ def check_tracking(cli: ConfiguredRun) -> None:
     check_package(kind)
 
 
-def was_asked(folder: RunFolder) -> dict[str, Any]:
+def was_configured(folder: RunFolder) -> dict[str, Any]:
     """Return the settings that a run was started with."""
-    return as_asked(folder.settings(), folder.read() if folder.record.is_file() else {})
+    return as_configured(folder.settings(), folder.read() if folder.record.is_file() else {})
 
 
-def start(cli: ConfiguredRun, words: list[str]) -> None:
+def start(cli: ConfiguredRun, argv: list[str]) -> None:
     """Train a new run; where no step was started, its folder is removed, so that its name is free again."""
     stem = f"{source_stem(cli)}-{cli.config.model.method}"
     folder = RunFolder.create(Path(cli.config.logs_dir), cli.config.name, stem, as_yaml(cli.settings()))
     try:
         with locked(folder):
             print(f"run: {folder.path}")
-            record = first_record(cli, folder, words)
+            record = first_record(cli, folder, argv)
             if cli.config.track is not None:
                 record["tracker"] = new_tracked(cli.config.track, folder.path.name, cli.config.track_group)
             train(cli, folder, record, None)
@@ -108,9 +108,9 @@ def source_stem(cli: ConfiguredRun) -> str:
     return Path(source).stem if isinstance(source, str) else "files"
 
 
-def first_record(cli: ConfiguredRun, folder: RunFolder, words: list[str]) -> dict[str, Any]:
+def first_record(cli: ConfiguredRun, folder: RunFolder, argv: list[str]) -> dict[str, Any]:
     """Return what a record begins with."""
-    record = new_record(["fit", *words], cli.config.seed_everything)
+    record = new_record(["fit", *argv], cli.config.seed_everything)
     model = cli.config.model
     return record | {
         "name": folder.path.name,
@@ -122,7 +122,7 @@ def first_record(cli: ConfiguredRun, folder: RunFolder, words: list[str]) -> dic
 
 def has_begun(cli: ConfiguredRun) -> bool:
     """Whether a first step has started."""
-    return hasattr(cli, "model") and cli.model.began
+    return hasattr(cli, "model") and cli.model.step_started
 
 
 def locked(folder: RunFolder) -> AbstractContextManager[None]:
@@ -130,11 +130,11 @@ def locked(folder: RunFolder) -> AbstractContextManager[None]:
     return locked_folder(folder.path, f"{folder.path} is being trained by another process")
 
 
-def resume(cli: ConfiguredRun, words: list[str]) -> None:
+def resume(cli: ConfiguredRun, argv: list[str]) -> None:
     """Resume a run from its last state that is whole, perhaps for longer than planned; without one, restart it."""
     folder = RunFolder(Path(cli.config.resume))
     with locked(folder):
-        fresh = first_record(cli, folder, words)
+        fresh = first_record(cli, folder, argv)
         record = folder.read() if folder.record.is_file() else fresh  # killed before it was written
         changed = changed_limits(folder, cli.settings()["trainer"])
         finished, cli.longer = record.get("status") == "finished", bool(changed)
@@ -254,18 +254,18 @@ def describe_plan(cli: ConfiguredRun, record: dict[str, Any]) -> None:
         return
     before, found = record.get("length"), describe_length(settings, cli.datamodule, cli.length)
     if before is None:
-        record["length"] = {**found, "left_open": cli.left_open}
+        record["length"] = {**found, "auto_filled": cli.auto_filled}
     elif all(before[key] == found[key] for key in ("epochs", "steps")):
         time = {name: value for name, value in found["typed"].items() if name == "max_time"}
         record["length"] = {**before, "typed": {**before["typed"], **time}}
     else:
-        record["length"] = {**found, "left_open": before["left_open"]}
+        record["length"] = {**found, "auto_filled": before["auto_filled"]}
 
 
 def describe_result(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any]) -> None:
     """Add to the record what training came to."""
     trainer = cli.trainer
-    if cli.model.began:
+    if cli.model.step_started:
         record["speed"] |= cli.model.how_steps_ran()
     record |= {"steps": trainer.global_step, "epochs": trainer.current_epoch, "stopped_by": stopped_by(trainer)}
     if best := describe_best(folder, cli.model.task):
@@ -302,7 +302,7 @@ def fit(cli: ConfiguredRun, folder: RunFolder, point: Path | None) -> None:
             f"model.warmup_ratio; the weights before it are in {path}"
         ) from error
     except (MisconfigurationException, ValueError) as error:  # of the trainer's settings, before the first step
-        if cli.model.began:
+        if cli.model.step_started:
             raise
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     except RuntimeError as error:

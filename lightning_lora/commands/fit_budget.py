@@ -9,7 +9,7 @@ from typing import Any
 from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.config.settings import split_fit
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.metric_table import METRICS, judged_by
+from lightning_lora.evaluation.metric_table import METRICS, primary_metric
 from lightning_lora.experiments.search_space import import_optuna
 from lightning_lora.experiments.tuning import Tuner, budget_seconds, changes_words, scores_of
 from lightning_lora.experiments.tuning_space import make_space
@@ -19,12 +19,12 @@ from lightning_lora.runs.folder import TUNING, RunFolder, folder_name, plain_ste
 from lightning_lora.units import duration
 
 
-def tune(cli: ConfiguredRun, words: list[str], stem: str, started: float) -> None:
+def tune(cli: ConfiguredRun, argv: list[str], stem: str, started: float) -> None:
     """Search the settings that were left open within a time, and keep the run that is best on validation rows.
 
     Args:
         cli: The command line, parsed.
-        words: The same.
+        argv: What stands after the command.
         stem: What a run without a name is called after.
         started: When the command began, by ``time.monotonic``.
 
@@ -35,7 +35,7 @@ def tune(cli: ConfiguredRun, words: list[str], stem: str, started: float) -> Non
     budget_s = budget_seconds(config.budget)
     if cli.count_devices() > 1:
         raise UserError("--budget: trials run on one device each; leave trainer.devices and num_nodes out")
-    configs, options, typed = split_fit(words)
+    configs, options, typed = split_fit(argv)
     key = hashlib.sha256(json.dumps([cli.settings(), sorted(typed), budget_s], default=str).encode()).hexdigest()[:8]
     name = folder_name(config.name) if config.name else plain_stem(f"{stem}-budget-{key}")
     folder = Path(config.logs_dir) / name
@@ -43,7 +43,7 @@ def tune(cli: ConfiguredRun, words: list[str], stem: str, started: float) -> Non
         RunFolder.create(folder.parent, name, "")  # which refuses it
     import_optuna()  # before the data is read
     space = make_space(configs, options, typed)
-    command = command_line("fit", *words)
+    command = command_line("fit", *argv)
     print(f"search within {duration(budget_s)}: {folder}; over {', '.join(space.dimensions)}", flush=True)
     run = Tuner(space, folder, budget_s, config.seed_everything, command, tuning_page, started).run()
     print_tuning(run)
@@ -54,7 +54,7 @@ def print_tuning(folder: RunFolder) -> None:
     record = folder.read()
     tuning, rows = record["tuning"], record["data"]["splits"]["val"]["rows"]
     print(f"\nkept: {kept_words(tuning)}")
-    metric = judged_by(tuning.get("task", "single_label"))[1]
+    metric = primary_metric(tuning.get("task", "single_label"))[1]
     biased = f"chosen on {rows:,} validation rows, which its {metric} is optimistically biased on"
     print(f"{biased}; test rows played no part")
     print(f"run folder: {folder.path} (what was tried: tuning.md)")
@@ -65,7 +65,7 @@ def kept_words(tuning: Mapping[str, Any]) -> str:
     """Return which trial was kept, beside the default."""
     default, kept = tuning["trials"][0], tuning["trials"][tuning["kept"]]
     words = f"trial {kept['number']} of {len(tuning['trials'])} ({changes_words(kept['settings'])}), "
-    name, heading = judged_by(tuning.get("task", "single_label"))
+    name, heading = primary_metric(tuning.get("task", "single_label"))
     words += f"validation {heading} {kept[name]:.4f}"
     if kept is default:
         return words

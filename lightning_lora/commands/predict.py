@@ -31,9 +31,9 @@ from lightning_lora.inference.predict_files import load_for, run_files
 from lightning_lora.runs.folder import RunFolder
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Classify texts in the order given and print or write a row for each."""
-    cli = ConfiguredRun("predict", words)
+    cli = ConfiguredRun("predict", argv)
     config = cli.config
     output = Path(config.output) if config.output else None
     if not config.texts and is_many(config.input):

@@ -9,11 +9,11 @@ from lightning_lora.errors import UserError
 from lightning_lora.program import command_line
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Print name, question and score of each config, or one config as it is."""
     parser = OptionParser("recipes", description="Lists the configs that --config finds by their names.")
     parser.add_argument("name", nargs="?", help="Print this one.")
-    name, found = parser.parse_args(words).name, recipes()
+    name, found = parser.parse_args(argv).name, recipes()
     if name is not None:
         if name not in found:
             raise UserError(f"no config '{name}'; there are {', '.join(found)}")

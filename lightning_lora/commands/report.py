@@ -14,14 +14,14 @@ from lightning_lora.files import atomic_path, write_text
 from lightning_lora.program import command_line
 from lightning_lora.reports import ablation_pages
 from lightning_lora.reports.ablation import Report, answer
-from lightning_lora.reports.ablation_pictures import overview_figure
+from lightning_lora.reports.ablation_figures import overview_figure
 from lightning_lora.reports.ablation_tables import arm_table, as_document, metric_table
 from lightning_lora.reports.data_sets import sets_note, sets_table
 from lightning_lora.reports.tables import markdown
 from lightning_lora.runs.folder import plain
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Write the report of each ablation again, and one of all plain runs together."""
     parser = OptionParser(
         "report",
@@ -32,7 +32,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("folders", nargs="+", help=folders)
     parser.add_argument("--baseline", help="The run that the others are compared with; by default the first.")
     parser.add_argument("--output", help="Folder of the runs' report; by default report-RUN beside the first run.")
-    options = parser.parse_args(words)
+    options = parser.parse_args(argv)
     paths = [Path(folder) for folder in options.folders]
     ablations = [path for path in paths if (path / "ablation.json").is_file()]
     of_sets = [path for path in paths if not (path / "cells").exists() and [*path.glob("*/ablation.json")]]
@@ -62,7 +62,7 @@ def run(words: list[str]) -> int:
             source = group[0].settings.get("data.source")
             print(f"\n== {source}: {count} ({', '.join(run.name for run in group)})")
         first = baseline if baseline in group else group[0]
-        write_runs_report(group, first or group[0], output, command_line("report", *words))
+        write_runs_report(group, first or group[0], output, command_line("report", *argv))
     return 0
 
 

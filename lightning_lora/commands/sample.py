@@ -21,7 +21,7 @@ from lightning_lora.runs.folder import RunFolder
 _COLUMNS = ["label", "prediction", "probability", "origin", "row", "key"]
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Print random rows of a split, hits and misses marked, and what share is right."""
     parser = OptionParser("sample", description="Random rows with truth and prediction.")
     parser.add_argument("--run", required=True, help="The run folder, such as logs/NAME.")
@@ -30,7 +30,7 @@ def run(words: list[str]) -> int:
     parser.add_argument("--only", choices=("all", "hits", "misses"), default="all", help="Hits, misses, or both.")
     parser.add_argument("--seed", type=int, default=0, help="Another seed shows other rows.")
     parser.add_argument("--chars", type=int, default=300, help="Characters of a text that are shown.")
-    options = parser.parse_args(words)
+    options = parser.parse_args(argv)
     folder = RunFolder.open(Path(options.run))
     rows = read_predictions(folder, options.split)
     numbers = isinstance(rows[0]["label"], float)

@@ -13,7 +13,7 @@ from lightning_lora.program import install_line
 KEY = "LIGHTNING_LORA_API_KEY"
 
 
-def run(words: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Load the runs and answer requests until the process is told to end."""
     try:
         from lightning_lora.serving.server import bind
@@ -21,7 +21,7 @@ def run(words: list[str]) -> int:
         if error.name not in ("fastapi", "uvicorn", "prometheus_client"):
             raise
         raise UserError(f"serve: needs the package '{error.name}'; {install_line('serve')}") from error
-    options = _read_options(words)
+    options = _read_options(argv)
     if (key := os.environ.get(KEY)) == "":
         raise UserError(f"{KEY}: it is empty; set a key, or unset it")
     serve_runs(options, bind(options.host, options.port, key), key)
@@ -65,7 +65,7 @@ def serve_runs(options: Any, address: Any, key: str | None) -> None:
         batcher.close()
 
 
-def _read_options(words: list[str]) -> Any:
+def _read_options(argv: list[str]) -> Any:
     from lightning_lora.serving.schemas import Limits
 
     usual = Limits()
@@ -80,7 +80,7 @@ def _read_options(words: list[str]) -> Any:
     parser.add_argument("--max_waiting", type=int, default=usual.waiting_texts, help="Texts that wait (429).")
     parser.add_argument("--log_texts", action="store_true", help="Write texts and predictions to standard output.")
     parser.add_argument("--batch_tokens", type=int, help="Tokens of a batch; by default what suits the machine.")
-    options = parser.parse_args(words)
+    options = parser.parse_args(argv)
     for name in ("max_body_mb", "max_texts", "max_characters", "max_waiting", "batch_tokens"):
         if (value := getattr(options, name)) is not None and value <= 0:
             raise UserError(f"--{name}: a number above 0 is needed, got {value}")

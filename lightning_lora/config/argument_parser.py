@@ -22,11 +22,11 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
-def unknown_options(words: Sequence[str], names: Iterable[str]) -> str:
+def unknown_options(argv: Sequence[str], names: Iterable[str]) -> str:
     """Return what to say of words that a parser did not recognize."""
-    options = [word.partition("=")[0] for word in words if word.startswith("-")]
+    options = [word.partition("=")[0] for word in argv if word.startswith("-")]
     if not options:
-        return f"'{words[0]}' belongs to no option; a text with spaces needs quotes"
+        return f"'{argv[0]}' belongs to no option; a text with spaces needs quotes"
     known = list(names)
     said = [f"no option {option}{did_you_mean(option, known)}" for option in options]
     return "; ".join(said) + ("" if said[-1].endswith("?") else "; --help lists the options")
@@ -54,12 +54,12 @@ class OptionParser(argparse.ArgumentParser):
             message if unknown == message else unknown_options(unknown.split(), self._option_string_actions)
         )
 
-    def refuse_misspelt(self, words: Iterable[str]) -> None:
+    def refuse_misspelt(self, argv: Iterable[str]) -> None:
         """Refuse options of another parser that are most likely misspelt ones of this.
 
         Raises:
             UserError: An option is unknown and close to one of this parser.
         """
-        for option in [word.partition("=")[0] for word in words]:
+        for option in [word.partition("=")[0] for word in argv]:
             if option.startswith("--") and "." not in option and did_you_mean(option, self._option_string_actions):
                 self.error(f"unrecognized arguments: {option}")

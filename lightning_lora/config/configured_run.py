@@ -29,7 +29,7 @@ from lightning_lora.evaluation.predictions import PredictionCollector
 from lightning_lora.interrupts import StopRequest
 from lightning_lora.models.check_base import BaseCheck, Inputs
 from lightning_lora.models.methods import BASELINES, find_method
-from lightning_lora.models.speedups import lower_frozen
+from lightning_lora.models.speedups import cast_frozen
 from lightning_lora.processes import is_rank_zero
 from lightning_lora.runs.checkpoints import AtomicCheckpointIO, ResumePoints
 from lightning_lora.runs.folder import RunFolder
@@ -49,17 +49,17 @@ class ConfiguredRun:
 
     Args:
         command: "fit", "validate", "test", "predict" or "export".
-        words: What stands after the command.
+        argv: What stands after the command.
     """
 
     datamodule: TextDataModule
     model: TextClassifier
     trainer: Trainer
 
-    def __init__(self, command: str, words: list[str]) -> None:
+    def __init__(self, command: str, argv: list[str]) -> None:
         quiet_libraries()
         self.command = command
-        self.words = words
+        self.argv = argv
         self.collector = PredictionCollector()
         self.costs = CostMeter()
         self.stop_request = StopRequest()
@@ -72,13 +72,13 @@ class ConfiguredRun:
         #: How long to train by the number of rows, where that was left open.
         self.length: TrainingLength | None = None
         #: The trainer's settings that this has filled in, by name: as asked for, and as used.
-        self.left_open: dict[str, list[Any]] = {}
+        self.auto_filled: dict[str, list[Any]] = {}
         #: Whether a run is resumed to train for longer than it was to.
         self.longer = False
         #: Called right before training, when all that it uses is known.
         self.at_start: Callable[[], None] = lambda: None
         self.parser = make_parser(command)
-        self.config = parse_settings(self.parser, command, words)
+        self.config = parse_settings(self.parser, command, argv)
         self._check_settings()
         seed_everything(self.config.seed_everything, workers=True, verbose=False)
         #: The trainer's settings with the callbacks, loggers and profiler that they name, once they are made.
@@ -170,7 +170,7 @@ class ConfiguredRun:
             described = Namespace(class_path=f"{ALLOWED[0]}.EarlyStopping", init_args=Namespace(**stopping))
             trainer.callbacks = [*as_list(trainer.callbacks), described]
         used = self.settings()["trainer"]
-        self.left_open = {name: [value, used[name]] for name, value in asked.items() if value != used[name]}
+        self.auto_filled = {name: [value, used[name]] for name, value in asked.items() if value != used[name]}
 
     def make_trainer(self, folder: RunFolder | None) -> Trainer:
         """Return the trainer of the config; without a folder it logs and saves nothing.
@@ -280,5 +280,5 @@ def check_base(model: TextClassifier | TextBaseline, texts: Any, precision: str 
     check.check(padding=model.identity.quantization == "none")
     if precision in AUTOCAST:
         if model.lowers_frozen(precision):
-            lower_frozen(model.model, AUTOCAST[precision])  # as ``TextClassifier.setup`` will
+            cast_frozen(model.model, AUTOCAST[precision])  # as ``TextClassifier.setup`` will
         check.check_precision(precision, AUTOCAST[precision])

@@ -133,15 +133,15 @@ EXAMPLES = {
 }
 
 
-def show_help(command: str, parser: Any, words: Iterable[str]) -> None:
-    """Print the help page that the words ask for, if any, and end the process.
+def show_help(command: str, parser: Any, argv: Iterable[str]) -> None:
+    """Print the help page that the arguments ask for, if any, and end the process.
 
     ``--help`` shows the options of the command, and for ``fit`` and ``data`` the settings that are changed most;
     ``--help_all`` shows every setting.
     """
-    if not {"-h", "--help", "--help_all"} & set(words):
+    if not {"-h", "--help", "--help_all"} & set(argv):
         return
-    if "--help_all" not in words:
+    if "--help_all" not in argv:
         common = {"fit": "", "data": "data."}.get(command)
         settings = [name for name in COMMON_SETTINGS if common is not None and name.startswith(common)]
         shown = {*COMMAND_OPTIONS[command], "config", "texts", "help", *settings}

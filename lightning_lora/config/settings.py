@@ -24,7 +24,7 @@ from lightning_lora.data.prepare import SourceOptions, columns_of
 from lightning_lora.errors import UserError
 from lightning_lora.models.methods import BASELINES, METHODS
 from lightning_lora.program import command_line, program
-from lightning_lora.runs.folder import RunFolder, as_asked
+from lightning_lora.runs.folder import RunFolder, as_configured
 from lightning_lora.training.baselines import make_classifier
 from lightning_lora.training.length import ENOUGH_STEPS
 from lightning_lora.training.module import TextClassifier
@@ -92,21 +92,21 @@ def make_parser(command: str) -> SettingsParser:
     return parser
 
 
-def parse_settings(parser: SettingsParser, command: str, words: Sequence[str]) -> Namespace:
+def parse_settings(parser: SettingsParser, command: str, argv: Sequence[str]) -> Namespace:
     """Return the settings that a command line gives, with what it leaves open filled in.
 
     Args:
         parser: Of the command.
         command: The word after ``main.py``.
-        words: What stands after it.
+        argv: What stands after it.
 
     Raises:
         UserError: There is a fault in them.
     """
     restrict_imports()
-    show_help(command, parser, words)
+    show_help(command, parser, argv)
     try:
-        configs, rest = _split_words(command, words)
+        configs, rest = _split_configs(command, argv)
         given = [word for config in configs for word in ("--config", yaml.safe_dump(config, allow_unicode=True))]
         settings = resolved(parser.parse_args([*given, *rest]))
     except (argparse.ArgumentError, TypeError) as error:
@@ -119,12 +119,12 @@ def parse_settings(parser: SettingsParser, command: str, words: Sequence[str]) -
     return settings
 
 
-def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the configs that a command line begins with, each with priority over those before, and all other words."""
-    words = list(words)
-    if command not in (*_NEW, "predict") and words and not words[0].startswith("-"):
-        words = ["--run", *words]  # the folder alone is clear enough where no texts are given
-    end = words.index("--") if "--" in words else len(words)
+def _split_configs(command: str, argv: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the configs that a command line begins with, each over those before it, and the other arguments."""
+    argv = list(argv)
+    if command not in (*_NEW, "predict") and argv and not argv[0].startswith("-"):
+        argv = ["--run", *argv]  # the folder alone is clear enough where no texts are given
+    end = argv.index("--") if "--" in argv else len(argv)
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("-c", "--config", action="append", default=[])
     finder.set_defaults(run=None, arm=None)
@@ -132,7 +132,7 @@ def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any
         finder.add_argument("--arm")
     if command != "data":
         finder.add_argument("--resume" if command == "fit" else "--run", dest="run")
-    given, rest = finder.parse_known_args(words[:end])
+    given, rest = finder.parse_known_args(argv[:end])
     options = [word.partition("=")[0].rstrip("+") for word in rest if word.startswith("--")]
     configs = []
     if command not in _NEW and given.run is None:
@@ -163,22 +163,22 @@ def _split_words(command: str, words: Sequence[str]) -> tuple[list[dict[str, Any
         refuse_unused(command, [*typed, *(key for config in more for key in flat(config))])
     elif command == "data":  # a config describes a run whole
         refuse_unused(command, typed)
-    return [*configs, *more], [*rest, *words[end:]]
+    return [*configs, *more], [*rest, *argv[end:]]
 
 
-def split_fit(words: Sequence[str]) -> tuple[list[dict[str, Any]], list[str], set[str]]:
+def split_fit(argv: Sequence[str]) -> tuple[list[dict[str, Any]], list[str], set[str]]:
     """Return what a command line of ``fit`` says of the run: its configs, its options, and the keys that were typed.
 
     Typed is what an option or a config other than the default one gives; name and place of the run are left out.
 
     Args:
-        words: What stands after the command.
+        argv: What stands after the command.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("-c", "--config", action="append", default=[])
     for name in COMMAND_OPTIONS["fit"]:
         finder.add_argument(f"--{name}")
-    given, rest = finder.parse_known_args(list(words))
+    given, rest = finder.parse_known_args(list(argv))
     typed = {word[2:].partition("=")[0].rstrip("+") for word in rest if word.startswith("--")}
     configs = list[dict[str, Any]]()
     for path, config in _read_configs(given.config or [DEFAULT_CONFIG], given.arm):
@@ -266,7 +266,7 @@ def read_config(path: Path, as_base: bool = True) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"--config: {path} holds no settings")
     if as_base and path.with_name("run.json").is_file():
-        config = as_asked(config, RunFolder(path.parent).read())
+        config = as_configured(config, RunFolder(path.parent).read())
         model = config["model"]
         defaults = method_defaults(model["method"])
         for place, name in ((model, "learning_rate"), (model["adapter"], "rank")):

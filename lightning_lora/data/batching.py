@@ -16,7 +16,7 @@ from lightning_lora.data.order import (
     equal_cuts,
     evaluation_batches,
     packed_evaluation_batches,
-    padded_widths,
+    rounded_lengths,
     training_batches,
 )
 from lightning_lora.data.packing import Packing
@@ -24,22 +24,24 @@ from lightning_lora.data.pairs import Text
 from lightning_lora.data.tokens import InputFormat, PairTokens, TokenRows
 
 
-class StepPart(list[int]):
-    """Positions of the rows of one batch: an optimizer step's, or a part of it.
+class MicroBatch(list[int]):
+    """Positions of the rows of one batch: of an optimizer step, or of a part of it where gradients accumulate.
 
     Args:
         rows: The positions.
-        share: What the mean loss of these rows is multiplied by, so that the average over the parts of the step, and
-            over the processes, is the mean over the rows of the step. 0 for a row that is only there because none was
-            left for this process.
-        part_share: The same within the part: so the average over processes is the mean over the rows of the part.
+        step_weight: What the mean loss of these rows is multiplied by, so that the average over the micro-batches of
+            the step, and over the processes, is the mean over the rows of the step. 0 for a row that is only there
+            because none was left for this process.
+        micro_batch_weight: The same within the micro-batch: the average over processes is the mean over its rows.
         epoch: The epoch that they are seen in.
     """
 
-    def __init__(self, rows: Iterable[int], share: float = 1.0, part_share: float = 1.0, epoch: int = 0) -> None:
+    def __init__(
+        self, rows: Iterable[int], step_weight: float = 1.0, micro_batch_weight: float = 1.0, epoch: int = 0
+    ) -> None:
         super().__init__(rows)
-        self.share = share
-        self.part_share = part_share
+        self.step_weight = step_weight
+        self.micro_batch_weight = micro_batch_weight
         self.epoch = epoch
 
 
@@ -63,7 +65,7 @@ class TokenDataset(Dataset):
     A batch is a dict: ``input_ids`` and ``attention_mask`` (int64, (B, T)), ``labels`` (absent when unknown; int64
     (B,), float32 (B, C) with 0 or 1 for each of several labels, float32 (B,) of numbers), ``rows`` (int64, (B,),
     position in the split), ``num_tokens`` (int, without padding),
-    ``share`` and ``part_share`` (float, see ``StepPart``). Where long texts are split, ``input_ids`` and
+    ``share`` and ``micro_batch_weight`` (float, see ``MicroBatch``). Where long texts are split, ``input_ids`` and
     ``attention_mask`` hold W windows instead of B texts, and ``documents`` (int64, (W,)) says to which of the B rows
     each belongs. Where ``packing`` is set, ``packed`` (int64, flat) and its ``shape`` (a ``PackedShape``), and whether
     that is ``static``, stand in place of ``input_ids``, ``attention_mask`` and ``documents``. Where
@@ -117,14 +119,14 @@ class TokenDataset(Dataset):
         return min(int(self.lengths.max()), self.input_format.max_length)
 
     @property
-    def widths(self) -> np.ndarray:
+    def padded_lengths(self) -> np.ndarray:
         """Tokens that each row is padded to among rows of its length; of a row of several windows, in all of them."""
         if self.input_format.keep == "windows":
-            return np.maximum(padded_widths(self.lengths), self.input_format.max_length if self.pad_to_max else 0)
+            return np.maximum(rounded_lengths(self.lengths), self.input_format.max_length if self.pad_to_max else 0)
         return np.full(len(self), self.input_format.max_length) if self.pad_to_max else self._capped(self.lengths)
 
     def _capped(self, lengths: Any) -> Any:
-        return np.minimum(padded_widths(lengths), self.input_format.max_length)
+        return np.minimum(rounded_lengths(lengths), self.input_format.max_length)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -136,7 +138,7 @@ class TokenDataset(Dataset):
 
     def __getitems__(self, rows: Sequence[int]) -> TextBatch:
         """The batch of the given rows: packed, or padded to about its longest input, or to ``max_length`` if asked."""
-        part = rows if isinstance(rows, StepPart) else StepPart(rows)
+        part = rows if isinstance(rows, MicroBatch) else MicroBatch(rows)
         whole = self.ids(part, part.epoch)
         documents = [self.input_format.inputs(ids) for ids in whole]
         types = [self.input_format.token_types(ids) for ids in whole] if self.input_format.types else []
@@ -146,11 +148,11 @@ class TokenDataset(Dataset):
         batch = TextBatch(
             rows=torch.as_tensor(np.asarray(rows, dtype=np.int64)),
             num_tokens=sum(map(len, inputs)),
-            share=part.share,
-            part_share=part.part_share,
+            step_weight=part.step_weight,
+            micro_batch_weight=part.micro_batch_weight,
         )
         if self.packing is not None:
-            flat, shape = self.packing.pack(inputs, owners, labels, len(documents), part.share, types)
+            flat, shape = self.packing.pack(inputs, owners, labels, len(documents), part.step_weight, types)
             batch |= {"packed": flat, "shape": shape, "static": self.packing.is_static(shape)}
         else:
             batch |= self._padded(inputs, types)
@@ -300,13 +302,13 @@ class LengthBatchSampler(Sampler[list[int]]):
 
     def largest(self) -> list[int]:
         """The batch of this epoch with the most tokens, padding included, among the first ten thousand."""
-        return max(self.sample(), key=lambda batch: len(batch) * int(padded_widths(self.lengths[batch]).max()))
+        return max(self.sample(), key=lambda batch: len(batch) * int(rounded_lengths(self.lengths[batch]).max()))
 
-    def sample(self) -> list[StepPart]:
+    def sample(self) -> list[MicroBatch]:
         """The first ten thousand batches of this epoch at most."""
         return list(itertools.islice(self._batches(), 10_000))
 
-    def _batches(self) -> Iterator[StepPart]:
+    def _batches(self) -> Iterator[MicroBatch]:
         if self.seed is None:
             for batch in self._evaluated:
                 yield self._mine(batch, 1.0)
@@ -321,10 +323,10 @@ class LengthBatchSampler(Sampler[list[int]]):
             for start, end in itertools.pairwise(cuts):
                 yield self._mine(step[start:end], (end - start) * weight)
             for _ in range(self.accumulate - len(step) if self.by == "tokens" else 0):  # a step of few, long texts
-                yield StepPart(step[:1].tolist(), 0.0, 0.0, self.epoch)
+                yield MicroBatch(step[:1].tolist(), 0.0, 0.0, self.epoch)
 
-    def _mine(self, part: np.ndarray, share: float) -> StepPart:
+    def _mine(self, part: np.ndarray, step_weight: float) -> MicroBatch:
         """The rows of a part that this process gets."""
         mine = part[self.rank :: self.processes]
         fraction = len(mine) * self.processes / len(part)
-        return StepPart((mine if len(mine) else part[:1]).tolist(), share * fraction, fraction, self.epoch)
+        return MicroBatch((mine if len(mine) else part[:1]).tolist(), step_weight * fraction, fraction, self.epoch)

@@ -268,7 +268,7 @@ def evaluation_sampler(
         processes: Their number.
     """
     lengths, max_tokens = (
-        (dataset.lengths, batch_size * dataset.input_format.max_length) if packed else (dataset.widths, None)
+        (dataset.lengths, batch_size * dataset.input_format.max_length) if packed else (dataset.padded_lengths, None)
     )
     return LengthBatchSampler(lengths, batch_size, None, 1, rank, processes, max_tokens=max_tokens)
 

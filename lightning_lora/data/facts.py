@@ -17,7 +17,7 @@ from lightning_lora.data.splits import contradictions, first_positions, text_key
 from lightning_lora.tasks import Task
 
 #: A word tells a class where so many of the rows with it, and of the class, have both; in so many rows at least.
-TELLING_PRECISION, TELLING_COVERAGE, TELLING_ROWS = 0.99, 0.2, 20
+DISCRIMINATIVE_PRECISION, DISCRIMINATIVE_COVERAGE, DISCRIMINATIVE_ROWS = 0.99, 0.2, 20
 #: Training rows, spread evenly, among whose words these are sought.
 _WORD_ROWS = 5_000
 #: The first byte of a letter of several bytes in UTF-8 and the others, each read as a letter of its own.
@@ -76,7 +76,7 @@ class SplitFacts:
 
 
 @dataclass(frozen=True)
-class TellingWord:
+class DiscriminativeWord:
     """A word that alone tells a class, as a label that slipped into the text does.
 
     Args:
@@ -110,7 +110,7 @@ class DataFacts:
         splits: The facts of each split.
         duplicates_removed: As in ``Prepared``.
         bad_rows_dropped: Rows without text or label.
-        telling: Words that tell a class.
+        discriminative: Words that predict a class.
         citation: Who made it, where that is known.
         terms: Under which terms it may be used, or that they are unknown.
         warnings: What was said while it was read.
@@ -127,7 +127,7 @@ class DataFacts:
     splits: dict[str, SplitFacts]
     duplicates_removed: dict[str, int]
     bad_rows_dropped: int
-    telling: list[TellingWord]
+    discriminative: list[DiscriminativeWord]
     citation: str
     terms: str
     warnings: list[str]
@@ -155,7 +155,7 @@ def gather_facts(data: TextDataModule) -> DataFacts:
         splits=splits,
         duplicates_removed=prepared.duplicates_removed,
         bad_rows_dropped=prepared.bad_rows_dropped,
-        telling=telling_words(data.rows("train"), data.label_names) if data.task != "regression" else [],
+        discriminative=discriminative_words(data.rows("train"), data.label_names) if data.task != "regression" else [],
         citation=prepared.citation,
         terms=terms_of(source),
         warnings=prepared.warnings,
@@ -234,7 +234,7 @@ def _is_misread(match: re.Match[str]) -> bool:
     return False
 
 
-def telling_words(rows: Rows, label_names: Sequence[str]) -> list[TellingWord]:
+def discriminative_words(rows: Rows, label_names: Sequence[str]) -> list[DiscriminativeWord]:
     """For each class the word that most of its texts have and nearly no other, where there is one."""
     from sklearn.feature_extraction.text import CountVectorizer
 
@@ -242,7 +242,7 @@ def telling_words(rows: Rows, label_names: Sequence[str]) -> list[TellingWord]:
         rows = rows.select(np.linspace(0, len(rows) - 1, _WORD_ROWS).astype(np.int64))
     labels = rows.labels if rows.labels.ndim == 2 else np.eye(len(label_names), dtype=np.int64)[rows.labels]
     labels = labels.astype(np.int64)
-    words = CountVectorizer(binary=True, token_pattern=r"(?u)\w+", min_df=TELLING_ROWS, dtype=np.int64)
+    words = CountVectorizer(binary=True, token_pattern=r"(?u)\w+", min_df=DISCRIMINATIVE_ROWS, dtype=np.int64)
     try:
         has = words.fit_transform(as_texts(rows.texts))
     except ValueError:  # no word is in so many texts
@@ -251,16 +251,16 @@ def telling_words(rows: Rows, label_names: Sequence[str]) -> list[TellingWord]:
     of_class = np.maximum(labels.sum(axis=0), 1)
     both = has.T @ labels  # (words, C)
     precision, coverage = both / with_word, both / of_class
-    telling = (precision >= TELLING_PRECISION) & (coverage >= TELLING_COVERAGE)
-    telling &= of_class / len(rows) < TELLING_PRECISION  # else any word would
-    best = np.where(telling, coverage, 0).argmax(axis=0)
+    discriminative = (precision >= DISCRIMINATIVE_PRECISION) & (coverage >= DISCRIMINATIVE_COVERAGE)
+    discriminative &= of_class / len(rows) < DISCRIMINATIVE_PRECISION  # else any word would
+    best = np.where(discriminative, coverage, 0).argmax(axis=0)
     names = words.get_feature_names_out()
     return [
-        TellingWord(
+        DiscriminativeWord(
             str(names[word]), name, int(with_word[word, 0]), float(precision[word, c]), float(coverage[word, c])
         )
         for c, (word, name) in enumerate(zip(best, label_names, strict=True))
-        if telling[word, c]
+        if discriminative[word, c]
     ]
 
 

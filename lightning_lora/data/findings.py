@@ -48,8 +48,10 @@ def _leaks(facts: DataFacts) -> Iterator[str]:
             f"{first.near[other].example}); metrics are optimistically biased: make splits that keep such rows "
             "together, data.source='{train: a.csv, test: b.csv}'"
         )
-    if facts.telling:
-        words = [f"'{w.word}' {w.label} ({w.rows:,} texts, {w.coverage:.0%} of the class)" for w in facts.telling]
+    if facts.discriminative:
+        words = [
+            f"'{w.word}' {w.label} ({w.rows:,} texts, {w.coverage:.0%} of the class)" for w in facts.discriminative
+        ]
         yield (
             f"a word alone tells the class: {few(words)}; if it is not there when you predict, take it out of the "
             "texts, or its column out of data.text_column"

@@ -10,8 +10,8 @@ import torch
 from lightning_lora.data.splits import position_type
 from lightning_lora.seeding import stream_seed
 
-#: A batch is padded to a multiple of so many tokens, up to eight times as many; see ``padded_widths``.
-WIDTH_STEP = 8
+#: A batch is padded to a multiple of so many tokens, up to eight times as many; see ``rounded_lengths``.
+LENGTH_STEP = 8
 #: So many batches are sorted by length together: enough for little padding, few enough for a random order.
 POOL_BATCHES = 50
 #: Evaluation takes up to so many times as many short rows together as of the longest (measured: docs/LOG.md).
@@ -24,13 +24,13 @@ _ROWS_AT_ONCE = 2**20
 BatchBy = Literal["texts", "tokens"]
 
 
-def padded_widths(lengths: Any) -> Any:
-    """What texts of so many tokens are padded to: multiples of an eighth of the next power of two, and of WIDTH_STEP.
+def rounded_lengths(lengths: Any) -> Any:
+    """What texts of so many tokens are padded to: multiples of an eighth of the next power of two, and of LENGTH_STEP.
 
-    Few different widths: each costs time once, and memory that is kept, as oneDNN generates code for its products.
+    Few different lengths: each costs time once, and memory that is kept, as oneDNN generates code for its products.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    steps = np.maximum(2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64) // 8, WIDTH_STEP)
+    steps = np.maximum(2 ** np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64) // 8, LENGTH_STEP)
     return -(-lengths // steps) * steps
 
 
@@ -103,28 +103,28 @@ def equal_cuts(lengths: np.ndarray, order: np.ndarray, count: int, unit: int = 1
     """
     at_once = max(_ROWS_AT_ONCE, 4 * math.ceil(len(order) / count))
     parts = np.array_split(order, math.ceil(len(order) / at_once))
-    tokens = np.cumsum([padded_widths(lengths[part]).sum() for part in parts])
+    tokens = np.cumsum([rounded_lengths(lengths[part]).sum() for part in parts])
     counts = np.diff(np.rint(count * tokens / tokens[-1]).astype(np.int64), prepend=0)
     cuts, before = [np.zeros(1, np.int64)], 0
     for part, number in zip(parts, counts, strict=True):
-        cuts.append(before + _cuts(padded_widths(lengths[part]), int(number), max(unit, 1))[1:])
+        cuts.append(before + _cuts(rounded_lengths(lengths[part]), int(number), max(unit, 1))[1:])
         before += len(part)
     return np.concatenate(cuts)
 
 
-def _cuts(widths: np.ndarray, count: int, unit: int) -> np.ndarray:
-    costs, steps = widths, np.arange(count + 1)
+def _cuts(padded_lengths: np.ndarray, count: int, unit: int) -> np.ndarray:
+    costs, steps = padded_lengths, np.arange(count + 1)
     for _ in range(3):
         ends = np.cumsum(costs)
         wanted = ends[-1] * steps[1:-1] / count
         row = np.searchsorted(ends, wanted)
         # The cut is before or after the row in which it falls, whichever is nearer.
         inner = row + (wanted - (ends[row] - costs[row]) > ends[row] - wanted)
-        rounded = np.concatenate(([0], (inner + unit // 2) // unit * unit, [len(widths)]))
+        rounded = np.concatenate(([0], (inner + unit // 2) // unit * unit, [len(padded_lengths)]))
         # One row a part at least, and as many left as there are parts to come.
-        cuts = np.minimum(np.maximum.accumulate(rounded - steps), len(widths) - count) + steps
+        cuts = np.minimum(np.maximum.accumulate(rounded - steps), len(padded_lengths) - count) + steps
         # Once more, with what each row is padded to there.
-        costs = np.repeat(np.maximum.reduceat(widths, cuts[:-1]), np.diff(cuts))
+        costs = np.repeat(np.maximum.reduceat(padded_lengths, cuts[:-1]), np.diff(cuts))
     return cuts
 
 
@@ -133,19 +133,21 @@ def default_eval_batch_size(wanted: int | None) -> int:
     return (256 if torch.cuda.is_available() else 32) if wanted is None else wanted
 
 
-def evaluation_batches(widths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+def evaluation_batches(padded_lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """Every position once, longest first: the least padding, and the largest batch shows itself at once.
 
     Args:
-        widths: Tokens that each row is padded to, as by ``TokenDataset.widths``.
+        padded_lengths: Tokens that each row is padded to, as by ``TokenDataset.padded_lengths``.
         batch_size: Rows of the first batch. Those of shorter rows have more, up to ``EVALUATION_FACTOR`` times as many,
             for at most as many tokens.
     """
-    order = np.argsort(-widths, kind="stable")
-    widths = widths[order]
+    order = np.argsort(-padded_lengths, kind="stable")
+    padded_lengths = padded_lengths[order]
     batches, start = [], 0
     while start < len(order):
-        count = min(batch_size * int(widths[0]) // max(int(widths[start]), 1), batch_size * EVALUATION_FACTOR)
+        count = min(
+            batch_size * int(padded_lengths[0]) // max(int(padded_lengths[start]), 1), batch_size * EVALUATION_FACTOR
+        )
         batches.append(order[start : start + count])
         start += count
     return batches

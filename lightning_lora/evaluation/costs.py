@@ -71,7 +71,7 @@ class CostMeter(Callback):
         """Count what the batch held."""
         if self.startup_s is None:
             self.startup_s = time.time() - psutil.Process().create_time()
-        if batch["share"]:
+        if batch["step_weight"]:
             self._own_tokens += batch["num_tokens"]
             self._own_rows += len(batch["rows"])
 

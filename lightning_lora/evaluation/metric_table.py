@@ -310,7 +310,7 @@ def metrics_for(task: Task) -> dict[str, MetricSpec]:
     return {name: spec for name, spec in METRICS.items() if task in spec.tasks}
 
 
-def judged_by(task: Task) -> tuple[str, str]:
+def primary_metric(task: Task) -> tuple[str, str]:
     """Return the metric by which weights are chosen on validation rows, and its name in words."""
     name = MONITORED[task]
     return name, "F1" if name == "f1_macro" else METRICS[name].heading

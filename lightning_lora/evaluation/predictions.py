@@ -122,7 +122,7 @@ class PredictionCollector(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         """Keep the batch's logits, where they are: taking them to the CPU waits for a GPU."""
-        if not batch["share"]:
+        if not batch["step_weight"]:
             return
         values = {"logits": outputs["logits"], **{name: batch[name] for name in ("rows", "labels") if name in batch}}
         self._batches.append({name: value.detach() for name, value in values.items()})
@@ -139,7 +139,7 @@ class PredictionCollector(Callback):
         split = {RunningStage.TESTING: "test", RunningStage.PREDICTING: "predict"}.get(
             cast(Any, trainer.state.stage), "val"
         )
-        thresholds = model.settled_thresholds(split)
+        thresholds = model.decision_thresholds(split)
         if batches:
             self.last[split] = in_row_order(batches, model.label_names, model.task, thresholds)
             if split in self.keep and processes.is_rank_zero():

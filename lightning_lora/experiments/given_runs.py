@@ -12,8 +12,14 @@ from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metric_table import row_metrics
 from lightning_lora.experiments.confounders import Change, changes
 from lightning_lora.experiments.plan import ARM, Axis, Cell, Plan, flatten
-from lightning_lora.experiments.results import Answers, CellResult, one_class, read_answers, read_run_answers
-from lightning_lora.runs.folder import RunFolder, as_asked, kept_evaluation
+from lightning_lora.experiments.results import (
+    CellPredictions,
+    CellResult,
+    one_class,
+    read_cell_predictions,
+    read_run_predictions,
+)
+from lightning_lora.runs.folder import RunFolder, as_configured, best_evaluation
 
 #: Settings that change nothing in a result.
 _OUTSIDE = {
@@ -36,7 +42,7 @@ class GivenRun:
 
     place: Path
     record: Mapping[str, Any]
-    answers: Mapping[str, Answers]
+    answers: Mapping[str, CellPredictions]
 
     @property
     def name(self) -> str:
@@ -46,7 +52,7 @@ class GivenRun:
     @property
     def settings(self) -> dict[str, Any]:
         """Flat settings that the result depends on, without the seed."""
-        flat = flatten(as_asked(self.record["config"], self.record))
+        flat = flatten(as_configured(self.record["config"], self.record))
         return {key: value for key, value in flat.items() if key not in _OUTSIDE and value not in (None, {})}
 
     @property
@@ -56,7 +62,7 @@ class GivenRun:
 
     def fingerprint(self, split: str) -> str | None:
         """Return the fingerprint of the rows of a split: of those that were evaluated, where they were."""
-        tested = kept_evaluation(self.record, "test") if split == "test" else None
+        tested = best_evaluation(self.record, "test") if split == "test" else None
         if tested is not None:
             return str(self.record["evaluations"][tested]["fingerprint"])
         splits = (self.record.get("data") or {}).get("splits", {})
@@ -72,8 +78,8 @@ def read_run(place: Path) -> GivenRun:
     record = RunFolder(place).read()
     if (status := record.get("status")) != "finished":
         raise UserError(f"report: {place} has not finished ({status}); resume it, or leave it out")
-    answers = read_run_answers(place, record)
-    last = read_answers(place / "predictions" / "val.parquet") if "val" not in answers else None
+    answers = read_run_predictions(place, record)
+    last = read_cell_predictions(place / "predictions" / "val.parquet") if "val" not in answers else None
     return GivenRun(place, record, answers if last is None else {**answers, "val": last})
 
 
@@ -150,7 +156,7 @@ def remarks(runs: Sequence[GivenRun]) -> list[str]:
     untested = [run.name for run in runs if "test" not in run.answers]
     if untested and len(untested) < len(runs):
         found.append(f"warning: validation rows are compared, as not all runs were tested ({', '.join(untested)} not)")
-    last = [run.name for run in runs if "val" in run.answers and kept_evaluation(run.record, "val") is None]
+    last = [run.name for run in runs if "val" in run.answers and best_evaluation(run.record, "val") is None]
     if last:
         found.append(f"Validation predictions are of the last weights, not of the best ones, in {', '.join(last)}.")
     trained: dict[str, GivenRun] = {}

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metric_table import METRICS, compared_metrics
 from lightning_lora.experiments.published import Published, make_published
-from lightning_lora.experiments.search_space import ByAxis, Found, Search, make_search, require
+from lightning_lora.experiments.search_space import ByAxis, Search, SearchResult, make_search, require
 
 #: The axis of arms that are named one by one.
 ARM = "arm"
@@ -140,7 +140,7 @@ class Plan:
     margin: float
     cells: list[Cell]
     search: Search | None = None
-    found: Mapping[str, Found] = field(default_factory=dict)
+    found: Mapping[str, SearchResult] = field(default_factory=dict)
     folds: int | None = None
     published: Published = field(default_factory=Published)
 
@@ -174,13 +174,13 @@ class Plan:
         values = {axis: value for axis, value in first.values.items() if axis != "trial"} | {"trial": trial}
         return Cell(arm, trial, values, self.seeds[0] if seed is None else seed, {**first.change, **settings})
 
-    def with_found(self, found: Mapping[str, Found]) -> "Plan":
+    def with_found(self, found: Mapping[str, SearchResult]) -> "Plan":
         """Return the plan whose cells are those of each arm's best trial, with every seed."""
         if self.search is None:
             return self
         cells = []
         for seed, arm in itertools.product(self.seeds, self.arms):
-            best = found.get(arm, Found()).best
+            best = found.get(arm, SearchResult()).best
             cells.append(self.trial_cell(arm, best and best.number, best.params if best else {}, seed))
         return replace(self, cells=cells, found=found)
 

@@ -95,12 +95,12 @@ def resolve(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], change:
         UserError: They cannot be parsed, or its method cannot do what is asked.
     """
     with tempfile.TemporaryDirectory() as directory:
-        words: list[str] = []
+        argv: list[str] = []
         for number, content in enumerate([*base, nested(change)]):
             file = Path(directory) / f"{number}.yaml"
             file.write_text(yaml.safe_dump(dict(content)), encoding="utf-8")
-            words += ["--config", str(file)]
-        run = ConfiguredRun("fit", [*words, *overrides])
+            argv += ["--config", str(file)]
+        run = ConfiguredRun("fit", [*argv, *overrides])
     if run.config.budget is not None:
         raise UserError("no option --budget: it is for fit alone; --help lists the options")
     settings = run.settings()

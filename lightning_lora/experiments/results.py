@@ -22,16 +22,16 @@ from lightning_lora.evaluation.metric_table import compared_metrics
 from lightning_lora.evaluation.outputs import OUTPUTS_KEY, Outputs
 from lightning_lora.evaluation.significance import Difference, Estimate, corrected, difference, estimate
 from lightning_lora.experiments.plan import Cell, Plan, make_plan
-from lightning_lora.experiments.search_space import Found
+from lightning_lora.experiments.search_space import SearchResult
 from lightning_lora.experiments.searcher import read_found
-from lightning_lora.runs.folder import RunFolder, kept_evaluation, kept_predictions
+from lightning_lora.runs.folder import RunFolder, best_evaluation, best_predictions
 
 #: Many configs are read; libyaml takes a tenth of the time.
 _YAML = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
-class Answers(Outputs):
+class CellPredictions(Outputs):
     """What a model predicts for the rows of a split, in the order of their keys.
 
     Args:
@@ -66,7 +66,7 @@ class Answers(Outputs):
             raise UserError(f"metric: '{metric}' is none of task {self.task}; it has {', '.join(known)}")
         return pseudo_values(self, metric)
 
-    def of_rows(self, keep: NDArray) -> "Answers":
+    def of_rows(self, keep: NDArray) -> "CellPredictions":
         """Return the answers to some of the rows, (N,) of truth values."""
         kept = {name: getattr(self, name)[keep] for name in ("logits", "labels", "keys")}
         return replace(self, **kept, lengths=None, folds=None)
@@ -94,7 +94,7 @@ class CellResult:
     status: str
     reason: str
     record: Mapping[str, Any] = field(default_factory=dict)
-    answers: Mapping[str, Answers] = field(default_factory=dict)
+    answers: Mapping[str, CellPredictions] = field(default_factory=dict)
     place: Path | None = None
 
     def curve(self, metric: str) -> dict[int, float]:
@@ -200,24 +200,26 @@ def _read_cell(cell: Cell, place: Path) -> CellResult:
     if (found := first_difference(settings, {**cell.change, "seed_everything": cell.seed})) is not None:
         key, value, wanted = found
         return CellResult(cell, "stale", f"trained with other settings: {key} {value} instead of {wanted}", record)
-    answers = read_run_answers(place, record)
+    answers = read_run_predictions(place, record)
     if "val" not in answers:
         return CellResult(cell, "interrupted", "trained, but not validated", record)
     return CellResult(cell, status, one_class(answers["val"]), record, answers, place)
 
 
-def read_run_answers(place: Path, record: Mapping[str, Any]) -> dict[str, Answers]:
+def read_run_predictions(place: Path, record: Mapping[str, Any]) -> dict[str, CellPredictions]:
     """Read the answers by the best weights of a run, by split.
 
     Raises:
         UserError: A file is damaged.
     """
-    names = {split: kept_evaluation(record, split) for split in ("val", "test")}
-    found = {split: read_answers(kept_predictions(place, name)) for split, name in names.items() if name is not None}
+    names = {split: best_evaluation(record, split) for split in ("val", "test")}
+    found = {
+        split: read_cell_predictions(best_predictions(place, name)) for split, name in names.items() if name is not None
+    }
     return {split: answers for split, answers in found.items() if answers is not None}
 
 
-def read_answers(path: Path) -> Answers | None:
+def read_cell_predictions(path: Path) -> CellPredictions | None:
     """Read the answers in a run's predictions file; None where there is none.
 
     Raises:
@@ -252,7 +254,7 @@ def read_answers(path: Path) -> Answers | None:
     thresholds = None if facts.get("thresholds") is None else np.array(facts["thresholds"])
     lengths = None if lengths is None else lengths[order]
     decided = {"task": task, "thresholds": thresholds}
-    return Answers(logits[order], labels[order], np.array(keys)[order], names, lengths, **decided)
+    return CellPredictions(logits[order], labels[order], np.array(keys)[order], names, lengths, **decided)
 
 
 def first_difference(settings: Any, wanted: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
@@ -325,7 +327,7 @@ def _best_variant(plan: Plan, label: str, cells: Sequence[CellResult]) -> ArmRes
             best = dict.fromkeys(cell.cell.values[axis.name] for cell in own)
             edges += [f"{axis.name} {name}" for name in best if name in (names[0], names[-1])]
     if plan.search is not None:
-        found = plan.found.get(label, Found())
+        found = plan.found.get(label, SearchResult())
         tried, edges = len(found.trials), list(found.edges)
     variant = " / ".join(dict.fromkeys(cell.cell.variant for cell in own))
     arm = ArmResult(label, variant, tried, edges, own, {})
@@ -384,7 +386,7 @@ def _paired(plan: Plan, arm: ArmResult, base: ArmResult, split: str) -> tuple[Di
     return difference(values[len(seeds) :], values[: len(seeds)], margin, plan.higher_is_better, folds), seeds
 
 
-def one_class(answers: Answers) -> str:
+def one_class(answers: CellPredictions) -> str:
     """Return what is odd about answers that are all the same class; empty where they are not."""
     if len(np.unique(answers.predicted, axis=0)) > 1 or len(np.unique(answers.truth, axis=0)) < 2:
         return ""

@@ -34,7 +34,7 @@ from lightning_lora.experiments.searcher import Searcher, read_found
 from lightning_lora.files import atomic_folder, locked_folder, write_text
 from lightning_lora.interrupts import StopRequest
 from lightning_lora.program import command_line
-from lightning_lora.runs.folder import RECORD_FORMAT, RunFolder, as_asked, commit, kept_metrics, now, versions
+from lightning_lora.runs.folder import RECORD_FORMAT, RunFolder, as_configured, best_metrics, commit, now, versions
 from lightning_lora.training.trackers import check_package
 from lightning_lora.units import duration
 from lightning_lora.workers import EXECUTORS, Workers
@@ -46,7 +46,7 @@ def run_experiment(
     folder: Path,
     options: Namespace,
     overrides: Sequence[str],
-    words: Sequence[str],
+    argv: Sequence[str],
     base: Sequence[Mapping[str, Any]] = (),
 ) -> int:
     """Train what is missing of an experiment and test once; return 1 if a cell failed.
@@ -57,7 +57,7 @@ def run_experiment(
         folder: The experiment's folder.
         options: Of ``add_options``.
         overrides: Options of ``fit`` for all cells.
-        words: The command.
+        argv: The command.
         base: Configs of the base recipe, each with priority over those before; by default the one that the plan names.
     """
     if not base:
@@ -89,7 +89,7 @@ def run_experiment(
         plan = make_plan(config, path, options.small)
         worker = Worker(plan, folder, resolve, track)
     asked = {"config": config, "path": str(path), "small": options.small}
-    asked["command"] = command_line(*words)
+    asked["command"] = command_line(*argv)
     asked["differences"] = {arm: [asdict(change) for change in found] for arm, found in changes.items()}
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     with StopRequest().listening():
@@ -162,8 +162,8 @@ def evaluate_test_rows(plan: Plan, folder: Path) -> bool:
                 continue
             for name in [result.cell.name for result in arm.cells if "test" not in result.answers]:
                 print(f"{name}: test rows", flush=True)
-                words = ["test", "--run", str(folder / "cells" / name), "--before", "false"]
-                if status := run_child([words], folder / "cells" / f"{name}.txt"):
+                argv = ["test", "--run", str(folder / "cells" / name), "--before", "false"]
+                if status := run_child([argv], folder / "cells" / f"{name}.txt"):
                     print(f"{name}: the test ended with status {status}", file=sys.stderr)
                     well = False
     return well
@@ -268,14 +268,14 @@ class Worker:
         print(cell.name, flush=True)
         with tempfile.TemporaryDirectory() as directory:
             if (place / "config.yaml").is_file():  # a finished one is left as it is
-                words = ["fit", "--resume", str(place)]
+                argv = ["fit", "--resume", str(place)]
             else:
                 config = Path(directory) / "cell.yaml"
                 config.write_text(yaml.safe_dump(self.settings[cell.name], sort_keys=False, allow_unicode=True))
-                words = ["fit", "--config", str(config), "--logs_dir", str(self.cells), "--name", cell.name]
-                words += self.track
+                argv = ["fit", "--config", str(config), "--logs_dir", str(self.cells), "--name", cell.name]
+                argv += self.track
             # The answers of the best weights, not of the last, are what is chosen by.
-            exit_status = run_child([words, ["validate", "--run", str(place)]], output)
+            exit_status = run_child([argv, ["validate", "--run", str(place)]], output)
         if exit_status == BusyError.status:
             raise BusyError("another process trains this cell")
         if not (place / "run.json").is_file():  # it did not get as far as a folder: leave one that says why
@@ -306,7 +306,7 @@ class Worker:
     def _outcome(self, place: Path) -> str:
         """The end of a cell, in a line."""
         record = RunFolder(place).read()
-        value = kept_metrics(record, "val").get(self.plan.metric)
+        value = best_metrics(record, "val").get(self.plan.metric)
         if record.get("status") == "finished" and value is not None:
             return f"  validation {self.plan.metric} {value:.4f}"
         return f"  {record.get('status')}: {record.get('error', 'its process was ended')}"
@@ -343,7 +343,7 @@ class Worker:
             return f"the version of {', '.join(changed)} has changed"
         if (place / "config.yaml").is_file():  # it did not fail before it had one
             config = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
-            done, wanted = flat(as_asked(config, record)), flat(settings)
+            done, wanted = flat(as_configured(config, record)), flat(settings)
             if different := sorted(key for key in {*done, *wanted} if done.get(key) != wanted.get(key)):
                 return f"other settings: {', '.join(different)}"
         then = {name: split["fingerprint"] for name, split in (record.get("data") or {}).get("splits", {}).items()}

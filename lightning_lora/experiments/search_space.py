@@ -83,7 +83,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What the search of one arm has found.
 
     Args:

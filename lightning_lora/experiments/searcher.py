@@ -19,9 +19,9 @@ from typing import Any
 from lightning_lora.claims import share_tasks
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.experiments.plan import Cell, Plan
-from lightning_lora.experiments.search_space import SAMPLERS, Found, at_edge, import_optuna
+from lightning_lora.experiments.search_space import SAMPLERS, SearchResult, at_edge, import_optuna
 from lightning_lora.files import locked_folder
-from lightning_lora.runs.folder import RunFolder, kept_metrics
+from lightning_lora.runs.folder import RunFolder, best_metrics
 
 JOURNAL = "optuna.log"
 
@@ -49,7 +49,7 @@ class Searcher:
         self.storage = open_journal(folder / JOURNAL)
         self.studies = {arm: self._study(arm) for arm in plan.arms}
 
-    def run(self) -> dict[str, Found]:
+    def run(self) -> dict[str, SearchResult]:
         """Run the trials that are left, waiting for those of other processes; return what was found by arm."""
         trials = list(itertools.product(self.studies, range(self.search.trials)))
         share_tasks(
@@ -90,7 +90,7 @@ class Searcher:
         for _ in range(2):  # one whose process was killed has not failed: it is resumed, once
             self.train(cell)
             record = RunFolder(place).read() if (place / "run.json").is_file() else {}
-            value = kept_metrics(record, "val").get(self.plan.metric)
+            value = best_metrics(record, "val").get(self.plan.metric)
             if record.get("status") == "finished" and value is not None:
                 study.tell(number, value, skip_if_finished=True)
                 return
@@ -144,7 +144,7 @@ def open_journal(path: Path) -> Any:
         raise UserError(f"{path}: not a readable journal of Optuna ({first_line(error)})") from error
 
 
-def read_found(plan: Plan, folder: Path) -> dict[str, Found]:
+def read_found(plan: Plan, folder: Path) -> dict[str, SearchResult]:
     """Read what an ablation's search has found of each arm; nothing where there is none or it has not started.
 
     Raises:
@@ -160,16 +160,18 @@ def read_found(plan: Plan, folder: Path) -> dict[str, Found]:
             study = optuna.load_study(study_name=each.study_name, storage=storage)
             space = plan.search.for_arm(plan.arms[arm].values)
             same = all(trial.distributions == space for trial in study.get_trials(deepcopy=False))
-            found[arm] = _found(plan, arm, study) if same else Found()  # the config may search something else by now
+            found[arm] = (
+                _found(plan, arm, study) if same else SearchResult()
+            )  # the config may search something else by now
     return found
 
 
-def _found(plan: Plan, arm: str, study: Any) -> Found:
+def _found(plan: Plan, arm: str, study: Any) -> SearchResult:
     assert plan.search is not None
     trials = study.get_trials(deepcopy=False)
     ended = len(trials) >= plan.search.trials and all(trial.state.is_finished() for trial in trials)
     if not ended or not any(trial.state.name == "COMPLETE" for trial in trials):
-        return Found(trials)
+        return SearchResult(trials)
     best, space = trials[study.best_trial.number], plan.search.for_arm(plan.arms[arm].values)
     edges = [f"{key} {best.params[key]:g}" for key in space if at_edge(space[key], best.params[key])]
-    return Found(trials, best, edges)
+    return SearchResult(trials, best, edges)

@@ -17,7 +17,7 @@ from typing import Any
 
 from lightning_lora.children import last_error, run_child
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.metric_table import METRICS, SHOWN, judged_by
+from lightning_lora.evaluation.metric_table import METRICS, SHOWN, primary_metric
 from lightning_lora.experiments.search_space import import_optuna, make_search
 from lightning_lora.experiments.searcher import propose
 from lightning_lora.experiments.tuning_space import TuningSpace
@@ -137,7 +137,7 @@ class Tuner:
 
     def _score(self, trial: Mapping[str, Any]) -> float:
         """What a finished trial is judged by: more is better."""
-        name, _ = judged_by(self.space.task)
+        name, _ = primary_metric(self.space.task)
         return trial[name] if METRICS[name].higher_is_better else -trial[name]
 
     def _load(self) -> None:
@@ -199,7 +199,7 @@ class Tuner:
     def _proposals(self) -> Iterator[dict[str, Any]]:
         """Yield one change each of the best so far, in the order of what matters; then what Optuna makes of it all."""
         start = self.space.default if self.best is None else self.best["point"]
-        for change in self.space.openings()[len(self.trials) - 1 :]:
+        for change in self.space.initial_trials()[len(self.trials) - 1 :]:
             yield {**start, **change}
         states = {"finished": self.optuna.trial.TrialState.COMPLETE, "failed": self.optuna.trial.TrialState.FAIL}
         trials = [
@@ -263,8 +263,8 @@ class Tuner:
         with tempfile.TemporaryDirectory() as directory:
             config = Path(directory) / "trial.yaml"
             config.write_text(as_yaml(settings), encoding="utf-8")
-            words = ["fit", "--config", str(config), "--logs_dir", str(place.parent), "--name", place.name]
-            return run_child([words], output)
+            argv = ["fit", "--config", str(config), "--logs_dir", str(place.parent), "--name", place.name]
+            return run_child([argv], output)
 
     @property
     def _startup_s(self) -> float:
@@ -283,7 +283,7 @@ class Tuner:
     def _line(self, trial: Mapping[str, Any]) -> str:
         """The end of a trial, in a line."""
         if trial["status"] == "finished":
-            name, words = judged_by(self.space.task)
+            name, words = primary_metric(self.space.task)
             came_to = f"validation {words} {trial[name]:.4f}{', the best so far' if trial is self.best else ''}"
             came_to += ", stopped by the time left" if trial["stopped_by_time"] else ""
         else:
@@ -325,7 +325,7 @@ class Tuner:
 
 def scores_of(task: Task) -> list[str]:
     """Return the metrics that a trial's entry has of its weights on validation rows, that which judges it first."""
-    return list(dict.fromkeys([judged_by(task)[0], *SHOWN[task]]))
+    return list(dict.fromkeys([primary_metric(task)[0], *SHOWN[task]]))
 
 
 def changes_words(settings: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """What ``fit --budget`` may search: a small space, of the settings that were left open and that can matter on the data.
 
 Anything that was typed stays as it is. A dimension is an entry of ``make_space`` and a line of
-``TuningSpace.settings``; ``TuningSpace.openings`` says in what order they are tried first.
+``TuningSpace.settings``; ``TuningSpace.initial_trials`` says in what order they are tried first.
 """
 
 import copy
@@ -93,7 +93,7 @@ class TuningSpace:
                 found[key] = value
         return found
 
-    def openings(self) -> list[dict[str, Any]]:
+    def initial_trials(self) -> list[dict[str, Any]]:
         """Return what is changed of the best point so far in the first trials, in the order of what matters most."""
         wanted: list[dict[str, Any]] = [
             {"learning_rate_factor": 2.0},

@@ -94,5 +94,5 @@ def card(place: str, facts: Mapping[str, Any]) -> str:
         codes={name: usage_code(facts["usage"], name, path) for name, path in paths.items()},
         library="onnx" if place.startswith("onnx") else "peft" if peft else whole,
         results=card_metrics(facts["metrics"]),
-        judged_by=(judged_by := row_metrics(facts["usage"]["task"])[0], METRICS[judged_by].heading),
+        primary_metric=(primary_metric := row_metrics(facts["usage"]["task"])[0], METRICS[primary_metric].heading),
     )

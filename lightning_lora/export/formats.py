@@ -207,7 +207,7 @@ def write_tokenizer(folder: Path, target: str, input_format: InputFormat, paddin
 
 def shown_thresholds(model: TextClassifier) -> list[float] | None:
     """Returns the probability from which on each of several labels is predicted; None of others."""
-    if (thresholds := model.settled_thresholds("test")) is None:
+    if (thresholds := model.decision_thresholds("test")) is None:
         return None
     return [round(value, 4 if model.temperature is None else 12) for value in thresholds.tolist()]
 
@@ -216,7 +216,7 @@ def fold_temperature(model: TextClassifier) -> None:
     """Puts the temperature into the weights of the head and the thresholds, as other software knows none."""
     if model.temperature is not None:
         divide_output(model.model, len(model.label_names), model.temperature.item())
-        model.thresholds = model.settled_thresholds("test")
+        model.thresholds = model.decision_thresholds("test")
         model.temperature.fill_(1)
 
 

@@ -96,7 +96,7 @@ class Parity:
         texts: list[Text],
         labels: NDArray,
     ) -> None:
-        self.outputs = partial(Outputs, task=model.task, thresholds=_numbers(model.settled_thresholds("test")))
+        self.outputs = partial(Outputs, task=model.task, thresholds=_numbers(model.decision_thresholds("test")))
 
         def trained(texts: list[Text]) -> NDArray:
             dataset = TokenDataset(tokenize(texts, tokenizer), input_format, None, pad_to_max)
@@ -131,7 +131,7 @@ class Parity:
         single, expected = np.stack(single_logits), self.reference[singles]
         outputs = self.outputs(logits, labels)
         flipped, real = outputs.changed(self.outputs(self.reference, labels)), self.real
-        scores = row_values(self.outputs(logits[real], labels[real]))[self.judged_by] if real.any() else None
+        scores = row_values(self.outputs(logits[real], labels[real]))[self.primary_metric] if real.any() else None
         # Numbers may be ratings or prices, and float32 is exact to a share of their size.
         sizes = (float(self.reference.std()), float(np.abs(self.reference).max()) / 100)
         unit = max(1.0, *sizes) if outputs.task == "regression" else 1.0
@@ -145,7 +145,7 @@ class Parity:
             "long_rows": int(long.sum()),
             "labels_flipped_long": int(flipped[long].sum()),
             "made_up": int((~real).sum()),
-            self.judged_by: None if scores is None else float(scores.mean()),
+            self.primary_metric: None if scores is None else float(scores.mean()),
             "texts_per_s": len(texts) / seconds,
             "latency_ms": median,
             "latency_p95_ms": slow,
@@ -178,7 +178,7 @@ class Parity:
         return metrics_of(self.outputs(self.reference[real], self.labels[real])), int(real.sum())
 
     @property
-    def judged_by(self) -> str:
+    def primary_metric(self) -> str:
         """The metric by row that formats are compared by."""
         return row_metrics(self.outputs.keywords["task"])[0]
 

@@ -54,12 +54,12 @@ class PredictJob:
     """What is to be done, for any process that does a part of it.
 
     Args:
-        words: Those of the command.
+        argv: Those of the command.
         tasks: All files.
         settings: What all outputs are made with.
     """
 
-    words: list[str]
+    argv: list[str]
     tasks: list[FileTask]
     settings: Mapping[str, Any]
 
@@ -122,7 +122,7 @@ def plan_job(cli: ConfiguredRun) -> PredictJob:
         "task": labels["task"],
     }
     kept |= {"weights": fingerprint(checkpoint), "int8": config.int8}
-    return PredictJob(cli.words, tasks, kept)
+    return PredictJob(cli.argv, tasks, kept)
 
 
 def work(job: PredictJob) -> None:
@@ -131,7 +131,7 @@ def work(job: PredictJob) -> None:
     Raises:
         UserError: A file was refused; the others are done.
     """
-    if refused := predict_files(job, ConfiguredRun("predict", job.words), lambda count: None):
+    if refused := predict_files(job, ConfiguredRun("predict", job.argv), lambda count: None):
         raise UserError(refused[0])
 
 
@@ -224,7 +224,7 @@ def load_for(cli: ConfiguredRun, checkpoint: Path, labels: Mapping[str, Any]) ->
     if config.int8:
         loaded.model.check_int8(str(config.trainer.precision))
         loaded.model.int8 = True
-    if any(word.partition("=")[0] == "--data.max_length" for word in cli.words):
+    if any(word.partition("=")[0] == "--data.max_length" for word in cli.argv):
         check_base(loaded.model, loaded, None)
     return loaded
 

@@ -53,7 +53,7 @@ class Regression:
         c: Its inverse strength of regularization.
         tried: The validation F1, of numbers the mean squared error, of all that were tried, by features and C.
         val_logits: Its logits of the validation rows, (M, C).
-        judged_by: What ``tried`` is, in the run record.
+        primary_metric: What ``tried`` is, in the run record.
     """
 
     weight: Tensor
@@ -62,12 +62,12 @@ class Regression:
     c: float
     tried: Mapping[str, float]
     val_logits: Tensor
-    judged_by: str
+    primary_metric: str
 
     @property
     def chosen(self) -> dict[str, Any]:
         """What was chosen and among what, for the run record."""
-        return {"features": self.features, "C": self.c, self.judged_by: dict(self.tried)}
+        return {"features": self.features, "C": self.c, self.primary_metric: dict(self.tried)}
 
 
 def choose_regression(

@@ -41,7 +41,7 @@ class AdapterOptions:
 
 
 @dataclass(frozen=True)
-class Tuned:
+class AdaptedModel:
     """A model made ready for training: frozen and trainable weights are set, everything is in train mode.
 
     Args:
@@ -79,14 +79,14 @@ class Method:
     learning_rate: float
     frozen_encoder: bool
     options: tuple[str, ...]
-    apply: Callable[[Base, AdapterOptions], Tuned]
+    apply: Callable[[Base, AdapterOptions], AdaptedModel]
     rank: int = 8
     bits: tuple[int, ...] = (8, 4)
     cpu_bits: tuple[int, ...] = (8, 4)
     trains: bool = True
 
 
-def tune(base: Base, method: str, options: AdapterOptions, seed: int, frozen_dropout: bool) -> Tuned:
+def tune(base: Base, method: str, options: AdapterOptions, seed: int, frozen_dropout: bool) -> AdaptedModel:
     """The base model prepared for the method; what it initialises is a function of the seed.
 
     Args:
@@ -116,7 +116,7 @@ def tune(base: Base, method: str, options: AdapterOptions, seed: int, frozen_dro
     return tuned
 
 
-def merged(tuned: Tuned) -> Any:
+def merged(tuned: AdaptedModel) -> Any:
     """The tuned model as a plain transformers model, adapters folded into the weights; in place."""
     from peft import PeftModel
 
@@ -160,18 +160,18 @@ def applied(options: AdapterOptions, method: str) -> dict[str, Any]:
     return {"alpha": float(options.alpha)} if "alpha" in find_method(method).options else {}
 
 
-def _wrapped(base: Base, config: Any, targets: list[str], head: list[str], **more: Any) -> Tuned:
+def _wrapped(base: Base, config: Any, targets: list[str], head: list[str], **more: Any) -> AdaptedModel:
     from peft import get_peft_model
 
     if hasattr(config, "fan_in_fan_out"):  # GPT-2's linear layers hold their weights transposed
         config.fan_in_fan_out = any(isinstance(base.model.get_submodule(name), Conv1D) for name in targets)
-    return Tuned(get_peft_model(base.model, config), targets, head, **more)
+    return AdaptedModel(get_peft_model(base.model, config), targets, head, **more)
 
 
-def _lora(**variant: Any) -> Callable[[Base, AdapterOptions], Tuned]:
+def _lora(**variant: Any) -> Callable[[Base, AdapterOptions], AdaptedModel]:
     """LoRA (Hu et al. 2021, arXiv:2106.09685) through PEFT, with the settings of a variant."""
 
-    def apply(base: Base, options: AdapterOptions) -> Tuned:
+    def apply(base: Base, options: AdapterOptions) -> AdaptedModel:
         from peft import LoraConfig, TaskType
 
         targets, head = match_targets(base, options.target_modules), saved_modules(base, options.modules_to_save or [])
@@ -190,13 +190,13 @@ def _lora(**variant: Any) -> Callable[[Base, AdapterOptions], Tuned]:
     return apply
 
 
-def _lora_plus(base: Base, options: AdapterOptions) -> Tuned:
+def _lora_plus(base: Base, options: AdapterOptions) -> AdaptedModel:
     """LoRA whose B learns faster than its A (Hayou et al. 2024, arXiv:2402.12354)."""
     tuned = _lora()(base, options)
-    return Tuned(tuned.model, tuned.target_modules, tuned.head_modules, {"lora_B": options.lora_plus_ratio})
+    return AdaptedModel(tuned.model, tuned.target_modules, tuned.head_modules, {"lora_B": options.lora_plus_ratio})
 
 
-def _adalora(base: Base, options: AdapterOptions) -> Tuned:
+def _adalora(base: Base, options: AdapterOptions) -> AdaptedModel:
     """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): ranks move to the layers that need them.
 
     It starts with one and a half times the rank it ends with, as in the paper's experiments.
@@ -218,10 +218,10 @@ def _adalora(base: Base, options: AdapterOptions) -> Tuned:
         modules_to_save=list(head),
     )
     tuned = _wrapped(base, config, targets, head)
-    return Tuned(tuned.model, targets, head, steps=AdaLoraSteps(tuned.model))
+    return AdaptedModel(tuned.model, targets, head, steps=AdaLoraSteps(tuned.model))
 
 
-def _ia3(base: Base, options: AdapterOptions) -> Tuned:
+def _ia3(base: Base, options: AdapterOptions) -> AdaptedModel:
     """(IA)^3 (Liu et al. 2022, arXiv:2205.05638): keys, values and the feed-forward activations are rescaled."""
     from peft import IA3Config, TaskType
 
@@ -242,7 +242,7 @@ def _ia3(base: Base, options: AdapterOptions) -> Tuned:
     return _wrapped(base, config, targets, head)
 
 
-def _vera(base: Base, options: AdapterOptions) -> Tuned:
+def _vera(base: Base, options: AdapterOptions) -> AdaptedModel:
     """VeRA (Kopiczko et al. 2024, arXiv:2310.11454): vectors are trained around random matrices that all share."""
     import torch
     from peft import TaskType, VeraConfig
@@ -260,7 +260,7 @@ def _vera(base: Base, options: AdapterOptions) -> Tuned:
     return _wrapped(base, config, targets, head)
 
 
-def _bitfit(base: Base, options: AdapterOptions) -> Tuned:
+def _bitfit(base: Base, options: AdapterOptions) -> AdaptedModel:
     """BitFit (Ben Zaken et al. 2022, arXiv:2106.10199): the biases and the head are trained."""
     del options
     tuned = _head(base, AdapterOptions())
@@ -273,33 +273,33 @@ def _bitfit(base: Base, options: AdapterOptions) -> Tuned:
     return tuned
 
 
-def _head(base: Base, options: AdapterOptions) -> Tuned:
+def _head(base: Base, options: AdapterOptions) -> AdaptedModel:
     """Only the head (and what else was newly initialised) is trained, on a frozen base."""
     del options
     base.model.requires_grad_(False)
     for name in base.head_modules:
         base.model.get_submodule(name).requires_grad_(True)
-    return Tuned(base.model, [], base.head_modules)
+    return AdaptedModel(base.model, [], base.head_modules)
 
 
-def _none(base: Base, options: AdapterOptions) -> Tuned:
+def _none(base: Base, options: AdapterOptions) -> AdaptedModel:
     """Nothing is trained: what the base model says with its head."""
     del options
     base.model.requires_grad_(False)
-    return Tuned(base.model, [], base.head_modules)
+    return AdaptedModel(base.model, [], base.head_modules)
 
 
-def _probe(base: Base, options: AdapterOptions) -> Tuned:
+def _probe(base: Base, options: AdapterOptions) -> AdaptedModel:
     """Nothing is trained by steps; pooled states are classified."""
     del options
-    return Tuned(Probe(base.model, base.model.config.num_labels), [], ["classifier"])
+    return AdaptedModel(Probe(base.model, base.model.config.num_labels), [], ["classifier"])
 
 
-def _full(base: Base, options: AdapterOptions) -> Tuned:
+def _full(base: Base, options: AdapterOptions) -> AdaptedModel:
     """Every weight is trained."""
     del options
     base.model.requires_grad_(True)
-    return Tuned(base.model, [], base.head_modules)
+    return AdaptedModel(base.model, [], base.head_modules)
 
 
 _LORA = ("rank", "alpha", "dropout", "target_modules", "bias", "modules_to_save")

@@ -294,7 +294,7 @@ def _mergeable(model: nn.Module) -> Iterator[lora.Linear]:
             yield module
 
 
-def lower_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep frozen weights in another dtype, except in modules that also train weights of their own."""
     for module in model.modules():
         own = list(module.parameters(recurse=False))

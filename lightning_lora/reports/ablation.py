@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lightning_lora.evaluation.metric_table import METRICS, judged_by
+from lightning_lora.evaluation.metric_table import METRICS, primary_metric
 from lightning_lora.evaluation.significance import Estimate
 from lightning_lora.experiments.confounders import Change
 from lightning_lora.experiments.plan import Plan
-from lightning_lora.experiments.results import Answers, ArmResult, CellResult
+from lightning_lora.experiments.results import ArmResult, CellPredictions, CellResult
 from lightning_lora.tasks import Task
 from lightning_lora.units import duration
 
@@ -64,7 +64,7 @@ class Report:
         return len(self.arms) > 1
 
     @property
-    def rows(self) -> Answers | None:
+    def rows(self) -> CellPredictions | None:
         """The answers of one cell of the baseline: all that are compared are to the same rows."""
         return next((found for cell in self.baseline.by_seed if (found := self.answers(cell)) is not None), None)
 
@@ -80,7 +80,7 @@ class Report:
         of = f" ({self.plan.margin:g} of the {unit[0]} of the {self.split} labels)" if unit is not None else ""
         return f"{self.margin:.4g}{of}"
 
-    def answers(self, cell: CellResult) -> Answers | None:
+    def answers(self, cell: CellResult) -> CellPredictions | None:
         """Return a cell's answers to the rows that the arms are compared on."""
         return cell.answers.get(self.split_key)
 
@@ -173,7 +173,7 @@ def _with_effect(arm: ArmResult, metric: str) -> str:
 def notes(report: Report) -> list[str]:
     """Return what a reader should know beside the numbers."""
     tests, cells = report.tests
-    judged = judged_by(report.task)[1]
+    judged = primary_metric(report.task)[1]
     chosen = f"Variants are chosen by validation {report.plan.metric}, checkpoints by validation {judged}."
     found = [
         f"command: {report.command}",
@@ -181,7 +181,7 @@ def notes(report: Report) -> list[str]:
         f"Test rows were evaluated {tests} times, for {cells} cells.",
         f"Intervals and p-values are over seeds and {report.split} rows together; p-values, also those behind "
         "'equivalent', are corrected for the number of arms (Holm), intervals are of each arm by itself. The "
-        "minimum detectable effect is the smallest true difference found with 80% power; 'seeds to settle' is how many "
+        "minimum detectable effect is the smallest true difference found with 80% power; 'seeds needed' is how many "
         "seeds would find one as large as was seen ('more rows': over a thousand); both for a single comparison."
         if report.compares
         else f"Intervals are over seeds and {report.split} rows together.",

@@ -5,7 +5,7 @@ import io
 from typing import Any
 
 from lightning_lora.reports.ablation import Report, answer, bounded, facts, interval_text, notes
-from lightning_lora.reports.ablation_pictures import color, pictures
+from lightning_lora.reports.ablation_figures import color, pictures
 from lightning_lora.reports.ablation_tables import arm_table, metric_table, more_tables
 from lightning_lora.reports.tables import COST_COLUMNS, markdown, metric_columns
 from lightning_lora.reports.templates import template

@@ -13,7 +13,7 @@ from lightning_lora.evaluation.intervals import LEVEL, MOST_FILES
 from lightning_lora.experiments.results import ArmResult
 from lightning_lora.reports.ablation import Report, interval_text, number_text
 from lightning_lora.reports.tables import COST_COLUMNS, Column, metric_columns
-from lightning_lora.runs.folder import kept_evaluation, kept_metrics
+from lightning_lora.runs.folder import best_evaluation, best_metrics
 
 TextTable = list[list[str]]
 
@@ -21,7 +21,7 @@ TextTable = list[list[str]]
 def arm_table(report: Report) -> TextTable:
     """Return the main table: a row for each arm; of one arm without what compares it."""
     metric, level = report.plan.metric, f"{LEVEL:.0%} interval"
-    compared = ["better than baseline by", level, "p (Holm)", "verdict", "minimum detectable effect", "seeds to settle"]
+    compared = ["better than baseline by", level, "p (Holm)", "verdict", "minimum detectable effect", "seeds needed"]
     header = ["arm", "seeds", f"{report.split} {metric}", level, "SD of seeds"]
     rows = [[*header, *(compared if report.compares else []), "settings tried"]]
     for arm in report.arms:
@@ -35,7 +35,7 @@ def arm_table(report: Report) -> TextTable:
         if found is not None:
             needed = "more rows" if found.seeds_needed is None else str(found.seeds_needed)
             if found.verdict not in ("inconclusive", "one seed"):
-                needed = "settled"
+                needed = "enough"
             row += [f"{found.estimate.mean:+.4f}", interval_text(found.estimate, metric, True), _p(found.p_corrected)]
             row += [found.verdict, f"{found.detectable:.4f}", "-" if found.estimate.seeds < 2 else needed]
         elif report.compares:
@@ -60,10 +60,10 @@ def measured(report: Report, arm: ArmResult, column: Column) -> tuple[float, lis
         interval = pooled[0].intervals.get(column.key) if len(pooled) == 1 else None
         return float(np.mean(values)) if values else math.nan, interval
     records = [cell.record for cell in arm.cells if cell.status == "finished"]
-    found = [kept_metrics(record, report.split_key) for record in records]
+    found = [best_metrics(record, report.split_key) for record in records]
     values = [value for metrics in found if (value := metrics.get(column.key)) is not None]  # None: not defined
     interval = None
-    if len(values) == 1 and (name := kept_evaluation(records[0], report.split_key)) is not None:
+    if len(values) == 1 and (name := best_evaluation(records[0], report.split_key)) is not None:
         interval = records[0]["evaluations"][name].get("after_interval", {}).get(column.key)
         interval = None if interval is None or None in interval else interval
     return float(np.mean(values)) if values else math.nan, interval

@@ -212,24 +212,24 @@ class RunFolder:
         return record
 
 
-def as_asked(settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run in which what its rows have filled in is open again, as it was asked for.
+def as_configured(settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run as they were configured, without what ``fit`` filled in from the rows.
 
     So a run can be compared with settings that were not used yet, and another run built on it.
 
     Args:
         settings: Those in its ``config.yaml``; a value that was changed there by hand stays.
-        record: Its record, which holds what was left open.
+        record: Its record, which holds what was filled in.
     """
-    left_open = (record.get("length") or {}).get("left_open", {})
-    if not left_open:
+    auto_filled = (record.get("length") or {}).get("auto_filled", {})
+    if not auto_filled:
         return dict(settings)
     trainer = dict(settings["trainer"])
-    trainer |= {name: asked for name, (asked, used) in left_open.items() if trainer[name] == used}
+    trainer |= {name: asked for name, (asked, used) in auto_filled.items() if trainer[name] == used}
     return {**settings, "trainer": trainer}
 
 
-def kept_evaluation(record: Mapping[str, Any], split: str) -> str | None:
+def best_evaluation(record: Mapping[str, Any], split: str) -> str | None:
     """Return the first evaluation of a split ("val", "test") by the weights that are the best checkpoint now, or None.
 
     A run that was trained for longer may have kept other weights since; evaluations of the earlier ones do not count.
@@ -243,14 +243,14 @@ def kept_evaluation(record: Mapping[str, Any], split: str) -> str | None:
     return None
 
 
-def kept_predictions(place: Path, name: str) -> Path:
+def best_predictions(place: Path, name: str) -> Path:
     """Return the file with the predictions of an evaluation; "val.parquet" is what the last pass of ``fit`` gave."""
     return place / "predictions" / ("val-best.parquet" if name == "val" else f"{name}.parquet")
 
 
-def kept_metrics(record: Mapping[str, Any], split: str) -> Mapping[str, float]:
+def best_metrics(record: Mapping[str, Any], split: str) -> Mapping[str, float]:
     """Return the metrics of the kept weights on a split; of validation rows those of ``fit`` without ``validate``."""
-    name = kept_evaluation(record, split)
+    name = best_evaluation(record, split)
     if name is not None:
         return dict(record["evaluations"][name].get("after", {}))
     best = (record.get("best") or {}).get("metrics", {}) if split == "val" else {}

@@ -118,7 +118,7 @@ class Batcher:
             dataset = await asyncio.to_thread(run.loaded.dataset, texts)
             request = _Request(run, texts, len(texts), [np.empty(0)] * len(texts))
             request.future.set_running_or_notify_cancel()  # no client can cancel what other clients share a batch with
-            tokens = dataset.lengths if run.packed else dataset.widths
+            tokens = dataset.lengths if run.packed else dataset.padded_lengths
             with self._changed:
                 turns = self._now + np.cumsum(tokens) - tokens
                 for i, turn in enumerate(turns.tolist()):

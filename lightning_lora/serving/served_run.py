@@ -17,7 +17,7 @@ from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.inference.loaded_run import load_run
 from lightning_lora.inference.predict_files import fingerprint
 from lightning_lora.models.kernel_plugins import kernel_plugins
-from lightning_lora.runs.folder import RunFolder, kept_metrics
+from lightning_lora.runs.folder import RunFolder, best_metrics
 from lightning_lora.training.module import TextClassifier
 
 #: Tokens of a batch on a CPU, padding included: larger ones are no faster there (docs/LOG.md).
@@ -83,7 +83,7 @@ class ServedRun:
         self.batch_tokens = batch_tokens or (max_tokens if on_gpu else min(max_tokens, CPU_BATCH_TOKENS))
         self.thresholds = None if self.model.thresholds is None else self.model.thresholds.float().cpu().numpy()
         record = run.read() if run.record.is_file() else {}
-        of_best = dict(kept_metrics(record, "test") or kept_metrics(record, "val")) if checkpoint == "best" else {}
+        of_best = dict(best_metrics(record, "test") or best_metrics(record, "val")) if checkpoint == "best" else {}
         self.metrics = {name: value for name, value in of_best.items() if isinstance(value, int | float)}
         # Adapters stay merged, and kernels ready, as within an evaluation pass.
         self.model.on_predict_start()

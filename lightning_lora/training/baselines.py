@@ -41,7 +41,7 @@ class TextBaseline(EvaluationSteps):
     target_modules: tuple[str, ...] = ()
     head_modules: tuple[str, ...] = ()
     learning_rate = 0.0
-    began = False
+    step_started = False
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ def fitted(module: EvaluationSteps, chosen: dict[str, Any], val_labels: np.ndarr
     """Take thresholds and temperature from validation rows too; return what was chosen, for the run record."""
     if module.thresholds is not None or module.temperature is not None:
         model: Any = module.model
-        module.settle(model.val_logits, torch.from_numpy(val_labels))
+        module.calibrate_on(model.val_logits, torch.from_numpy(val_labels))
     return chosen
 
 

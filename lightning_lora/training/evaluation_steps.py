@@ -57,7 +57,7 @@ class EvaluationSteps(LightningModule):
         logits = self.calibrated_logits(batch)
         labels = batch["labels"].to(logits.device, non_blocking=True)
         loss = plain_loss(logits, labels, self.task)
-        if batch["share"]:  # else this process had no row of the part
+        if batch["step_weight"]:  # else this process had no row of the part
             self._evaluation_counter(stage).count(logits, labels, loss)
         return {"loss": loss, "logits": logits}
 
@@ -87,22 +87,22 @@ class EvaluationSteps(LightningModule):
         if stage == "train":
             values = self.train_counter.take_values(self.label_names)
         else:
-            values = self._evaluation_counter(stage).take_values(self.label_names, self.settled_thresholds(stage))
+            values = self._evaluation_counter(stage).take_values(self.label_names, self.decision_thresholds(stage))
         for name, value in values.items():
             self.log(
                 f"{stage}/{name}", value, prog_bar=stage != "train" and name == SHOWN[self.task][0], sync_dist=False
             )
 
-    def settled_thresholds(self, stage: str) -> Tensor | None:
+    def decision_thresholds(self, stage: str) -> Tensor | None:
         """The thresholds at the end of a pass, in all processes; those of validation rows within training are new."""
         settles = stage == "val" and self._fits and (self.thresholds is not None or self.temperature is not None)
         if settles and (rows := self._evaluation_counter(stage).gathered()):
-            self.settle(*rows)
+            self.calibrate_on(*rows)
         if self.thresholds is None or self.temperature is None or self._fits:
             return self.thresholds
         return scale_thresholds(self.thresholds, self.temperature)
 
-    def settle(self, logits: Tensor, labels: Tensor) -> None:
+    def calibrate_on(self, logits: Tensor, labels: Tensor) -> None:
         """Take the thresholds and the temperature that are best on validation rows.
 
         Args:

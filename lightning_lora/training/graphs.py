@@ -217,7 +217,7 @@ def relative_difference(found: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor
     return float(torch.stack([losses.float(), gradients.float()]).amax())
 
 
-def why_plain(module: Any, optimizers: list[Any]) -> str | None:
+def why_not_captured(module: Any, optimizers: list[Any]) -> str | None:
     """Say why the steps of a run cannot be captured; None where they may."""
     trainer = module.trainer
     if getattr(getattr(trainer.train_dataloader, "dataset", None), "packing", None) is None:

@@ -1,4 +1,4 @@
-"""Checks before an optimizer step: one that would spoil the weights is not done."""
+"""Checks before an optimizer step: one that would corrupt the weights is not done."""
 
 import math
 from typing import Any
@@ -49,7 +49,7 @@ class StepGuard:
         self.rows.append(rows)
 
     def check(self, optimizer: torch.optim.Optimizer, step: int, gradients: bool) -> None:
-        """Stops before a step that would spoil the weights; all processes stop, or none.
+        """Stops before a step that would corrupt the weights; all processes stop, or none.
 
         Args:
             optimizer: Which is to do it.
@@ -66,10 +66,10 @@ class StepGuard:
             self.gradient_norm = nn.utils.get_total_norm([p.grad for p in stepped(optimizer) if p.grad is not None])
             checked["gradient"] = self.gradient_norm
         finite = torch.stack([values.isfinite().all() for values in checked.values()])
-        spoilt = processes.all_reduce_max(*(~finite).tolist())
-        if not any(spoilt):
+        not_finite = processes.all_reduce_max(*(~finite).tolist())
+        if not any(not_finite):
             return
-        what = next(name for name, bad in zip(checked, spoilt, strict=True) if bad)
+        what = next(name for name, bad in zip(checked, not_finite, strict=True) if bad)
         parts = processes.gathered((losses.tolist(), rows.cpu().tolist()))
         said = ", ".join(f"{loss:g}" for part, _ in parts for loss in part)
         raise NotFiniteError(what, said, step, [row for _, part in parts for row in part])

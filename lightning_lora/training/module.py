@@ -22,10 +22,10 @@ from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.models.speedups import (
     Speedups,
     begin_evaluation,
+    cast_frozen,
     choose_attention,
     end_evaluation,
     install,
-    lower_frozen,
 )
 from lightning_lora.program import command_line
 from lightning_lora.runs.checkpoints import CheckpointIdentity
@@ -273,7 +273,7 @@ class TextClassifier(StepRunner):
         logits = self.document_logits(batch)
         labels = batch["labels"].to(logits.device, non_blocking=True)
         loss = self.criterion(logits, labels)
-        if batch["share"]:  # else this process had no row of the part
+        if batch["step_weight"]:  # else this process had no row of the part
             self.train_counter.count(logits, labels, loss)
         return {"loss": loss, "logits": logits}
 
@@ -304,7 +304,7 @@ class TextClassifier(StepRunner):
             self.step_guard.add(loss, batch["rows"])
         self.show_loss(loss, batch, batch_idx)
         # The trainer gives each part of an accumulated step the same weight; its rows say what it should have.
-        return (loss if self.tuned.steps is None else loss + self.tuned.steps.penalty()) * batch["share"]
+        return (loss if self.tuned.steps is None else loss + self.tuned.steps.penalty()) * batch["step_weight"]
 
     def on_validation_start(self) -> None:
         """Merges adapters while their weights stay as they are."""
@@ -340,7 +340,7 @@ class TextClassifier(StepRunner):
                 )
             data.packed = self.packed_batches.wanted(self.trainer)
         if self.lowers_frozen(str(self.trainer.precision)):
-            lower_frozen(self.model, torch.bfloat16)
+            cast_frozen(self.model, torch.bfloat16)
         if stage == "fit" and self.class_weights is not None:
             rows = len(data.rows("train")) if self.task == "multi_label" else None
             self.loss_weights = make_class_weights(self.class_weights, data.class_counts, rows).to(self.device)
@@ -352,7 +352,7 @@ class TextClassifier(StepRunner):
     def on_fit_start(self) -> None:
         """Sets training mode, resets the metrics, and takes the learning rate that a callback may have found."""
         take_found_rate(self)
-        self.trains = True
+        self.fit_started = True
         for stage in ("train", "val", "test"):
             self.counter(stage).reset()
         self.train()

@@ -58,7 +58,7 @@ class PackedBatches:
         self.first_tokens = FirstTokens()
         self.first_position = 0
         #: Why packed batches are padded again before the model reads them; None while they are not.
-        self.distrust: str | None = None
+        self.rejected: str | None = None
         #: Why evaluation passes are not captured; None while they are.
         self.plain_evaluation: str | None = None
         #: Why the kernels for short texts are not used; None while they are.
@@ -83,7 +83,7 @@ class PackedBatches:
     def not_used(self) -> dict[str, str]:
         """What was not used for speed, and why."""
         reasons = {
-            "packing not used": self.distrust,
+            "packing not used": self.rejected,
             "evaluation not captured": self.plain_evaluation,
             "kernels for short texts not used": self.no_short_attention,
         }
@@ -165,15 +165,15 @@ class PackedBatches:
     def checked(self, batch: dict[str, Any]) -> str | None:
         """Compare packed with padded on a first batch; return why packed batches are not trusted, if they are not."""
         graded = torch.is_grad_enabled()
-        if self.distrust is None and not self._checked & {graded, True} and len(batch["rows"]) > 1:  # one says nothing
+        if self.rejected is None and not self._checked & {graded, True} and len(batch["rows"]) > 1:  # one says nothing
             self._checked.add(graded)
-            self.distrust = self._difference(batch)
-            if self.distrust is not None and leave_short_attention(self.distrust):
-                self.no_short_attention = self.distrust
-                self.distrust = self._difference(batch)
+            self.rejected = self._difference(batch)
+            if self.rejected is not None and leave_short_attention(self.rejected):
+                self.no_short_attention = self.rejected
+                self.rejected = self._difference(batch)
             for what, reason in self.not_used.items():
                 print(f"warning: {what}: {reason}", file=sys.stderr, flush=True)
-        return self.distrust
+        return self.rejected
 
     def _difference(self, batch: dict[str, Any]) -> str | None:
         """Say how packed and padded differ on a batch, if they do."""

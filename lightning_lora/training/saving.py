@@ -91,14 +91,14 @@ class StateSaver(Checkpoint):
             save, asked = processes.all_reduce_max(due, self.request.number or 0)
             if save or asked or validates_within(trainer, taken):
                 self.save(trainer)
-            self.request.grant(int(asked))
+            self.request.deliver(int(asked))
         else:
             self._grant()
 
     def _grant(self) -> None:
         """End the run if one of its processes was asked to, in all of them."""
         (asked,) = processes.all_reduce_max(self.request.number or 0)
-        self.request.grant(int(asked))
+        self.request.deliver(int(asked))
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the loader is, and the metrics, for a run that was killed behind its last step."""

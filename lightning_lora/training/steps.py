@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from lightning_lora import processes
 from lightning_lora.errors import UserError
-from lightning_lora.models.methods import Tuned
+from lightning_lora.models.methods import AdaptedModel
 from lightning_lora.models.packed import deterministic_as_before
 from lightning_lora.models.speedups import Speedups
 from lightning_lora.seeding import stream_seed
 from lightning_lora.training.evaluation_steps import EvaluationSteps
-from lightning_lora.training.graphs import CannotCaptureError, GraphedSteps, why_plain
+from lightning_lora.training.graphs import CannotCaptureError, GraphedSteps, why_not_captured
 from lightning_lora.training.guard import NotFiniteError, StepGuard, stepped
 from lightning_lora.training.optim import AdamW
 from lightning_lora.training.packed_batches import PackedBatches
@@ -26,7 +26,7 @@ SHOW_EVERY = 10
 class StepRunner(EvaluationSteps):
     """Run the optimizer steps of ``TextClassifier``, which defines what a step computes."""
 
-    tuned: Tuned
+    tuned: AdaptedModel
     packed_batches: PackedBatches
     speedups: Speedups
     seed: int
@@ -35,10 +35,10 @@ class StepRunner(EvaluationSteps):
         super().__init__()
         self.step_guard = StepGuard()
         #: Whether training itself has started, and with it its first step; a search for a learning rate comes before.
-        self.trains = self.began = False
+        self.fit_started = self.step_started = False
         #: The captured steps of this training, or why steps are not captured.
         self.graphs: GraphedSteps | None = None
-        self.plain_steps: str | None = None
+        self.not_captured: str | None = None
         #: Whether it stays on its device when a pass is over.
         self.stays_on_device = False
         #: The loss in the progress bar on a GPU.
@@ -50,7 +50,7 @@ class StepRunner(EvaluationSteps):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Starts dropout's random stream of this batch: a resumed run draws what it would have drawn."""
-        self.began = self.trains
+        self.step_started = self.fit_started
         self.seed_step()
 
     def seed_step(self) -> None:
@@ -69,7 +69,7 @@ class StepRunner(EvaluationSteps):
         if on_gpu and (batch_idx + 1) % SHOW_EVERY:
             return
         # Lightning's own sync_dist has all processes wait for each other before each number.
-        shown = processes.mean(loss.detach() * batch["part_share"])
+        shown = processes.mean(loss.detach() * batch["micro_batch_weight"])
         common: dict[str, Any] = {"batch_size": len(batch["rows"])}
         # What is in the progress bar Lightning (2.6.6) takes to the CPU in each step, and waits for the GPU.
         self.log("train/loss_step", shown, prog_bar=not on_gpu, **common)
@@ -86,7 +86,7 @@ class StepRunner(EvaluationSteps):
         try:
             loss, _ = self.graphs.take(batch)
         except CannotCaptureError as error:
-            self.plain_steps = str(error)
+            self.not_captured = str(error)
             print(f"warning: training steps are not captured as CUDA graphs: {error}", file=sys.stderr, flush=True)
             self.graphs.close()
             self.graphs = None
@@ -111,7 +111,7 @@ class StepRunner(EvaluationSteps):
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Stops before a step that would spoil the weights.
+        """Stops before a step that would corrupt the weights.
 
         Raises:
             NotFiniteError: The loss or the gradient of the step is not finite.
@@ -122,7 +122,7 @@ class StepRunner(EvaluationSteps):
             self.graphs.guard.end_step(self.trainer.global_step + 1)
             return
         # A search for a learning rate goes up to rates at which the weights are lost; they are restored after it.
-        with contextlib.nullcontext() if self.trains else contextlib.suppress(NotFiniteError):
+        with contextlib.nullcontext() if self.fit_started else contextlib.suppress(NotFiniteError):
             # A scaler of the loss meets infinite gradients, and leaves them out.
             self.step_guard.check(optimizer, self.trainer.global_step + 1, gradients=not self.scales_loss)
 
@@ -146,7 +146,7 @@ class StepRunner(EvaluationSteps):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets the method do what it does after a step."""
-        if not self.trains:  # a search for a learning rate gives all groups of weights the same
+        if not self.fit_started:  # a search for a learning rate gives all groups of weights the same
             for group in optimizer.param_groups:
                 group["lr"] *= group.get("lr_factor", 1.0)
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
@@ -165,16 +165,16 @@ class StepRunner(EvaluationSteps):
             UserError: It was asked for and is not possible.
         """
         asked, optimizers = self.speedups.cuda_graphs, self.trainer.optimizers
-        self.plain_steps = why_plain(self, optimizers) if asked else "model.speedups.cuda_graphs is off"
-        if asked is True and self.plain_steps is not None:
-            raise UserError(f"model.speedups.cuda_graphs: {self.plain_steps}; leave it out")
+        self.not_captured = why_not_captured(self, optimizers) if asked else "model.speedups.cuda_graphs is off"
+        if asked is True and self.not_captured is not None:
+            raise UserError(f"model.speedups.cuda_graphs: {self.not_captured}; leave it out")
         self.graphs = None
-        if self.plain_steps is None and self.trains:
+        if self.not_captured is None and self.fit_started:
             self.graphs = GraphedSteps(self, cast(AdamW, optimizers[0]))
 
     def how_steps_ran(self) -> dict[str, str]:
         """Whether steps were captured, or why not, and what else was not used, for the run record."""
-        steps = "captured as CUDA graphs" if self.plain_steps is None else f"plain: {self.plain_steps}"
+        steps = "captured as CUDA graphs" if self.not_captured is None else f"plain: {self.not_captured}"
         return {"steps": steps, **self.packed_batches.not_used}
 
     def on_train_end(self) -> None:

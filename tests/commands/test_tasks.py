@@ -279,7 +279,7 @@ def test_the_training_loss_is_transformers(task: str, tiny_base: Path) -> None:
     torch.manual_seed(0)
     ids = torch.randint(5, 30, (6, 9))
     labels = torch.randint(0, 2, (6, 3)).float() if task == "multi_label" else torch.randn(6)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "share": 0.0}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "step_weight": 0.0}
     loss = module.shared_step(batch, "train")["loss"]
     theirs = module.model(input_ids=ids, attention_mask=batch["attention_mask"], labels=labels)
     assert theirs.loss.item() == pytest.approx(loss.item(), rel=1e-6)

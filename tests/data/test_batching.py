@@ -11,7 +11,7 @@ from lightning_lora.data.order import (
     POOL_BATCHES,
     equal_cuts,
     evaluation_batches,
-    padded_widths,
+    rounded_lengths,
     training_batches,
 )
 from lightning_lora.data.tokens import InputFormat, TokenRows
@@ -24,22 +24,22 @@ LENGTHS = np.random.default_rng(0).integers(5, 200, size=1003)
 def test_each_row_stands_in_one_batch(batch_size: int) -> None:
     batches = training_batches(LENGTHS, batch_size, 0, 0)
     assert sorted(map(len, batches), reverse=True)[:-1] == [batch_size] * (len(batches) - 1)
-    for found in (batches, evaluation_batches(padded_widths(LENGTHS), batch_size)):
+    for found in (batches, evaluation_batches(rounded_lengths(LENGTHS), batch_size)):
         np.testing.assert_array_equal(np.sort(np.concatenate(found)), np.arange(len(LENGTHS)))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 2000])
 def test_short_texts_are_evaluated_together_for_as_many_tokens_as_the_longest(batch_size: int) -> None:
-    rows = padded_widths(LENGTHS)
+    rows = rounded_lengths(LENGTHS)
     sampler = LengthBatchSampler(rows, batch_size, None)
     batches = [np.array(batch) for batch in sampler]
     assert len(sampler) == len(batches)
-    widths = [int(rows[batch].max()) for batch in batches]
-    assert widths == sorted(widths, reverse=True)
-    most = batch_size * widths[0]
-    for batch, width in zip(batches[:-1], widths, strict=False):
+    padded_lengths = [int(rows[batch].max()) for batch in batches]
+    assert padded_lengths == sorted(padded_lengths, reverse=True)
+    most = batch_size * padded_lengths[0]
+    for batch, width in zip(batches[:-1], padded_lengths, strict=False):
         assert len(batch) == min(most // width, EVALUATION_FACTOR * batch_size) >= batch_size
-    assert len(batches[-1]) * widths[-1] <= most
+    assert len(batches[-1]) * padded_lengths[-1] <= most
 
 
 @pytest.mark.parametrize("to_max", [False, True])
@@ -50,7 +50,9 @@ def test_no_batch_of_an_evaluation_is_larger_than_the_first(to_max: bool, keep: 
     tokens = TokenRows(pa.chunked_array([pa.ListArray.from_arrays([0, *ends], np.ones(ends[-1], np.int32))]))
     input_format = InputFormat((2,), (3,), 0, 130, keep)
     data = TokenDataset(tokens, input_format, None, to_max)
-    sizes = [data.__getitems__(batch)["input_ids"].numel() for batch in LengthBatchSampler(data.widths, 16, None)]
+    sizes = [
+        data.__getitems__(batch)["input_ids"].numel() for batch in LengthBatchSampler(data.padded_lengths, 16, None)
+    ]
     assert max(sizes) == sizes[0]
     whole = math.ceil(len(LENGTHS) / 16)
     assert len(sizes) == whole if to_max and keep == "head" else len(sizes) < whole
@@ -81,8 +83,8 @@ def test_batches_hold_texts_of_similar_length() -> None:
     shuffled = np.array_split(np.random.default_rng(1).permutation(len(LENGTHS)), 63)
     assert padding(shuffled) > 0.4
     assert padding(training_batches(LENGTHS, 16, 0, 0)) < 0.1
-    widths = padded_widths(LENGTHS)  # beyond what each row is padded to by itself
-    assert padding(evaluation_batches(widths, 16), widths) < 0.03
+    padded_lengths = rounded_lengths(LENGTHS)  # beyond what each row is padded to by itself
+    assert padding(evaluation_batches(padded_lengths, 16), padded_lengths) < 0.03
 
 
 def test_the_order_is_fixed_by_seed_and_epoch() -> None:
@@ -108,9 +110,9 @@ def test_the_parts_of_an_accumulated_step_are_those_of_the_large_batch(rows: int
         of_step = pieces[4 * i : 4 * i + 4]
         assert [row for part in of_step for row in part] == list(step)
         # The trainer divides each part's loss by 4: what is left must be the mean over the rows of the step.
-        assert sum(part.share / 4 * 1.0 for part in of_step) == pytest.approx(1)
+        assert sum(part.step_weight / 4 * 1.0 for part in of_step) == pytest.approx(1)
         for part in of_step:
-            assert part.share / 4 / len(part) == pytest.approx(1 / len(step))
+            assert part.step_weight / 4 / len(part) == pytest.approx(1 / len(step))
 
 
 def test_the_sampler_follows_the_epoch_and_knows_its_length() -> None:
@@ -143,7 +145,7 @@ def test_the_trainer_gives_each_epoch_an_order_of_its_own(tiny_base: Path, revie
 
 def held(rows: list[int]) -> int:
     """Tokens of a padded batch."""
-    return len(rows) * int(padded_widths(LENGTHS[list(rows)].max()))
+    return len(rows) * int(rounded_lengths(LENGTHS[list(rows)].max()))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 2000])
@@ -196,8 +198,8 @@ def test_in_batches_by_tokens_each_text_weighs_the_same(accumulate: int, process
     for part in parts:
         for mine in part:
             # The trainer divides by the parts of a step, and processes take the mean.
-            weights[list(mine)] += mine.share / len(mine) / accumulate / processes
-        assert sum(mine.part_share for mine in part) / processes == pytest.approx(1)
+            weights[list(mine)] += mine.step_weight / len(mine) / accumulate / processes
+        assert sum(mine.micro_batch_weight for mine in part) / processes == pytest.approx(1)
         tokens.append([held(mine) for mine in part])
     steps = len(parts) / accumulate
     np.testing.assert_allclose(weights, steps / len(LENGTHS), rtol=1e-12)
@@ -209,8 +211,8 @@ def test_parts_that_are_short_of_rows_count_nothing() -> None:
     lengths = np.array([400, 8, 8])
     parts = list(LengthBatchSampler(lengths, 1, 0, accumulate=4, by="tokens"))
     assert len(parts) == 4
-    assert sorted(part.share for part in parts)[0] == 0
-    assert sum(part.share for part in parts) / 4 == pytest.approx(1)
+    assert sorted(part.step_weight for part in parts)[0] == 0
+    assert sum(part.step_weight for part in parts) / 4 == pytest.approx(1)
 
 
 def test_devices_and_accumulation_leave_steps_by_tokens_as_they_are() -> None:
@@ -223,16 +225,20 @@ def test_devices_and_accumulation_leave_steps_by_tokens_as_they_are() -> None:
 
 def test_widths_are_few_and_waste_little() -> None:
     lengths = np.arange(1, 513)
-    widths = padded_widths(lengths)
-    assert (widths >= lengths).all()
-    assert (widths % 8 == 0).all()
-    assert (widths - lengths < np.maximum(lengths / 4, 8)).all()
-    assert {int(w) for w in widths if w > 64} == {*range(80, 129, 16), *range(160, 257, 32), *range(320, 513, 64)}
+    padded_lengths = rounded_lengths(lengths)
+    assert (padded_lengths >= lengths).all()
+    assert (padded_lengths % 8 == 0).all()
+    assert (padded_lengths - lengths < np.maximum(lengths / 4, 8)).all()
+    assert {int(w) for w in padded_lengths if w > 64} == {
+        *range(80, 129, 16),
+        *range(160, 257, 32),
+        *range(320, 513, 64),
+    }
 
 
 @pytest.mark.parametrize("by", ["texts", "tokens"])
 def test_the_largest_batch_is_one_of_the_epoch(by) -> None:
     sampler = LengthBatchSampler(LENGTHS, 16, seed=3, by=by)
     sampler.set_epoch(2)
-    tokens = {tuple(batch): len(batch) * int(padded_widths(LENGTHS[batch].max())) for batch in sampler}
+    tokens = {tuple(batch): len(batch) * int(rounded_lengths(LENGTHS[batch].max())) for batch in sampler}
     assert tokens[tuple(sampler.largest())] == max(tokens.values())

@@ -160,7 +160,7 @@ def test_a_word_that_tells_the_class(folder: Path, tiny_base: Path) -> None:
     frame.loc[chosen, "text"] += " Refid"
     frame.to_csv(folder / "train.csv", index=False)
     facts, found = facts_of(str(folder), tiny_base)
-    word = next(each for each in facts.telling if each.label == "pos")
+    word = next(each for each in facts.discriminative if each.label == "pos")
     assert (word.word, word.rows, word.precision, word.coverage) == ("refid", int(chosen.sum()), 1, 1)
     assert f"'refid' pos ({chosen.sum()} texts, 100% of the class)" in only(found, "word alone")
     frame["text"] = [
@@ -171,7 +171,7 @@ def test_a_word_that_tells_the_class(folder: Path, tiny_base: Path) -> None:
     )
     frame["text"] += [f" t{i}" for i in range(len(frame))]
     frame.to_csv(folder / "train.csv", index=False)
-    assert facts_of(str(folder), tiny_base)[0].telling == []
+    assert facts_of(str(folder), tiny_base)[0].discriminative == []
 
 
 def test_several_labels(tmp_path: Path, tiny_base: Path) -> None:
@@ -190,7 +190,7 @@ def test_numbers(folder: Path, tiny_base: Path) -> None:
     plant(folder, "train", (first_text(folder, "train", 1), 77))
     facts, found = facts_of(str(folder), tiny_base, task="regression")
     assert facts.splits["train"].numbers.tolist() == [*np.arange(200) / 4, 77]
-    assert facts.telling == [] and not any(each.class_counts for each in facts.splits.values())
+    assert facts.discriminative == [] and not any(each.class_counts for each in facts.splits.values())
     said = only(found, "another label")
     assert "77, but 0.25 in" in said and "one number a text" in said and "label_separator" not in said
 

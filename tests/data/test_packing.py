@@ -41,7 +41,10 @@ def test_a_packed_batch_is_the_padded_one(keep: str, accumulate: int) -> None:
         ids, mask = padded(views, shape, inputs)
         assert (ids[:, :width] == expected["input_ids"]).all() and (mask[:, :width] == expected["attention_mask"]).all()
         assert not mask[:, width:].any()
-        assert (views.labels[:count] == expected["labels"]).all() and (views.count, views.scale) == (count, rows.share)
+        assert (views.labels[:count] == expected["labels"]).all() and (views.count, views.scale) == (
+            count,
+            rows.step_weight,
+        )
         owners = expected["documents"] if keep == "windows" else np.arange(inputs)
         assert (views.documents.numpy() == [*owners, *[shape.texts] * (shape.inputs - inputs)]).all()
         # What is left of the row belongs to no text, and no piece of it is longer than a text.
@@ -50,8 +53,8 @@ def test_a_packed_batch_is_the_padded_one(keep: str, accumulate: int) -> None:
         assert lengths.max() <= shape.longest and lengths[inputs : shape.inputs].sum() == 0
         positions = np.concatenate([np.arange(n) for n in lengths[:inputs]])
         assert (views.position_ids[0, : len(positions)].numpy() == positions).all()
-        assert {name: batch[name] for name in ("num_tokens", "share", "part_share")} == {
-            name: expected[name] for name in ("num_tokens", "share", "part_share")
+        assert {name: batch[name] for name in ("num_tokens", "step_weight", "micro_batch_weight")} == {
+            name: expected[name] for name in ("num_tokens", "step_weight", "micro_batch_weight")
         }
 
 

@@ -49,7 +49,7 @@ def test_batches_are_what_the_tokenizer_itself_gives(
     )
     dataset = TokenDataset(tokens, input_format, None, pad_to_max=False)
     ours = dataset.__getitems__(kept)
-    assert set(ours) - {"rows", "num_tokens", "share", "part_share"} == set(theirs)
+    assert set(ours) - {"rows", "num_tokens", "step_weight", "micro_batch_weight"} == set(theirs)
     for name, expected in theirs.items():
         np.testing.assert_array_equal(ours[name], expected)
     assert dataset.lengths[kept].tolist() == theirs["attention_mask"].sum(1).tolist()

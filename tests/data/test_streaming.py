@@ -138,7 +138,13 @@ def test_four_devices_share_the_rows_without_repeats(module) -> None:
     data.setup("fit")
     dataset = data.dataset("train")
     samplers = [LengthBatchSampler(dataset.lengths, 16, 0, rank=rank, processes=4) for rank in range(4)]
-    seen = [row for sampler in samplers for part in sampler if part.share for row in dataset.__getitems__(part)["rows"]]
+    seen = [
+        row
+        for sampler in samplers
+        for part in sampler
+        if part.step_weight
+        for row in dataset.__getitems__(part)["rows"]
+    ]
     assert sorted(map(int, seen)) == list(range(147))
 
 

@@ -196,15 +196,15 @@ def test_pseudo_values_are_those_of_the_jackknife(metric: str) -> None:
 
 @pytest.mark.parametrize("metric", ORACLES)
 def test_equally_good_arms_are_called_different_by_a_correlation_in_no_more_than_the_nominal_share(metric: str) -> None:
-    rng, wrong, widths, gaps = np.random.default_rng(1), 0, [], []
+    rng, wrong, padded_lengths, gaps = np.random.default_rng(1), 0, [], []
     for _ in range(200):
         one, other = (np.stack([pseudo_values(each, metric) for each in arm]) for arm in simulated(rng, metric))
         found = estimate(one - other)
         wrong += not found.low <= 0 <= found.high
-        widths.append(found.se)
+        padded_lengths.append(found.se)
         gaps.append(found.mean)
     assert wrong <= 0.05 * 200
-    assert np.mean(widths) == pytest.approx(np.std(gaps), rel=0.35)  # neither far too careful nor too bold
+    assert np.mean(padded_lengths) == pytest.approx(np.std(gaps), rel=0.35)  # neither far too careful nor too bold
 
 
 @pytest.mark.parametrize("given", [several(1), numbers(1)], ids=lambda given: given.task)

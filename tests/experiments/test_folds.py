@@ -16,7 +16,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.evaluation.significance import difference
 from lightning_lora.experiments import runner
 from lightning_lora.experiments.plan import make_plan
-from lightning_lora.experiments.results import Answers, CellResult, compare_arms
+from lightning_lora.experiments.results import CellPredictions, CellResult, compare_arms
 from tests.conftest import make_rows, write_csv
 
 CONTENT = {
@@ -33,11 +33,11 @@ PLAN = make_plan(CONTENT, Path("a.yaml"))
 FOLDS = np.random.default_rng(0).permutation(np.arange(90) % 3)
 
 
-def answers(rng: np.random.Generator, fold: int, right: float) -> Answers:
+def answers(rng: np.random.Generator, fold: int, right: float) -> CellPredictions:
     keys = np.flatnonzero(fold - 1 == FOLDS)
     labels = keys % 2
     logits = np.eye(2)[np.where(rng.random(len(keys)) < right, labels, 1 - labels)].astype(np.float32) * 3
-    return Answers(logits, labels, np.array([f"k{i:03}" for i in keys]), ["a", "b"])
+    return CellPredictions(logits, labels, np.array([f"k{i:03}" for i in keys]), ["a", "b"])
 
 
 def cells() -> list[CellResult]:
@@ -147,7 +147,7 @@ def test_labels_of_each_row_are_predicted_from_the_thresholds_of_its_fold_on() -
         keys = np.arange(3 * cell.fold, 3 * cell.fold + 3)
         logits, labels = np.zeros((3, 2), np.float32), np.array([[1, 0]] * 3)
         thresholds = np.array([0.1 * cell.fold, 0.9])
-        own = Answers(logits, labels, keys, ["a", "b"], task="multi_label", thresholds=thresholds)
+        own = CellPredictions(logits, labels, keys, ["a", "b"], task="multi_label", thresholds=thresholds)
         found.append(CellResult(cell, "finished", "", {}, {"val": own, "test": own}))
     pooled = compare_arms(plan, found)[0].by_seed[0].answers["test"]
     assert pooled.predicted[:, 0].all() and not pooled.predicted[:, 1].any()

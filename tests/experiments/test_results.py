@@ -10,7 +10,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.evaluation.significance import difference
 from lightning_lora.experiments.confounders import Change, changes
 from lightning_lora.experiments.plan import make_plan
-from lightning_lora.experiments.results import Answers, CellResult, compare_arms, one_class
+from lightning_lora.experiments.results import CellPredictions, CellResult, compare_arms, one_class
 
 KEYS = np.array([f"k{i:03}" for i in range(200)])
 LABELS = np.arange(200) % 2
@@ -26,11 +26,11 @@ CONTENT = {
 PLAN = make_plan(CONTENT, Path("a.yaml"))
 
 
-def answers(right: float, seed: int, keys: np.ndarray = KEYS) -> Answers:
+def answers(right: float, seed: int, keys: np.ndarray = KEYS) -> CellPredictions:
     """The first so-and-so-many rows right, a little more or less by the seed."""
     hit = np.arange(len(keys)) < round(len(keys) * right) + seed
     logits = np.eye(2)[np.where(hit, LABELS[: len(keys)], 1 - LABELS[: len(keys)])].astype(np.float32) * 3
-    return Answers(logits, LABELS[: len(keys)], keys, ["a", "b"])
+    return CellPredictions(logits, LABELS[: len(keys)], keys, ["a", "b"])
 
 
 def cells(val: dict[tuple[str, str], float], test: dict[str, float] | None = None, lost=()) -> list[CellResult]:
@@ -164,7 +164,9 @@ def test_a_label_in_brackets_is_no_option_of_latex() -> None:
 
 
 def test_one_class_is_told() -> None:
-    assert one_class(Answers(np.tile([1.0, 0.0], (200, 1)), LABELS, KEYS, ["a", "b"])) == "predicts one class only"
+    assert (
+        one_class(CellPredictions(np.tile([1.0, 0.0], (200, 1)), LABELS, KEYS, ["a", "b"])) == "predicts one class only"
+    )
     assert one_class(answers(0.9, 0)) == ""
 
 
@@ -211,7 +213,7 @@ def test_the_margin_of_numbers_is_a_share_of_their_spread(metric: str) -> None:
         for cell in plan.cells:
             off = 1.0 if cell.arm == "rank 8" else 1.005
             numbers = (unit * (truth + off * noise[cell.seed - 1]))[:, None].astype(np.float32)
-            said = Answers(numbers, unit * truth, np.arange(400).astype(str), ["days"], task="regression")
+            said = CellPredictions(numbers, unit * truth, np.arange(400).astype(str), ["days"], task="regression")
             results.append(CellResult(cell, "finished", "", {}, {"val": said}))
         arms = compare_arms(plan, results)
         found[unit] = arms[0].against

@@ -49,7 +49,7 @@ def test_packed_texts_give_the_logits_and_gradients_of_padded_ones(
             loss = torch.nn.functional.cross_entropy(logits, batch["labels"].cuda())
         parameters = [p for p in model.parameters() if p.requires_grad]
         found.append((logits, torch.autograd.grad(loss, parameters, allow_unused=True)))
-    assert model.packed_batches.distrust is None
+    assert model.packed_batches.rejected is None
     (plain, expected), (logits, gradients) = found
     tolerance = 1e-4 if precision == torch.float32 else 0.05
     torch.testing.assert_close(logits, plain, rtol=tolerance, atol=tolerance)
@@ -118,7 +118,7 @@ def test_captured_steps_learn_bit_for_bit_what_plain_ones_learn(
     plain = fit(tiny_base, reviews, False, trainer | ON_GPU, **constant)
     found = fit(tiny_base, reviews, True, trainer | ON_GPU, **constant)
     again = fit(tiny_base, reviews, True, trainer | ON_GPU, **constant)
-    assert found.plain_steps is None and found.packed_batches.distrust is None
+    assert found.not_captured is None and found.packed_batches.rejected is None
     for name, value in trained(plain).items():
         assert torch.equal(trained(found)[name], trained(again)[name]), name
         torch.testing.assert_close(trained(found)[name], value, rtol=1e-6, atol=1e-7)
@@ -142,10 +142,10 @@ def test_a_loss_that_cannot_be_captured_is_trained_plainly(tiny_base: Path, revi
             )
 
     found = [fit(tiny_base, reviews, graphs, ON_GPU, Asks) for graphs in (True, False)]
-    assert "capturing" in str(found[0].plain_steps)
+    assert "capturing" in str(found[0].not_captured)
     for name, value in trained(found[0]).items():
         assert torch.equal(trained(found[1])[name], value), name
-    assert fit(tiny_base, reviews, True, ON_GPU).plain_steps is None  # what failed has left nothing behind
+    assert fit(tiny_base, reviews, True, ON_GPU).not_captured is None  # what failed has left nothing behind
 
 
 def test_the_whole_path_on_a_gpu(tiny_base: Path, reviews: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def assert_packed_as_padded(model: TextClassifier, data: TokenDataset) -> None:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         found.append((logits, dict(zip(parameters, gradients, strict=True))))
-    assert model.packed_batches.distrust is None
+    assert model.packed_batches.rejected is None
     (plain, expected), (packed, gradients) = found
     torch.testing.assert_close(packed, plain, rtol=1e-5, atol=1e-5)
     for name, gradient in expected.items():
@@ -154,10 +154,10 @@ def test_gradients_are_compared_too_also_after_an_evaluation_and_nan_is_a_differ
         _, packed = both(rows())
         with torch.no_grad():
             model.document_logits(packed)
-        assert model.packed_batches.distrust is None
+        assert model.packed_batches.rejected is None
         model.document_logits(packed)
-        assert "differ by nan" in str(model.packed_batches.distrust)
-        assert copy.deepcopy(model).packed_batches.distrust == model.packed_batches.distrust
+        assert "differ by nan" in str(model.packed_batches.rejected)
+        assert copy.deepcopy(model).packed_batches.rejected == model.packed_batches.rejected
     finally:
         AttentionInterface.register(PACKED, packed_attention)
 

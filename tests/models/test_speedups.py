@@ -21,10 +21,10 @@ from lightning_lora.models.methods import AdapterOptions, tune
 from lightning_lora.models.speedups import (
     Speedups,
     begin_evaluation,
+    cast_frozen,
     end_evaluation,
     install,
     lora_in_product,
-    lower_frozen,
 )
 from lightning_lora.training.module import AUTOCAST, TextClassifier
 from tests.conftest import LANGUAGE_MODELS
@@ -106,7 +106,7 @@ def prepared(base: str, speedups: Speedups, attention: str, low: bool) -> TextCl
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     if low and model.lowers_frozen("bf16-mixed"):
-        lower_frozen(model.model, torch.bfloat16)
+        cast_frozen(model.model, torch.bfloat16)
     return model.train()
 
 
@@ -226,7 +226,7 @@ def test_states_in_bfloat16_between_layers_give_the_logits_of_float32(
 @pytest.mark.parametrize("method", ["lora", "bitfit", "head", "full"])
 def test_only_frozen_weights_are_lowered(tiny_base, method: str) -> None:
     model = TextClassifier(str(tiny_base), ["a", "b"], method=method)
-    lower_frozen(model.model, torch.bfloat16)
+    cast_frozen(model.model, torch.bfloat16)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     lowered = {n for n, p in model.named_parameters() if p.dtype == torch.bfloat16}
     assert bool(lowered) == (method != "full")

@@ -9,8 +9,8 @@ import pytest
 from lightning_lora.experiments.plan import make_plan
 from lightning_lora.experiments.results import CellResult, compare_arms
 from lightning_lora.reports.ablation import Report, facts
+from lightning_lora.reports.ablation_figures import pictures
 from lightning_lora.reports.ablation_pages import as_html, forest
-from lightning_lora.reports.ablation_pictures import pictures
 from tests.experiments.test_results import CONTENT, answers
 
 AXES = {"rank": {"model.adapter.rank": [2, 8]}, "rate": {"model.learning_rate": [1e-4, 1e-3]}}

@@ -17,7 +17,7 @@ from lightning_lora.models.methods import METHODS
 from lightning_lora.models.quantization import Quantization
 from lightning_lora.models.speedups import Speedups
 from lightning_lora.training import steps as steps_file
-from lightning_lora.training.graphs import GraphedSteps, what_python_does, why_plain
+from lightning_lora.training.graphs import GraphedSteps, what_python_does, why_not_captured
 from lightning_lora.training.guard import DeferredGuard, NotFiniteError
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.optim import make_optimizer
@@ -51,7 +51,7 @@ def run_again(steps: GraphedSteps, function: Callable[[], None]) -> Callable[[],
 def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let steps be captured on a CPU."""
     monkeypatch.setattr(GraphedSteps, "capture", run_again)
-    monkeypatch.setattr(steps_file, "why_plain", lambda module, optimizers: None)
+    monkeypatch.setattr(steps_file, "why_not_captured", lambda module, optimizers: None)
     yield
 
 
@@ -97,7 +97,7 @@ def test_packed_batches_learn_what_padded_ones_learn(
 ) -> None:
     base = make_base(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     padded, packed = (fit(base, reviews, False, trainer, packing=p, data=data, **model) for p in (False, True))
-    assert packed.packed_batches.distrust is None
+    assert packed.packed_batches.rejected is None
     for name, value in trained(padded).items():
         torch.testing.assert_close(trained(packed)[name], value, rtol=1e-3, atol=1e-4, msg=name)
     for name, value in padded.trainer.callback_metrics.items():
@@ -121,7 +121,7 @@ def test_labels_and_numbers_are_learnt_alike_padded_packed_and_captured(
         fit(base, rows, graphs, packing=packing, data=data, labels=labels, task=task, **model)
         for packing, graphs in ((False, False), (True, False), (True, True))
     )
-    assert packed.packed_batches.distrust is None and graphed.how_steps_ran()["steps"].startswith("captured")
+    assert packed.packed_batches.rejected is None and graphed.how_steps_ran()["steps"].startswith("captured")
     for other in (packed, graphed):
         for name, value in trained(padded).items():
             torch.testing.assert_close(trained(other)[name], value, rtol=1e-3, atol=2e-4, msg=name)
@@ -152,7 +152,7 @@ def test_captured_steps_learn_what_plain_ones_learn(
 ) -> None:
     plain = fit(tiny_base, reviews, False, trainer, **model)
     found = fit(tiny_base, reviews, True, trainer, **model)
-    assert found.plain_steps is None and plain.plain_steps is not None
+    assert found.not_captured is None and plain.not_captured is not None
     tolerance = (
         {"rtol": 1e-4, "atol": 1e-5} if trainer.get("precision") != "bf16-mixed" else {"rtol": 0.05, "atol": 0.02}
     )
@@ -168,7 +168,7 @@ def test_captured_steps_learn_what_plain_ones_learn(
 def stopped_by_a_rate(
     base: Path, rows: Path, graphs: bool, trainer: dict[str, Any]
 ) -> tuple[TextClassifier, NotFiniteError]:
-    """Train at a rate with which the first step spoils the weights; the model as it was left, and the error."""
+    """Train at a rate with which the first step corrupts the weights; the model as it was left, and the error."""
     made: list[TextClassifier] = []
 
     def kind(*args: Any, **kwargs: Any) -> TextClassifier:
@@ -210,8 +210,8 @@ def test_steps_that_cannot_be_captured_are_done_plainly(
     monkeypatch.setattr(GraphedSteps, "capture", capture)
     found = fit(tiny_base, reviews, True)
     said = capsys.readouterr().err
-    assert said.count("warning: training steps are not captured as CUDA graphs") == 1 and found.plain_steps in said
-    assert {"fails": "not permitted", "differs": "differs from a plain one by"}[fault] in str(found.plain_steps)
+    assert said.count("warning: training steps are not captured as CUDA graphs") == 1 and found.not_captured in said
+    assert {"fails": "not permitted", "differs": "differs from a plain one by"}[fault] in str(found.not_captured)
     for name, value in trained(plain).items():
         assert torch.equal(trained(found)[name], value), name
     assert float(found.trainer.callback_metrics["train/accuracy"]) == float(
@@ -222,12 +222,12 @@ def test_steps_that_cannot_be_captured_are_done_plainly(
 def test_on_a_cpu_steps_are_plain_and_asking_for_graphs_says_so(tiny_base: Path, reviews: Path) -> None:
     from lightning_lora.errors import UserError
 
-    assert fit(tiny_base, reviews, "auto").plain_steps == "the device is cpu"
+    assert fit(tiny_base, reviews, "auto").not_captured == "the device is cpu"
     data = TextDataModule(str(reviews), str(tiny_base), max_length=24, cache_dir=str(reviews.parent / "cache"))
     module = TextClassifier(str(tiny_base), ["neg", "pos"], speedups=Speedups(cuda_graphs=True))
     with pytest.raises(UserError, match="cuda_graphs: batches are padded"):
         Trainer(max_epochs=1, **QUIET).fit(module, data)
-    assert why_plain(module, []) is not None
+    assert why_not_captured(module, []) is not None
 
 
 class Watch(Callback):
@@ -301,7 +301,7 @@ def ready(base: Path, **changes: Any) -> tuple[OnGPU, list[Any]]:
 def test_every_method_is_captured_but_for_adalora(tiny_base: Path, method: str) -> None:
     module, optimizers = ready(tiny_base, method=method)
     expected = "adalora changes ranks between steps" if method == "adalora" else None
-    assert why_plain(module, optimizers) == expected
+    assert why_not_captured(module, optimizers) == expected
 
 
 @pytest.mark.parametrize(
@@ -318,6 +318,6 @@ def test_every_method_is_captured_but_for_adalora(tiny_base: Path, method: str) 
 def test_a_run_that_cannot_be_captured_says_why(tiny_base: Path, where: str, change: dict[str, Any], said: str) -> None:
     module, optimizers = ready(tiny_base)
     vars(module.trainer if where == "trainer" else module).update(change)
-    assert str(why_plain(module, optimizers)).startswith(said)
+    assert str(why_not_captured(module, optimizers)).startswith(said)
     module, _ = ready(tiny_base)
-    assert "AdamW" in str(why_plain(module, [torch.optim.SGD(module.parameters(), 0.1)]))
+    assert "AdamW" in str(why_not_captured(module, [torch.optim.SGD(module.parameters(), 0.1)]))

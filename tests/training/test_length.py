@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_lora import TextClassifier, TextDataModule, training_length
 from lightning_lora.cli import main
-from lightning_lora.commands.fit import was_asked
+from lightning_lora.commands.fit import was_configured
 from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.experiments import runner
 from lightning_lora.experiments.given_runs import GivenRun
@@ -239,7 +239,7 @@ def test_what_was_left_open_is_open_for_other_rows_and_the_same_command(fit: Fit
     assert fit("--trainer.max_time", "00:00:10:00") == 0
     words = ["fit", "--config", "logs/run/config.yaml", "--name", "other", "--data.train_rows", "40"]
     assert (
-        was_asked(RunFolder(Path("logs/run")))
+        was_configured(RunFolder(Path("logs/run")))
         == ConfiguredRun("fit", ["--config", "a.yaml", "--trainer.max_time", "00:00:10:00"]).settings()
     )
     assert main(words) == 0

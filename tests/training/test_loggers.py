@@ -131,7 +131,9 @@ def test_a_missing_package_is_named_with_what_installs_it(words: list[str], caps
         Path("b.yaml").write_text(yaml.safe_dump({"trainer": {"logger": logger}}))
         assert main([*words, "--config", "b.yaml"]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("error: trainer: a class that the config") and error.endswith(f"missing: pip install {package}")
+        assert error.startswith("error: trainer: a class that the config") and error.endswith(
+            f"missing: pip install {package}"
+        )
         assert not list(Path("logs").iterdir())
 
 

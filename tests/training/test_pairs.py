@@ -97,7 +97,7 @@ def test_training_is_the_same_packed_or_padded_in_python_or_by_fit(tiny_base: Pa
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         trainer = Trainer(max_epochs=1, accelerator="cpu", gradient_clip_val=1.0, **quiet)
         trainer.fit(model, data)
-        assert model.packed_batches.distrust is None
+        assert model.packed_batches.rejected is None
         losses.append(float(trainer.callback_metrics["val/loss"]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     words = ["--model.base_model", str(base), "--data.source", str(path), "--data.text_column", json.dumps(COLUMNS)]

@@ -11,7 +11,7 @@ from lightning_lora.models.architectures import ARCHITECTURES
 from lightning_lora.models.attention import EXACT
 from lightning_lora.models.base import load_base
 from lightning_lora.models.methods import AdapterOptions, tune
-from lightning_lora.models.speedups import Speedups, install, lower_frozen
+from lightning_lora.models.speedups import Speedups, cast_frozen, install
 from lightning_lora_amx.encoder_layer import LAYERS, FusedEncoderLayer
 from lightning_lora_amx.fused_linear import add_product, fuse_bias, fuse_lora, one_pass
 from tests.models.test_speedups import (  # noqa: F401  # run again, with the plugin
@@ -31,7 +31,7 @@ def lora_pair(bias: bool, frozen: torch.dtype = torch.float32) -> tuple[nn.Modul
     theirs = inject_adapter_in_model(config, nn.Sequential(nn.Linear(24, 16, bias=bias)))
     nn.init.normal_(theirs[0].lora_B["default"].weight)
     if frozen != torch.float32:
-        lower_frozen(theirs, frozen)
+        cast_frozen(theirs, frozen)
     ours = copy.deepcopy(theirs)
     assert fuse_lora(ours) == 1
     return theirs, ours
@@ -139,7 +139,7 @@ def test_a_product_in_pieces_is_the_product(rows: int) -> None:
 def test_a_frozen_layer_with_its_bias_in_one_pass_is_the_layer() -> None:
     torch.manual_seed(0)
     theirs = nn.Sequential(nn.Linear(24, 16)).requires_grad_(False)
-    lower_frozen(theirs, torch.bfloat16)
+    cast_frozen(theirs, torch.bfloat16)
     ours = copy.deepcopy(theirs)
     assert fuse_bias(ours) == 1
     for dtype in (torch.bfloat16, torch.float32):  # autocast lowers the second

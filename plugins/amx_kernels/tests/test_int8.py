@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_lora.errors import UserError
-from lightning_lora.models.speedups import Speedups, begin_evaluation, end_evaluation, lower_frozen
+from lightning_lora.models.speedups import Speedups, begin_evaluation, cast_frozen, end_evaluation
 from lightning_lora.training.module import TextClassifier
 from lightning_lora_amx import kernels
 from lightning_lora_amx.encoder_layer import FusedEncoderLayer
@@ -101,7 +101,7 @@ def classifier(base: str, method: str = "lora", **settings: object) -> TextClass
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "classifier" in name:
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
-    lower_frozen(model.model, torch.bfloat16)
+    cast_frozen(model.model, torch.bfloat16)
     return model.eval()
 
 

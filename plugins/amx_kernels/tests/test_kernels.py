@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_lora.models.attention import TorchAttention, exact_attention
-from lightning_lora.models.speedups import Speedups, lower_frozen
+from lightning_lora.models.speedups import Speedups, cast_frozen
 from lightning_lora.training.module import TextClassifier
 from lightning_lora_amx import kernels
 from lightning_lora_amx.attention import choose
@@ -252,7 +252,7 @@ def outcome(base: str, compiled: bool, low: bool) -> dict[str, torch.Tensor]:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     if low:
-        lower_frozen(model.model, torch.bfloat16)
+        cast_frozen(model.model, torch.bfloat16)
     ids = torch.randint(5, 30, (3, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
