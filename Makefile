@@ -29,7 +29,7 @@ test: $(INSTALLED)  ## the whole test suite, offline, on the CPU
 test-gpu: $(INSTALLED)  ## what needs a GPU, and training on it (python -m pytest -m gpu, where torch is there already)
 	$(BIN)/python -m pytest -m gpu
 
-test-slow: $(INSTALLED)  ## the embedded default at full size
+test-slow: $(INSTALLED)  ## the embedded default at full size, every architecture in every export format
 	$(BIN)/python -m pytest -m slow
 
 test-demo: $(INSTALLED)  ## the page of demo, and Spaces: installs Gradio and Playwright; in Chromium where that is installed
