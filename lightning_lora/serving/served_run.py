@@ -84,7 +84,7 @@ class ServedRun:
         max_tokens = self._together * loaded.input_format.max_length
         self.batch_tokens = batch_tokens or (max_tokens if on_gpu else min(max_tokens, CPU_BATCH_TOKENS))
         thresholds = self.model.decision_thresholds("predict")
-        self.thresholds = None if thresholds is None else thresholds.cpu().numpy()
+        self.thresholds = None if thresholds is None else thresholds.cpu().double().numpy()
         record = run.read() if run.record.is_file() else {}
         of_best = dict(best_metrics(record, "test") or best_metrics(record, "val")) if checkpoint == "best" else {}
         self.metrics = {name: value for name, value in of_best.items() if isinstance(value, int | float)}

@@ -19,7 +19,7 @@ PAIRS = [row[:2] for row in make_pairs(20, seed=7)]
 
 @pytest.fixture(scope="session")
 def run_folders(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two LoRA runs with other labels, a calibrated one of several labels, one of pairs, one in windows, one packed, a baseline."""
+    """Two LoRA runs with other labels, one of several labels (calibrated), of pairs, in windows, packed, a baseline."""
     place = tmp_path_factory.mktemp("served")
     config: dict[str, Any] = {
         "model": {"base_model": str(tiny_base), "learning_rate": 5e-3},
