@@ -99,7 +99,7 @@ def in_row_order(
     logits = torch.cat([batch["logits"] for batch in batches]).float().cpu().numpy()[order]
     known = "labels" in batches[0]
     labels = torch.cat([batch["labels"] for batch in batches]).numpy()[order] if known else None
-    from_p = None if thresholds is None else thresholds.cpu().numpy()
+    from_p = None if thresholds is None else thresholds.cpu().double().numpy()  # NumPy has no bfloat16
     return Predictions(logits, labels, label_names, rows[order], task=task, thresholds=from_p)
 
 

@@ -243,6 +243,7 @@ def run_code(code: str) -> TextModel:
     if "logits" in namespace:
         return lambda texts: np.asarray(namespace["logits"](texts), dtype=np.float32)
     classify = namespace["classify"]
+    classify.device = classify.model.cpu().device  # of its own accord a pipeline takes a GPU, the other formats do not
     numbers = classify.model.config.label2id
 
     def run(texts: list[Text]) -> NDArray:

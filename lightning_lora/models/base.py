@@ -19,6 +19,7 @@ from lightning_lora.models.head import config_labels, make_scalable, outside_bac
 from lightning_lora.models.quantization import (
     Quantization,
     check_not_quantized,
+    follow_weights,
     keep_differentiable,
     quantization_config,
 )
@@ -138,6 +139,8 @@ def load_base(
             model.get_submodule(name).load_state_dict(plain.get_submodule(name).state_dict())
     if quantization.bits == 4:
         keep_differentiable(model)
+    elif quantization.bits == 8:
+        follow_weights(model)
     check_not_quantized(model, kept)
     head_modules = _head_modules(model, architecture, fresh, base_model)
     if tokenizer is not None:

@@ -108,6 +108,26 @@ def keep_differentiable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def follow_weights(model: nn.Module) -> None:
+    """Have 8-bit layers multiply by their weights where these are: on another device now, or shared between models.
+
+    bitsandbytes keeps the numbers a second time beside the weight, which moving a model leaves behind, and puts them
+    back into the weight after each pass (0.50.2, ``Linear8bitLt.forward``).
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt):
+            module.register_forward_pre_hook(_follow_weight)
+
+
+def _follow_weight(layer: Any, args: tuple[Any, ...]) -> None:
+    weight = layer.weight
+    for holder in (weight, layer.state):  # before and after the first pass
+        if holder.CB is not None and holder.CB.data_ptr() != weight.data_ptr():
+            holder.CB, holder.SCB = weight.data, holder.SCB.to(weight.device)
+
+
 def check_not_quantized(model: nn.Module, names: Sequence[str]) -> None:
     """Raises RuntimeError when a module that has to stay in full precision does not."""
     for name in names:

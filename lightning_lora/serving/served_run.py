@@ -70,18 +70,21 @@ class ServedRun:
         self.fingerprint = fingerprint(run.checkpoint(checkpoint))
         loaded = load_run(folder, checkpoint)
         self.loaded = loaded = replace(loaded, tokenizer=shared.tokenizer(loaded.tokenizer))
-        # A pass of the trainer brings the model to its device and its precision, and checks packed batches.
-        loaded.predict([("a", "a") if self.pairs else "a"] * 2)
-        self.model: Any = loaded.model.eval()
-        if isinstance(self.model, TextClassifier) and not merged:
+        self.model: Any = loaded.model
+        if isinstance(self.model, TextClassifier) and not merged:  # before a pass on a GPU, which keeps what it merged
             self.model.speedups = replace(self.model.speedups, merged_evaluation=False)
+        # A pass of the trainer brings the model to its device and its precision, and checks packed batches, which two
+        # texts that are alike would pass.
+        loaded.predict([("a", text) if self.pairs else text for text in ("a", "another, longer text")])
+        self.model.eval()
         self.weight_bytes, self.shared_bytes = shared.share(self.model)
         self.packed = loaded.packed
         self._together = default_eval_batch_size(loaded.eval_batch_size)
         on_gpu = loaded.trainer.strategy.root_device.type == "cuda"
         max_tokens = self._together * loaded.input_format.max_length
         self.batch_tokens = batch_tokens or (max_tokens if on_gpu else min(max_tokens, CPU_BATCH_TOKENS))
-        self.thresholds = None if self.model.thresholds is None else self.model.thresholds.float().cpu().numpy()
+        thresholds = self.model.decision_thresholds("predict")
+        self.thresholds = None if thresholds is None else thresholds.cpu().double().numpy()
         record = run.read() if run.record.is_file() else {}
         of_best = dict(best_metrics(record, "test") or best_metrics(record, "val")) if checkpoint == "best" else {}
         self.metrics = {name: value for name, value in of_best.items() if isinstance(value, int | float)}

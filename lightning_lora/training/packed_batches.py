@@ -213,6 +213,7 @@ class PackedBatches:
     def _captures(self, flat: Tensor) -> bool:
         asked = self.module.speedups.cuda_graphs
         wanted = asked is not False and self.plain_evaluation is None and flat.is_cuda and not self.module.training
+        wanted = wanted and self.module.quantization.bits != 8  # as in ``graphs.why_not_captured``
         # What a callback of one's own does in a forward pass, by hooks, a capture would leave out.
         return wanted and (asked is True or all(map(callback_is_ours, self.module.trainer.callbacks)))
 

@@ -21,6 +21,12 @@ def test_rows_come_back_in_their_order() -> None:
     np.testing.assert_array_equal(found.rows, np.arange(6))
 
 
+def test_thresholds_of_a_model_in_bfloat16_are_numbers_like_others() -> None:
+    batch = {"rows": torch.tensor([0]), "logits": torch.tensor([[0.1, -0.1]], dtype=torch.bfloat16)}
+    found = in_row_order([batch], ["a", "b"], "multi_label", torch.full((2,), 0.5, dtype=torch.bfloat16))
+    assert found.thresholds is not None and found.thresholds.tolist() == [0.5, 0.5] and found.names == [["a"]]
+
+
 def test_probabilities_are_the_softmax_also_of_large_logits() -> None:
     predictions = Predictions(LOGITS * 100, None, ["a", "b", "c"], np.arange(6))
     np.testing.assert_allclose(predictions.probabilities, softmax(LOGITS.astype(float) * 100, axis=1), atol=1e-12)

@@ -207,6 +207,20 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not Path("other").exists()
 
 
+def test_a_pipeline_is_compared_on_the_cpu_like_the_other_formats() -> None:
+    """On a machine with a GPU it would take that, and the card would say so of the processor."""
+    from lightning_lora.export.parity import run_code
+
+    code = """
+from unittest.mock import Mock
+classify = Mock(device="cuda:0")
+classify.model.cpu.return_value.device = "cpu"
+classify.model.config.label2id = {"a": 0}
+classify.side_effect = lambda *args, **kwargs: [[{"label": "a", "score": 2.0 if classify.device == "cpu" else 0.0}]]
+"""
+    assert run_code(code)(["x"]).tolist() == [[2.0]]
+
+
 @pytest.mark.parametrize("difference", [0.5, float("nan")])
 def test_a_format_that_is_not_the_trained_model_is_left_out(exported, monkeypatch, capsys, difference) -> None:
     from lightning_lora.export import parity

@@ -148,15 +148,20 @@ def test_a_loss_that_cannot_be_captured_is_trained_plainly(tiny_base: Path, revi
     assert fit(tiny_base, reviews, True, ON_GPU).not_captured is None  # what failed has left nothing behind
 
 
-def test_the_whole_path_on_a_gpu(tiny_base: Path, reviews: Path, tmp_path: Path) -> None:
-    """fit, its resumption, test, predict and export; what was resumed is what was never stopped, bit for bit."""
+def fit_words(place: Path, base: Path, source: Path) -> list[str]:
+    """The command that trains a run in a folder, but for its name."""
     config = {
-        "model": {"base_model": str(tiny_base), "learning_rate": 5e-3, "schedule": "constant", "warmup_ratio": 0},
-        "data": {"source": str(reviews), "max_length": 32, "cache_dir": str(tmp_path / "cache")},
+        "model": {"base_model": str(base), "learning_rate": 5e-3, "schedule": "constant", "warmup_ratio": 0},
+        "data": {"source": str(source), "max_length": 32, "cache_dir": str(place / "cache")},
         "trainer": {"max_epochs": 2, "enable_progress_bar": False},
     }
-    (tmp_path / "gpu.yaml").write_text(yaml.safe_dump(config))
-    common = ["fit", "--config", str(tmp_path / "gpu.yaml"), "--logs_dir", str(tmp_path)]
+    (place / "gpu.yaml").write_text(yaml.safe_dump(config))
+    return ["fit", "--config", str(place / "gpu.yaml"), "--logs_dir", str(place)]
+
+
+def test_the_whole_path_on_a_gpu(tiny_base: Path, reviews: Path, tmp_path: Path) -> None:
+    """fit, its resumption, test, predict and export; what was resumed is what was never stopped, bit for bit."""
+    common = fit_words(tmp_path, tiny_base, reviews)
     assert main([*common, "--name", "whole"]) == 0
     assert main([*common, "--name", "parts", "--trainer.max_epochs", "1"]) == 0
     assert main(["fit", "--resume", str(tmp_path / "parts"), "--trainer.max_epochs", "2"]) == 0
@@ -178,3 +183,36 @@ def test_the_whole_path_on_a_gpu(tiny_base: Path, reviews: Path, tmp_path: Path)
     assert loaded.model.packed_batches._captured and loaded.model.device.type == "cuda"
     assert loaded.model.packed_batches.not_used == {}
     assert main(["export", "--run", str(tmp_path / "whole"), "--output", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_run_is_tested_and_exported(
+    make_base: Callable[..., Path], reviews: Path, tmp_path: Path, bits: int
+) -> None:
+    """Its base is made on the GPU, and compared on the CPU."""
+    base = make_base("bert", hidden_size=64, intermediate_size=128)
+    words = [*fit_words(tmp_path, base, reviews), "--model.quantization.bits", str(bits)]
+    assert main([*words, "--name", "run"]) == 0
+    assert main(["test", "--run", str(tmp_path / "run"), "--baselines", "true"]) == 0
+    assert main(["export", "--run", str(tmp_path / "run"), "--formats", "[adapter, merged]"]) == 0
+
+
+def test_served_runs_answer_as_predict_does(tiny_base: Path, reviews: Path, tmp_path: Path) -> None:
+    """Two runs that share a base, the later batches by captured passes."""
+    pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+    from lightning_lora.serving.served_run import ServedRun, SharedWeights
+
+    words = fit_words(tmp_path, tiny_base, reviews)
+    for seed, name in enumerate(("one", "two")):
+        assert main([*words, "--name", name, "--seed_everything", str(seed)]) == 0
+    shared, texts = SharedWeights(), [text for text, _ in make_rows(40, seed=5)]
+    runs = [ServedRun(tmp_path / name, "best", shared, merged=False) for name in ("one", "two")]
+    assert runs[1].shared_bytes > 0 and not runs[0].concurrent
+    for run in runs:
+        expected, tokens = load_run(tmp_path / run.name).predict(texts), run.loaded.dataset(texts).tokens
+        with torch.inference_mode():
+            for start in range(0, 40, 5):
+                part = slice(start, start + 5)
+                found = run.logits([tokens[i] for i in range(*part.indices(40))], texts[part])
+                np.testing.assert_allclose(found, expected.logits[part], rtol=0.05, atol=0.05)
+        assert run.model.packed_batches._captured and run.model.packed_batches.not_used == {}

@@ -95,6 +95,21 @@ def test_training_goes_on_after_an_evaluation(base_path: Path, kind: str) -> Non
         torch.testing.assert_close(after[name], value)
 
 
+@pytest.mark.parametrize("passes", [0, 1])
+def test_layers_in_8_bits_multiply_by_their_weights_wherever_these_are(base_path: Path, passes: int) -> None:
+    """Moved to another device or shared with another model, where a weight gets other data."""
+    models = [load_base(str(base_path), LABELS, 0, KINDS["int8"]).model.eval() for _ in range(2)]
+    expected = [logits(model) for model in models[: 2 * passes]]
+    layers = [[m for m in model.modules() if type(m).__name__ == "Linear8bitLt"] for model in models]
+    for one, other in zip(*layers, strict=True):
+        other.weight.data = one.weight.data
+    wanted = logits(models[0])
+    torch.testing.assert_close(logits(models[1]), wanted, rtol=0, atol=0)
+    assert all(torch.equal(each, wanted) for each in expected)
+    for one, other in zip(*layers, strict=True):
+        assert one.state.CB.data_ptr() == other.state.CB.data_ptr() == other.weight.data_ptr() == one.weight.data_ptr()
+
+
 def test_a_checkpoint_of_a_quantized_base_is_refused_on_another(base_path: Path, tmp_path: Path) -> None:
     path = save(TextClassifier(str(base_path), LABELS, quantization=KINDS["nf4"]), tmp_path / "a.ckpt")
     for other, name in ((Quantization(), "none"), (KINDS["int8"], "int8")):

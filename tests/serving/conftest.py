@@ -19,7 +19,7 @@ PAIRS = [row[:2] for row in make_pairs(20, seed=7)]
 
 @pytest.fixture(scope="session")
 def run_folders(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two LoRA runs with other labels, one of several labels, one of pairs, one in windows, one packed, a baseline."""
+    """Two LoRA runs with other labels, one of several labels (calibrated), of pairs, in windows, packed, a baseline."""
     place = tmp_path_factory.mktemp("served")
     config: dict[str, Any] = {
         "model": {"base_model": str(tiny_base), "learning_rate": 5e-3},
@@ -34,7 +34,12 @@ def run_folders(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     fit_tiny(place / "three", tiny_base, 60, 1, labels=("neg", "pos", "mixed")).rename(place / "three-labels")
     own = ["--config", str(place / "tiny.yaml")]
     more = {
-        "several": ["--config", str(write_config(place / "sets", tiny_base, "multi_label", 60))],
+        "several": [
+            "--config",
+            str(write_config(place / "sets", tiny_base, "multi_label", 60)),
+            "--model.calibrate",
+            "true",
+        ],
         "windows": [*own, "--data.truncation", "windows", "--data.max_length", "12", "--trainer.max_epochs", "1"],
         "packed": [*own, "--model.speedups.packing", "true", "--trainer.max_epochs", "1"],
         "words": [*own, "--model.method", "tfidf"],

@@ -36,6 +36,7 @@ def test_answers_of_many_clients_and_runs_are_those_of_predict(client: TestClien
     assert [name for name, run in served.items() if run.packed] == ["packed"]
     several = next(a for (name, _), a in zip(jobs, answers, strict=True) if name == "several")
     assert list(several["thresholds"].values()) == pytest.approx(expected["several"].thresholds.tolist())
+    assert several["thresholds"] != pytest.approx(0.5) and float(served["several"].model.temperature) != 1
     counted = client.get("/metrics").text
     texts = sum(len(positions) for name, positions in jobs if name == "run")
     assert f'lightning_lora_texts_total{{run="run"}} {texts}.0' in counted

@@ -15,6 +15,7 @@ from lightning_lora.models.quantization import Quantization
 from lightning_lora.serving.batcher import Batcher, batch_threads, choose_batch
 from lightning_lora.serving.metrics import ServingMetrics
 from lightning_lora.serving.served_run import ServedRun, SharedWeights
+from lightning_lora.training import module
 from tests.serving.conftest import TEXTS
 
 
@@ -110,6 +111,27 @@ def test_runs_share_the_weights_that_are_equal_and_no_others(served: dict[str, S
     others = served["three-labels"].model.parameters()
     for (name, one), other in zip(alone.model.named_parameters(), others, strict=True):
         assert torch.equal(one, other), name
+
+
+def test_before_a_run_is_served_two_unlike_texts_are_predicted_as_all_will_be(run_folders, monkeypatch) -> None:
+    """By two texts that are alike, packed batches would be checked in vain; and what is merged on a GPU is kept."""
+    merged, lengths = list[bool](), list[list[int]]()
+    begin, logits = module.begin_evaluation, module.TextClassifier.document_logits
+
+    def begun(model: Any, dtype: Any, speedups: Any, engine: Any) -> None:
+        merged.append(speedups.merged_evaluation)
+        begin(model, dtype, speedups, engine)
+
+    def computed(self: Any, batch: Any) -> torch.Tensor:
+        lengths.append(batch["attention_mask"].sum(1).tolist())
+        return logits(self, batch)
+
+    monkeypatch.setattr(module, "begin_evaluation", begun)
+    monkeypatch.setattr(module.TextClassifier, "document_logits", computed)
+    for name in ("three-labels", "pairs"):
+        ServedRun(run_folders[name], "best", SharedWeights(), merged=False)
+    assert merged == [False] * 4 and len(lengths) == 2
+    assert all(len({*several}) == len(several) == 2 for several in lengths)
 
 
 def test_weights_of_other_types_or_shapes_are_not_shared() -> None:

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.models.baselines import PROBE_C, TFIDF_C, Majority, Tfidf, choose_regression, pool
 from lightning_lora.models.methods import BASELINES
 from lightning_lora.runs.folder import RunFolder
+from lightning_lora.training.baselines import TextBaseline
 from lightning_lora.training.module import TextClassifier
 from tests.conftest import make_rows, write_csv
 
@@ -69,6 +71,15 @@ def sklearn_choice(kinds, train, val, labels, val_labels, cs):
             f1 = f1_score(val_labels, probabilities.argmax(1), average="macro")
             found.append((f1, -log_loss(val_labels, probabilities), name, c, probabilities))
     return max(found, key=lambda each: each[:2])
+
+
+def test_labels_that_come_back_from_a_gpu_are_waited_for() -> None:
+    """A baseline computes on the CPU, whatever the trainer's device: without waiting, anything may be read."""
+    labels = Mock()
+    labels.to.return_value = torch.tensor([1, 0])
+    model = TextBaseline(["neg", "pos"], "majority")
+    model.validation_step({"labels": labels, "texts": ["a", "b"], "step_weight": 1.0}, 0)
+    labels.to.assert_called_once_with(torch.device("cpu"), non_blocking=False)
 
 
 def test_tfidf_is_scikit_learns_pipeline(fit, capsys) -> None:

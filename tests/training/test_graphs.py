@@ -21,6 +21,7 @@ from lightning_lora.training.graphs import GraphedSteps, what_python_does, why_n
 from lightning_lora.training.guard import DeferredGuard, NotFiniteError
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.optim import make_optimizer
+from lightning_lora.training.packed_batches import PackedBatches
 from tests.conftest import make_rows, write_csv
 
 QUIET: dict[str, Any] = {
@@ -275,6 +276,13 @@ def test_the_step_that_was_not_finite_is_named_however_late_it_is_found(bad: int
             done += not guard.found_inf
         guard.check()
     assert error.value.step == bad and error.value.rows == [bad, -bad] and done == bad - 1
+
+
+@pytest.mark.parametrize(("bits", "captured"), [(None, True), (4, True), (8, False)])
+def test_passes_on_a_base_of_8_bits_are_not_captured(bits: int | None, captured: bool) -> None:
+    module = SimpleNamespace(speedups=Speedups(), quantization=Quantization(bits), training=False)
+    module.trainer = SimpleNamespace(callbacks=[])
+    assert PackedBatches(module)._captures(SimpleNamespace(is_cuda=True)) is captured
 
 
 def test_metrics_of_a_state_of_another_version_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
