@@ -55,7 +55,8 @@ class EvaluationSteps(LightningModule):
     def shared_step(self, batch: dict[str, Any], stage: str) -> dict[str, Tensor]:
         """Loss and logits of a batch; counts the metrics of the stage ("val" or "test")."""
         logits = self.calibrated_logits(batch)
-        labels = batch["labels"].to(logits.device, non_blocking=True)
+        # On the CPU they would be read before they are there, if a copy from a GPU were not waited for.
+        labels = batch["labels"].to(logits.device, non_blocking=logits.device.type != "cpu")
         loss = plain_loss(logits, labels, self.task)
         if batch["step_weight"]:  # else this process had no row of the part
             self._evaluation_counter(stage).count(logits, labels, loss)

@@ -16,6 +16,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.models.baselines import PROBE_C, TFIDF_C, Majority, Tfidf, choose_regression, pool
 from lightning_lora.models.methods import BASELINES
 from lightning_lora.runs.folder import RunFolder
+from lightning_lora.training.baselines import TextBaseline
 from lightning_lora.training.module import TextClassifier
 from tests.conftest import make_rows, write_csv
 
@@ -187,6 +188,35 @@ def test_a_probe_of_windows_learns_from_the_mean_of_their_states(fit) -> None:
     tested = pd.read_parquet(run / "predictions" / "test.parquet")
     found = load_run(run).predict(data_of(run).rows("test").texts)
     np.testing.assert_allclose(found.logits, tested.filter(like="logit(").to_numpy(), atol=1e-4)
+
+
+def test_a_probe_beside_a_model_that_packs_is_that_of_its_own_run(fit, capsys) -> None:
+    """Batches are packed by default with a GPU."""
+    windows = ("--data.truncation", "windows", "--data.max_length", "8")
+    run = fit("head", "--trainer.max_epochs", "1", "--model.speedups.packing", "true", *windows)
+    assert main(["test", str(run), "--baselines", "true"]) == 0
+    assert "packing not used" not in capsys.readouterr().err
+    found = RunFolder(run).read()["evaluations"]["test"]["baselines"]["probe"]
+    other = fit("probe", *windows)
+    assert main(["test", str(other)]) == 0
+    theirs = RunFolder(other).read()["evaluations"]["test"]["after"]
+    assert {name: found[name] for name in ("loss", "accuracy")} == pytest.approx(
+        {name: theirs[name] for name in ("loss", "accuracy")}, abs=1e-4
+    )
+
+
+def test_labels_that_come_back_from_a_gpu_are_waited_for() -> None:
+    """Where logits are on the CPU, as those of baselines that read texts."""
+    asked = []
+
+    class OnGPU(torch.Tensor):
+        def to(self, device, non_blocking=False):
+            asked.append((str(device), non_blocking))
+            return self.as_subclass(torch.Tensor)
+
+    labels = torch.tensor([0, 1]).as_subclass(OnGPU)
+    TextBaseline(["a", "b"], "majority").shared_step({"labels": labels, "texts": ["x", "y"], "step_weight": 1.0}, "val")
+    assert asked == [("cpu", False)]
 
 
 def test_several_devices_are_refused_in_one_line(fit, capsys) -> None:
