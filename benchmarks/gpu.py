@@ -26,11 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # also where the project is 
 
 import numpy as np
 import torch
-from lightning import Callback, Trainer
 
-from benchmarks.gpu_common import BEST, CUDA, EPOCH, NAMES, Bench, Watch, fit, predictor, synchronize, weights
+from benchmarks.gpu_common import BEST, CUDA, EPOCH, NAMES, Bench, PredictClock, Watch, fit, predictor, weights
 from benchmarks.gpu_peer import TUNED, peer, peer_model, peer_training
-from benchmarks.gpu_profile import evaluation_profile, profile
+from benchmarks.gpu_profile import evaluation_profile, pooling, profile
 from benchmarks.throughput import encoder_flops
 from lightning_lora.config.console import quiet_libraries
 from lightning_lora.errors import UserError, first_line
@@ -175,22 +174,6 @@ def own_training(bench: "Bench", batch_size: int, rows: int, speedups: Speedups)
     if CUDA:
         row["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return row | {"plain_because": module.not_captured}
-
-
-class PredictClock(Callback):
-    """Seconds of a prediction pass, without moving the model to the device and back."""
-
-    seconds = 0.0
-
-    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Start the clock."""
-        synchronize()
-        self._started = time.perf_counter()
-
-    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Stop it."""
-        synchronize()
-        self.seconds = time.perf_counter() - self._started
 
 
 def training(bench: "Bench") -> dict[str, Any]:
@@ -343,6 +326,7 @@ PARTS: dict[str, Callable[["Bench"], dict[str, Any]]] = {
     "methods": methods,
     "architectures": architectures,
     "long_texts": long_texts,
+    "pooling": pooling,
     "profile": profile,
     "workers": workers,
 }
