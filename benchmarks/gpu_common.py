@@ -92,6 +92,22 @@ class Watch(Callback):
             self.times.append(time.perf_counter())
 
 
+class PredictClock(Callback):
+    """Seconds of a prediction pass, without moving the model to the device and back."""
+
+    seconds = 0.0
+
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        synchronize()
+        self._started = time.perf_counter()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Stop it."""
+        synchronize()
+        self.seconds = time.perf_counter() - self._started
+
+
 def fit(
     base: Path,
     data: Any,
@@ -123,15 +139,17 @@ def weights(module: TextClassifier) -> torch.Tensor:
     return torch.cat([p.detach().cpu().flatten() for p in module.parameters() if p.requires_grad])
 
 
-def predictor(bench: "Bench", size: str, speedups: Speedups, *callbacks: Callback, precision: Any = None) -> LoadedRun:
+def predictor(
+    bench: "Bench", size: str, speedups: Speedups, *callbacks: Callback, precision: Any = None, **model: Any
+) -> LoadedRun:
     """A model of random weights, as a run that was loaded."""
     torch.manual_seed(0)
     adapter = AdapterOptions(rank=8, target_modules="query_value")
-    model = TextClassifier(str(bench.base(size)), NAMES, adapter=adapter, speedups=speedups)
+    module = TextClassifier(str(bench.base(size)), NAMES, adapter=adapter, speedups=speedups, **model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in module.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     precision = precision or auto_precision("auto")
     trainer = Trainer(precision=precision, enable_progress_bar=False, callbacks=list(callbacks), **QUIET)
-    return LoadedRun(model, None, bench.rows(1).input_format, "longest", default_eval_batch_size(None), trainer)
+    return LoadedRun(module, None, bench.rows(1).input_format, "longest", default_eval_batch_size(None), trainer)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning import Callback, Trainer
 
-from benchmarks.gpu_common import BEST, CUDA, NAMES, QUIET, Bench, predictor, synchronize
+from benchmarks.gpu_common import BEST, CUDA, NAMES, QUIET, Bench, PredictClock, Watch, fit, predictor, synchronize
 from lightning_lora.data.batching import LengthBatchSampler
 from lightning_lora.data.datamodule import make_loader
 from lightning_lora.models.methods import AdapterOptions
@@ -120,4 +120,20 @@ def evaluation_profile(bench: "Bench") -> dict[str, Any]:
         data = bench.rows(24_000 if not bench.tiny else 1000)
         predictor(bench, size, BEST, window).predict_dataset(data)
         found[size] = window.summary(operators=True)
+    return found
+
+
+def pooling(bench: "Bench") -> dict[str, Any]:
+    """What reading the mean of all states costs beside the first token's: MiniLM's shape, a step of 256 texts."""
+    found: dict[str, Any] = {}
+    size, steps = (256, 100) if not bench.tiny else (8, 5)
+    data = bench.rows(size * steps)
+    for name in ("first", "mean"):
+        watch, clock = Watch(), PredictClock()
+        fit(bench.base("minilm"), data, size, BEST, watch, pooling=name)
+        found[f"{name}, ms a step"] = (watch.times[-1] - watch.times[0]) / (steps - watch.skip) * 1e3
+        run = predictor(bench, "minilm", BEST, clock, pooling=name)
+        for _ in range(3):  # passes are captured in the first
+            run.predict_dataset(data)
+        found[f"{name}, texts/s"] = len(data) / clock.seconds
     return found

@@ -136,6 +136,7 @@ class LinearProbe(TextClassifier):
     def fit_rows(self, data: TextDataModule, trainer: Trainer) -> dict[str, Any]:
         """Fits to the training rows; pooling and C are chosen on validation rows, and returned."""
         probe: Probe = self.model
+        data.packed = False  # ``setup`` says so too late for these loaders, and a model before this may have packed
         train, val = (self._states(data, trainer, split) for split in ("train", "val"))
         val_labels = data.rows("val").labels
         return fitted(self, probe.fit(train, data.rows("train").labels, val, val_labels), val_labels)

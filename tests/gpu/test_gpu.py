@@ -17,7 +17,7 @@ from lightning_lora import children, load_run
 from lightning_lora.cli import main
 from lightning_lora.models import packed
 from lightning_lora.training.module import TextClassifier
-from tests.conftest import make_rows, write_csv
+from tests.conftest import make_rows, write_csv, write_kind
 from tests.models.test_packed import PACKS, both, rows
 from tests.training.test_graphs import fit, stopped_by_a_rate, trained
 
@@ -122,6 +122,75 @@ def test_captured_steps_learn_bit_for_bit_what_plain_ones_learn(
     for name, value in trained(plain).items():
         assert torch.equal(trained(found)[name], trained(again)[name]), name
         torch.testing.assert_close(trained(found)[name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("precision", "pooling"), [("32-true", "first"), ("bf16-mixed", "mean")])
+@pytest.mark.parametrize(
+    ("kind", "labels", "model"),
+    [
+        (
+            "multi_label",
+            ("mixed", "neg", "pos"),
+            {"task": "multi_label", "class_weights": "balanced", "threshold": "per_label", "calibrate": True},
+        ),
+        ("regression", ("label",), {"task": "regression"}),
+        ("pairs", ("other", "same"), {"calibrate": True, "label_smoothing": 0.1}),
+    ],
+)
+def test_other_kinds_of_labels_and_texts_are_learnt_alike_padded_packed_and_captured(
+    make_base: Callable[..., Path],
+    tmp_path: Path,
+    kind: str,
+    labels: tuple[str, ...],
+    model: dict[str, Any],
+    precision: str,
+    pooling: str,
+) -> None:
+    base = make_base(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    data, rows = write_kind(tmp_path / "rows.csv", kind, 150), tmp_path / "rows.csv"
+    settings = {"schedule": "constant", "warmup_ratio": 0, "pooling": pooling, **model}
+    padded, plain, found, again = (
+        fit(
+            base, rows, graphs, {"precision": precision} | ON_GPU, packing=packing, data=data, labels=labels, **settings
+        )
+        for packing, graphs in ((False, False), (True, False), (True, True), (True, True))
+    )
+    assert found.not_captured is None and found.packed_batches.not_used == {}
+    for name, value in trained(plain).items():
+        assert torch.equal(trained(found)[name], trained(again)[name]), name
+        torch.testing.assert_close(trained(found)[name], value, rtol=1e-4, atol=1e-5)
+    for name in ("train/loss", "val/loss"):
+        expected = float(padded.trainer.callback_metrics[name])
+        assert float(found.trainer.callback_metrics[name]) == pytest.approx(expected, rel=0.05, abs=0.01), name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_language_model_is_trained_on_padded_batches(
+    make_base: Callable[..., Path], reviews: Path, model_type: str
+) -> None:
+    model = fit(make_base(model_type), reviews, "auto", {"precision": "bf16-mixed"} | ON_GPU, packing="auto")  # type: ignore[arg-type]
+    assert "padded" in str(model.not_captured)
+    assert float(model.trainer.callback_metrics["val/accuracy"]) > 0.6
+
+
+@pytest.mark.parametrize("truncation", ["head", "windows"])
+def test_baselines_are_those_that_a_cpu_gives(tiny_base: Path, reviews: Path, tmp_path: Path, truncation: str) -> None:
+    """Those that read texts compute on the CPU; the probe follows a model whose batches are packed."""
+    config = {
+        "model": {"base_model": str(tiny_base), "method": "head"},
+        "data": {"source": str(reviews), "max_length": 12, "truncation": truncation, "cache_dir": str(tmp_path / "c")},
+        "trainer": {"max_epochs": 1, "enable_progress_bar": False, "precision": "32-true"},
+    }
+    (tmp_path / "gpu.yaml").write_text(yaml.safe_dump(config))
+    found = []
+    for name in ("gpu", "cpu"):
+        common = ["--logs_dir", str(tmp_path), "--name", name, "--trainer.accelerator", name]
+        assert main(["fit", "--config", str(tmp_path / "gpu.yaml"), *common]) == 0
+        assert main(["test", "--run", str(tmp_path / name), "--baselines", "true"]) == 0
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        found.append(record["evaluations"]["test"]["baselines"])
+    for name, expected in found[1].items():
+        assert found[0][name]["loss"] == pytest.approx(expected["loss"], rel=0.01), name
 
 
 def test_a_step_that_is_not_finite_stops_the_run_with_the_weights_before_it(tiny_base: Path, reviews: Path) -> None:

@@ -200,6 +200,21 @@ def test_a_probe_of_windows_learns_from_the_mean_of_their_states(fit) -> None:
     np.testing.assert_allclose(found.logits, tested.filter(like="logit(").to_numpy(), atol=1e-4)
 
 
+def test_a_probe_beside_a_model_that_packs_is_that_of_its_own_run(fit, capsys) -> None:
+    """Batches are packed by default with a GPU."""
+    windows = ("--data.truncation", "windows", "--data.max_length", "8")
+    run = fit("head", "--trainer.max_epochs", "1", "--model.speedups.packing", "true", *windows)
+    assert main(["test", str(run), "--baselines", "true"]) == 0
+    assert "packing not used" not in capsys.readouterr().err
+    found = RunFolder(run).read()["evaluations"]["test"]["baselines"]["probe"]
+    other = fit("probe", *windows)
+    assert main(["test", str(other)]) == 0
+    theirs = RunFolder(other).read()["evaluations"]["test"]["after"]
+    assert {name: found[name] for name in ("loss", "accuracy")} == pytest.approx(
+        {name: theirs[name] for name in ("loss", "accuracy")}, abs=1e-4
+    )
+
+
 def test_several_devices_are_refused_in_one_line(fit, capsys) -> None:
     with pytest.raises(AssertionError):
         fit("tfidf", "--trainer.devices", "2")
