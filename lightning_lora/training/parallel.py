@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.parallel import DistributedDataParallel
 
 import lightning_lora
 from lightning_lora.errors import UserError
@@ -58,7 +60,10 @@ def data_parallel(strategy: str) -> DDPStrategy:
     """Return Lightning's strategy for several devices, by one of ``STRATEGIES``."""
     find_unused = strategy == "ddp_find_unused_parameters_true"
     # No module here has buffers that change in training, so none have to be sent before each step.
-    return DDPStrategy(find_unused_parameters=find_unused, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    known = signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+    return DDPStrategy(find_unused_parameters=find_unused, **options)
 
 
 def run_processes(words: Sequence[str], count: int, num_nodes: int) -> int | None:
