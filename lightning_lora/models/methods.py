@@ -304,8 +304,8 @@ def _full(base: Base, options: AdapterOptions) -> AdaptedModel:
 
 _LORA = ("rank", "alpha", "dropout", "target_modules", "bias", "modules_to_save")
 
-# Learning rates are starting points near those of the papers' experiments on classification (head, lora: sweeps of this
-# project on MiniLM, docs/LOG.md; recipes of larger bases have lower ones).
+# Learning rates are starting points near those of the papers' experiments on classification (head, lora, full: sweeps
+# of this project on MiniLM, docs/LOG.md; recipes of larger bases have lower ones).
 METHODS: dict[str, Method] = {
     "lora": Method("low-rank adapters on a frozen base", 1e-3, True, _LORA, _lora()),
     # Kalajdzievski 2023, arXiv:2312.03732
@@ -347,7 +347,7 @@ METHODS: dict[str, Method] = {
         rank=256,
     ),
     "bitfit": Method("only biases and head", 1e-3, True, (), _bitfit, bits=()),
-    "full": Method("full fine-tuning", 5e-5, False, (), _full, bits=()),
+    "full": Method("full fine-tuning", 1e-4, False, (), _full, bits=()),
     "head": Method("a trained head on a frozen base", 1e-2, True, (), _head),
     "none": Method("the base model and its head, untouched", 0.0, True, (), _none, trains=False),
 }

@@ -62,7 +62,7 @@ class TextClassifier(StepRunner):
             language models that of the "last", or "auto": the mean where the base was trained through it, as those of
             sentence-transformers were.
         learning_rate: Peak of the schedule; by default what suits the method (lora 1e-3, head 1e-2, full
-            5e-5).
+            1e-4).
         schedule: How the learning rate falls after warm-up: "linear", "cosine" or "constant".
         warmup_ratio: Share of all optimizer steps over which the learning rate rises.
         weight_decay: AdamW's, not on biases and norms.
