@@ -77,7 +77,7 @@ def suite_of(checkout: Path) -> Any:
     """This file of another checkout, as a module."""
     path = checkout / "benchmarks" / "suite.py"
     spec = importlib.util.spec_from_file_location(f"suite_of_{checkout.name}", path)
-    assert spec is not None and spec.loader is not None, path
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -353,6 +353,12 @@ def picture(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def commit_of(checkout: Path) -> str:
+    """The short hash of a checkout's commit."""
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, cwd=checkout, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on and with."""
     import torch
@@ -361,14 +367,13 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
-        "commit": git.stdout.strip(),
+        "commit": commit_of(ROOT),
         "measured": time.strftime("%Y-%m-%d"),
     }
 
@@ -399,17 +404,18 @@ def main() -> None:
     task = Task(folder, options.max_length, options.base_model, options.epochs)
     trial = None if options.smoke else small(task, options.trial_rows, out)
     swept = json.loads(options.sweeps.read_text())["systems"] if options.sweeps else None
-    systems = [
-        *SYSTEMS,
-        *(
-            System(name, None, SYSTEMS[-1].batches, checkout=Path(folder).resolve())
-            for name, _, folder in (each.partition("=") for each in options.checkout)
-        ),
-    ]
-    systems = [each for each in systems if each.name in (options.systems or [each.name])]
+    checkouts = {name: Path(folder).resolve() for name, _, folder in (c.partition("=") for c in options.checkout)}
+    systems = [*SYSTEMS, *(System(name, None, SYSTEMS[-1].batches, checkout=at) for name, at in checkouts.items())]
+    names = [each.name for each in systems]
+    if wrong := {*(options.systems or names)} - {*names} or {SYSTEMS[-1].name} - {*(options.systems or names)}:
+        parser.error(f"--systems: of {names}, {SYSTEMS[-1].name} always among them; look at {[*wrong]}")
+    if missing := [name for name, at in checkouts.items() if not (at / "benchmarks" / "suite.py").is_file()]:
+        parser.error(f"--checkout: NAME=FOLDER of this project is needed; look at {', '.join(missing)}")
+    systems = [each for each in systems if each.name in (options.systems or names)]
     found = compare(systems, task, out, options.rates, options.rounds, trial, swept)
     shutil.rmtree(out / "work")
     told = {"rows": rows, "max_length": options.max_length, "epochs": options.epochs, "rates": options.rates}
+    told |= {"checkouts": {name: commit_of(at) for name, at in checkouts.items()}} if checkouts else {}
     source = options.data.name if options.data else "imdb_packaged"
     report = {"source": source, **told, "machine": machine(), "systems": found}
     (out / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -64,13 +64,13 @@ class TokenDataset(Dataset):
 
     A batch is a dict: ``input_ids`` and ``attention_mask`` (int64, (B, T)), ``labels`` (absent when unknown; int64
     (B,), float32 (B, C) with 0 or 1 for each of several labels, float32 (B,) of numbers), ``rows`` (int64, (B,),
-    position in the split), ``num_tokens`` (int, without padding),
-    ``share`` and ``micro_batch_weight`` (float, see ``MicroBatch``). Where long texts are split, ``input_ids`` and
-    ``attention_mask`` hold W windows instead of B texts, and ``documents`` (int64, (W,)) says to which of the B rows
-    each belongs. Where ``packing`` is set, ``packed`` (int64, flat) and its ``shape`` (a ``PackedShape``), and whether
-    that is ``static``, stand in place of ``input_ids``, ``attention_mask`` and ``documents``. Where
-    ``batch_texts`` is set, ``texts`` (B strings, or pairs of them). For a model that reads the token types of pairs,
-    ``token_type_ids`` (int64, (B, T)), or as many more in ``packed``.
+    position in the split), ``num_tokens`` (int, without padding), ``step_weight`` and ``micro_batch_weight`` (float,
+    see ``MicroBatch``). Where long texts are split, ``input_ids`` and ``attention_mask`` hold W windows instead of B
+    texts, and ``documents`` (int64, (W,)) says to which of the B rows each belongs. Where ``packing`` is set,
+    ``packed`` (int64, flat) and its ``shape`` (a ``PackedShape``), and whether that is ``static``, stand in place of
+    ``input_ids``, ``attention_mask`` and ``documents``. Where ``batch_texts`` is set, ``texts`` (B strings, or pairs of
+    them). For a model that reads the token types of pairs, ``token_type_ids`` (int64, (B, T)), or as many more in
+    ``packed``.
     """
 
     tokens: TokenRows | PairTokens

@@ -160,9 +160,8 @@ def read_found(plan: Plan, folder: Path) -> dict[str, SearchResult]:
             study = optuna.load_study(study_name=each.study_name, storage=storage)
             space = plan.search.for_arm(plan.arms[arm].values)
             same = all(trial.distributions == space for trial in study.get_trials(deepcopy=False))
-            found[arm] = (
-                _found(plan, arm, study) if same else SearchResult()
-            )  # the config may search something else by now
+            # The config may search something else by now.
+            found[arm] = _found(plan, arm, study) if same else SearchResult()
     return found
 
 

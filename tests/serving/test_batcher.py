@@ -118,7 +118,7 @@ def test_before_a_run_is_served_two_unlike_texts_are_predicted_as_all_will_be(ru
     merged, lengths = list[bool](), list[list[int]]()
     begin, logits = module.begin_evaluation, module.TextClassifier.document_logits
 
-    def begun(model: Any, dtype: Any, speedups: Any, engine: Any) -> None:
+    def recorded(model: Any, dtype: Any, speedups: Any, engine: Any) -> None:
         merged.append(speedups.merged_evaluation)
         begin(model, dtype, speedups, engine)
 
@@ -126,7 +126,7 @@ def test_before_a_run_is_served_two_unlike_texts_are_predicted_as_all_will_be(ru
         lengths.append(batch["attention_mask"].sum(1).tolist())
         return logits(self, batch)
 
-    monkeypatch.setattr(module, "begin_evaluation", begun)
+    monkeypatch.setattr(module, "begin_evaluation", recorded)
     monkeypatch.setattr(module.TextClassifier, "document_logits", computed)
     for name in ("three-labels", "pairs"):
         ServedRun(run_folders[name], "best", SharedWeights(), merged=False)
