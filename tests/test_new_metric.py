@@ -10,6 +10,7 @@ from sklearn.metrics import top_k_accuracy_score
 
 from lightning_lora.cli import main
 from lightning_lora.evaluation.metric_table import METRICS, MetricSpec
+from lightning_lora.evaluation.metrics import make_metrics
 from lightning_lora.experiments.plan import make_plan
 from lightning_lora.experiments.results import read_cell_predictions
 from lightning_lora.export.card import card_metrics
@@ -18,8 +19,10 @@ from tests.conftest import fit_tiny
 
 LABELS = ["mixed", "neg", "pos"]
 TOP_2 = MetricSpec(
+    lambda t, size: t.Accuracy(**size, average="micro", top_k=2),
     "top-2 accuracy",
     lambda given: (np.argsort(given.log_p, axis=1)[:, -2:] == given.truth[:, None]).any(axis=1, keepdims=True),
+    of_training=False,
     hub_type="top_2_accuracy",
 )
 
@@ -38,6 +41,7 @@ def test_a_new_metric_is_one_entry(tiny_base: Path, tmp_path: Path, monkeypatch:
     assert test["after"]["top_2"] == pytest.approx(expected) and "top_2" in test["before"]
     low, high = test["after_interval"]["top_2"]
     assert low < expected < high
+    assert "top_2" in make_metrics(3) and "top_2" not in make_metrics(3, training=True)
     # What callbacks may monitor.
     from lightning.pytorch.callbacks import EarlyStopping
 

@@ -9,8 +9,8 @@ from lightning import Trainer
 
 from lightning_lora.data.labels import few
 from lightning_lora.errors import print_warnings
-from lightning_lora.evaluation.calibration import ROWS_TO_FIT, temperature_words
 from lightning_lora.evaluation.metric_table import SHOWN
+from lightning_lora.evaluation.temperature import ROWS_TO_FIT, temperature_words
 from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.program import command_line
 from lightning_lora.runs.folder import RunFolder

@@ -1,23 +1,18 @@
 """How far a metric could be off because the test rows are a sample: bootstrap intervals. Imports no torch.
 
-Rows are drawn with replacement (Efron 1979). They say nothing of the noise of training: for that a run is repeated with
-other seeds.
+Rows are drawn with replacement (Efron 1979), by ``scipy.stats.bootstrap``. They say nothing of the noise of
+training: for that a run is repeated with other seeds.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_lora.evaluation.metric_table import (
-    CALIBRATION_BINS,
-    METRICS,
-    all_metrics,
-    calibration_bins,
-    metric_of,
-    metrics_for,
-)
+from lightning_lora.evaluation.metric_table import CALIBRATION_BINS, METRICS, calibration_bins, metrics_for
 from lightning_lora.evaluation.outputs import Outputs
+from lightning_lora.tasks import Task
 
 LEVEL = 0.95
 RESAMPLES = 1000
@@ -28,14 +23,19 @@ _SEED = 0
 
 def row_values(outputs: Outputs) -> dict[str, NDArray]:
     """Return what each row adds to each metric that has an interval, (rows, K)."""
-    specs = metrics_for(outputs.task).items()
-    return {name: spec.rows(outputs) for name, spec in specs if spec.heading and spec.rows is not None}
+    return {name: spec.rows(outputs) for name, spec in metrics_for(outputs.task).items() if spec.rows is not None}
+
+
+def metric_of(name: str, means: NDArray, task: Task = "single_label") -> NDArray:
+    """Return a metric (...) from means (..., K) of its row values."""
+    value = METRICS[name].value
+    return means[..., 0] if value is None else value(means, task)
 
 
 def metrics_of(outputs: Outputs) -> dict[str, float]:
-    """Return the metrics of rows that have an interval."""
-    known, found = metrics_for(outputs.task), all_metrics(outputs)
-    return {name: float(value) for name, value in found.items() if known[name].heading and known[name].rows}
+    """Return the metrics of rows that have an interval, as torchmetrics would, without torch."""
+    rows = row_values(outputs)
+    return {name: float(metric_of(name, each.mean(axis=0), outputs.task)) for name, each in rows.items()}
 
 
 def pseudo_values(outputs: Outputs, name: str) -> NDArray:
@@ -99,17 +99,28 @@ def calibrated_errors(outputs: Outputs) -> NDArray:
 def _bootstrap(
     rows: Mapping[str, NDArray], statistics: Callable[[dict[str, NDArray]], list[NDArray]]
 ) -> list[list[float]]:
-    """Return the percentile interval of each statistic of the means of row values, drawn together.
+    """Return the percentile interval of each statistic of the means of row values, drawn together."""
+    from scipy.stats import DegenerateDataWarning, bootstrap
 
-    The resamples are the same for every model. A statistic that is not defined for one of them has no interval: NaN.
-    """
     columns = np.concatenate(list(rows.values()), axis=1)
     count, ends = len(columns), np.cumsum([each.shape[1] for each in rows.values()])
-    rng, at_once, means = np.random.default_rng(_SEED), max(1, 2_000_000 // count), list[NDArray]()
-    for start in range(0, RESAMPLES, at_once):
-        drawn = rng.integers(0, count, (min(at_once, RESAMPLES - start), count))
-        times = np.stack([np.bincount(each, minlength=count) for each in drawn]).astype(float)
-        means.append(times @ columns / count)
-    parts = np.split(np.concatenate(means), ends[:-1], axis=1)
-    found = np.stack(statistics(dict(zip(rows, parts, strict=True))))
-    return np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1).T.tolist()
+
+    def of_positions(positions: NDArray, axis: int = -1) -> NDArray:
+        drawn = np.stack([np.bincount(each, minlength=count) for each in np.atleast_2d(positions)]).astype(float)
+        means = np.split(drawn @ columns / count, ends[:-1], axis=1)
+        found = np.stack(statistics(dict(zip(rows, means, strict=True))))
+        return found.reshape(len(found), *positions.shape[:-1])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # one number for all rows has no correlation: NaN
+        found = bootstrap(
+            (np.arange(count),),
+            of_positions,
+            n_resamples=RESAMPLES,
+            batch=max(1, 2_000_000 // count),
+            vectorized=True,
+            confidence_level=LEVEL,
+            method="percentile",
+            rng=_SEED,  # the same resamples for every model
+        ).confidence_interval
+    return np.stack([found.low, found.high], axis=-1).tolist()

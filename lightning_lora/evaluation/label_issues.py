@@ -19,7 +19,11 @@ OUTLIER_DEVIATIONS = 3.0
 
 
 def require_cleanlab() -> None:
-    """Refuse to look for wrong labels without the package for it."""
+    """Refuse to look for wrong labels without the package for it.
+
+    Raises:
+        UserError: It is missing.
+    """
     if importlib.util.find_spec("cleanlab") is None:
         raise UserError(f"explain: wrong labels are found by 'cleanlab': {install_line('explain')}")
 

@@ -30,52 +30,36 @@ NUMBERS: tuple[Task, ...] = ("regression",)
 
 @dataclass(frozen=True)
 class MetricSpec:
-    """A metric: how it is computed, and how it is shown.
-
-    It is the mean of ``rows`` over all rows, passed through ``value``; or what ``whole`` computes.
+    """A metric: how it is counted, and how it is shown.
 
     Args:
+        torch_metric: Makes it, from the module ``torchmetrics`` and what its classes are told of the labels:
+            ``{"task": "multiclass", "num_classes": C}``, ``{"task": "multilabel", "num_labels": C}`` or nothing; None
+            for the loss, which the model gives.
         heading: Its heading in tables; a metric without one is logged only.
-        rows: What each row adds, (N, K): also what its interval is made of.
+        rows: What each row adds, (N, K): what its interval is made of; None where it has none.
         value: The metric (...) of a task from means (..., K) of ``rows``; None where it is the mean of one value a row.
-        whole: The metric of all rows, where it is no mean of what rows add; it has no interval.
-        of_training: The metric of a task from the means (3 C,) of ``class_counts``, which is all that is known of
-            training rows; None where they do not have it.
         tasks: The tasks that have it.
         higher_is_better: Whether more of it is better.
+        of_training: Whether training rows have it: not what takes more than the predictions of each class or label.
+        of_scores: Whether it takes the probabilities of several labels, and not whether each is predicted.
         hub_type: The Hub's name for it in the metadata of model cards; None leaves it out of them.
         compared: Whether arms can be compared by it (``pseudo_values``): not by ranks, which depend on the other rows,
             nor by what is biased.
         unit: Of a metric in units of the data what a margin is a share of, in words and from the truth (N,).
     """
 
+    torch_metric: Callable[[Any, Mapping[str, Any]], Any] | None
     heading: str = ""
     rows: Callable[[Outputs], NDArray] | None = None
     value: Callable[[NDArray, Task], NDArray] | None = None
-    whole: Callable[[Outputs], NDArray] | None = None
-    of_training: Callable[[NDArray, Task], NDArray] | None = None
     tasks: tuple[Task, ...] = SINGLE
     higher_is_better: bool = True
+    of_training: bool = True
+    of_scores: bool = False
     hub_type: str | None = None
     compared: bool = True
     unit: tuple[str, Callable[[NDArray], float]] | None = None
-
-
-def class_counts(outputs: Outputs) -> NDArray:
-    """Of each class whether it is true, whether it is predicted, and both; (N, 3 C)."""
-    truth, predicted = outputs.truth, outputs.predicted
-    if outputs.task == "single_label":
-        truth, predicted = (np.eye(outputs.logits.shape[1])[classes] for classes in (truth, predicted))
-    return np.concatenate([truth, predicted, truth * predicted], axis=1).astype(float)
-
-
-def class_means(outputs: Outputs) -> NDArray:
-    """The means of ``class_counts``, (3 C,), which for many classes and rows take less memory than these."""
-    if outputs.task != "single_label":
-        return class_counts(outputs).mean(axis=0)
-    sets = (outputs.truth, outputs.predicted, outputs.truth[outputs.truth == outputs.predicted])
-    counts = [np.bincount(classes, minlength=outputs.logits.shape[1]) for classes in sets]
-    return np.concatenate(counts) / len(outputs.truth)
 
 
 def _hits(outputs: Outputs) -> NDArray:
@@ -83,12 +67,19 @@ def _hits(outputs: Outputs) -> NDArray:
     return outputs.right.reshape(len(outputs.logits), -1).min(axis=1, keepdims=True)
 
 
-def row_losses(outputs: Outputs) -> NDArray:
-    """The loss of each row, of classes or labels; (N, 1)."""
+def _losses(outputs: Outputs) -> NDArray:
     if outputs.task == "single_label":
         return -outputs.log_p[np.arange(len(outputs.truth)), outputs.truth][:, None]
     logits = outputs.logits.astype(np.float64)
     return (np.logaddexp(0, logits) - logits * outputs.truth).mean(axis=1, keepdims=True)
+
+
+def _class_counts(outputs: Outputs) -> NDArray:
+    """Of each class whether it is true, whether it is predicted, and both; (N, 3 C)."""
+    truth, predicted = outputs.truth, outputs.predicted
+    if outputs.task == "single_label":
+        truth, predicted = (np.eye(outputs.logits.shape[1])[classes] for classes in (truth, predicted))
+    return np.concatenate([truth, predicted, truth * predicted], axis=1).astype(float)
 
 
 #: A score of counts, or of their means: of the truth, of what is predicted, and of both; as numerator and denominator.
@@ -111,11 +102,6 @@ def _recall(truth: NDArray, predicted: NDArray, hits: NDArray) -> tuple[NDArray,
     return hits, truth
 
 
-def _each(score: Score) -> Callable[[NDArray, Task], NDArray]:
-    """A score of each class or label, (..., C)."""
-    return lambda means, _: _ratio(*score(*np.split(means, 3, axis=-1)))
-
-
 def _macro(score: Score) -> Callable[[NDArray, Task], NDArray]:
     """The mean of a score over all labels; over those classes, of which a row has one, that there are or are said."""
 
@@ -133,29 +119,21 @@ def _micro(score: Score) -> Callable[[NDArray, Task], NDArray]:
 
 
 def _f1_of_rows(outputs: Outputs) -> NDArray:
-    counts = (each.sum(axis=1, keepdims=True) for each in np.split(class_counts(outputs), 3, axis=1))
+    counts = (each.sum(axis=1, keepdims=True) for each in np.split(_class_counts(outputs), 3, axis=1))
     return _ratio(*_f1(*counts), none=1.0)
 
 
 def _matthews(means: NDArray, task: Task) -> NDArray:
-    """Gorodkin 2004: a correlation of the two assignments to classes; 0 where all rows are of one class, or said so."""
+    """Gorodkin 2004: a correlation of the two assignments to classes."""
     truth, predicted, hits = np.split(means, 3, axis=-1)
     spread = (1 - (truth**2).sum(axis=-1)) * (1 - (predicted**2).sum(axis=-1))
     return _ratio(hits.sum(axis=-1) - (truth * predicted).sum(axis=-1), np.sqrt(np.maximum(spread, 0)))
 
 
-def _hamming(means: NDArray, task: Task) -> NDArray:
-    truth, predicted, hits = np.split(means, 3, axis=-1)
-    return (truth + predicted - 2 * hits).mean(axis=-1)
+def _matthews_metric(torchmetrics: Any, size: Mapping[str, Any]) -> Any:
+    from lightning_lora.evaluation.metrics import MatthewsCorrelation  # which imports torch
 
-
-def _average_precision(outputs: Outputs) -> NDArray:
-    """The mean over the labels that a row has; NaN without any."""
-    from sklearn.metrics import average_precision_score
-
-    truth, scores = outputs.truth, outputs.probabilities
-    found = [average_precision_score(truth[:, i], scores[:, i]) for i in np.flatnonzero(truth.any(axis=0))]
-    return np.array(np.mean(found) if found else np.nan)
+    return MatthewsCorrelation(**{name: value for name, value in size.items() if name != "task"})
 
 
 def calibration_bins(outputs: Outputs) -> tuple[NDArray, NDArray]:
@@ -171,6 +149,17 @@ def _calibration_gaps(outputs: Outputs) -> NDArray:
     gaps = confidence - (outputs.right if outputs.task == "single_label" else outputs.truth)
     in_bin = (np.where(bins == i, gaps, 0.0).reshape(len(gaps), -1).mean(axis=1) for i in range(CALIBRATION_BINS))
     return np.stack([*in_bin], axis=1)
+
+
+def _spearman(torchmetrics: Any, size: Mapping[str, Any]) -> Any:
+    from lightning_lora.evaluation.metrics import SpearmanCorrelation  # which imports torch
+
+    return SpearmanCorrelation()
+
+
+def _calibration_error(torchmetrics: Any, size: Mapping[str, Any]) -> Any:
+    kind = {"task": "binary"} if size["task"] == "multilabel" else size  # all labels of all rows together
+    return torchmetrics.CalibrationError(**kind, n_bins=CALIBRATION_BINS, norm="l1")
 
 
 def _errors(outputs: Outputs) -> NDArray:
@@ -195,95 +184,125 @@ def _moments(of: Callable[[NDArray], NDArray]) -> Callable[[Outputs], NDArray]:
 
 
 def _correlation(means: NDArray, task: Task) -> NDArray:
-    """NaN where all predictions, or all labels, are equal."""
     x, y, xx, yy, xy = np.moveaxis(means, -1, 0)
     spread = np.sqrt(np.maximum((xx - x * x) * (yy - y * y), 0))
     return np.divide(xy - x * y, spread, out=np.full(np.shape(spread), np.nan), where=spread > 0)
 
 
-def _of_classes(heading: str, value: Callable[[NDArray, Task], NDArray], **more: Any) -> MetricSpec:
-    """A metric of the counts of classes or labels, which training rows have too."""
-    return MetricSpec(heading, class_counts, value, of_training=value, **more)
+def _averaged(metric: str, average: str) -> Callable[[Any, Mapping[str, Any]], Any]:
+    return lambda t, size: getattr(t, metric)(**size, average=average)
 
 
 #: Metric by name. The average is part of the name; "_per_class" gives one value a label, logged as "<metric>/<label>".
 #: The first of a task that is a mean of one value a row is what its models are compared by.
 METRICS: dict[str, MetricSpec] = {
-    "accuracy": MetricSpec("accuracy", _hits, of_training=_micro(_recall), hub_type="accuracy"),
+    "accuracy": MetricSpec(_averaged("Accuracy", "micro"), "accuracy", _hits, hub_type="accuracy"),
     # By row; a text without labels to which none is given counts as 1 (scikit-learn's zero_division=1).
-    "f1_samples": MetricSpec("F1 (by text)", _f1_of_rows, tasks=MULTI),
-    "f1_micro": _of_classes("F1 (micro)", _micro(_f1), tasks=MULTI),
-    "f1_macro": _of_classes("F1 (macro)", _macro(_f1), tasks=CLASSES, hub_type="f1"),
-    "precision_macro": _of_classes("precision (macro)", _macro(_precision), tasks=CLASSES, hub_type="precision"),
-    "recall_macro": _of_classes("recall (macro)", _macro(_recall), tasks=CLASSES, hub_type="recall"),
-    "matthews_correlation": _of_classes("Matthews corr.", _matthews, hub_type="matthews_correlation"),
-    "subset_accuracy": MetricSpec("subset accuracy", _hits, tasks=MULTI),
+    "f1_samples": MetricSpec(
+        lambda t, size: t.F1Score("binary", multidim_average="samplewise", zero_division=1),
+        "F1 (by text)",
+        _f1_of_rows,
+        tasks=MULTI,
+        of_training=False,
+    ),
+    "f1_micro": MetricSpec(_averaged("F1Score", "micro"), "F1 (micro)", _class_counts, _micro(_f1), MULTI),
+    "f1_macro": MetricSpec(
+        _averaged("F1Score", "macro"), "F1 (macro)", _class_counts, _macro(_f1), CLASSES, hub_type="f1"
+    ),
+    "precision_macro": MetricSpec(
+        _averaged("Precision", "macro"),
+        "precision (macro)",
+        _class_counts,
+        _macro(_precision),
+        CLASSES,
+        hub_type="precision",
+    ),
+    "recall_macro": MetricSpec(
+        _averaged("Recall", "macro"), "recall (macro)", _class_counts, _macro(_recall), CLASSES, hub_type="recall"
+    ),
+    "matthews_correlation": MetricSpec(
+        _matthews_metric,
+        "Matthews corr.",
+        _class_counts,
+        _matthews,
+        hub_type="matthews_correlation",
+    ),
+    "subset_accuracy": MetricSpec(
+        lambda t, size: t.ExactMatch(**size), "subset accuracy", _hits, tasks=MULTI, of_training=False
+    ),
     "hamming_loss": MetricSpec(
+        lambda t, size: t.HammingDistance(**size),
         "Hamming loss",
         lambda outputs: 1 - outputs.right.mean(axis=1, keepdims=True),
-        of_training=_hamming,
         tasks=MULTI,
         higher_is_better=False,
     ),
-    "average_precision": MetricSpec("average precision (macro)", whole=_average_precision, tasks=MULTI),
-    "loss": MetricSpec("loss", row_losses, tasks=CLASSES, higher_is_better=False),
+    "average_precision": MetricSpec(
+        lambda t, size: t.AveragePrecision(**size, average="macro"),
+        "average precision (macro)",
+        tasks=MULTI,
+        of_training=False,
+        of_scores=True,
+    ),
+    "loss": MetricSpec(None, "loss", _losses, tasks=CLASSES, higher_is_better=False),
     # Naeini et al. 2015: bins of equal width over the probability of the predicted class; of several labels over that
     # of each label of each text, whether it is predicted or not.
     "calibration_error": MetricSpec(
+        _calibration_error,
         "calibration error",
         _calibration_gaps,
         lambda means, _: np.abs(means).sum(axis=-1),
-        tasks=CLASSES,
+        CLASSES,
         higher_is_better=False,
+        of_training=False,
+        of_scores=True,
         compared=False,
     ),
     # Of regression; the loss of validation and test rows is the mean squared error too.
     "mse": MetricSpec(
+        lambda t, _: t.MeanSquaredError(),
         "mean squared error",
         lambda outputs: _errors(outputs) ** 2,
         tasks=NUMBERS,
         higher_is_better=False,
+        of_training=False,
         hub_type="mse",
         unit=("variance", lambda truth: float(truth.var())),
     ),
     "mae": MetricSpec(
+        lambda t, _: t.MeanAbsoluteError(),
         "mean absolute error",
         lambda outputs: np.abs(_errors(outputs)),
         tasks=NUMBERS,
         higher_is_better=False,
+        of_training=False,
         hub_type="mae",
         unit=("standard deviation", lambda truth: float(truth.std())),
     ),
     "pearson": MetricSpec(
-        "Pearson correlation", _moments(lambda values: values), _correlation, tasks=NUMBERS, hub_type="pearsonr"
+        lambda t, _: t.PearsonCorrCoef(),
+        "Pearson correlation",
+        _moments(lambda values: values),
+        _correlation,
+        NUMBERS,
+        of_training=False,
+        hub_type="pearsonr",
     ),
     # Its interval draws rows with the ranks that they have among all.
     "spearman": MetricSpec(
-        "Spearman correlation", _moments(_ranks), _correlation, tasks=NUMBERS, hub_type="spearmanr", compared=False
+        _spearman,
+        "Spearman correlation",
+        _moments(_ranks),
+        _correlation,
+        NUMBERS,
+        of_training=False,
+        hub_type="spearmanr",
+        compared=False,
     ),
-    "f1_per_class": _of_classes("", _each(_f1), tasks=CLASSES),
-    "precision_per_class": _of_classes("", _each(_precision), tasks=CLASSES),
-    "recall_per_class": _of_classes("", _each(_recall), tasks=CLASSES),
+    "f1_per_class": MetricSpec(_averaged("F1Score", "none"), tasks=CLASSES),
+    "precision_per_class": MetricSpec(_averaged("Precision", "none"), tasks=CLASSES),
+    "recall_per_class": MetricSpec(_averaged("Recall", "none"), tasks=CLASSES),
 }
-
-
-def metric_of(name: str, means: NDArray, task: Task = "single_label") -> NDArray:
-    """Return a metric (...) from means (..., K) of its row values."""
-    value = METRICS[name].value
-    return means[..., 0] if value is None else value(means, task)
-
-
-def all_metrics(outputs: Outputs) -> dict[str, NDArray]:
-    """Return every metric of the rows, (), or of each label, (C,); of classes and labels also their loss."""
-    found, means = dict[str, NDArray](), None if outputs.task == "regression" else class_means(outputs)
-    for name, spec in metrics_for(outputs.task).items():
-        if spec.whole is not None:
-            found[name] = spec.whole(outputs)
-        elif means is not None and spec.of_training is not None:
-            found[name] = spec.of_training(means, outputs.task)
-        elif spec.rows is not None:
-            found[name] = metric_of(name, spec.rows(outputs).mean(axis=0), outputs.task)
-    return found
 
 
 def metrics_for(task: Task) -> dict[str, MetricSpec]:
@@ -310,5 +329,4 @@ def compared_metrics(task: Task | None = None) -> list[str]:
     """Return the metrics of a task, or of all, by which arms can be compared, those of one value a row first."""
     means = row_metrics(task)
     known = METRICS if task is None else metrics_for(task)
-    others = (name for name, spec in known.items() if spec.heading and spec.rows and spec.compared)
-    return [*means, *(name for name in others if name not in means)]
+    return [*means, *(name for name, spec in known.items() if spec.rows and spec.compared and name not in means)]

@@ -1,83 +1,137 @@
-"""Counts what the metrics of ``metric_table.py`` are made of, in training and evaluation."""
+"""Counts the metrics of ``metric_table.py`` in training and evaluation, by torchmetrics."""
 
 import re
 import sys
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+import torchmetrics
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection, SpearmanCorrCoef
+from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.utilities import dim_zero_cat
 
 from lightning_lora import processes
 from lightning_lora.evaluation.documents import wide
-from lightning_lora.evaluation.metric_table import all_metrics, metrics_for
-from lightning_lora.evaluation.outputs import Outputs
+from lightning_lora.evaluation.metric_table import METRICS, metrics_for
 from lightning_lora.tasks import Task
 
 PER_CLASS = "_per_class"
+#: Training rows whose classes are counted together at the end of an epoch.
+_AT_ONCE = 2**20
+
+
+class MatthewsCorrelation(MulticlassConfusionMatrix):
+    """Matthews correlation as scikit-learn has it: 0 where all rows are of one class, or are said to be.
+
+    ``MatthewsCorrCoef`` then gives other numbers, such as 1 where all of them are right.
+    """
+
+    def compute(self) -> Tensor:
+        """Return the correlation, ()."""
+        shares = (self.confmat.double() / self.confmat.sum()).cpu()
+        means = torch.cat([shares.sum(1), shares.sum(0), shares.diagonal()]).numpy()
+        value = METRICS["matthews_correlation"].value
+        assert value is not None
+        return torch.as_tensor(value(means, "single_label"))
+
+
+class SpearmanCorrelation(SpearmanCorrCoef):
+    """Spearman's correlation as SciPy has it: NaN where all predictions, or all labels, are equal, not 0."""
+
+    def compute(self) -> Tensor:
+        """Return the correlation, ()."""
+        preds, target = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        if (preds == preds[0]).all() or (target == target[0]).all():
+            return preds.new_tensor(torch.nan)
+        return super().compute()
+
+
+def make_metrics(num_classes: int, training: bool = False, task: Task = "single_label") -> MetricCollection:
+    """All metrics of a task as one collection; of single labels it takes probabilities (B, C) and labels (B,).
+
+    Args:
+        num_classes: C.
+        training: Leave out those that training rows do not have; the others take predicted classes (B,) too, or
+            whether each label is predicted, (B, C).
+        task: What is predicted.
+    """
+    sizes: dict[Task, dict[str, str | int]] = {
+        "single_label": {"task": "multiclass", "num_classes": num_classes},
+        "multi_label": {"task": "multilabel", "num_labels": num_classes},
+    }
+    size: dict[str, str | int] = dict(sizes.get(task, {}))
+    if training:
+        size["sync_on_compute"] = False  # ``TrainCounter`` has the rows of all processes
+    metrics = {
+        name: spec.torch_metric(torchmetrics, size)
+        for name, spec in metrics_for(task).items()
+        if spec.torch_metric is not None and (spec.of_training or not training)
+    }
+    return MetricCollection(metrics, compute_groups=task == "single_label")
 
 
 class EvaluationCounter(nn.Module):
-    """All metrics of validation or test rows, the mean loss among them.
+    """All metrics and the mean loss of validation or test rows.
 
     Batches are kept and counted together at the end: the metrics are a dozen small operations, which cost a GPU more
     than the batch.
 
     Args:
+        num_classes: C.
         task: What is predicted.
     """
 
-    def __init__(self, task: Task = "single_label") -> None:
+    def __init__(self, num_classes: int, task: Task = "single_label") -> None:
         super().__init__()
         self.task = task
-        #: Further ones, of torchmetrics, by ``add_metric``.
-        self.added = MetricCollection({})
-        self._batches: list[tuple[Tensor, Tensor]] = []
+        self.metrics = make_metrics(num_classes, task=task)
+        self.loss = MeanMetric()
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def count(self, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: logits (B, C), labels (B,), of several labels (B, C)."""
-        self._batches.append((logits.detach(), labels))
+    def count(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        """Count a batch: logits (B, C), labels (B,), of several labels (B, C), and their mean loss."""
+        self._batches.append((logits.detach(), labels, loss.detach()))
 
     def gathered(self) -> tuple[Tensor, Tensor] | None:
         """Return the logits and labels that were counted, of all processes together, on the CPU; None without rows."""
-        own = [torch.cat(parts).cpu() for parts in zip(*self._batches, strict=True)]  # one copy from a GPU
-        several = [each for each in processes.gathered(own) if each]
-        return (torch.cat([each[0] for each in several]), torch.cat([each[1] for each in several])) if several else None
+        own = [(logits.cpu(), labels.cpu()) for logits, labels, _ in self._batches]
+        batches = [batch for each in processes.gathered(own) for batch in each]
+        return (torch.cat([each[0] for each in batches]), torch.cat([each[1] for each in batches])) if batches else None
 
     def take_values(self, label_names: Sequence[str], thresholds: Tensor | None = None) -> dict[str, float]:
-        """Return the metrics as ``named_values``, of all processes together, and reset.
+        """Return the loss and the values of ``metric_values``, and reset.
 
         Args:
             label_names: Names of the C labels.
             thresholds: Of several labels the probabilities from which on each is predicted, (C,).
         """
-        computed = dict[str, NDArray]()
-        if (counted := self.gathered()) is not None:
-            logits, labels = counted
-            from_p = None if thresholds is None else thresholds.cpu().double().numpy()
-            outputs = Outputs(logits.double().numpy(), labels.numpy(), task=self.task, thresholds=from_p)
-            with np.errstate(all="ignore"):  # of a model that has diverged they are NaN
-                computed = all_metrics(outputs)
-            computed = {"loss": computed["mse" if self.task == "regression" else "loss"], **computed}
-        if self.added:
-            for logits, labels in self._batches:
-                probabilities = logits.to(wide(logits))
-                if self.task == "regression":
-                    self.added.update(logits[:, 0], labels)
-                elif self.task == "single_label":
-                    self.added.update(probabilities.softmax(dim=-1), labels)
-                else:
-                    self.added.update(probabilities.sigmoid(), labels.long())
-            computed |= {name: value.float().mean().cpu().numpy() for name, value in self.added.compute().items()}
+        if self._batches:
+            logits, labels, losses = zip(*self._batches, strict=True)
+            together, target = torch.cat(logits), torch.cat(labels)
+            if self.task == "single_label":
+                # Probabilities, as the calibration error would take logits that happen to lie between 0 and 1 for such;
+                # in double precision, so that the largest is the largest logit.
+                self.metrics.update(together.softmax(dim=-1, dtype=wide(together)), target)
+            elif self.task == "regression":
+                self.metrics.update(together[:, 0], target)
+            else:
+                assert thresholds is not None
+                scores = together.to(wide(together)).sigmoid()
+                predicted = (scores >= thresholds).long()
+                for name, metric in self.metrics.items():
+                    takes_scores = name not in METRICS or METRICS[name].of_scores
+                    metric.update(scores if takes_scores else predicted, target.long())
+            self.loss.update(torch.stack(losses), torch.tensor([len(each) for each in labels]).to(together.device))
+        values = {"loss": self.loss.compute().item(), **metric_values(self.metrics.compute(), label_names, self.task)}
         self.reset()
-        return named_values(computed, label_names, self.task)
+        return values
 
     def reset(self) -> None:
         """Forget what was counted."""
         self._batches = []
-        self.added.reset()
+        self.metrics.reset()
+        self.loss.reset()
 
 
 class TrainCounter(nn.Module):
@@ -130,18 +184,21 @@ class TrainCounter(nn.Module):
         self.rows += number
 
     def take_values(self, label_names: Sequence[str]) -> dict[str, float]:
-        """Return the loss and the metrics as ``named_values``, of all processes together, and reset."""
+        """Return the loss and the values of ``metric_values``, of all processes together, and reset."""
         counted = self.counted()
-        rows, computed = int(counted["rows"]), {"loss": (counted["loss_sum"] / counted["rows"]).numpy()}
-        if self.matrices and rows:
-            single, shares = self.task == "single_label", counted["confusion"].numpy() / rows
-            cells = shares.reshape(self.matrices, self.choices, self.choices)
-            of_labels = (cells.sum(axis=2), cells.sum(axis=1), cells.diagonal(axis1=1, axis2=2))
-            means = np.concatenate([each[0] if single else each[:, 1] for each in of_labels])
-            specs = metrics_for(self.task).items()
-            computed |= {name: spec.of_training(means, self.task) for name, spec in specs if spec.of_training}
+        metrics = make_metrics(self.num_classes, training=True, task=self.task)
+        cells = counted["confusion"].view(self.matrices, self.choices**2).cumsum(1)
+        total, at_once = int(counted["rows"]), max(1, _AT_ONCE // max(1, self.matrices))
+        for start in range(0, total if self.matrices else 0, at_once):
+            rows = torch.arange(start, min(start + at_once, total))
+            # Rows with the same counts in each matrix: which labels stand together is not known.
+            found = torch.searchsorted(cells, rows.expand(self.matrices, -1).contiguous(), right=True)
+            found = found[0] if self.task == "single_label" else found.T
+            metrics.update(found % self.choices, found // self.choices)
+        loss = (counted["loss_sum"] / counted["rows"]).item()
         self.reset()
-        return named_values(computed, label_names, self.task)
+        values = metric_values(metrics.compute(), label_names, self.task) if self.matrices else {}
+        return {"loss": loss, **values}
 
     def reset(self) -> None:
         """Forget what was counted."""
@@ -163,10 +220,10 @@ class TrainCounter(nn.Module):
             tensor.copy_(counted[name])
 
 
-def named_values(
-    computed: Mapping[str, NDArray], label_names: Sequence[str], task: Task = "single_label"
+def metric_values(
+    computed: dict[str, Tensor], label_names: Sequence[str], task: Task = "single_label"
 ) -> dict[str, float]:
-    """Named numbers from metrics as of ``all_metrics``.
+    """Named numbers from what ``make_metrics(...).compute()`` gives.
 
     For labels (neg, pos): ``accuracy``, ``f1_macro``, ..., ``f1/neg``, ``f1/pos``, ... and, with two
     classes, ``f1_binary``, ``precision_binary``, ``recall_binary`` of the second.
@@ -175,12 +232,13 @@ def named_values(
     tags = label_tags(label_names)
     for name, value in computed.items():
         if not name.endswith(PER_CLASS):
-            values[name] = float(value)
+            values[name] = value.float().mean().item()  # of one value a row, or of the only one
             continue
         kind = name.removesuffix(PER_CLASS)
-        values |= {f"{kind}/{tag}": number for tag, number in zip(tags, value.tolist(), strict=True)}
-        if len(value) == 2 and task == "single_label":
-            values[f"{kind}_binary"] = float(value[1])
+        per_class = value.tolist()
+        values |= {f"{kind}/{tag}": number for tag, number in zip(tags, per_class, strict=True)}
+        if len(per_class) == 2 and task == "single_label":
+            values[f"{kind}_binary"] = per_class[1]
     return values
 
 

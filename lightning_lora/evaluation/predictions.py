@@ -76,10 +76,13 @@ class Predictions(Outputs):
         columns = {name: [values[i] for i in self.rows] for name, values in extra.items()} | self.columns()
         columns |= {f"logit({name})": self.logits[:, i] for i, name in enumerate(self.label_names)}
         facts = {"task": self.task, "thresholds": None if self.thresholds is None else self.thresholds.tolist()}
-        if self.task == "multi_label":  # a type that also holds where no row has any
-            lists = {"label", "prediction"} & {*columns}
-            columns |= {name: pa.array(columns[name], pa.list_(pa.string())) for name in lists}
         table = pa.table(columns)
+        if self.task == "multi_label":  # also where no row has any
+            strings = pa.list_(pa.string())
+            types = {
+                field.name: strings if field.name in ("label", "prediction") else field.type for field in table.schema
+            }
+            table = table.cast(pa.schema(types))
         with atomic_path(path) as staging:
             pq.write_table(table.replace_schema_metadata({OUTPUTS_KEY: json.dumps(facts)}), staging)
 
@@ -101,7 +104,10 @@ def in_row_order(
 
 
 class PredictionCollector(Callback):
-    """Keeps the predictions of the last pass of each split, and gives them to what ``keep`` has for it."""
+    """Keeps the logits of the last validation, test and prediction pass.
+
+    ``keep`` has by split what each pass's predictions are given to.
+    """
 
     def __init__(self) -> None:
         self.last: dict[str, Predictions] = {}

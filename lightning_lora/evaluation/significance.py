@@ -33,12 +33,17 @@ MOST_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over so many seeds and rows; ``low`` to ``high`` holds the population's in ``LEVEL`` of all repetitions.
+    """A mean over seeds and rows.
 
     Args:
+        mean: The mean.
         sd: Standard deviation of the seeds' means; NaN for one seed.
+        seeds: Number of seeds.
+        rows: Number of rows.
         se: Standard error of the mean, over seeds and rows.
         df: Its degrees of freedom.
+        low: Lower end of the interval that holds the population's mean in ``LEVEL`` of all repetitions.
+        high: Its upper end.
     """
 
     mean: float
@@ -189,7 +194,11 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number (Holm 1979); importing statsmodels takes longer than a report does."""
+    """Return p-values corrected for their number (Holm 1979).
+
+    Four lines instead of statsmodels' ``multipletests``, with which a test compares them: importing it takes longer
+    than writing a report.
+    """
     p = np.array(p_values, dtype=float)
     order = np.argsort(p)
     stepped = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
@@ -206,10 +215,15 @@ def detectable(se: float, df: float) -> float:
 
 
 def seeds_needed(differences: NDArray, folds: NDArray | None = None) -> int | None:
-    """Return the seeds at which paired differences (seeds, rows) as large as these would be found with ``POWER``.
+    """Return the seeds at which a difference as large as this one would be found with ``POWER`` on these rows.
 
-    The number is of a single comparison on these rows, at least that of the seeds there are; None where there is one
-    seed, no difference, or more than ``MOST_SEEDS`` were needed.
+    Args:
+        differences: Paired differences, shape (seeds, rows).
+        folds: As in ``estimate``.
+
+    Returns:
+        The number for a single comparison, at least that of the seeds there are; None where there is one seed, no
+        difference, or more than ``MOST_SEEDS`` were needed.
     """
     seeds, rows = differences.shape
     mean = abs(float(differences.mean()))

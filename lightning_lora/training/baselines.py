@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.pairs import as_texts
 from lightning_lora.errors import UserError
-from lightning_lora.evaluation.calibration import Threshold
 from lightning_lora.evaluation.predictions import PredictionCollector
+from lightning_lora.evaluation.thresholds import Threshold
 from lightning_lora.models.base import Base
 from lightning_lora.models.baselines import TEXT_BASELINES, Probe
 from lightning_lora.models.methods import BASELINES

@@ -7,9 +7,10 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_lora.evaluation.calibration import Threshold, choose_thresholds, fit_temperature, scale_thresholds
 from lightning_lora.evaluation.metric_table import SHOWN
 from lightning_lora.evaluation.metrics import EvaluationCounter, TrainCounter
+from lightning_lora.evaluation.temperature import fit_temperature, scale_thresholds
+from lightning_lora.evaluation.thresholds import Threshold, choose_thresholds
 from lightning_lora.tasks import Task
 from lightning_lora.training.loss import plain_loss
 
@@ -40,7 +41,7 @@ class EvaluationSteps(LightningModule):
     def configure_metrics(self) -> None:
         """Set the metrics of each stage; override to add some: ``self.add_metric("mcc", MulticlassMatthews...(C))``."""
         classes, several = len(self.label_names), self.task == "multi_label"
-        counters = {f"{stage}_counter": EvaluationCounter(self.task) for stage in ("val", "test")}
+        counters = {f"{stage}_counter": EvaluationCounter(classes, self.task) for stage in ("val", "test")}
         self.stage_counters = nn.ModuleDict(counters)
         start = 0.5 if isinstance(self.threshold, str) else float(self.threshold)
         self.register_buffer("thresholds", torch.full((classes,), start) if several else None)
@@ -49,7 +50,7 @@ class EvaluationSteps(LightningModule):
     def add_metric(self, name: str, metric: Metric) -> None:
         """Log a torchmetrics metric of probabilities (B, C) and labels as "val/NAME" and "test/NAME"."""
         for stage in ("val", "test"):
-            self._evaluation_counter(stage).added.add_metrics({name: metric.clone()})
+            self._evaluation_counter(stage).metrics.add_metrics({name: metric.clone()})
 
     def shared_step(self, batch: dict[str, Any], stage: str) -> dict[str, Tensor]:
         """Loss and logits of a batch; counts the metrics of the stage ("val" or "test")."""
@@ -58,7 +59,7 @@ class EvaluationSteps(LightningModule):
         labels = batch["labels"].to(logits.device, non_blocking=logits.device.type != "cpu")
         loss = plain_loss(logits, labels, self.task)
         if batch["step_weight"]:  # else this process had no row of the part
-            self._evaluation_counter(stage).count(logits, labels)
+            self._evaluation_counter(stage).count(logits, labels, loss)
         return {"loss": loss, "logits": logits}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:

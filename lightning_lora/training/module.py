@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError, check_range
-from lightning_lora.evaluation.calibration import Threshold
 from lightning_lora.evaluation.documents import pooled
 from lightning_lora.evaluation.metrics import TrainCounter
+from lightning_lora.evaluation.thresholds import Threshold
 from lightning_lora.models.base import Base, enable_gradient_checkpointing, load_base
 from lightning_lora.models.head import scale_output
 from lightning_lora.models.kernel_plugins import check_engine

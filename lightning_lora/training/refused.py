@@ -110,7 +110,7 @@ def check_monitors(
         UserError: There is no such metric, or none yet, or ``mode`` prefers worse values.
     """
     names = metric_names(label_names, task)
-    of_training = [name for name in names if name == "loss" or name not in METRICS or METRICS[name].of_training]
+    of_training = [name for name in names if name not in METRICS or METRICS[name].of_training]
     logged = [f"train/{name}" for name in [*of_training, "loss_step"]]
     validates = trainer.get("limit_val_batches") != 0
     logged += [f"val/{name}" for name in names] if validates else []

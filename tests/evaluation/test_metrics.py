@@ -3,15 +3,7 @@ import pytest
 import torch
 from sklearn.metrics import classification_report, precision_recall_fscore_support
 
-from lightning_lora.evaluation.metrics import EvaluationCounter, TrainCounter, label_tags
-
-
-def counted(logits: np.ndarray, labels: np.ndarray, names: list[str]) -> dict[str, float]:
-    """What validation logs of the rows, in batches of unequal size."""
-    counter = EvaluationCounter()
-    for part in np.array_split(np.arange(len(labels)), 7):
-        counter.count(torch.from_numpy(logits[part]), torch.from_numpy(labels[part]))
-    return counter.take_values(names)
+from lightning_lora.evaluation.metrics import TrainCounter, label_tags, make_metrics, metric_values
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 7])
@@ -20,7 +12,11 @@ def test_every_metric_is_scikit_learns(num_classes: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     labels = rng.choice(num_classes, size=203, p=rng.dirichlet(np.ones(num_classes)))
     logits = rng.normal(size=(203, num_classes)) + np.eye(num_classes)[labels]
-    ours = counted(logits, labels, [f"class{i}" for i in range(num_classes)])
+    metrics = make_metrics(num_classes)
+    for part in np.array_split(np.arange(203), 5):  # batches of unequal size
+        metrics.update(torch.from_numpy(logits[part]).softmax(-1), torch.from_numpy(labels[part]))
+    names = [f"class{i}" for i in range(num_classes)]
+    ours = metric_values(metrics.compute(), names)
 
     preds = logits.argmax(1)
     present = sorted(set(labels) | set(preds))
@@ -44,21 +40,25 @@ def test_the_calibration_error_is_that_of_a_hand_computation() -> None:
     rng = np.random.default_rng(3)
     probabilities = rng.dirichlet(np.ones(3), size=500)
     labels = rng.integers(3, size=500)
+    metrics = make_metrics(3)
+    for part in np.array_split(np.arange(500), 7):
+        metrics.update(torch.from_numpy(probabilities[part]), torch.from_numpy(labels[part]))
     confidence, hit = probabilities.max(1), probabilities.argmax(1) == labels
     error = 0.0
     for i in range(15):
         inside = (confidence > i / 15) & (confidence <= (i + 1) / 15)
         if inside.any():
             error += inside.mean() * abs(confidence[inside].mean() - hit[inside].mean())
-    found = counted(np.log(probabilities), labels, ["a", "b", "c"])
-    assert found["calibration_error"] == pytest.approx(error, abs=1e-5)
+    assert metric_values(metrics.compute(), ["a", "b", "c"])["calibration_error"] == pytest.approx(error, abs=1e-5)
 
 
 def test_averages_differ_on_unbalanced_classes() -> None:
     """Micro averages everywhere would make accuracy, precision, recall and F1 the same number."""
-    labels = np.array([0] * 90 + [1] * 10)
-    preds = np.array([0] * 88 + [1] * 2 + [0] * 6 + [1] * 4)
-    values = counted(np.eye(2)[preds], labels, ["a", "b"])
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    preds = torch.tensor([0] * 88 + [1] * 2 + [0] * 6 + [1] * 4)
+    metrics = make_metrics(2)
+    metrics.update(torch.nn.functional.one_hot(preds, 2).float(), labels)
+    values = metric_values(metrics.compute(), ["a", "b"])
     assert len({round(values[n], 6) for n in ("accuracy", "f1_macro", "precision_macro", "recall_macro")}) == 4
 
 
@@ -82,3 +82,10 @@ def test_the_metrics_of_training_rows_are_those_of_scikit_learn_also_of_partly_f
     assert found["loss"] == pytest.approx((10 * 2.0 + 5 * 1.0) / 15)
     counter.restore(state)
     assert counter.take_values(["a", "b", "c"]) == found and not counter.counted()["rows"]
+
+
+@pytest.mark.parametrize("task", ["single_label", "multi_label"])
+def test_training_metrics_do_not_add_up_what_other_processes_have_counted(task: str) -> None:
+    """``TrainCounter`` has the rows of all processes; each metric of torchmetrics would gather them once more."""
+    metrics = make_metrics(3, training=True, task=task).values()  # type: ignore[arg-type]
+    assert metrics and not any(metric.sync_on_compute for metric in metrics)

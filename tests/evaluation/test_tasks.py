@@ -10,25 +10,20 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
-from lightning_lora.evaluation.calibration import GRID, choose_thresholds
 from lightning_lora.evaluation.documents import pooled
 from lightning_lora.evaluation.intervals import (
     difference_interval,
     intervals,
+    metric_of,
     metrics_of,
     pseudo_values,
     row_values,
 )
-from lightning_lora.evaluation.metric_table import (
-    CALIBRATION_BINS,
-    compared_metrics,
-    metric_of,
-    metrics_for,
-    row_metrics,
-)
+from lightning_lora.evaluation.metric_table import CALIBRATION_BINS, compared_metrics, metrics_for, row_metrics
 from lightning_lora.evaluation.metrics import EvaluationCounter, TrainCounter, metric_names
 from lightning_lora.evaluation.outputs import Outputs
 from lightning_lora.evaluation.significance import estimate
+from lightning_lora.evaluation.thresholds import GRID, choose_thresholds
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -49,10 +44,10 @@ def numbers(seed: int, rows: int = 211) -> Outputs:
 
 def counted(given: Outputs) -> dict[str, float]:
     """What validation logs of the rows, in batches of unequal size."""
-    counter = EvaluationCounter(given.task)
+    counter = EvaluationCounter(given.logits.shape[1], given.task)
     for part in np.array_split(np.arange(len(given.logits)), 5):
         logits, labels = torch.from_numpy(given.logits[part]), torch.from_numpy(given.truth[part]).float()
-        counter.count(logits, labels)
+        counter.count(logits, labels, torch.tensor(0.25))
     thresholds = None if given.thresholds is None else torch.from_numpy(given.thresholds)
     return counter.take_values(NAMES if given.task == "multi_label" else ["score"], thresholds)
 
@@ -140,8 +135,8 @@ def test_metrics_of_numbers_are_scipys(seed: int) -> None:
 
 
 def test_correlations_of_constant_predictions_are_not_defined() -> None:
-    counter = EvaluationCounter("regression")
-    counter.count(torch.ones(9, 1), torch.arange(9.0))
+    counter = EvaluationCounter(1, "regression")
+    counter.count(torch.ones(9, 1), torch.arange(9.0), torch.tensor(0.0))
     found = counter.take_values(["score"])
     assert np.isnan(found["spearman"]) and np.isnan(found["pearson"])  # as SciPy's, and not 0
 
@@ -151,8 +146,8 @@ def test_matthews_correlation_of_single_labels_is_scikit_learns() -> None:
     labels = rng.choice(3, size=200, p=[0.6, 0.3, 0.1])
     given = Outputs(rng.normal(size=(200, 3)) + np.eye(3)[labels], labels)
     expected = sk.matthews_corrcoef(labels, given.predicted)
-    counter = EvaluationCounter()
-    counter.count(torch.from_numpy(given.logits), torch.from_numpy(labels))
+    counter = EvaluationCounter(3)
+    counter.count(torch.from_numpy(given.logits), torch.from_numpy(labels), torch.tensor(0.0))
     assert counter.take_values(NAMES[:3])["matthews_correlation"] == pytest.approx(expected, abs=1e-6)
     assert metrics_of(given)["matthews_correlation"] == pytest.approx(expected)
 
@@ -164,8 +159,8 @@ def test_matthews_correlation_of_one_class_is_0_as_scikit_learns(classes: int, t
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert sk.matthews_corrcoef(labels, said * 20) == 0
-    counter = EvaluationCounter()
-    counter.count(torch.from_numpy(logits), torch.from_numpy(labels))
+    counter = EvaluationCounter(classes)
+    counter.count(torch.from_numpy(logits), torch.from_numpy(labels), torch.tensor(0.0))
     found = counter.take_values(NAMES[:classes])["matthews_correlation"]
     assert found == 0 == metrics_of(Outputs(logits, labels))["matthews_correlation"]
 

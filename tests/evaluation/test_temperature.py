@@ -7,15 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_lora.evaluation.calibration import (
-    HIGHEST,
-    LOWEST,
-    choose_thresholds,
-    fit_temperature,
-    scale_thresholds,
-    temperature_words,
-)
 from lightning_lora.evaluation.outputs import Outputs
+from lightning_lora.evaluation.temperature import HIGHEST, LOWEST, fit_temperature, scale_thresholds, temperature_words
+from lightning_lora.evaluation.thresholds import choose_thresholds
 from lightning_lora.tasks import Task
 
 
