@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -168,6 +170,11 @@ def write_text(path: Path, text: str) -> None:
     content = text.encode()
     with atomic_path(path, len(content)) as staging:
         staging.write_bytes(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a whole JSON file for people to read; not-a-numbers are refused."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def size_text(count: float) -> str:

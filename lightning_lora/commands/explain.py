@@ -13,8 +13,7 @@ from lightning_lora.data.pairs import Text, as_texts, is_pair
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.label_issues import label_issues, require_cleanlab
 from lightning_lora.files import write_text
-from lightning_lora.inference.explain import Explanation, deletion_check, label_words
-from lightning_lora.inference.explain_page import explain_page
+from lightning_lora.inference.explain import Explanation, deletion_check, explain_page, label_words
 from lightning_lora.inference.input_rows import typed_rows
 from lightning_lora.inference.loaded_run import LoadedRun, load_run
 from lightning_lora.inference.output import as_text, print_table

@@ -37,7 +37,7 @@ from lightning_lora.export.mean_pooled import mean_head
 from lightning_lora.export.parity import PLAIN, Parity, parity_texts
 from lightning_lora.export.registry import log_model
 from lightning_lora.export.weights import trained_for, trained_steps
-from lightning_lora.files import atomic_folder, refusal
+from lightning_lora.files import atomic_folder, refusal, write_json
 from lightning_lora.locations import PACKAGE_PREFIX, resolve
 from lightning_lora.models.head import fold_scale
 from lightning_lora.models.methods import BASELINES
@@ -67,14 +67,18 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--checkpoint: {checkpoint} is an export already; give 'best', 'last' or a checkpoint file")
     location = resolve(config.model.base_model, "model.base_model")
     base_id = config.base_model_id or (location.name if location.is_hub else None)
-    if config.push_to_hub:
-        check_push(config.push_to_hub, base_id, location.target)
+    if config.push_to_hub and base_id is None:
+        raise UserError(
+            f"--push_to_hub: the base model lies at {location.target}, where others have nothing; give its name on the "
+            "Hub with --base_model_id OWNER/NAME"
+        )
     model = build_model(config, trained_for(checkpoint))
     load_checkpoint(model, checkpoint)
     fold_scale(model.model)
     model.cpu().eval()
     formats = choose_formats(config.formats, model)
-    check_space(config, formats)
+    if config.space and "merged" not in formats:
+        raise UserError("--space: it holds the merged model; add merged to --formats")
     print(f"export of {checkpoint} to {output}: {', '.join(formats)}")
 
     rows, warnings = readable_test_rows(cli, model.label_names)
@@ -109,7 +113,7 @@ def run(argv: list[str]) -> int:
             **run_facts(config, folder, location),
             "base_id": base_id,
             "base_package": package_of(config.model.base_model),
-            "machine": machine(),
+            "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
             "base_fingerprint": model.identity.base_fingerprint,
             "usage": usage,
             "metrics": metrics,
@@ -121,7 +125,9 @@ def run(argv: list[str]) -> int:
         }
         unnamed = name_base(staging / "adapter", base_id, location.target) if "adapter" in written else []
         write_cards(staging, facts, config.space)
-    print_written(output, warnings + unnamed)  # a card names no path of this machine
+    print(f"written: {output} (README.md says how to load each)")
+    for warning in warnings + unnamed:  # a card names no path of this machine
+        print(f"warning: {warning}")
     log_model(folder, output / "merged", usage)
     if (config.formats or (config.space and "merged" not in written)) and (missing := parity.missing()):
         raise UserError(f"--formats: not written: {missing}; {output} holds {', '.join(written)}")
@@ -131,11 +137,7 @@ def run(argv: list[str]) -> int:
 
 
 def output_folder(folder: RunFolder, given: str | None) -> Path:
-    """Returns the folder to write to: the one given, or the first that is free of RUN/export, RUN/export-2, ...
-
-    Raises:
-        UserError: The folder given exists.
-    """
+    """Returns the folder to write to: the one given, or the first that is free of RUN/export, RUN/export-2, ..."""
     if given is None:
         names = ("export" if number == 1 else f"export-{number}" for number in itertools.count(1))
         return next(path for name in names if not (path := folder.path / name).exists())
@@ -166,17 +168,11 @@ def readable_test_rows(cli: ConfiguredRun, label_names: list[str]) -> tuple[Rows
 
 
 def choose_formats(wanted: list[str] | str | None, model: TextClassifier) -> list[str]:
-    """Returns the formats asked for, by default all that the method has.
-
-    Raises:
-        UserError: There is no such format, the method has no adapter, or a package is missing.
-    """
+    """Returns the formats asked for, by default all that the method has."""
     possible = [name for name in FORMATS if name != "adapter" or model.target_modules]
     if wanted is None:
         return possible
     wanted = [wanted] if isinstance(wanted, str) else wanted
-    if not wanted:
-        raise UserError(f"--formats: the list is empty; give some of {', '.join(FORMATS)}, or leave it out")
     if unknown := set(wanted) - set(FORMATS):
         raise UserError(f"--formats: no format '{min(unknown)}'; there are {', '.join(FORMATS)}")
     if not set(wanted) <= set(possible):
@@ -189,11 +185,7 @@ def choose_formats(wanted: list[str] | str | None, model: TextClassifier) -> lis
 def write_formats(
     staging: Path, formats: list[str], writer: FormatWriter, usage: Mapping[str, Any], parity: Parity
 ) -> list[str]:
-    """Writes each format and compares it with the trained model; returns those that could be made and are equal.
-
-    Raises:
-        UserError: There is none, or no room for them.
-    """
+    """Writes each format and compares it with the trained model; returns those that could be made and are equal."""
     written = []
     for name in formats:
         folder = staging / name
@@ -221,13 +213,7 @@ def write_formats(
 
 
 def write_cards(output: Path, facts: Mapping[str, Any], space: bool) -> None:
-    """Writes the card of the export and of each format, how they compare with the trained model, and a Space if asked.
-
-    Args:
-        output: The export.
-        facts: What the cards say.
-        space: Also write the folder of a Space, where there is a merged model for it.
-    """
+    """Writes the card of the export and of each format, the certificate, and a Space if asked."""
     for place in ("", *facts["formats"]):
         (output / place / "README.md").write_text(card(place, facts), encoding="utf-8")
     write_json(output / "certificate.json", facts["certificate"])
@@ -235,30 +221,6 @@ def write_cards(output: Path, facts: Mapping[str, Any], space: bool) -> None:
         shutil.copytree(output / "merged", output / "space" / "model")
         for name, content in space_files(facts).items():
             (output / "space" / name).write_text(content, encoding="utf-8")
-
-
-def check_space(config: Any, formats: list[str]) -> None:
-    """Refuses to write a Space that cannot be.
-
-    Raises:
-        UserError: The merged model is left out, or the export is to be uploaded.
-    """
-    if config.space and "merged" not in formats:
-        raise UserError("--space: it holds the merged model; add merged to --formats")
-    if config.space and config.push_to_hub:
-        raise UserError("--space: a Space is another repository; export without --push_to_hub, and upload its folder")
-
-
-def print_written(output: Path, warnings: list[str]) -> None:
-    """Prints where the export is, and what a user should know of it."""
-    print(f"written: {output} (README.md says how to load each)")
-    for warning in warnings:
-        print(f"warning: {warning}")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file for people to read."""
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def run_facts(config: Any, folder: RunFolder, location: Any) -> dict[str, Any]:
@@ -293,10 +255,7 @@ def run_facts(config: Any, folder: RunFolder, location: Any) -> dict[str, Any]:
 def name_base(adapter: Path, base_id: str | None, target: str) -> list[str]:
     """Writes the base model's name on the Hub into an adapter; returns a warning where it has none.
 
-    Args:
-        adapter: The adapter's folder; it was compared on the base where that lies here.
-        base_id: The name on the Hub, if any.
-        target: Where the base lies here.
+    The adapter was compared on the base where that lies here, at ``target``.
     """
     if base_id is None:
         place = f"the adapter names its base model by where it lies here ({target}), which others do not have"
@@ -312,11 +271,6 @@ def package_of(base_model: str) -> str | None:
         return None
     names = metadata.packages_distributions().get(base_model.removeprefix(PACKAGE_PREFIX).partition("/")[0])
     return f"{names[0]}=={metadata.version(names[0])}" if names else None
-
-
-def machine() -> str:
-    """Returns the processor that the speeds in the cards are of, with its cores and the threads that were used."""
-    return f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 def tested_metrics(folder: RunFolder, checkpoint: Path, rows: Rows | None) -> tuple[dict[str, float], int] | None:
@@ -341,25 +295,6 @@ def license_of(location: Any) -> str:
         return ModelCard.load(readme).data.license or "unknown"
     except Exception:  # no card, no network, or one that cannot be read
         return "unknown"
-
-
-def check_push(name: str, base_id: str | None, target: str) -> None:
-    """Refuses an upload that nobody could use.
-
-    Raises:
-        UserError: The name cannot be one on the Hub, or the base model lies on this machine only.
-    """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise UserError(f"--push_to_hub: '{name}' is no name on the Hub; give NAME or OWNER/NAME") from error
-    if base_id is None:
-        raise UserError(
-            f"--push_to_hub: the base model lies at {target}, where others have nothing; give its name on the Hub with "
-            "--base_model_id OWNER/NAME"
-        )
 
 
 def push(folder: Path, name: str, private: bool) -> None:

@@ -36,11 +36,9 @@ def serve_runs(options: Any, address: Any, key: str | None) -> None:
     """
     from lightning_lora.serving.application import make_app
     from lightning_lora.serving.batcher import Batcher, batch_threads
-    from lightning_lora.serving.metrics import ServingMetrics
-    from lightning_lora.serving.middleware import AccessMiddleware
     from lightning_lora.serving.schemas import Limits
     from lightning_lora.serving.served_run import ServedRun, SharedWeights
-    from lightning_lora.serving.server import run_server
+    from lightning_lora.serving.server import AccessMiddleware, ServingMetrics, run_server
 
     quiet_libraries()
     shared, runs = SharedWeights(), dict[str, ServedRun]()

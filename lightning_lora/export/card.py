@@ -41,22 +41,15 @@ def usage_code(
         example: Classify a text and print what is predicted.
         pipeline: Let it be ``classify`` where that is enough.
     """
-    template = _TEMPLATES.get_template("usage.py.j2")
     encoder = usage["truncation"] in ENCODED and not plain
-    facts = {"name": name.removesuffix("-int8"), "path": path, "encoder": encoder, "example_shown": example}
-    facts["pipeline"] = pipeline
-    return template.render(usage, **facts).strip()
+    facts = {"name": name.removesuffix("-int8"), "path": path, "encoder": encoder, "pipeline": pipeline}
+    return _TEMPLATES.get_template("usage.py.j2").render(usage, **facts, example_shown=example).strip()
 
 
 def space_files(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the files of a Hugging Face Space, by name, but for the merged model, which goes into ``model``.
-
-    Args:
-        facts: As of ``card``.
-    """
-    code = usage_code(
-        facts["usage"], "merged", 'os.path.join(os.path.dirname(os.path.abspath(__file__)), "model")', example=False
-    )
+    """Returns the files of a Hugging Face Space, by name, but for the merged model, which goes into ``model``."""
+    folder = 'os.path.join(os.path.dirname(os.path.abspath(__file__)), "model")'
+    code = usage_code(facts["usage"], "merged", folder, example=False)
     named = {"gradio": SPACE_GRADIO, "python": ".".join(platform.python_version_tuple()[:2]), "code": code}
     packages = {
         name: metadata.version(name).partition("+")[0] for name in ("torch", "transformers", "numpy", "safetensors")
@@ -78,12 +71,7 @@ def card_metrics(metrics: Mapping[str, float | None]) -> list[tuple[str, str, fl
 
 
 def card(place: str, facts: Mapping[str, Any]) -> str:
-    """Returns the README.md of a place: "" for the whole export, or the name of one format's folder.
-
-    Args:
-        place: The place.
-        facts: What the template ``card.md.j2`` says.
-    """
+    """Returns the README.md of a place, "" for the whole export, or the name of one format's folder: ``card.md.j2``."""
     hub = f'huggingface_hub.snapshot_download("{facts["hub_name"] or "OWNER/NAME"}")'
     paths = {name: f'"{name}"  # from the Hub: {hub} + "/{name}"' for name in facts["formats"]}
     paths = {place: '"."  # this folder'} if place else paths

@@ -14,7 +14,6 @@ names, base model and its fingerprint, how texts are encoded. Where a tokenizer 
 
 import copy
 import importlib.util
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from lightning_lora.data.pairs import is_pair
 from lightning_lora.data.tokens import InputFormat
 from lightning_lora.errors import UserError
 from lightning_lora.export.mean_pooled import HEAD_FILE, MeanHead, mean_head
+from lightning_lora.files import write_json
 from lightning_lora.locations import PACKAGE_PREFIX, resolve
 from lightning_lora.models.head import divide_output, fold_scale
 from lightning_lora.models.methods import merged
@@ -47,14 +47,7 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class FormatWriter:
-    """Writes a trained model in one format at a time.
-
-    Args:
-        model: The trained model.
-        checkpoint: Its weights.
-        config: Settings of the command.
-        input_format: How texts are encoded.
-    """
+    """Writes a trained model, of a checkpoint, in one format at a time; ``config`` has the settings of the command."""
 
     model: TextClassifier
     checkpoint: Path
@@ -62,11 +55,7 @@ class FormatWriter:
     input_format: InputFormat
 
     def write(self, name: str, folder: Path) -> None:
-        """Writes a format into its folder, with tokenizer and identity.
-
-        Raises:
-            UserError: A package for it is missing.
-        """
+        """Writes a format into its folder, with tokenizer and identity."""
         if name == "adapter":
             self._write_adapter(folder)
         elif name == "merged":
@@ -86,7 +75,7 @@ class FormatWriter:
     @cached_property
     def merged(self) -> Any:
         """The merged model, as transformers has it; one trained on a quantized base is merged in full precision."""
-        whole = build_model(self.config, self.labels, Quantization())
+        whole = self._untrained(Quantization())
         load_checkpoint(whole, self.checkpoint, any_quantization=True)
         fold_scale(whole.model)
         fold_temperature(whole)
@@ -94,10 +83,9 @@ class FormatWriter:
         plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
         return plain
 
-    @property
-    def labels(self) -> dict[str, Any]:
-        """What is predicted, as a model takes it."""
-        return {"label_names": self.model.label_names, "task": self.model.task}
+    def _untrained(self, quantization: Quantization) -> TextClassifier:
+        labels = {"label_names": self.model.label_names, "task": self.model.task}
+        return build_model(self.config, {**labels, "quantization": asdict(quantization)})
 
     @cached_property
     def mean_head(self) -> MeanHead | None:
@@ -125,7 +113,7 @@ class FormatWriter:
         if self.config.model.method == "pissa":
             # PiSSA changes the base's weights at the start. LoRA of twice the rank whose product is B A - B0 A0, what
             # training added to the base's own weights, loads on the unchanged base.
-            untrained = build_model(self.config, self.labels).model
+            untrained = self._untrained(self.model.quantization).model
             start = get_peft_model_state_dict(untrained, save_embedding_layers=False)
             for key, value in state.items():
                 if ".lora_A." in key:
@@ -144,11 +132,7 @@ class FormatWriter:
 
 
 def require_onnx() -> None:
-    """Refuses to write ONNX files without the packages for it.
-
-    Raises:
-        UserError: One is missing.
-    """
+    """Refuses to write ONNX files without the packages for it."""
     for package in _ONNX_PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise UserError(f"onnx needs the package '{package}': {install_line('export')}")
@@ -176,10 +160,12 @@ def write_onnx(model: Any, folder: Path, int8: bool, input_format: InputFormat) 
 def write_tokenizer(folder: Path, target: str, input_format: InputFormat, padding: str) -> None:
     """Writes the base model's tokenizer, so that it truncates, pads and returns what the model was trained on.
 
+    Of "both" ends a tokenizer alone keeps the tail, the larger part.
+
     Args:
         folder: The folder.
         target: What ``from_pretrained`` takes for the base model.
-        input_format: How texts are encoded. Of "both" ends a tokenizer alone keeps the tail, the larger part.
+        input_format: How texts are encoded.
         padding: To the "longest" text of a batch, or to "max_length".
     """
     from transformers import AutoTokenizer
@@ -227,36 +213,19 @@ def write_identity(
     padding: str,
     thresholds: list[float] | None = None,
 ) -> None:
-    """Writes what the files in a folder belong to and how texts are encoded; with ``encode.py`` where it is needed.
-
-    Args:
-        folder: The folder.
-        identity: What the weights belong to.
-        input_format: How texts are encoded.
-        padding: To the "longest" text of a batch, or to "max_length".
-        thresholds: By ``shown_thresholds``.
-    """
+    """Writes what the files in a folder belong to and how texts are encoded; with ``encode.py`` where it is needed."""
     encoding = asdict(input_format)
     encoding |= {"truncation": encoding.pop("keep"), "window_overlap": encoding.pop("overlap"), "padding": padding}
     content = {"format": CHECKPOINT_FORMAT, **asdict(identity), **encoding}
     content |= {} if thresholds is None else {"thresholds": thresholds}
-    (folder / IDENTITY_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / IDENTITY_FILE, content)
     if input_format.keep in ENCODED:
         shutil.copyfile(Path(__file__).with_name("encode.py"), folder / "encode.py")
 
 
-def build_model(config: Any, labels: Mapping[str, Any], quantization: Quantization | None = None) -> TextClassifier:
-    """Returns an untrained model of the run's settings.
-
-    Args:
-        config: The settings.
-        labels: What is predicted: ``label_names`` and ``task``.
-        quantization: How the base is stored, where it is not as the run has it.
-    """
-    settings = {**config.model.as_dict(), **labels}
-    if quantization is not None:
-        settings["quantization"] = asdict(quantization)
-    return TextClassifier(**settings).eval()
+def build_model(config: Any, changes: Mapping[str, Any]) -> TextClassifier:
+    """Returns an untrained model of the run's settings, with what is predicted and other changes to them."""
+    return TextClassifier(**{**config.model.as_dict(), **changes}).eval()
 
 
 def public_name(config: Any) -> str:

@@ -5,7 +5,6 @@ the bare encoder, and the head lies beside it. With their weights under the name
 transformers would load both without a word and read the first token; so it says that the head is new, or refuses.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.errors import UserError
+from lightning_lora.files import write_json
 from lightning_lora.models.architectures import ARCHITECTURES
 from lightning_lora.training.module import TextClassifier
 
@@ -47,16 +47,6 @@ class MeanHead:
     encoder: str
     has_pooler: bool
 
-    @classmethod
-    def of(cls, model: Any) -> "MeanHead":
-        """Returns the head of a ``...ForSequenceClassification`` model."""
-        config, encoder = model.config, model.base_model_prefix
-        entry = ARCHITECTURES[config.model_type]
-        name = getattr(config, entry.head_activation, entry.head_activation)
-        widths = [config.hidden_size] * len(entry.head_layers) + [config.num_labels]
-        pooler = "add_pooling_layer" in signature(type(getattr(model, encoder)).__init__).parameters
-        return cls(entry.head_layers, tuple(pairwise(widths)), name, entry.head, encoder, pooler)
-
     @property
     def activation_class(self) -> str:
         """The activation's class in torch.nn.
@@ -74,47 +64,32 @@ class MeanHead:
         return [f"{number}_Dense" for number, _ in enumerate(self.layers, 2)]
 
     def write_sentence_transformer(self, model: Any, folder: Path, max_length: int) -> None:
-        """Writes a folder whose ``SentenceTransformer(folder).encode(texts)`` are the model's logits.
-
-        Args:
-            model: The model, plain and merged.
-            folder: The folder.
-            max_length: Tokens of a text that are read.
-        """
+        """Writes a folder whose ``SentenceTransformer(folder).encode(texts)`` are the logits of a merged model."""
         encoder = getattr(model, self.encoder)
         encoder.save_pretrained(folder)
         # Without this, a pooler would be drawn, announced and not used.
         more = {"model_args": {"add_pooling_layer": False}} if self.has_pooler else {}
-        _write(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False, **more})
-        _write(folder / "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None})
+        write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False, **more})
+        write_json(folder / "config_sentence_transformers.json", {"prompts": {}, "default_prompt_name": None})
         # The names of before sentence-transformers 5.3, which later versions read too.
         modes = {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in ("cls_token", "mean_tokens", "max_tokens")}
-        _write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": self.sizes[0][0], **modes})
+        write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": self.sizes[0][0], **modes})
         for name, layer, (inputs, outputs) in zip(self.folders, self.layers, self.sizes, strict=True):
-            activation = "Identity" if layer == self.layers[-1] else self.activation_class
-            content = {
-                "in_features": inputs,
-                "out_features": outputs,
-                "bias": True,
-                "activation_function": _class_path(activation),
-            }
-            _write(folder / name / "config.json", content)
+            kind = getattr(nn, "Identity" if layer == self.layers[-1] else self.activation_class)
+            path = f"{kind.__module__}.{kind.__qualname__}"
+            content = {"in_features": inputs, "out_features": outputs, "bias": True, "activation_function": path}
+            write_json(folder / name / "config.json", content)
             tensors = model.get_submodule(layer).state_dict(prefix="linear.")
             save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name / "model.safetensors")
+        kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), *((name, "Dense") for name in self.folders)]
         modules = [
             {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for number, (path, kind) in enumerate(
-                [("", "Transformer"), ("1_Pooling", "Pooling"), *((name, "Dense") for name in self.folders)]
-            )
+            for number, (path, kind) in enumerate(kinds)
         ]
-        _write(folder / "modules.json", modules)
+        write_json(folder / "modules.json", modules)
 
     def split_adapter(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Returns PEFT's weights for the encoder alone, and the head's, named as in a ``torch.nn.Sequential``.
-
-        Args:
-            state: PEFT's weights for the whole model.
-        """
+        """Returns PEFT's weights for the encoder alone, and the head's, named as in a ``torch.nn.Sequential``."""
         encoder = f"{_PEFT}{self.encoder}."
         adapter = {
             key.replace(encoder, _PEFT, 1): value
@@ -163,22 +138,17 @@ class MeanHead:
         ]
 
 
-def mean_head(model: TextClassifier) -> MeanHead | None:
+def mean_head(classifier: TextClassifier) -> MeanHead | None:
     """Returns the head of a model where it reads the mean of a text's states, else None."""
-    if model.pooling != "mean":
+    if classifier.pooling != "mean":
         return None
     from peft import PeftModel
 
-    return MeanHead.of(model.model.get_base_model() if isinstance(model.model, PeftModel) else model.model)
-
-
-def _class_path(activation: str) -> str:
-    from torch import nn
-
-    kind = getattr(nn, activation)
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    model: Any = classifier.model
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    config, encoder = model.config, model.base_model_prefix
+    entry = ARCHITECTURES[config.model_type]
+    name = getattr(config, entry.head_activation, entry.head_activation)
+    widths = [config.hidden_size] * len(entry.head_layers) + [config.num_labels]
+    pooler = "add_pooling_layer" in signature(type(getattr(model, encoder)).__init__).parameters
+    return MeanHead(entry.head_layers, tuple(pairwise(widths)), name, entry.head, encoder, pooler)

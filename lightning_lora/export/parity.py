@@ -96,7 +96,15 @@ class Parity:
         texts: list[Text],
         labels: NDArray,
     ) -> None:
-        self.outputs = partial(Outputs, task=model.task, thresholds=_numbers(model.decision_thresholds("test")))
+        thresholds = model.decision_thresholds("test")
+        numbers = None if thresholds is None else thresholds.numpy()
+        self.outputs = partial(Outputs, task=model.task, thresholds=numbers)
+        #: Whether numbers are predicted, which have no labels that could be others.
+        self.is_number = model.task == "regression"
+        #: What is compared, in words.
+        self.unit = "number, scaled to their size" if self.is_number else "logit"
+        #: The metric by row that formats are compared by.
+        self.primary_metric = row_metrics(model.task)[0]
 
         def trained(texts: list[Text]) -> NDArray:
             dataset = TokenDataset(tokenize(texts, tokenizer), input_format, None, pad_to_max)
@@ -104,10 +112,7 @@ class Parity:
                 return model.calibrated_logits(dataset.__getitems__(list(range(len(texts))))).numpy()
 
         self.quantization = model.identity.quantization
-        self.texts = texts
-        self.real = np.arange(len(texts)) < len(labels)
-        # Of made-up texts some label, which nothing is compared with.
-        self.labels = np.concatenate([labels, np.zeros((len(texts) - len(labels), *labels.shape[1:]), labels.dtype)])
+        self.texts, self.labels = texts, labels
         self.long = tokenize(texts, tokenizer).lengths > input_format.text_tokens
         self.reference = _batch_logits(trained, texts)
         #: The comparison by format, "trained" (the model itself) first; or why a format is missing.
@@ -115,7 +120,7 @@ class Parity:
 
     def compare(self, run: TextModel) -> dict[str, Any]:
         """Returns how the logits of the texts differ from the trained model's, and how fast they are computed."""
-        texts, long, labels = self.texts, self.long, self.labels
+        texts, long, real = self.texts, self.long, len(self.labels)
         run(texts[:BATCH])  # the first call also prepares things
         started = time.perf_counter()
         logits = _batch_logits(run, texts)
@@ -129,12 +134,11 @@ class Parity:
             times.append(time.perf_counter() - started)
         median, slow = np.percentile(times, [50, 95]) * 1000 if len(times) >= LATENCY_TEXTS else (None, None)
         single, expected = np.stack(single_logits), self.reference[singles]
-        outputs = self.outputs(logits, labels)
-        flipped, real = outputs.changed(self.outputs(self.reference, labels)), self.real
-        scores = row_values(self.outputs(logits[real], labels[real]))[self.primary_metric] if real.any() else None
+        flipped = self.outputs(logits, None).changed(self.outputs(self.reference, None))
+        scores = row_values(self.outputs(logits[:real], self.labels))[self.primary_metric] if real else None
         # Numbers may be ratings or prices, and float32 is exact to a share of their size.
         sizes = (float(self.reference.std()), float(np.abs(self.reference).max()) / 100)
-        unit = max(1.0, *sizes) if outputs.task == "regression" else 1.0
+        unit = max(1.0, *sizes) if self.is_number else 1.0
         difference = max(np.abs(logits - self.reference).max(), np.abs(single - expected).max()) / unit
         return {
             "max_logit_difference": float(difference),
@@ -144,7 +148,7 @@ class Parity:
             "single_rows": len(singles),
             "long_rows": int(long.sum()),
             "labels_flipped_long": int(flipped[long].sum()),
-            "made_up": int((~real).sum()),
+            "made_up": len(texts) - real,
             self.primary_metric: None if scores is None else float(scores.mean()),
             "texts_per_s": len(texts) / seconds,
             "latency_ms": median,
@@ -172,25 +176,8 @@ class Parity:
 
     def metrics(self) -> tuple[dict[str, float], int]:
         """Returns the trained model's metrics on the test rows among the texts, and their number."""
-        real = self.real
-        if not real.any():
-            return {}, 0
-        return metrics_of(self.outputs(self.reference[real], self.labels[real])), int(real.sum())
-
-    @property
-    def primary_metric(self) -> str:
-        """The metric by row that formats are compared by."""
-        return row_metrics(self.outputs.keywords["task"])[0]
-
-    @property
-    def is_number(self) -> bool:
-        """Whether numbers are predicted, which have no labels that could be others."""
-        return self.outputs.keywords["task"] == "regression"
-
-    @property
-    def unit(self) -> str:
-        """What is compared, in words."""
-        return "number, scaled to their size" if self.is_number else "logit"
+        real = len(self.labels)
+        return metrics_of(self.outputs(self.reference[:real], self.labels)) if real else {}, real
 
     def missing(self) -> str:
         """Returns the formats that could not be made, each with the reason."""
@@ -199,40 +186,34 @@ class Parity:
 
     def warnings(self) -> list[str]:
         """Returns what a user should know: what is missing, and what is not quite the trained model."""
-        warnings, off = [], []
+        warnings, off = list[str](), list[str]()
         for name, row in self.certificate.items():
             if "missing" in row:
                 continue
-            flipped = f"{row['labels_flipped']:,} of {row['rows']:,}"
+            flipped, differs = row["labels_flipped"], row["max_logit_difference"] > TOLERANCE
+            of_all = f"{flipped:,} of {row['rows']:,}"
             if name == "trained":
-                if row["max_logit_difference"] > TOLERANCE:
+                if differs:
                     what = "numbers" if self.is_number else "logits"
                     warnings.append(f"the trained model itself gives other {what} for a text alone than in a batch")
             elif name == "onnx-int8":
-                if row["labels_flipped"] > FLIPPED_SHARE * row["rows"]:
-                    warnings.append(f"onnx-int8 gives another label for {flipped} texts")
+                if flipped > FLIPPED_SHARE * row["rows"]:
+                    warnings.append(f"onnx-int8 gives another label for {of_all} texts")
             elif name.endswith(PLAIN):
-                differ = f"numbers differ by up to {row['max_logit_difference']:.2g}, scaled to their size"
-                if not self.is_number:
-                    long = f"{row['labels_flipped_long']:,} of the {row['long_rows']:,} texts"
-                    differ = f"{flipped} labels differ, {long} that are longer than max_length"
-                warnings.append(
-                    f"a pipeline or tokenizer alone, without encode.py, truncates otherwise than in training: {differ}"
-                )
-            elif row["max_logit_difference"] > TOLERANCE or row["labels_flipped"]:
+                long = f"{row['labels_flipped_long']:,} of the {row['long_rows']:,} texts"
+                how = f"{of_all} labels differ, {long} that are longer than max_length"
+                if self.is_number:
+                    how = f"numbers differ by up to {row['max_logit_difference']:.2g}, scaled to their size"
+                start = "a pipeline or tokenizer alone, without encode.py, truncates otherwise than in training"
+                warnings.append(f"{start}: {how}")
+            elif differs or flipped:
                 off.append(name)
         if off:
+            what = f"a {self.unit} by more than {TOLERANCE:g}" + ("" if self.is_number else ", or a label")
             why = f"; the run's base was stored as {self.quantization}, the export's is not"
-            warnings.append(
-                f"{', '.join(off)} differ from the trained model: a {self.unit} by more than {TOLERANCE:g}"
-                + ("" if self.is_number else ", or a label")
-                + (why if self.quantization != "none" else "")
-            )
+            why = "" if self.quantization == "none" else why
+            warnings.append(f"{', '.join(off)} differ from the trained model: {what}{why}")
         return warnings + ([f"not written: {missing}"] if (missing := self.missing()) else [])
-
-
-def _numbers(thresholds: torch.Tensor | None) -> NDArray | None:
-    return None if thresholds is None else thresholds.numpy()
 
 
 def run_code(code: str) -> TextModel:
@@ -248,9 +229,7 @@ def run_code(code: str) -> TextModel:
 
     def run(texts: list[Text]) -> NDArray:
         logits = np.empty((len(texts), len(numbers)), dtype=np.float32)
-        inputs = [
-            text if isinstance(text, str) else dict(zip(("text", "text_pair"), text, strict=True)) for text in texts
-        ]
+        inputs = [text if isinstance(text, str) else {"text": text[0], "text_pair": text[1]} for text in texts]
         said = classify(inputs, top_k=None, function_to_apply="none", batch_size=len(texts))
         for row, scores in zip(logits, said, strict=True):
             for each in scores:

@@ -24,11 +24,7 @@ def trained_for(path: Path) -> dict[str, Any]:
 
 
 def trained_steps(path: Path) -> int:
-    """Returns the steps that the weights were trained for; 0 where they do not say so.
-
-    Raises:
-        UserError: They are damaged.
-    """
+    """Returns the steps that the weights were trained for; 0 where they do not say so."""
     return 0 if path.is_dir() else int(read_checkpoint(path).get("global_step", 0))
 
 

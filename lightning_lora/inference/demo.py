@@ -10,7 +10,7 @@ from typing import Any
 from lightning_lora.data.pairs import Text, is_pair
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.evaluation.predictions import Predictions
-from lightning_lora.inference.explain_page import ABOUT, coloured_words, words_legend, words_style
+from lightning_lora.inference.explain import ABOUT, coloured_words, words_legend, words_style
 from lightning_lora.inference.input_rows import file_rows
 from lightning_lora.inference.loaded_run import LoadedRun
 from lightning_lora.inference.output import OUTPUTS, columns_beside, new_columns, write_output
@@ -25,7 +25,7 @@ _STYLE = (
 #: White text on it can be read (contrast 6.6), in both colour schemes.
 _BUTTON = "#0b5fa5"
 #: Fonts of the machine: Gradio's would be fetched from the network.
-_FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
+_FONT, _CODE_FONT = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 
 
 @dataclass
@@ -72,16 +72,7 @@ class Demo:
         ]
 
     def label_file(self, name: str, path: str, columns: str) -> str:
-        """Write the rows of a file with their predictions beside it, and return the new file.
-
-        Args:
-            name: The run.
-            path: The file.
-            columns: Its text columns, with commas between.
-
-        Raises:
-            UserError: It cannot be read, or lacks a column.
-        """
+        """Write the rows of a file, whose text columns have commas between, with a run's predictions to a new file."""
         run, source = self.runs[name], Path(path)
         text_columns = [each.strip() for each in columns.split(",") if each.strip()] or [*self.text_columns]
         if self.pair and len(text_columns) != 2:
@@ -119,12 +110,8 @@ class Demo:
                 if self.examples:
                     samples = [[*([text] if isinstance(text, str) else text), label] for text, label in self.examples]
                     headers = [*self.text_columns, "truth"]
-                    examples = gr.Dataset(
-                        components=[*fields, truth],
-                        samples=samples,
-                        headers=headers,
-                        label="Test rows with their truth",
-                    )
+                    title = "Test rows with their truth"
+                    examples = gr.Dataset(components=[*fields, truth], samples=samples, headers=headers, label=title)
                     chosen = examples.click(self._chosen, examples, [*fields, truth, *words])
                     chosen.then(_told(self.classify), fields, shown)
             with gr.Tab("A file"):
@@ -137,9 +124,7 @@ class Demo:
             explain.click(_told(self.classify), fields, shown).then(_told(self.explain), fields, words)
             for field in fields:
                 field.submit(_told(self.classify), fields, shown)  # Shift and Enter
-                field.input(
-                    lambda: [self._no_truth(), *[""] * len(words)], None, [truth, *words], show_progress="hidden"
-                )
+                field.input(self._cleared, None, [truth, *words], show_progress="hidden")
             label.click(_told(self.label_file), [which, file, columns], labelled)
         return page
 
@@ -148,21 +133,16 @@ class Demo:
 
         return [*row[:-1], gr.Textbox(value=row[-1], visible=True), "", *[""] * len(self.runs)]
 
-    def _no_truth(self) -> Any:
+    def _cleared(self) -> list[Any]:
         import gradio as gr
 
-        return gr.Textbox(value="", visible=False)
+        return [gr.Textbox(value="", visible=False), "", *[""] * len(self.runs)]
 
     def launch(self, port: int | None) -> None:
-        """Show the page on this machine alone, until it is interrupted.
-
-        Raises:
-            UserError: The port is taken.
-        """
+        """Show the page on this machine alone, until it is interrupted."""
         import gradio as gr
 
-        text, code = _FONTS
-        theme = gr.themes.Default(primary_hue="blue", font=text, font_mono=code).set(
+        theme = gr.themes.Default(primary_hue="blue", font=_FONT, font_mono=_CODE_FONT).set(
             button_primary_background_fill=_BUTTON, button_primary_background_fill_dark=_BUTTON
         )
         page = self.page()
@@ -177,7 +157,7 @@ class Demo:
                 enable_monitoring=False,
                 footer_links=[],
                 theme=theme,
-                css=words_style() + _STYLE,
+                css=f"{words_style()}{_STYLE}",
             )
         except OSError as error:
             raise UserError(f"--port: {first_line(error)}") from error

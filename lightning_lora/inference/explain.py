@@ -7,11 +7,12 @@ for each word, and works for every model that a run can hold.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
@@ -27,6 +28,17 @@ if TYPE_CHECKING:
 #: Scripts that are written without spaces (kana, Han): each character is a word.
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:['’\-][^\W{_UNSPACED}]+)*|[\u2600-\u27bf\U0001f300-\U0001faff]")
+#: What every page says first.
+ABOUT = (
+    "Each word was left out once, and the text predicted again. A word's effect is how much the score falls without "
+    "it: the label's log-odds, ln(p / (1 - p)), or the predicted number."
+)
+_TEMPLATES = Environment(
+    loader=PackageLoader("lightning_lora", "inference"), undefined=StrictUndefined, trim_blocks=True, autoescape=True
+)
+#: As HTML: a text with coloured words, their style sheet, and what the colours mean.
+_WORDS: Any = _TEMPLATES.get_template("words.html.j2").module
+coloured_words, words_style, words_legend = _WORDS.coloured, _WORDS.style, _WORDS.legend
 #: A word's place: which side of a pair (0 of a text), start and end.
 Place = tuple[int, int, int]
 
@@ -68,10 +80,9 @@ class Explanation:
     @property
     def summary(self) -> str:
         """What is explained, in a line."""
-        said = (
-            f"{self.label}: {self.score:.4g}" if self.is_number else f"{self.label}, probability {self.probability:.3f}"
-        )
-        return said + ("" if self.read.all() else f" ({(~self.read).sum()} of {len(self.read)} words are cut off)")
+        said = f": {self.score:.4g}" if self.is_number else f", probability {self.probability:.3f}"
+        cut = "" if self.read.all() else f" ({(~self.read).sum()} of {len(self.read)} words are cut off)"
+        return self.label + said + cut
 
     def top(self, count: int) -> list[tuple[str, float]]:
         """The words that change the score most, either way, each with its effect."""
@@ -202,25 +213,44 @@ def deletion_check(
 
 
 def label_words(explanations: Sequence[Explanation], min_texts: int = 3) -> dict[str, list[tuple[str, int, float]]]:
-    """The words of each label by what they add to it on average, over several texts.
+    """The words of each label by what they add to it on average, over at least ``min_texts`` texts, the largest first.
 
-    Args:
-        explanations: Of many texts.
-        min_texts: In how many texts of the label a word must occur.
-
-    Returns:
-        For each label words in lower case, the number of texts and the mean over them, the largest first.
+    They are in lower case, each with the number of texts and the mean over them.
     """
     effects: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for each in explanations:
-        of_text: dict[str, list[float]] = defaultdict(list)
-        for word, effect, read in zip(each.words, each.effects, each.read, strict=True):
-            if read:
-                of_text[word.lower()].append(effect)
-        for word, several in of_text.items():
-            effects[each.label][word].append(float(np.mean(several)))
+        words = np.array([word.lower() for word in each.words])
+        for word in dict.fromkeys(words[each.read].tolist()):
+            effects[each.label][word].append(float(each.effects[each.read & (words == word)].mean()))
     found = {
         label: [(word, len(v), float(np.mean(v))) for word, v in words.items() if len(v) >= min_texts]
         for label, words in sorted(effects.items())
     }
     return {label: sorted(words, key=lambda row: -row[2]) for label, words in found.items()}
+
+
+def explain_page(
+    title: str,
+    explanations: Sequence[Explanation],
+    lines: Sequence[str] = (),
+    tables: Sequence[tuple[str, Sequence[tuple[str, int, float]]]] = (),
+    issues: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    """Return a page with explained texts.
+
+    Args:
+        title: Its heading.
+        explanations: The texts.
+        lines: More to say at the top.
+        tables: Names with words, in how many texts they occur, and what they add on average.
+        issues: Rows that are most likely labelled wrong: label, prediction, quality, origin, row and text.
+    """
+    return _TEMPLATES.get_template("explain.html.j2").render(
+        title=title,
+        about=ABOUT,
+        lines=lines,
+        tables=tables,
+        issues=issues,
+        explanations=explanations,
+        is_number=any(each.is_number for each in explanations),
+    )

@@ -40,15 +40,14 @@ class InputRows:
 
         A cell that is neither a text nor blank is a fault, as are only blank ones, or a blank one of a pair.
         """
-        columns: list[Any] = [table.columns[name] for name in text_columns]
-        columns = [cells(column) if isinstance(column, pa.ChunkedArray) else column for column in columns]
+        given = [table.columns[name] for name in text_columns]
+        columns = [cells(column) if isinstance(column, pa.ChunkedArray) else column for column in given]
         texts, faults = list[Text](), dict[int, str]()
         for i, row in enumerate(zip(*columns, strict=True)):
             texts.append(row_text(row, pair))
-            wrong = [(name, cell) for name, cell in zip(text_columns, row, strict=True) if not _is_allowed(cell)]
-            if not wrong and (blank := blank_text(text_columns, row, pair)) is not None:
-                wrong = [blank]
-            for name, cell in wrong[:1]:
+            odd = ((name, cell) for name, cell in zip(text_columns, row, strict=True) if not _is_allowed(cell))
+            if (wrong := next(odd, None) or blank_text(text_columns, row, pair)) is not None:
+                name, cell = wrong
                 got = "null" if cell is None else repr(cell)[:40]
                 kind = "bytes that are not UTF-8: " if isinstance(cell, bytes) else ""
                 faults[i] = f"{table.where(i, name)}: a text is needed, got {kind}{got}"
@@ -73,11 +72,7 @@ class InputRows:
         return columns
 
     def refuse_faults(self) -> None:
-        """Refuses rows without a text.
-
-        Raises:
-            UserError: A row has no text; its place is named.
-        """
+        """Refuses rows without a text, and names the place of the first."""
         if self.faults:
             more = f" (and {len(self.faults) - 1:,} more)" if len(self.faults) > 1 else ""
             first = self.faults[min(self.faults)]
@@ -96,11 +91,7 @@ def warn_of_faults(places: Sequence[str], count: int, total: int) -> None:
 
 
 def text_columns_of(config: Any) -> list[str]:
-    """Returns the columns of an input that hold its text.
-
-    Raises:
-        UserError: The run reads pairs, and there are not two.
-    """
+    """Returns the columns of an input that hold its text: two, where the run reads pairs."""
     columns = config.text_column or config.data.text_column or "text"
     columns = [columns] if isinstance(columns, str) else list(columns)
     if is_pair(config.data.truncation) and len(columns) != 2:
@@ -112,11 +103,7 @@ def text_columns_of(config: Any) -> list[str]:
 
 
 def typed_rows(texts: Sequence[str], pair: Sequence[str] = ()) -> InputRows:
-    """Returns the texts of the command line; two at a time are a pair, whose columns are given.
-
-    Raises:
-        UserError: The last pair is not whole.
-    """
+    """Returns the texts of the command line; two at a time are a pair, whose columns are given."""
     if pair and len(texts) % 2:
         raise UserError(f"the run reads pairs of texts ({', '.join(pair)}): give two texts for each, got {len(texts)}")
     columns = {name: list(texts[i::2]) for i, name in enumerate(pair)} or {"text": list(texts)}
@@ -125,11 +112,7 @@ def typed_rows(texts: Sequence[str], pair: Sequence[str] = ()) -> InputRows:
 
 
 def piped_rows(pair: Sequence[str] = ()) -> InputRows:
-    """Returns the lines of standard input, as of a file.
-
-    Raises:
-        UserError: It is a terminal, is not UTF-8 or holds nothing.
-    """
+    """Returns the lines of standard input, as of a file."""
     if sys.stdin.isatty():
         raise UserError("no texts: give them as words in quotes, with --input FILE, or on standard input")
     try:

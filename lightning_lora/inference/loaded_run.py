@@ -73,9 +73,6 @@ class LoadedRun:
         Returns:
             Logits (N, C), probabilities (N, C) and predicted names (N), in the order of the texts; the names are lists
             where a text may have several labels, and numbers where these are predicted.
-
-        Raises:
-            UserError: As ``checked``.
         """
         return self.predict_dataset(self.dataset(self.checked(texts)))
 
@@ -104,9 +101,6 @@ class LoadedRun:
 
         Returns:
             An explanation of each text and label, in the order of the texts.
-
-        Raises:
-            UserError: As ``predict``; or the run has no such label.
         """
         return explain(self, self.checked(texts), label, **options)
 
@@ -138,14 +132,7 @@ class LoadedRun:
 def assemble(
     model: Mapping[str, Any], data: Mapping[str, Any], checkpoint: Path, labels: Mapping[str, Any], trainer: Trainer
 ) -> LoadedRun:
-    """Build a run's model from settings and put its weights into it.
-
-    Args:
-        model: Settings of ``TextClassifier``, without the label names.
-        data: Settings of ``TextDataModule``.
-        checkpoint: The weights.
-        labels: As by ``trained_for``.
-        trainer: What runs the prediction loop.
+    """Build a run's model from settings of ``TextClassifier`` and ``TextDataModule``, and put its weights into it.
 
     Raises:
         UserError: The weights do not belong to the model, or are damaged.
@@ -184,8 +171,5 @@ def predict(run: str | Path | LoadedRun, texts: Sequence[Text]) -> Predictions:
     Args:
         run: A folder that ``main.py fit`` made, or what ``load_run`` returned.
         texts: N texts, or N pairs of texts.
-
-    Raises:
-        UserError: As ``load_run`` and ``LoadedRun.predict``.
     """
     return (run if isinstance(run, LoadedRun) else load_run(run)).predict(texts)

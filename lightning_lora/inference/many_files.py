@@ -83,13 +83,7 @@ def find_files(given: str, output: Path) -> list[Path]:
 
 
 def plan_files(files: Sequence[Path], output: Path, text_columns: Sequence[str], new: Sequence[str]) -> list[FileTask]:
-    """Returns the task of each file; only their metadata is read.
-
-    Args:
-        files: The input files.
-        output: The folder of the outputs.
-        text_columns: Columns of texts that every file must have.
-        new: Columns that the outputs get.
+    """Returns the task of each file, whose outputs get new columns; only their metadata is read.
 
     Raises:
         UserError: A file cannot be read, or lacks a column; two have one name; or the outputs would lie among the
@@ -136,11 +130,7 @@ def input_stamp(path: Path, metadata: Any) -> dict[str, Any]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Makes one line of what pyarrow says of a damaged file, or the system of one that it cannot read.
-
-    Raises:
-        RefusedError: The file cannot be read.
-    """
+    """Makes one line, of a ``RefusedError``, of what pyarrow or the system says of a file that cannot be read."""
     try:
         yield
     except (pa.ArrowException, OSError) as error:
@@ -150,13 +140,7 @@ def reading(path: Path) -> Iterator[None]:
 def read_rows(
     task: FileTask, text_columns: Sequence[str], columns: Sequence[str] | None = None, pair: bool = False
 ) -> Iterator[InputRows]:
-    """Yields the rows of an input file in order, about ``CHUNK_ROWS`` at a time.
-
-    Args:
-        task: The file.
-        text_columns: Columns of the text.
-        columns: Columns to read; by default all.
-        pair: Whether those of the text are a pair.
+    """Yields the rows of an input file in order, of all columns or some, about ``CHUNK_ROWS`` at a time.
 
     Raises:
         RefusedError: The file cannot be read, or is another one than when the task was planned.
@@ -174,7 +158,7 @@ def read_rows(
 
 
 def _chunks(file: pq.ParquetFile, columns: Sequence[str] | None) -> Iterator[pa.Table]:
-    batches: list[pa.RecordBatch] = []
+    batches = list[pa.RecordBatch]()
     for batch in file.iter_batches(min(CHUNK_ROWS, 1024), columns=columns):
         batches.append(batch)
         if sum(b.num_rows for b in batches) >= CHUNK_ROWS or sum(b.nbytes for b in batches) >= CHUNK_BYTES:

@@ -25,12 +25,7 @@ _TEXT_WIDTH = 16
 
 
 def new_columns(names: Sequence[str], task: Task = "single_label") -> pa.Schema:
-    """Returns the columns that an output has beside those of its input, as ``InputRows.predicted`` names them.
-
-    Args:
-        names: Names of the classes or labels.
-        task: What is predicted.
-    """
+    """Returns the columns that an output has beside those of its input, as ``InputRows.predicted`` names them."""
     if task == "regression":
         return pa.schema([("prediction", pa.float64())])
     several = task == "multi_label"
@@ -72,56 +67,39 @@ def warn_of_renamed(columns: Iterable[Mapping[str, str | None]]) -> None:
         print(f"warning: columns of the input that have the name of a new one are kept: {shown}", file=sys.stderr)
 
 
-def checked_columns(columns: Mapping[str, Any], ending: str) -> dict[str, Any]:
-    """Returns the input's columns as they will be written; refuses what the format cannot hold before it is predicted.
-
-    Args:
-        columns: The columns, by name.
-        ending: Of the output: ".csv", ".jsonl" or ".parquet".
+def columns_beside(
+    columns: Mapping[str, Any], text_columns: Sequence[str], new: Sequence[str], ending: str, origin: object
+) -> dict[str, Any]:
+    """Returns the columns of an output in their order: those of the input as they are written, None for each new one.
 
     Raises:
-        UserError: The format cannot hold a column.
+        UserError: Two columns of the input have one name, or the format (".csv", ".jsonl" or ".parquet") cannot hold
+            one, which is better said before anything is predicted.
     """
-    checked: dict[str, Any] = {}
-    for name, values in columns.items():
+    names = output_columns([*columns], text_columns, new, origin)
+    found: dict[str, Any] = dict.fromkeys(names)
+    for name, source in names.items():
+        if source is None:
+            continue
+        values = columns[source]
         is_arrow = isinstance(values, pa.ChunkedArray)
         try:
             if ending == ".parquet":
-                checked[name] = values if is_arrow else pa.array(values)
+                found[name] = values if is_arrow else pa.array(values)
             else:
-                checked[name] = values.to_pylist() if is_arrow else values
-                as_text({name: checked[name]}, ending).encode()
+                found[name] = values.to_pylist() if is_arrow else values
+                as_text({name: found[name]}, ending).encode()
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:  # Unicode errors are ValueErrors
             better = ".parquet" if is_arrow else ".jsonl"
             raise UserError(
                 f"--output: {ending} cannot hold column '{name}' ({first_line(error)}); write {better}"
             ) from None
-    return checked
-
-
-def columns_beside(
-    columns: Mapping[str, Any], text_columns: Sequence[str], new: Sequence[str], ending: str, origin: object
-) -> dict[str, Any]:
-    """Returns the columns of an output in their order: those of the input, and None for each new one.
-
-    Raises:
-        UserError: Two columns of the input have one name, or the format cannot hold one.
-    """
-    names = output_columns([*columns], text_columns, new, origin)
-    kept = {name: columns[source] for name, source in names.items() if source is not None}
-    found = {**names, **checked_columns(kept, ending)}
     warn_of_renamed([names])
     return found
 
 
 def write_output(path: Path, columns: Mapping[str, Any], schema: pa.Schema) -> None:
-    """Writes the columns in the format of the file's ending, whole or not at all.
-
-    Args:
-        path: The file.
-        columns: The new columns and those of the input.
-        schema: Of the new ones.
-    """
+    """Writes columns, the new ones by their schema, in the format of the file's ending, whole or not at all."""
     ending = path.suffix.lower()
     with atomic_path(path) as staging:
         if ending == ".parquet":
@@ -146,13 +124,7 @@ def as_text(columns: Mapping[str, Any], ending: str) -> str:
 
 
 def separated(cells: Sequence[list[str] | None], names: Sequence[str], separator: str) -> list[Any]:
-    """Returns lists of labels as texts that ``data.label_separator`` reads; as they are where a name holds it.
-
-    Args:
-        cells: The lists, or None.
-        names: Of all labels.
-        separator: What is to stand between them.
-    """
+    """Returns lists of labels as texts that ``data.label_separator`` reads; as they are where a name holds it."""
     if any(separator in name for name in names):
         return list(cells)
     return [cell if cell is None else separator.join(cell) for cell in cells]
@@ -175,12 +147,7 @@ def _plain(value: Any) -> str:
 
 
 def print_table(columns: Mapping[str, Any], texts: Sequence[str] = ("text",)) -> None:
-    """Prints the rows to the terminal: texts are cut to its width, and classes left out where there is no room.
-
-    Args:
-        columns: The columns, those of the texts first.
-        texts: The names of these.
-    """
+    """Prints the rows, texts first: these are cut to the terminal, and classes left out where there is no room."""
     from rich import box
     from rich.cells import cell_len
     from rich.console import Console

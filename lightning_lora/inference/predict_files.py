@@ -51,13 +51,7 @@ Advance = Callable[[int], object]
 
 @dataclass(frozen=True)
 class PredictJob:
-    """What is to be done, for any process that does a part of it.
-
-    Args:
-        argv: Those of the command.
-        tasks: All files.
-        settings: What all outputs are made with.
-    """
+    """All files that are to be predicted by a command line, and what all outputs are made with, for any process."""
 
     argv: list[str]
     tasks: list[FileTask]
@@ -113,39 +107,27 @@ def plan_job(cli: ConfiguredRun) -> PredictJob:
         files, Path(config.output), text_columns, new_columns(labels["label_names"], labels["task"]).names
     )
     settings = cli.settings()
-    kept = {f"data.{name}": settings["data"][name] for name in DATA_SETTINGS}
-    kept |= {f"model.{name}": settings["model"][name] for name in MODEL_SETTINGS}
-    kept |= {
+    made_with = {f"data.{name}": settings["data"][name] for name in DATA_SETTINGS}
+    made_with |= {f"model.{name}": settings["model"][name] for name in MODEL_SETTINGS}
+    made_with |= {
         "trainer.precision": str(config.trainer.precision),
         "text_column": text_columns,
         "labels": labels["label_names"],
         "task": labels["task"],
+        "weights": fingerprint(checkpoint),
+        "int8": config.int8,
     }
-    kept |= {"weights": fingerprint(checkpoint), "int8": config.int8}
-    return PredictJob(cli.argv, tasks, kept)
+    return PredictJob(cli.argv, tasks, made_with)
 
 
 def work(job: PredictJob) -> None:
-    """Do the work of a worker.
-
-    Raises:
-        UserError: A file was refused; the others are done.
-    """
+    """Do the work of a worker; a file that was refused is said after the others are done."""
     if refused := predict_files(job, ConfiguredRun("predict", job.argv), lambda count: None):
         raise UserError(refused[0])
 
 
 def predict_files(job: PredictJob, cli: ConfiguredRun, advance: Advance) -> list[str]:
-    """Predict the files that no other process predicts, and wait for the others; return why files were refused.
-
-    Args:
-        job: All files.
-        cli: The command line.
-        advance: Called with numbers of rows that are done.
-
-    Raises:
-        UserError: Something is wrong with more than one file.
-    """
+    """Predict the files that no other process predicts, and wait for the others; return why files were refused."""
     refused: list[str] = []
     loaded: LoadedRun | None = None
 
@@ -195,11 +177,7 @@ def predict_file(loaded: LoadedRun, job: PredictJob, task: FileTask, advance: Ad
 
 
 def load_planned(cli: ConfiguredRun, job: PredictJob) -> LoadedRun:
-    """Load the model that a job was planned with.
-
-    Raises:
-        UserError: The weights cannot be loaded, or are others now.
-    """
+    """Load the model that a job was planned with; weights that are others now are refused."""
     checkpoint = RunFolder.open(Path(cli.config.run)).checkpoint(cli.config.checkpoint)
     cli.config.trainer.enable_progress_bar = False  # there is one for all files
     loaded = load_for(cli, checkpoint, {"label_names": job.settings["labels"], "task": job.settings["task"]})
@@ -209,16 +187,7 @@ def load_planned(cli: ConfiguredRun, job: PredictJob) -> LoadedRun:
 
 
 def load_for(cli: ConfiguredRun, checkpoint: Path, labels: Mapping[str, Any]) -> LoadedRun:
-    """Load the run of a command line with its settings.
-
-    Args:
-        cli: The command line.
-        checkpoint: The weights.
-        labels: As by ``trained_for``.
-
-    Raises:
-        UserError: The weights cannot be loaded, or the model cannot compute as is asked.
-    """
+    """Load the run of a command line with its settings; ``labels`` are those of ``trained_for``."""
     config = cli.config
     loaded = assemble(config.model.as_dict(), config.data, checkpoint, labels, cli.make_trainer(None))
     if config.int8:
@@ -240,11 +209,7 @@ def fingerprint(checkpoint: Path) -> str:
 
 
 def report(job: PredictJob, failures: list[str]) -> None:
-    """Say how many rows have no prediction, and what went wrong.
-
-    Raises:
-        UserError: Files are not done.
-    """
+    """Say how many rows have no prediction, and what went wrong; refuse to end well where files are not done."""
     stamps = [stamp for task in job.tasks if (stamp := finished(task, job.settings))]
     places = [place for stamp in stamps for place in stamp["places"]]
     warn_of_faults(places, sum(s["rows_without_text"] for s in stamps), sum(task.rows for task in job.tasks))

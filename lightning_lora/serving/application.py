@@ -31,11 +31,7 @@ from lightning_lora.serving.served_run import ServedRun
 def make_app(runs: Mapping[str, ServedRun], batcher: Batcher, limits: Limits, log_texts: bool = False) -> FastAPI:
     """Return the application; keys and the size of bodies are the matter of ``AccessMiddleware``.
 
-    Args:
-        runs: What is served, by name.
-        batcher: What predicts.
-        limits: Of a request.
-        log_texts: Whether each text is written to standard output, as JSON with its run and its prediction.
+    With ``log_texts`` each text is written to standard output, as JSON with its run and its prediction.
     """
     app = FastAPI(title="lightning_lora", version=__version__, docs_url=None, redoc_url=None)
     app.state.batcher, app.state.draining = batcher, False

@@ -15,8 +15,8 @@ import torch
 
 from lightning_lora.data.pairs import Text
 from lightning_lora.evaluation.predictions import Predictions
-from lightning_lora.serving.metrics import ServingMetrics
 from lightning_lora.serving.served_run import ServedRun
+from lightning_lora.serving.server import ServingMetrics
 
 #: Where batches are padded, the longest text of one has up to so many times the tokens of its shortest.
 SPREAD = 1.5
@@ -45,15 +45,7 @@ class _Request:
 
 @dataclass(eq=False, slots=True)
 class _QueuedText:
-    """A text that waits.
-
-    Args:
-        request: The one that it belongs to.
-        index: Its position there.
-        ids: Its token ids.
-        tokens: What it takes of a batch.
-        turn: Its place in the queue.
-    """
+    """A text that waits: its position in its request, what it takes of a batch, its place in the queue."""
 
     request: _Request
     index: int
@@ -186,19 +178,15 @@ def choose_batch(queue: Sequence[_QueuedText]) -> list[_QueuedText]:
 
     Where batches are padded, texts go together that are of similar length.
     """
-    first = queue[0]
-    run, batch, total, longest = first.request.run, list[_QueuedText](), 0, 0
-    shortest = first.tokens
+    first, batch, total = queue[0], list[_QueuedText](), 0
+    run, shortest, longest = first.request.run, first.tokens, 0
     for text in queue:
         if text.request.run is not run:
             continue
         low, high = min(shortest, text.tokens), max(longest, text.tokens)
-        if run.packed:
-            needed = total + text.tokens
-        elif high > SPREAD * low:
+        if not run.packed and high > SPREAD * low:
             continue
-        else:
-            needed = high * (len(batch) + 1)
+        needed = total + text.tokens if run.packed else high * (len(batch) + 1)
         if batch and needed > run.batch_tokens:
             break
         batch.append(text)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import nn
 
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
 from lightning_lora.data.order import default_eval_batch_size
 from lightning_lora.data.pairs import Text, is_pair
+from lightning_lora.data.tokens import PairTokens, TokenRows
 from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.inference.loaded_run import load_run
 from lightning_lora.inference.predict_files import fingerprint
@@ -22,24 +24,6 @@ from lightning_lora.training.module import TextClassifier
 
 #: Tokens of a batch on a CPU, padding included: larger ones are no faster there (docs/LOG.md).
 CPU_BATCH_TOKENS = 1024
-
-
-class QueuedTokens:
-    """Token ids of texts of several requests, as a ``TokenDataset`` reads them.
-
-    Args:
-        ids: Of each text, or two arrays of each pair.
-    """
-
-    def __init__(self, ids: Sequence[Any]) -> None:
-        self.ids = ids
-        self.lengths = np.array([sum(map(len, each)) if isinstance(each, tuple) else len(each) for each in ids])
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.ids[index]
 
 
 class ServedRun:
@@ -52,9 +36,6 @@ class ServedRun:
         batch_tokens: Tokens of a batch at most; None for what suits the machine.
         merged: Whether LoRA's product is added to the weights, as it is by ``predict``: then a batch takes less time,
             and changing between runs more.
-
-    Raises:
-        UserError: As ``load_run``.
     """
 
     def __init__(
@@ -107,15 +88,9 @@ class ServedRun:
         return is_pair(self.loaded.input_format.keep)
 
     def logits(self, ids: Sequence[Any], texts: Sequence[Text]) -> np.ndarray:
-        """Compute the logits of a batch, float32 (N, C), in inference mode.
-
-        Args:
-            ids: Token ids of N texts, without special tokens.
-            texts: The texts.
-        """
+        """Compute the logits of N texts, float32 (N, C), in inference mode; ``ids`` have no special tokens."""
         loaded = self.loaded
-        tokens: Any = QueuedTokens(ids)
-        dataset = TokenDataset(tokens, loaded.input_format, None, loaded.padding == "max_length")
+        dataset = TokenDataset(as_tokens(ids), loaded.input_format, None, loaded.padding == "max_length")
         dataset.batch_texts = texts
         if self.packed:
             most = LengthBatchSampler(dataset.lengths, self._together, None, max_tokens=self.batch_tokens).most_texts
@@ -145,10 +120,7 @@ class SharedWeights:
     def share(self, model: nn.Module) -> tuple[int, int]:
         """Let a model's weights be those that are known where they are equal, and know the others from now on.
 
-        Nothing may change a weight in place from then on.
-
-        Returns:
-            The bytes of all its weights, and of those that were known.
+        Nothing may change a weight in place from then on. Returns the bytes of all its weights, and of the known ones.
         """
         total = known = 0
         for weight in model.parameters():
@@ -162,3 +134,15 @@ class SharedWeights:
                 weight.data = first
                 known += data.nbytes
         return total, known
+
+
+def as_tokens(ids: Sequence[Any]) -> TokenRows | PairTokens:
+    """Return token ids of texts of several requests as ``tokenize`` gives them."""
+    if isinstance(ids[0], tuple):
+        first, second = (TokenRows(_lists(side)) for side in zip(*ids, strict=True))
+        return PairTokens(first, second)
+    return TokenRows(_lists(ids))
+
+
+def _lists(ids: Sequence[Any]) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(ids, pa.list_(pa.int32()))])

@@ -11,13 +11,14 @@ from lightning_lora.cli import main
 from lightning_lora.errors import UserError
 from lightning_lora.inference.explain import (
     Explanation,
+    coloured_words,
     deletion_check,
+    explain_page,
     find_words,
     label_words,
     scores,
     without,
 )
-from lightning_lora.inference.explain_page import coloured_words, explain_page
 from tests.conftest import FILLER, WORDS, fit_tiny, make_rows
 
 TEXT = "the film was awful, and (brilliant) in town"

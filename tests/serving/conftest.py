@@ -78,9 +78,8 @@ def middleware(served: dict[str, Any]) -> Iterator[Any]:
     """The application in front of the runs, without a key."""
     from lightning_lora.serving.application import make_app
     from lightning_lora.serving.batcher import Batcher
-    from lightning_lora.serving.metrics import ServingMetrics
-    from lightning_lora.serving.middleware import AccessMiddleware
     from lightning_lora.serving.schemas import Limits
+    from lightning_lora.serving.server import AccessMiddleware, ServingMetrics
 
     limits, metrics = Limits(**LIMITS), ServingMetrics()
     batcher = Batcher(limits.waiting_texts, metrics)

@@ -12,8 +12,8 @@ pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 from starlette.testclient import TestClient
 
 from lightning_lora.evaluation.predictions import Predictions
-from lightning_lora.serving.middleware import AccessMiddleware
 from lightning_lora.serving.schemas import as_answers
+from lightning_lora.serving.server import AccessMiddleware
 from tests.serving.conftest import LIMITS, TEXTS, check, inputs
 
 

@@ -13,8 +13,8 @@ pytest.importorskip("fastapi", reason="needs the extra 'serve'")
 from lightning_lora import load_run
 from lightning_lora.models.quantization import Quantization
 from lightning_lora.serving.batcher import Batcher, batch_threads, choose_batch
-from lightning_lora.serving.metrics import ServingMetrics
 from lightning_lora.serving.served_run import ServedRun, SharedWeights
+from lightning_lora.serving.server import ServingMetrics
 from lightning_lora.training import module
 from tests.serving.conftest import TEXTS
 
