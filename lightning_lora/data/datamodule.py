@@ -194,9 +194,7 @@ class TextDataModule(LightningDataModule):
             self._datasets[split] = dataset
             self._token_report[split] = {
                 "tokens": int(dataset.lengths.sum()),
-                "truncated_share": float((tokens.lengths > input_format.text_tokens).mean())
-                if input_format.keep != "windows"
-                else 0.0,
+                "truncated_share": input_format.cut_share(tokens),
                 "from_cache": cached,
             }
 

@@ -139,7 +139,7 @@ def _split_facts(data: TextDataModule, split: str, sketches: Mapping[str, Sketch
         unlabelled=int((~labels.any(axis=1)).sum()) if labels.ndim == 2 else 0,
         numbers=labels if regression else np.zeros(0),
         lengths=tokens.lengths + input_format.special,
-        cut_share=float((tokens.lengths > input_format.text_tokens).mean()) if input_format.keep != "windows" else 0.0,
+        cut_share=input_format.cut_share(tokens),
         repeats=_found(rows, repeats, lambda i: f"as {rows.place(firsts[repeats[i]])}"),
         conflicts=_found(rows, conflicts, contradicted),
         faults=text_faults(rows),

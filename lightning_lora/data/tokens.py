@@ -159,6 +159,10 @@ class InputFormat:
         framed = np.concatenate((self.prefix, ids, self.suffix))
         return framed if len(framed) else np.array([self.pad_id])  # no token of the text, and none around it
 
+    def cut_share(self, tokens: TokenRows) -> float:
+        """The share of the texts of which something is cut."""
+        return float((tokens.lengths > self.text_tokens).mean()) if self.keep != "windows" else 0.0
+
     def cut_both(self, tokens: TokenRows) -> np.ndarray:
         """Positions of the pairs whose text that is to stay whole leaves the other no token, so that both are cut."""
         whole = {"only_first": 1, "only_second": 0}.get(self.keep)
