@@ -6,6 +6,7 @@ import unicodedata
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -54,9 +55,9 @@ class LabelCells:
 
     Args:
         column: Their column.
-        values: The cells as they stand in the files, those of train first.
+        values: The cells as they stand in the files.
         where: The place of a cell in words, by its number.
-        train: The number of those of train.
+        train: Which of them are of train.
         train_rows: Rows of train.
         origin: The first file of train.
         declared: Names of the classes 0, 1, ... that the files declare.
@@ -65,14 +66,14 @@ class LabelCells:
     column: str
     values: list[Any]
     where: Callable[[int], str]
-    train: int
+    train: slice
     train_rows: int
     origin: str
     declared: list[str]
 
     @classmethod
     def of(cls, splits: Mapping[str, Sequence[Table]], column: str, train_rows: int) -> "LabelCells":
-        """The cells of the tables of each split, train first.
+        """The cells of the tables of each split.
 
         Raises:
             UserError: The tables declare different classes.
@@ -93,7 +94,10 @@ class LabelCells:
                 )
         values = [cell for table in tables for cell in table.columns[column]]
         declared = declaring[0].class_names[column] if declaring else []
-        return cls(column, values, where, sum(map(len, splits["train"])), train_rows, tables[0].origin, declared)
+        before = takewhile(lambda split: split != "train", splits)
+        start = sum(len(table) for split in before for table in splits[split])
+        train = slice(start, start + sum(map(len, splits["train"])))
+        return cls(column, values, where, train, train_rows, splits["train"][0].origin, declared)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def encode_labels(
         by_word = {name: name for name in declared}
     else:
         warnings = _check_categorical(places, cells.train_rows, f"{cells.origin}: column '{cells.column}'", typed)
-        by_word = {word: word for word in ordered({words[key] for key in keys[: cells.train]})}
+        by_word = {word: word for word in ordered({words[key] for key in keys[cells.train]})}
     if missing := [word for word in places if word not in by_word]:
         others = f"; without a name: {few(missing)}" if len(missing) > 1 else ""
         raise UserError(
@@ -164,7 +168,7 @@ def encode_labels(
     classes = list(dict.fromkeys(by_word.values()))
     numbers = {name: number for number, name in enumerate(classes)}
     codes = np.array([numbers[by_word[words[key]]] for key in keys], np.int64)
-    present = np.unique(codes[: cells.train])
+    present = np.unique(codes[cells.train])
     if len(present) < 2:
         raise UserError(
             f"{cells.origin}: every row of the train split has the label '{classes[present[0]]}'; a classifier needs "
@@ -186,7 +190,7 @@ def encode_label_sets(cells: LabelCells, names: Sequence[Any] | Mapping[Any, Any
     Raises:
         UserError: As ``encode_labels``; or some cells are lists, and others are not.
     """
-    first = cells.values[0]
+    first = cells.values[cells.train.start]
     owners, singles = list[int](), list[Any]()
     for number, cell in enumerate(cells.values):
         if isinstance(cell, list) != isinstance(first, list):
@@ -202,8 +206,8 @@ def encode_label_sets(cells: LabelCells, names: Sequence[Any] | Mapping[Any, Any
                 )
             owners.append(number)
             singles.append(label)
-    train = bisect_left(owners, cells.train)
-    if len(set(singles[:train])) < 2:
+    train = slice(bisect_left(owners, cells.train.start), bisect_left(owners, cells.train.stop))
+    if len(set(singles[train])) < 2:
         raise UserError(f"{cells.origin}: column '{cells.column}' holds fewer than two labels in train; add rows")
     each = replace(cells, values=singles, where=lambda number: cells.where(owners[number]), train=train)
     labels = encode_labels(each, names)
@@ -225,13 +229,14 @@ def encode_numbers(cells: LabelCells, names: Any) -> Labels:
     if names is not None:
         raise UserError("data.label_names: numbers (data.task=regression) have no names; leave it out")
     numbers = [None if isinstance(cell, bool) else number_of(cell) for cell in cells.values]
-    if all(number is None for number in numbers[: cells.train]):
+    if all(number is None for number in numbers[cells.train]):
         remedy = "leave data.task out, or name another data.label_column"
-        if _COMMA_NUMBER.fullmatch(str(cells.values[0])):
+        start = cells.train.start
+        if _COMMA_NUMBER.fullmatch(str(cells.values[start])):
             remedy = "write numbers with a point and without separators of thousands"
         raise UserError(
-            f"{cells.where(0)}: data.task is regression, but the column holds no numbers, as "
-            f"{cells.values[0]!r:.40}; {remedy}"
+            f"{cells.where(start)}: data.task is regression, but the column holds no numbers, as "
+            f"{cells.values[start]!r:.40}; {remedy}"
         )
     odd = (number for number, value in enumerate(numbers) if value is None or abs(value) > LARGEST)
     if (at := next(odd, None)) is not None:
@@ -240,7 +245,7 @@ def encode_numbers(cells: LabelCells, names: Any) -> Labels:
             f"{cells.values[at]!r:.40}; {CORRECT}"
         )
     codes = np.array(numbers, np.float64)
-    if len(np.unique(codes[: cells.train])) < 2:
+    if len(np.unique(codes[cells.train])) < 2:
         raise UserError(
             f"{cells.origin}: column '{cells.column}' has the same number in every row of train; add others"
         )

@@ -80,7 +80,7 @@ def row_sources(
             files, warnings = _split_files(path)
     if "train" not in files:
         raise UserError(f"data.source: {source} has no train split (found: {', '.join(files)})")
-    return {split: [_file(name, encoding) for name in files[split]] for split in SPLITS if split in files}, warnings
+    return {split: [_file(name, encoding) for name in names] for split, names in files.items()}, warnings
 
 
 def _split_named(name: str) -> str:
@@ -187,7 +187,7 @@ def _hub_sources(
     # ``datasets`` keeps the rows itself, and knows when they have changed: no version.
     sources = {
         name: [RowSource(f"{source} ({split})", None, partial(tables, split)) for split in each]
-        for name, each in ((name, found[name]) for name in SPLITS if name in found)
+        for name, each in found.items()
     }
     # What a known data set leaves out is not asked for.
     unknown = [] if splits else [str(split) for split in loaded if str(split) not in _SPLIT_NAMES]
