@@ -21,7 +21,6 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +57,12 @@ uvicorn.run(app, port=int(sys.argv[3]), log_level="warning")
 
 def make_texts(run: Path, count: int) -> list[str]:
     """Test rows of a run, each cut to a number of words; no two are the same."""
-    from lightning_lora.data.cache import default_cache_dir
     from lightning_lora.data.prepare import SourceOptions, prepare
+    from lightning_lora.data.stored import default_cache_dir
     from lightning_lora.runs.folder import RunFolder
 
     data = RunFolder.open(run).settings()["data"]
-    options = SourceOptions(**{each.name: data[each.name] for each in fields(SourceOptions) if each.name in data})
+    options = SourceOptions.of(data)
     rows = prepare(options, default_cache_dir()).splits["test"].texts
     rng = np.random.default_rng(0)
     texts: dict[str, None] = {}

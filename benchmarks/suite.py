@@ -199,7 +199,7 @@ def prepare(source: Path | None, out: Path, rows: dict[str, int], seed: int = 0)
 
     if source is None:
         from lightning_lora.data import prepare as data
-        from lightning_lora.data.cache import default_cache_dir
+        from lightning_lora.data.stored import default_cache_dir
 
         splits = data.prepare(data.SourceOptions(source="imdb_packaged"), default_cache_dir()).splits
         tables = {

@@ -11,6 +11,7 @@ from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.facts import DataFacts, gather_facts
 from lightning_lora.data.findings import find_suspicious
 from lightning_lora.data.near_duplicates import MOST_ROWS
+from lightning_lora.data.specs import terms_of
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.resolving import data_module
 from lightning_lora.files import write_text
@@ -58,26 +59,27 @@ def _without_bad_rows(data: TextDataModule) -> list[str]:
 
 def make_card(facts: DataFacts, suspicious: list[str]) -> DataCard:
     """Return what is shown of the facts."""
-    train = facts.splits["train"]
-    tokens = f"of {facts.base_model}, at most {facts.max_length} ({facts.truncation})"
-    about = [("task", str(facts.task)), ("tokens", tokens)]
+    data, train = facts.datamodule, facts.splits["train"]
+    source = data.options.source
+    tokens = f"of {data.base_model}, at most {data.max_length} ({data.truncation})"
+    about = [("task", str(data.task)), ("tokens", tokens)]
     about += [(split, f"{each.rows:,} rows ({each.origin})") for split, each in facts.splits.items()]
-    if facts.bad_rows_dropped:
-        about.append(("left out", f"rows without text or label: {facts.bad_rows_dropped:,}"))
+    if data.prepared.bad_rows_dropped:
+        about.append(("left out", f"rows without text or label: {data.prepared.bad_rows_dropped:,}"))
     if any(each.compared < each.rows for each in facts.splits.values()):
         about.append(("near-duplicates", f"sought among at most {MOST_ROWS:,} rows of a split, spread evenly"))
-    for name, value in (("made by", facts.citation), ("terms", facts.terms)):
+    for name, value in (("made by", data.prepared.citation), ("terms", terms_of(source))):
         about += [(name, value)] if value else []
-    histograms = [Histogram("Tokens of a training text", train.lengths, facts.max_length + 1)]
+    histograms = [Histogram("Tokens of a training text", train.lengths, data.max_length + 1)]
     if len(train.numbers):
-        histograms.append(Histogram(f"{facts.label_names[0]} of the training rows", train.numbers))
-    return DataCard(facts.source, about, suspicious, split_table(facts), class_table(facts), histograms)
+        histograms.append(Histogram(f"{data.label_names[0]} of the training rows", train.numbers))
+    name = source if isinstance(source, str) else ", ".join(f"{k}: {v}" for k, v in source.items())
+    return DataCard(name, about, suspicious, split_table(facts), class_table(facts), histograms)
 
 
 def split_table(facts: DataFacts) -> TextTable:
     """Return the facts of each split in a column, header first; what does not occur in any is left out."""
-    splits, rows = facts.splits, [["", *facts.splits]]
-
+    splits, rows, data = facts.splits, [["", *facts.splits]], facts.datamodule
     sizes, compared = ([getattr(each, name) for each in splits.values()] for name in ("rows", "compared"))
 
     def count(name: str, values: list[int], wholes: list[int] | None) -> None:
@@ -88,13 +90,13 @@ def split_table(facts: DataFacts) -> TextTable:
     count("rows", sizes, None)
     for name, share in (("tokens: median", 0.5), ("tokens: nine of ten at most", 0.9), ("tokens: longest", 1.0)):
         rows.append([name, *(f"{np.quantile(each.lengths, share):.0f}" for each in splits.values())])
-    rows.append([f"cut at {facts.max_length} tokens", *(f"{each.cut_share:.1%}" for each in splits.values())])
-    if facts.task == "regression":
+    rows.append([f"cut at {data.max_length} tokens", *(f"{each.cut_share:.1%}" for each in splits.values())])
+    if data.task == "regression":
         for name, share in (("number: least", 0.0), ("number: median", 0.5), ("number: greatest", 1.0)):
             rows.append([name, *(f"{np.quantile(each.numbers, share):g}" for each in splits.values())])
     count("without any label", [each.unlabelled for each in splits.values()], sizes)
     for other in ("val", "test"):
-        removed = [facts.duplicates_removed.get(f"{split}_in_{other}", 0) for split in splits]
+        removed = [data.prepared.duplicates_removed.get(f"{split}_in_{other}", 0) for split in splits]
         count(f"removed, as they are in {other} too", removed, None)
     count("repeats within the split", [each.repeats.count for each in splits.values()], sizes)
     count("of these, with another label", [each.conflicts.count for each in splits.values()], sizes)
@@ -109,10 +111,10 @@ def split_table(facts: DataFacts) -> TextTable:
 
 def class_table(facts: DataFacts) -> TextTable:
     """Return the rows of each class by split with their share, header first; of regression nothing."""
-    if facts.task == "regression":
+    if facts.datamodule.task == "regression":
         return []
-    table = [["class" if facts.task == "single_label" else "label", *facts.splits]]
-    for number, name in enumerate(facts.label_names):
+    table = [["class" if facts.datamodule.task == "single_label" else "label", *facts.splits]]
+    for number, name in enumerate(facts.datamodule.label_names):
         counts = [(each.class_counts[number], each.rows) for each in facts.splits.values()]
         table.append([name, *(f"{count:,} ({count / rows:.1%})" for count, rows in counts)])
     return table

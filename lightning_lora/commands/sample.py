@@ -4,16 +4,15 @@ Needs no torch: it reads what ``test`` (or ``fit``) has written.
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightning_lora.config.argument_parser import OptionParser
-from lightning_lora.data.cache import default_cache_dir
 from lightning_lora.data.pairs import Text
 from lightning_lora.data.prepare import Prepared, SourceOptions, prepare
+from lightning_lora.data.stored import default_cache_dir
 from lightning_lora.errors import UserError
 from lightning_lora.program import command_line
 from lightning_lora.runs.folder import RunFolder
@@ -87,11 +86,8 @@ def texts_of(folder: RunFolder, split: str, shown: Sequence[dict[str, Any]]) -> 
         UserError: The source is not what it was.
     """
     config = folder.settings()["data"]
-    options = SourceOptions(
-        **{field.name: config[field.name] for field in fields(SourceOptions) if field.name in config}
-    )
     cache = Path(config["cache_dir"]).expanduser() if config.get("cache_dir") else default_cache_dir()
-    prepared = prepare(options, cache)
+    prepared = prepare(SourceOptions.of(config), cache)
     rows = prepared.splits[split]
     places = {where: i for i, where in enumerate(zip(rows.origins, rows.numbers.tolist(), strict=True))}
     texts = []

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class AugmentedDataset(TokenDataset):
         for row in rows:
             rng = np.random.Generator(np.random.PCG64(stream_seed(self.seed, f"augment/{epoch}/{row}")))
             text = self.texts[row]
-            pair = not isinstance(text, str) and tuple(augmented(each, self.options, rng) for each in text)
-            texts.append(pair or augmented(cast(str, text), self.options, rng))
+            sides = [augmented(each, self.options, rng) for each in ((text,) if isinstance(text, str) else text)]
+            texts.append(tuple(sides) if len(sides) == 2 else sides[0])
         changed = tokenize(texts, self.tokenizer)
         return [changed[i] for i in range(len(changed))]

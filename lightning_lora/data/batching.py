@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,12 @@ from lightning_lora.data.order import (
     BatchBy,
     equal_cuts,
     evaluation_batches,
-    packed_evaluation_batches,
     rounded_lengths,
     training_batches,
 )
-from lightning_lora.data.packing import Packing
+from lightning_lora.data.packing import PackedShape, evaluation_shapes, pack, training_shapes
 from lightning_lora.data.pairs import Text
-from lightning_lora.data.tokens import InputFormat, PairTokens, TokenRows
+from lightning_lora.data.tokens import InputFormat, TokenRows
 
 
 class MicroBatch(list[int]):
@@ -73,39 +72,33 @@ class TokenDataset(Dataset):
     ``packed``.
     """
 
-    tokens: TokenRows | PairTokens
+    tokens: TokenRows
     input_format: InputFormat
     labels: np.ndarray | None
     pad_to_max: bool
 
     def __post_init__(self) -> None:
         self.lengths = self.input_format.input_lengths(self.tokens)
-        #: How batches are packed; None for padded ones.
-        self.packing: Packing | None = None
+        #: The static shapes of packed batches, ascending; None for padded ones.
+        self.packing: tuple[PackedShape, ...] | None = None
         #: The texts, where batches are to hold them.
         self.batch_texts: Sequence[Text] | None = None
 
     def pack_like(self, batches: Sequence[Sequence[int]], most: int) -> None:
-        """Pack batches from now on, in at most so many sizes, chosen for batches of rows like the given ones."""
-        windows = -(-self.lengths // self.input_format.max_length) if self.input_format.keep == "windows" else None
+        """Pack batches from now on, in at most so many shapes, chosen for batches of rows like the given ones."""
         several = [np.asarray(batch) for batch in batches]
-        types = bool(self.input_format.types)
-        made = Packing.of(self.lengths, several, windows, self.longest, self.input_format.pad_id, most, types)
-        self.packing = replace(made, **self._label_layout)
+        self.packing = training_shapes(self._layout(self.longest), self.lengths, several, most)
 
     def pack_evaluation(self, max_tokens: int, texts: int) -> None:
         """Pack batches from now on, of at most so many tokens and texts, in shapes that do not depend on the texts."""
-        windows = self.input_format.keep == "windows"
-        most, types = self.input_format.max_length, bool(self.input_format.types)
-        made = Packing.of_evaluation(max_tokens, texts, most, self.input_format.pad_id, windows, types)
-        self.packing = replace(made, **self._label_layout)
+        self.packing = evaluation_shapes(self._layout(self.input_format.max_length), max_tokens, texts)
 
-    @property
-    def _label_layout(self) -> dict[str, Any]:
-        several = self.labels is not None and self.labels.ndim == 2
-        return {"label_width": self.labels.shape[1] if several and self.labels is not None else 0} | (
-            {"numbers": True} if self.label_type is np.float32 else {}
-        )
+    def _layout(self, longest: int) -> PackedShape:
+        """What packed batches have in common, without room for a text."""
+        width = self.labels.shape[1] if self.labels is not None and self.labels.ndim == 2 else 0
+        ours = self.input_format
+        layout = ours.keep == "windows", bool(ours.types), width, self.label_type is np.float32
+        return PackedShape(0, 0, 0, longest, ours.pad_id, *layout)
 
     @property
     def label_type(self) -> type[np.generic]:
@@ -152,8 +145,8 @@ class TokenDataset(Dataset):
             micro_batch_weight=part.micro_batch_weight,
         )
         if self.packing is not None:
-            flat, shape = self.packing.pack(inputs, owners, labels, len(documents), part.step_weight, types)
-            batch |= {"packed": flat, "shape": shape, "static": self.packing.is_static(shape)}
+            flat, shape = pack(self.packing, inputs, owners, labels, len(documents), part.step_weight, types)
+            batch |= {"packed": flat, "shape": shape, "static": shape in self.packing}
         else:
             batch |= self._padded(inputs, types)
             if self.input_format.keep == "windows":
@@ -262,10 +255,8 @@ class LengthBatchSampler(Sampler[list[int]]):
         # Lightning sets the epoch of ``loader.batch_sampler.sampler``.
         self.sampler = self
         self._evaluated: list[np.ndarray] = []
-        if self.seed is None and self.max_tokens is not None:
-            self._evaluated = packed_evaluation_batches(self.lengths, self.max_tokens, self.most_texts)
-        elif self.seed is None:
-            self._evaluated = evaluation_batches(self.lengths, self.batch_size)
+        if self.seed is None:
+            self._evaluated = evaluation_batches(self.lengths, self.batch_size, self.max_tokens)
 
     @property
     def most_texts(self) -> int:

@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from lightning_lora.data.augment import Augmentation, AugmentedDataset
 from lightning_lora.data.batching import LengthBatchSampler, ResumableLoader, TokenDataset
-from lightning_lora.data.cache import default_cache_dir
 from lightning_lora.data.order import BatchBy, default_eval_batch_size
 from lightning_lora.data.packing import BATCHES_A_SIZE, MOST_SIZES
 from lightning_lora.data.pairs import Truncation, choose_truncation
 from lightning_lora.data.prepare import Prepared, SourceOptions, columns_of, prepare
 from lightning_lora.data.rows import Rows
+from lightning_lora.data.stored import default_cache_dir
 from lightning_lora.data.tokens import InputFormat, base_tokenizer, cached_tokens
 from lightning_lora.errors import UserError, check_range
 from lightning_lora.tasks import Task
@@ -102,6 +102,7 @@ class TextDataModule(LightningDataModule):
         seed: int = 42,
         cache_dir: str | None = None,
     ) -> None:
+        given = dict(locals())
         super().__init__()
         eval_batch_size = default_eval_batch_size(eval_batch_size)
         check_range("data.max_length", max_length, 1, None)
@@ -111,23 +112,7 @@ class TextDataModule(LightningDataModule):
             raise UserError("data.label_separator: a text such as ';' is needed, for one label column")
         check_range("data.augmentation.delete", augmentation.delete, 0, 1)
         check_range("data.augmentation.swap", augmentation.swap, 0, 1)
-        self.options = SourceOptions(
-            source=source,
-            text_column=text_column,
-            label_column=label_column,
-            label_separator=label_separator,
-            task=task,
-            label_names=label_names,
-            truncation=truncation,
-            encoding=encoding,
-            bad_rows=bad_rows,
-            test_size=test_size,
-            val_size=val_size,
-            train_rows=train_rows,
-            test_rows=test_rows,
-            fold=fold,
-            split_seed=split_seed,
-        )
+        self.options = SourceOptions.of(given)
         self.base_model = base_model
         self.max_length = max_length
         self.truncation = choose_truncation(truncation, columns_of(self.options)[0])
@@ -209,9 +194,7 @@ class TextDataModule(LightningDataModule):
             self._datasets[split] = dataset
             self._token_report[split] = {
                 "tokens": int(dataset.lengths.sum()),
-                "truncated_share": float((tokens.lengths > input_format.text_tokens).mean())
-                if input_format.keep != "windows"
-                else 0.0,
+                "truncated_share": input_format.cut_share(tokens),
                 "from_cache": cached,
             }
 

@@ -12,9 +12,7 @@ from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.near_duplicates import Sketch, near_duplicates
 from lightning_lora.data.pairs import Text, as_texts
 from lightning_lora.data.rows import Rows
-from lightning_lora.data.specs import terms_of
 from lightning_lora.data.splits import contradictions, first_positions, text_keys
-from lightning_lora.tasks import Task
 
 #: A word tells a class where so many of the rows with it, and of the class, have both; in so many rows at least.
 DISCRIMINATIVE_PRECISION, DISCRIMINATIVE_COVERAGE, DISCRIMINATIVE_ROWS = 0.99, 0.2, 20
@@ -96,70 +94,30 @@ class DiscriminativeWord:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The facts of a data set as a data module reads it.
+    """The facts of a data set.
 
     Args:
-        source: Where it is.
-        encoding: Of its text files, where one was named.
-        task: What is predicted.
-        label_names: The classes.
-        base_model: Whose tokens are counted.
-        max_length: Tokens of a text that the model sees.
-        longest_possible: The greatest ``max_length`` of the base model.
-        truncation: What stays of longer texts.
+        datamodule: What reads it.
         splits: The facts of each split.
-        duplicates_removed: As in ``Prepared``.
-        bad_rows_dropped: Rows without text or label.
         discriminative: Words that predict a class.
-        citation: Who made it, where that is known.
-        terms: Under which terms it may be used, or that they are unknown.
-        warnings: What was said while it was read.
     """
 
-    source: str
-    encoding: str | None
-    task: Task
-    label_names: list[str]
-    base_model: str
-    max_length: int
-    longest_possible: int
-    truncation: str
+    datamodule: TextDataModule
     splits: dict[str, SplitFacts]
-    duplicates_removed: dict[str, int]
-    bad_rows_dropped: int
     discriminative: list[DiscriminativeWord]
-    citation: str
-    terms: str
-    warnings: list[str]
 
 
 def gather_facts(data: TextDataModule) -> DataFacts:
     """The facts of the data; texts are read a batch at a time, and their tokens are kept in the cache for ``fit``."""
     data.setup("fit")
     data.setup("test")
-    prepared, source = data.prepared, data.options.source
     sketches = {}
-    for split, rows in prepared.splits.items():
+    for split, rows in data.prepared.splits.items():
         with tqdm(desc=f"Comparing {split}", total=len(rows), disable=None, leave=False, delay=0.5) as bar:
             sketches[split] = Sketch.of(rows, bar.update)
-    splits = {split: _split_facts(data, split, sketches) for split in prepared.splits}
-    return DataFacts(
-        source=source if isinstance(source, str) else ", ".join(f"{k}: {v}" for k, v in source.items()),
-        encoding=data.options.encoding,
-        task=data.task,
-        label_names=data.label_names,
-        base_model=data.base_model,
-        max_length=data.max_length,
-        longest_possible=data.tokenizer.model_max_length,
-        truncation=data.truncation,
-        splits=splits,
-        duplicates_removed=prepared.duplicates_removed,
-        bad_rows_dropped=prepared.bad_rows_dropped,
-        discriminative=discriminative_words(data.rows("train"), data.label_names) if data.task != "regression" else [],
-        citation=prepared.citation,
-        terms=terms_of(source),
-        warnings=prepared.warnings,
-    )
+    splits = {split: _split_facts(data, split, sketches) for split in sketches}
+    words = discriminative_words(data.rows("train"), data.label_names) if data.task != "regression" else []
+    return DataFacts(data, splits, words)
 
 
 def _split_facts(data: TextDataModule, split: str, sketches: Mapping[str, Sketch]) -> SplitFacts:
@@ -181,7 +139,7 @@ def _split_facts(data: TextDataModule, split: str, sketches: Mapping[str, Sketch
         unlabelled=int((~labels.any(axis=1)).sum()) if labels.ndim == 2 else 0,
         numbers=labels if regression else np.zeros(0),
         lengths=tokens.lengths + input_format.special,
-        cut_share=float((tokens.lengths > input_format.text_tokens).mean()) if input_format.keep != "windows" else 0.0,
+        cut_share=input_format.cut_share(tokens),
         repeats=_found(rows, repeats, lambda i: f"as {rows.place(firsts[repeats[i]])}"),
         conflicts=_found(rows, conflicts, contradicted),
         faults=text_faults(rows),

@@ -22,15 +22,16 @@ def find_suspicious(facts: DataFacts) -> list[str]:
     """What is suspicious, a sentence each: what, in how many rows, an example, what to do."""
     # Of contradictions the facts know more, unless all such rows were taken out as repeats across splits.
     known = any(each.conflicts.count for each in facts.splits.values())
-    warnings = [warning for warning in facts.warnings if not (known and CONTRADICTED in warning)]
+    warnings = [warning for warning in facts.datamodule.prepared.warnings if not (known and CONTRADICTED in warning)]
     return [*_labels(facts), *_leaks(facts), *warnings, *_texts(facts), *_sizes(facts)]
 
 
 def _labels(facts: DataFacts) -> Iterator[str]:
+    task = facts.datamodule.task
     for split, each in facts.splits.items():
         if each.conflicts.count:
-            one = "one number" if facts.task == "regression" else "one label"
-            remedy = "" if facts.task != "single_label" else ", or give each text all its labels (data.label_separator)"
+            one = "one number" if task == "regression" else "one label"
+            remedy = ", or give each text all its labels (data.label_separator)" if task == "single_label" else ""
             yield (
                 f"{split}: {_rows(each.conflicts, each)} with a text that stood before with another label "
                 f"({each.conflicts.example}); correct them to {one} a text{remedy}"
@@ -60,8 +61,8 @@ def _leaks(facts: DataFacts) -> Iterator[str]:
 
 def _texts(facts: DataFacts) -> Iterator[str]:
     decode = "write the file again as UTF-8 from its source"
-    if facts.encoding:
-        decode = f"data.encoding={facts.encoding} is probably wrong; leave it out for UTF-8"
+    if (encoding := facts.datamodule.options.encoding) is not None:
+        decode = f"data.encoding={encoding} is probably wrong; leave it out for UTF-8"
     pieces = {
         "misread": ("hold letters that were decoded wrongly", decode),
         "lost": ("hold a replacement character, where a letter is lost", decode),
@@ -76,15 +77,16 @@ def _texts(facts: DataFacts) -> Iterator[str]:
 
 
 def _sizes(facts: DataFacts) -> Iterator[str]:
+    datamodule = facts.datamodule
     for split, each in facts.splits.items():
         if each.cut_share > CUT_SHARE:
-            most = min(int(np.quantile(each.lengths, 0.9)), facts.longest_possible)
+            most = min(int(np.quantile(each.lengths, 0.9)), datamodule.tokenizer.model_max_length)
             whole = (each.lengths <= most).mean()
-            remedies = [f"data.max_length={most} keeps {whole:.0%} whole"] if most > facts.max_length else []
-            remedies += ["data.truncation=windows reads all of each"] if not is_pair(facts.truncation) else []
+            remedies = [f"data.max_length={most} keeps {whole:.0%} whole"] if most > datamodule.max_length else []
+            remedies += ["data.truncation=windows reads all of each"] if not is_pair(datamodule.truncation) else []
             yield (
-                f"{split}: {each.cut_share:.0%} of the texts are cut at {facts.max_length} tokens "
-                f"({facts.truncation}); {', '.join(remedies) or 'the base model takes no more'}"
+                f"{split}: {each.cut_share:.0%} of the texts are cut at {datamodule.max_length} tokens "
+                f"({datamodule.truncation}); {', '.join(remedies) or 'the base model takes no more'}"
             )
             break
     for split, each in facts.splits.items():
@@ -93,7 +95,7 @@ def _sizes(facts: DataFacts) -> Iterator[str]:
                 f"{split}: {_rows(each.repeats, each)} with a text that stood before ({each.repeats.example}); "
                 "each counts as often as it stands: leave repeats out of the file unless that is meant"
             )
-    counts = dict(zip(facts.label_names, facts.splits["train"].class_counts, strict=False))
+    counts = dict(zip(datamodule.label_names, facts.splits["train"].class_counts, strict=False))
     if scarce := [f"{name} ({count})" for name, count in counts.items() if 0 < count < FEW_ROWS]:
         yield (
             f"train: fewer than {FEW_ROWS} rows of {few(scarce)}: hardly learned; add rows, or join classes by giving "

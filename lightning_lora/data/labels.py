@@ -3,8 +3,10 @@
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,8 @@ from lightning_lora.errors import UserError
 
 #: So few different values are never taken for a measure, an identifier or a text.
 FEW_VALUES = 10
-#: Numbers to predict are computed with, and their errors squared, in 32 bits: no larger ones are taken, nor any that
-#: differ by a smaller share of their size.
-LARGEST, LEAST_SPREAD = 1e15, 1e-5
+#: Numbers to predict are computed with, and their errors squared, in 32 bits: no larger ones are taken.
+LARGEST = 1e15
 #: More whole numbers than these are pointed out, as they could measure something, and more than those are refused.
 MANY_NUMBERS, TOO_MANY_NUMBERS = 20, 100
 #: Numbers with a decimal comma, or with separators of thousands.
@@ -49,39 +50,86 @@ LabelCell = tuple[type, Any]
 
 
 @dataclass(frozen=True)
+class LabelCells:
+    """The label cells of a source, of which each file may have one once for all of its rows.
+
+    Args:
+        column: Their column.
+        values: The cells as they stand in the files.
+        where: The place of a cell in words, by its number.
+        train: Which of them are of train.
+        train_rows: Rows of train.
+        origin: The first file of train.
+        declared: Names of the classes 0, 1, ... that the files declare.
+    """
+
+    column: str
+    values: list[Any]
+    where: Callable[[int], str]
+    train: slice
+    train_rows: int
+    origin: str
+    declared: list[str]
+
+    @classmethod
+    def of(cls, splits: Mapping[str, Sequence[Table]], column: str, train_rows: int) -> "LabelCells":
+        """The cells of the tables of each split.
+
+        Raises:
+            UserError: The tables declare different classes.
+        """
+        tables = [table for each in splits.values() for table in each]
+        starts = np.cumsum([0, *map(len, tables)])
+
+        def where(number: int) -> str:
+            of = int(np.searchsorted(starts, number, side="right")) - 1
+            return tables[of].where(number - int(starts[of]), column)
+
+        declaring = [table for table in tables if column in table.class_names]
+        for table in declaring[1:]:
+            if table.class_names[column] != declaring[0].class_names[column]:
+                raise UserError(
+                    f"{table.origin}: declares the classes {table.class_names[column]}, but {declaring[0].origin} "
+                    f"declares {declaring[0].class_names[column]}; write both with the same names in the same order"
+                )
+        values = [cell for table in tables for cell in table.columns[column]]
+        declared = declaring[0].class_names[column] if declaring else []
+        before = takewhile(lambda split: split != "train", splits)
+        start = sum(len(table) for split in before for table in splits[split])
+        train = slice(start, start + sum(map(len, splits["train"])))
+        return cls(column, values, where, train, train_rows, splits["train"][0].origin, declared)
+
+
+@dataclass(frozen=True)
 class Labels:
-    """The classes, and the class of every row.
+    """The classes, and the class of every label cell.
 
     Args:
         names: The classes in the order of their numbers; of regression the column.
-        encoded: By split, of each table's rows the class number (N,), 0 or 1 for each label (N, C), or the number (N,).
+        codes: Of each cell the class number (cells,), 0 or 1 for each label (cells, C), or the number (cells,).
         values: What the data says for each class, by its name.
         warnings: What a reader should know of how they were found.
     """
 
     names: list[str]
-    encoded: dict[str, list[np.ndarray]]
+    codes: np.ndarray
     values: dict[str, list[str]]
     warnings: list[str]
 
 
 def encode_labels(
-    splits: dict[str, list[Table]],
-    column: str,
+    cells: LabelCells,
     names: Sequence[Any] | Mapping[Any, Any] | None,
     known: Sequence[str] | None = None,
-    train_rows: int | None = None,
     typed: bool = False,
 ) -> Labels:
-    """The classes, and the class number of every row of every table.
+    """The classes, and the class number of every cell.
 
     Args:
-        splits: The tables by split.
-        column: The column with the label.
+        cells: The labels.
         names: The user's: a mapping from label to class name (several labels may mean one class); or a list, of the
             labels themselves or, where these are numbers, of names for the sorted numbers.
-        known: Names of the classes 0, 1, ... of a known data set; else those that the tables declare are used.
-        train_rows: How many the train split has, where its tables hold each label cell once.
+        known: Names of the classes 0, 1, ... of a known data set; else those that the files declare are used.
         typed: Whether the user says that they are classes, however many numbers there are.
 
     Without names the classes are the values of the train split: numbers in numeric order, words in alphabetic order.
@@ -89,11 +137,12 @@ def encode_labels(
     Raises:
         UserError: A label has no name, is of mixed kinds, measures or identifies something, or there is one class.
     """
+    keys: list[LabelCell] = [(type(cell), cell) for cell in cells.values]
     first: dict[LabelCell, str] = {}
-    for table in (table for tables in splits.values() for table in tables):
-        for i, cell in enumerate(table.columns[column]):
-            first.setdefault((type(cell), cell), table.where(i, column))
-    declared = list(known or _declared_names(splits, column))
+    for number, key in enumerate(keys):
+        if key not in first:
+            first[key] = cells.where(number)
+    declared = list(known or cells.declared)
     words = _declared_words(first, declared) if declared else _plain_words(first)
     places: dict[str, str] = {}
     written: dict[str, dict[str, None]] = {}
@@ -101,17 +150,14 @@ def encode_labels(
         places.setdefault(word, first[key])
         written.setdefault(word, {})[canonical(key[1])] = None
 
-    rows = sum(map(len, splits["train"])) if train_rows is None else train_rows
-    origin = splits["train"][0].origin
     warnings = []
     if names is not None:
         by_word = _named(names, list(places), declared)
     elif declared:
         by_word = {name: name for name in declared}
     else:
-        warnings = _check_categorical(places, rows, f"{origin}: column '{column}'", typed)
-        in_train = {words[type(cell), cell] for table in splits["train"] for cell in table.columns[column]}
-        by_word = {word: word for word in ordered(in_train)}
+        warnings = _check_categorical(places, cells.train_rows, f"{cells.origin}: column '{cells.column}'", typed)
+        by_word = {word: word for word in ordered({words[key] for key in keys[cells.train]})}
     if missing := [word for word in places if word not in by_word]:
         others = f"; without a name: {few(missing)}" if len(missing) > 1 else ""
         raise UserError(
@@ -121,83 +167,60 @@ def encode_labels(
 
     classes = list(dict.fromkeys(by_word.values()))
     numbers = {name: number for number, name in enumerate(classes)}
-    codes = {key: numbers[by_word[word]] for key, word in words.items()}
-    encoded = {
-        split: [np.array([codes[type(cell), cell] for cell in table.columns[column]], np.int64) for table in tables]
-        for split, tables in splits.items()
-    }
-    present = np.unique(np.concatenate(encoded["train"]))
+    codes = np.array([numbers[by_word[words[key]]] for key in keys], np.int64)
+    present = np.unique(codes[cells.train])
     if len(present) < 2:
         raise UserError(
-            f"{origin}: every row of the train split has the label '{classes[present[0]]}'; a classifier needs at "
-            "least two classes"
+            f"{cells.origin}: every row of the train split has the label '{classes[present[0]]}'; a classifier needs "
+            "at least two classes"
         )
     values: dict[str, list[str]] = {name: [] for name in classes}
     for word in ordered(places):
         values[by_word[word]] += written[word]
-    return Labels(classes, encoded, values, warnings)
+    return Labels(classes, codes, values, warnings)
 
 
-def encode_label_sets(
-    splits: dict[str, list[Table]],
-    column: str,
-    names: Sequence[Any] | Mapping[Any, Any] | None,
-    train_rows: int,
-) -> Labels:
-    """The labels, and which of them every row of every table has.
+def encode_label_sets(cells: LabelCells, names: Sequence[Any] | Mapping[Any, Any] | None) -> Labels:
+    """The labels, and which of them every cell holds.
 
     Args:
-        splits: The tables by split; each cell of the column is a list of labels.
-        column: The column with the labels.
+        cells: Lists of labels.
         names: The user's, as for ``encode_labels``, which reads each label.
-        train_rows: How many the train split has.
 
     Raises:
         UserError: As ``encode_labels``; or some cells are lists, and others are not.
     """
-    first = splits["train"][0].columns[column][0]
-    single: dict[str, list[Table]] = {}
-    for split, tables in splits.items():
-        single[split] = []
-        for table in tables:
-            at = []
-            for i, cell in enumerate(table.columns[column]):
-                if isinstance(cell, list) != isinstance(first, list):
-                    others = "lists" if isinstance(first, list) else "no lists"
-                    raise UserError(
-                        f"{table.where(i, column)}: a list of labels is needed in all rows or in none, got "
-                        f"{cell!r:.40}, but others are {others}, as {first!r:.40}; {CORRECT}"
-                    )
-                for label in cell if isinstance(cell, list) else []:
-                    if is_missing(label) or not isinstance(label, str | int | float) or not is_unicode(str(label)):
-                        raise UserError(
-                            f"{table.where(i, column)}: a list of words or numbers is needed, got {cell!r:.60}; "
-                            f"{CORRECT}"
-                        )
-                    at.append((i, label))
-            each = table.select([i for i, _ in at])
-            single[split].append(replace(each, columns={column: [label for _, label in at]}))
-    if len({label for table in single["train"] for label in table.columns[column]}) < 2:
-        raise UserError(
-            f"{splits['train'][0].origin}: column '{column}' holds fewer than two labels in train; add rows"
-        )
-    labels = encode_labels(single, column, names, train_rows=train_rows)
-    sets: dict[str, list[np.ndarray]] = {}
-    for split, tables in splits.items():
-        sets[split] = []
-        for table, codes in zip(tables, labels.encoded[split], strict=True):
-            found = np.zeros((len(table), len(labels.names)), np.uint8)
-            found[np.repeat(np.arange(len(table)), [len(cell) for cell in table.columns[column]]), codes] = 1
-            sets[split].append(found)
-    return replace(labels, encoded=sets)
+    first = cells.values[cells.train.start]
+    owners, singles = list[int](), list[Any]()
+    for number, cell in enumerate(cells.values):
+        if isinstance(cell, list) != isinstance(first, list):
+            others = "lists" if isinstance(first, list) else "no lists"
+            raise UserError(
+                f"{cells.where(number)}: a list of labels is needed in all rows or in none, got {cell!r:.40}, but "
+                f"others are {others}, as {first!r:.40}; {CORRECT}"
+            )
+        for label in cell if isinstance(cell, list) else []:
+            if is_missing(label) or not isinstance(label, str | int | float) or not is_unicode(str(label)):
+                raise UserError(
+                    f"{cells.where(number)}: a list of words or numbers is needed, got {cell!r:.60}; {CORRECT}"
+                )
+            owners.append(number)
+            singles.append(label)
+    train = slice(bisect_left(owners, cells.train.start), bisect_left(owners, cells.train.stop))
+    if len(set(singles[train])) < 2:
+        raise UserError(f"{cells.origin}: column '{cells.column}' holds fewer than two labels in train; add rows")
+    each = replace(cells, values=singles, where=lambda number: cells.where(owners[number]), train=train)
+    labels = encode_labels(each, names)
+    sets = np.zeros((len(cells.values), len(labels.names)), np.uint8)
+    sets[owners, labels.codes] = 1
+    return replace(labels, codes=sets)
 
 
-def encode_numbers(splits: dict[str, list[Table]], column: str, names: Any) -> Labels:
-    """The numbers of every row of every table, float64.
+def encode_numbers(cells: LabelCells, names: Any) -> Labels:
+    """The number of every cell, float64.
 
     Args:
-        splits: The tables by split.
-        column: The column with the number.
+        cells: The numbers.
         names: The user's names of labels, which must be none.
 
     Raises:
@@ -205,36 +228,28 @@ def encode_numbers(splits: dict[str, list[Table]], column: str, names: Any) -> L
     """
     if names is not None:
         raise UserError("data.label_names: numbers (data.task=regression) have no names; leave it out")
-    encoded: dict[str, list[np.ndarray]] = {split: [] for split in splits}
-    if all(number_of(cell) is None for table in splits["train"] for cell in table.columns[column]):
-        table = next(table for table in splits["train"] if len(table))
+    numbers = [None if isinstance(cell, bool) else number_of(cell) for cell in cells.values]
+    if all(number is None for number in numbers[cells.train]):
         remedy = "leave data.task out, or name another data.label_column"
-        if _COMMA_NUMBER.fullmatch(str(table.columns[column][0])):
+        start = cells.train.start
+        if _COMMA_NUMBER.fullmatch(str(cells.values[start])):
             remedy = "write numbers with a point and without separators of thousands"
         raise UserError(
-            f"{table.where(0, column)}: data.task is regression, but the column holds no numbers, as "
-            f"{table.columns[column][0]!r:.40}; {remedy}"
+            f"{cells.where(start)}: data.task is regression, but the column holds no numbers, as "
+            f"{cells.values[start]!r:.40}; {remedy}"
         )
-    for split, tables in splits.items():
-        for table in tables:
-            numbers = [None if isinstance(cell, bool) else number_of(cell) for cell in table.columns[column]]
-            odd = (i for i, number in enumerate(numbers) if number is None or abs(number) > LARGEST)
-            if (at := next(odd, None)) is not None:
-                cell = table.columns[column][at]
-                raise UserError(
-                    f"{table.where(at, column)}: a number from {-LARGEST:g} to {LARGEST:g} is needed "
-                    f"(data.task=regression), got {cell!r:.40}; {CORRECT}"
-                )
-            encoded[split].append(np.array(numbers, np.float64))
-    origin, train = splits["train"][0].origin, np.concatenate(encoded["train"])
-    if len(np.unique(train)) < 2:
-        raise UserError(f"{origin}: column '{column}' has the same number in every row of train; add others")
-    if train.std() < max(np.abs(train).max() * LEAST_SPREAD, 1 / LARGEST):
+    odd = (number for number, value in enumerate(numbers) if value is None or abs(value) > LARGEST)
+    if (at := next(odd, None)) is not None:
         raise UserError(
-            f"{origin}: column '{column}' holds numbers that 32-bit floats hardly tell from one another (mean "
-            f"{train.mean():g}, standard deviation {train.std():g}); take a constant from them, or use another unit"
+            f"{cells.where(at)}: a number from {-LARGEST:g} to {LARGEST:g} is needed (data.task=regression), got "
+            f"{cells.values[at]!r:.40}; {CORRECT}"
         )
-    return Labels([column], encoded, {column: []}, [])
+    codes = np.array(numbers, np.float64)
+    if len(np.unique(codes[cells.train])) < 2:
+        raise UserError(
+            f"{cells.origin}: column '{cells.column}' has the same number in every row of train; add others"
+        )
+    return Labels([cells.column], codes, {cells.column: []}, [])
 
 
 def number_of(word: Any) -> float | None:
@@ -281,18 +296,6 @@ def _declared_words(cells: Mapping[LabelCell, str], declared: list[str]) -> dict
             )
         words[kind, cell] = name
     return words
-
-
-def _declared_names(splits: dict[str, list[Table]], column: str) -> list[str]:
-    """The class names that the source declares, which must be the same in all its files."""
-    tables = [table for tables in splits.values() for table in tables if column in table.class_names]
-    for table in tables[1:]:
-        if table.class_names[column] != tables[0].class_names[column]:
-            raise UserError(
-                f"{table.origin}: declares the classes {table.class_names[column]}, but {tables[0].origin} declares "
-                f"{tables[0].class_names[column]}; write both with the same names in the same order"
-            )
-    return tables[0].class_names[column] if tables else []
 
 
 def _named(names: Sequence[Any] | Mapping[Any, Any], words: list[str], declared: list[str]) -> dict[str, str]:
@@ -347,10 +350,11 @@ def _check_categorical(places: Mapping[str, str], rows: int, column: str, typed:
     numbers = [number for word in words if (number := number_of(word)) is not None]
     warnings = []
     if numbers and len(numbers) < len(words):
-        are = {"a number": [w for w in places if number_of(w) is not None]}
-        are["a word"] = [w for w in places if w not in are["a number"]]
-        kind, odd = min(are.items(), key=lambda each: (len(each[1]), next(iter(places)) in each[1]))
-        others = next(each for name, each in are.items() if name != kind)
+        kinds = {"a number": [word for word in places if number_of(word) is not None]}
+        kinds["a word"] = [word for word in places if word not in kinds["a number"]]
+        # The rarer kind is odd; where both are as frequent, the one that comes later.
+        order = sorted(kinds, key=lambda kind: (len(kinds[kind]), next(iter(places)) in kinds[kind]))
+        kind, odd, others = order[0], kinds[order[0]], kinds[order[1]]
         more = f" (so {'are' if len(odd) > 2 else 'is'} {few(odd[1:])})" if len(odd) > 1 else ""
         raise UserError(
             f"{places[odd[0]]}: label '{odd[0]}' is {kind}{more}, but others are {few(others)}; {CORRECT}, or {_REMEDY}"

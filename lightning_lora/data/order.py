@@ -1,7 +1,7 @@
 """Which rows stand together in a batch, and in which order: a fixed function of lengths, seed and epoch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -18,8 +18,6 @@ POOL_BATCHES = 50
 EVALUATION_FACTOR = 2
 #: Texts of a packed batch at most, over those of the largest padded one.
 PACKED_EVALUATION_FACTOR = 4
-#: Rows whose lengths are summed at once.
-_ROWS_AT_ONCE = 2**20
 #: What the batches of an epoch have in equal number.
 BatchBy = Literal["texts", "tokens"]
 
@@ -34,34 +32,10 @@ def rounded_lengths(lengths: Any) -> Any:
     return -(-lengths // steps) * steps
 
 
-class OrderedBatches(Sequence[np.ndarray]):
-    """Batches that are cut from one array as they are asked for; a list of them takes twenty times its memory.
-
-    Args:
-        order: Positions of rows.
-        cuts: Where each batch begins, and the last one ends.
-        places: Which batch comes when; where there are more they follow.
-    """
-
-    def __init__(self, order: np.ndarray, cuts: np.ndarray, places: np.ndarray) -> None:
-        self.order = order
-        self.cuts = cuts
-        self.places = places
-
-    def __len__(self) -> int:
-        return len(self.cuts) - 1
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        place = int(self.places[index]) if index < len(self.places) else index
-        return self.order[self.cuts[place] : self.cuts[place + 1]]
-
-
 def training_batches(
     lengths: np.ndarray, batch_size: int, seed: int, epoch: int, by: BatchBy = "texts"
-) -> Sequence[np.ndarray]:
-    """Every position once, in random batches of similar length; a fixed function of its arguments.
+) -> Iterator[np.ndarray]:
+    """Yield every position once, in random batches of similar length; a fixed function of its arguments.
 
     Positions are shuffled, cut into pools of ``POOL_BATCHES`` batches, sorted by length within each pool,
     cut into batches, and the batches shuffled.
@@ -84,9 +58,12 @@ def training_batches(
         order[start : start + pool] = part[::-1] if by == "tokens" and i % 2 else part
     count = math.ceil(len(order) / batch_size)
     if by == "tokens":
-        return OrderedBatches(order, equal_cuts(lengths, order, count, batch_size // 8), rng.permutation(count))
-    cuts = np.minimum(np.arange(count + 1) * batch_size, len(order))
-    return OrderedBatches(order, cuts, rng.permutation(len(order) // batch_size))
+        cuts, places = equal_cuts(lengths, order, count, batch_size // 8), rng.permutation(count)
+    else:
+        cuts, full = np.minimum(np.arange(count + 1) * batch_size, len(order)), len(order) // batch_size
+        places = np.append(rng.permutation(full), np.arange(full, count))
+    for place in places:
+        yield order[cuts[place] : cuts[place + 1]]
 
 
 def equal_cuts(lengths: np.ndarray, order: np.ndarray, count: int, unit: int = 1) -> np.ndarray:
@@ -101,18 +78,7 @@ def equal_cuts(lengths: np.ndarray, order: np.ndarray, count: int, unit: int = 1
         unit: Parts have a multiple of so many rows, but for the last and where there are too few: what several
             processes share out evenly.
     """
-    at_once = max(_ROWS_AT_ONCE, 4 * math.ceil(len(order) / count))
-    parts = np.array_split(order, math.ceil(len(order) / at_once))
-    tokens = np.cumsum([rounded_lengths(lengths[part]).sum() for part in parts])
-    counts = np.diff(np.rint(count * tokens / tokens[-1]).astype(np.int64), prepend=0)
-    cuts, before = [np.zeros(1, np.int64)], 0
-    for part, number in zip(parts, counts, strict=True):
-        cuts.append(before + _cuts(rounded_lengths(lengths[part]), int(number), max(unit, 1))[1:])
-        before += len(part)
-    return np.concatenate(cuts)
-
-
-def _cuts(padded_lengths: np.ndarray, count: int, unit: int) -> np.ndarray:
+    padded_lengths, unit = rounded_lengths(lengths[order]), max(unit, 1)
     costs, steps = padded_lengths, np.arange(count + 1)
     for _ in range(3):
         ends = np.cumsum(costs)
@@ -133,40 +99,27 @@ def default_eval_batch_size(wanted: int | None) -> int:
     return (256 if torch.cuda.is_available() else 32) if wanted is None else wanted
 
 
-def evaluation_batches(padded_lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+def evaluation_batches(lengths: np.ndarray, batch_size: int, max_tokens: int | None = None) -> list[np.ndarray]:
     """Every position once, longest first: the least padding, and the largest batch shows itself at once.
 
     Args:
-        padded_lengths: Tokens that each row is padded to, as by ``TokenDataset.padded_lengths``.
-        batch_size: Rows of the first batch. Those of shorter rows have more, up to ``EVALUATION_FACTOR`` times as many,
-            for at most as many tokens.
-    """
-    order = np.argsort(-padded_lengths, kind="stable")
-    padded_lengths = padded_lengths[order]
-    batches, start = [], 0
-    while start < len(order):
-        count = min(
-            batch_size * int(padded_lengths[0]) // max(int(padded_lengths[start]), 1), batch_size * EVALUATION_FACTOR
-        )
-        batches.append(order[start : start + count])
-        start += count
-    return batches
-
-
-def packed_evaluation_batches(lengths: np.ndarray, max_tokens: int, texts: int) -> list[np.ndarray]:
-    """Every position once, longest first, with about as many tokens in each batch, as nothing is padded.
-
-    Args:
-        lengths: Tokens of each row.
-        max_tokens: Tokens of a batch at most, but for a longer row, which is a batch of its own.
-        texts: Rows of a batch at most.
+        lengths: Tokens of each row; for padded batches those that it is padded to (``TokenDataset.padded_lengths``).
+        batch_size: Rows of the first padded batch. Those of shorter rows have more, up to ``EVALUATION_FACTOR`` times
+            as many, for at most as many tokens. Packed ones have up to ``PACKED_EVALUATION_FACTOR`` times as many.
+        max_tokens: Tokens of a packed batch at most, but for a longer row, which is a batch of its own; None of padded
+            batches.
     """
     order = np.argsort(-lengths, kind="stable")
-    ends = np.cumsum(lengths[order])
-    batches, start, before = [], 0, 0
+    lengths = lengths[order]
+    ends = np.cumsum(lengths)
+    batches, start = [], 0
     while start < len(order):
-        end = int(np.searchsorted(ends, before + max_tokens, side="right"))
-        end = min(max(end, start + 1), start + texts)
-        batches.append(order[start:end])
-        start, before = end, int(ends[end - 1])
+        if max_tokens is None:
+            most = batch_size * int(lengths[0]) // max(int(lengths[start]), 1)
+            count = min(most, batch_size * EVALUATION_FACTOR)
+        else:
+            end = np.searchsorted(ends, ends[start] - lengths[start] + max_tokens, side="right")
+            count = min(max(int(end) - start, 1), batch_size * PACKED_EVALUATION_FACTOR)
+        batches.append(order[start : start + count])
+        start += count
     return batches

@@ -7,7 +7,7 @@ captured CUDA graph serves all batches of that shape. Krell et al. 2021 (arXiv:2
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class PackedViews:
 
 
 def unpack(flat: Tensor, shape: PackedShape) -> PackedViews:
-    """View the parts of a flat tensor that ``Packing.pack`` made."""
+    """View the parts of a flat tensor that ``pack`` made."""
     ids, positions, types, offsets, documents, labels, count, scale = flat.split(shape.parts)
     if shape.numbers:
         labels = labels.view(torch.float64).float()
@@ -97,158 +97,97 @@ def unpack(flat: Tensor, shape: PackedShape) -> PackedViews:
     return PackedViews(*rows, offsets, documents, labels, count[0], scale.view(torch.float64)[0])
 
 
-@dataclass(frozen=True)
-class Packing:
-    """The static shapes of the batches of one data set.
+def training_shapes(
+    layout: PackedShape, lengths: np.ndarray, batches: Sequence[np.ndarray], most: int = MOST_SIZES
+) -> tuple[PackedShape, ...]:
+    """Choose static shapes, ascending, for batches like the given ones.
 
     Args:
-        sizes: Numbers of tokens, ascending, each with the tokens of the longest text of its batches.
-        inputs: Texts or windows that a batch has room for.
-        texts: Texts that a batch has room for.
-        longest: Tokens of the longest text (or window) that there can be.
-        pad_id: The token of what belongs to no text.
-        windows: Whether several inputs may belong to one text.
-        token_types: Whether each token has a type.
-        label_width: C, where a text may have several labels, else 0.
-        numbers: Whether labels are float32.
+        layout: What they have in common; its ``longest`` is that of all rows.
+        lengths: Tokens of each row, in all its windows.
+        batches: Positions of the rows of each batch; other batches may be as large.
+        most: Shapes at most.
     """
+    totals = np.array([int(lengths[batch].sum()) for batch in batches])
+    windows = -(-lengths // layout.longest)
+    texts, inputs = max(map(len, batches)), max(int(windows[batch].sum()) for batch in batches)
+    sizes = choose_sizes(totals, most)
+    longest_of = np.zeros(len(sizes), np.int64)
+    np.maximum.at(longest_of, np.searchsorted(sizes, totals), [lengths[batch].max() for batch in batches])
+    cut = [min(_power_of_two(int(each)), layout.longest) for each in longest_of]
+    room = replace(layout, inputs=inputs, texts=texts)
+    return tuple(replace(room, tokens=size, longest=each) for size, each in zip(sizes, cut, strict=True))
 
-    sizes: tuple[tuple[int, int], ...]
-    inputs: int
-    texts: int
-    longest: int
-    pad_id: int
-    windows: bool
-    token_types: bool = False
-    label_width: int = 0
-    numbers: bool = False
 
-    @classmethod
-    def of(
-        cls,
-        lengths: np.ndarray,
-        batches: Sequence[np.ndarray],
-        windows: np.ndarray | None,
-        longest: int,
-        pad_id: int,
-        most: int = MOST_SIZES,
-        token_types: bool = False,
-    ) -> "Packing":
-        """Choose shapes for batches like the given ones.
+def evaluation_shapes(layout: PackedShape, max_tokens: int, texts: int) -> tuple[PackedShape, ...]:
+    """The static shapes, ascending, of evaluation batches of any texts: a pass that was captured serves others too.
 
-        Args:
-            lengths: Tokens of each row, in all its windows.
-            batches: Positions of the rows of each batch; other batches may be as large.
-            windows: Windows of each row; None where each has one.
-            longest: Tokens of a text or window at most.
-            pad_id: The padding token.
-            most: Sizes at most.
-            token_types: Whether each token has a type.
-        """
-        totals = np.array([int(lengths[batch].sum()) for batch in batches])
-        texts = max(len(batch) for batch in batches)
-        inputs = texts if windows is None else max(int(windows[batch].sum()) for batch in batches)
-        sizes = choose_sizes(totals, most)
-        longest_of = np.zeros(len(sizes), np.int64)
-        np.maximum.at(longest_of, np.searchsorted(sizes, totals), [lengths[batch].max() for batch in batches])
-        cut = [min(_power_of_two(int(each)), longest) for each in longest_of]
-        shapes = tuple(zip(sizes, cut, strict=True))
-        return cls(shapes, inputs, texts, longest, pad_id, windows is not None, token_types)
+    Args:
+        layout: What they have in common; its ``longest`` is that of any text.
+        max_tokens: Tokens of a batch at most, but for a single text that is longer in all its windows.
+        texts: Texts of a batch at most.
+    """
+    longest = layout.longest
+    sizes = {math.ceil(max_tokens * share / SIZE_STEP) * SIZE_STEP for share in EVALUATION_SHARES}
+    # Kernels for short texts are faster.
+    lengths = {min(1 << power, longest) for power in range(6, max(longest.bit_length() + 1, 7))}
+    room = replace(layout, inputs=texts + max_tokens // longest if layout.windows else texts, texts=texts)
+    pairs = sorted(itertools.product(sizes, lengths))
+    return tuple(replace(room, tokens=size, longest=each) for size, each in pairs)
 
-    @classmethod
-    def of_evaluation(
-        cls, max_tokens: int, texts: int, longest: int, pad_id: int, windows: bool, token_types: bool = False
-    ) -> "Packing":
-        """The shapes of evaluation batches, the same for all texts: a pass that was captured serves others too.
 
-        Args:
-            max_tokens: Tokens of a batch at most, but for a single text that is longer in all its windows.
-            texts: Texts of a batch at most.
-            longest: Tokens of a text or window at most.
-            pad_id: The padding token.
-            windows: Whether several inputs may belong to one text.
-            token_types: Whether each token has a type.
-        """
-        sizes = {math.ceil(max_tokens * share / SIZE_STEP) * SIZE_STEP for share in EVALUATION_SHARES}
-        # Kernels for short texts are faster.
-        lengths = {min(1 << power, longest) for power in range(6, max(longest.bit_length() + 1, 7))}
-        inputs = texts + max_tokens // longest if windows else texts
-        shapes = tuple(sorted(itertools.product(sizes, lengths)))
-        return cls(shapes, inputs, texts, longest, pad_id, windows, token_types)
+def _shape_for(shapes: Sequence[PackedShape], tokens: int, inputs: int, texts: int, longest: int) -> PackedShape:
+    """The first of ascending shapes that has room; a larger one where none has."""
+    for each in shapes:
+        if each.tokens >= tokens and each.longest >= longest and each.inputs >= inputs and each.texts >= texts:
+            return each
+    last, size = shapes[-1], math.ceil(tokens / SIZE_STEP) * SIZE_STEP
+    inputs, texts, longest = max(inputs, last.inputs), max(texts, last.texts), max(longest, last.longest)
+    return replace(last, tokens=size, inputs=inputs, texts=texts, longest=longest)
 
-    def shape(self, tokens: int, inputs: int, texts: int, longest: int) -> PackedShape:
-        """The smallest static shape for so many tokens; one of its own for a batch that fits into none.
 
-        Args:
-            tokens: Of the batch.
-            inputs: Its texts or windows.
-            texts: Its texts.
-            longest: Tokens of the longest text or window.
-        """
-        fits = [each for each in self.sizes if each[0] >= tokens and each[1] >= longest]
-        if fits and texts <= self.texts and inputs <= self.inputs:
-            return self._static(*fits[0])
-        size = -(-tokens // SIZE_STEP) * SIZE_STEP
-        counts = max(inputs, self.inputs), max(texts, self.texts)
-        return self._shape(size, *counts, max(longest, self.longest))
+def pack(
+    shapes: Sequence[PackedShape],
+    inputs: Sequence[np.ndarray],
+    documents: np.ndarray,
+    labels: np.ndarray | None,
+    count: int,
+    scale: float = 1.0,
+    types: Sequence[np.ndarray] = (),
+) -> tuple[Tensor, PackedShape]:
+    """Lay texts end to end.
 
-    def _static(self, size: int, longest: int) -> PackedShape:
-        return self._shape(size, self.inputs, self.texts, longest)
+    Args:
+        shapes: The static shapes, ascending: the first that has room is taken, or one of its own where none has.
+        inputs: Token ids of each text or window.
+        documents: The text, from 0, that each belongs to.
+        labels: Of the texts, if they are known.
+        count: Texts.
+        scale: What the mean loss is multiplied by.
+        types: Token types of each text, where tokens have any.
 
-    def _shape(self, size: int, inputs: int, texts: int, longest: int) -> PackedShape:
-        layout = self.windows, self.token_types, self.label_width, self.numbers
-        return PackedShape(size, inputs, texts, longest, self.pad_id, *layout)
-
-    def static_shapes(self) -> list[PackedShape]:
-        """The shapes that batches share, largest first: a smaller one finds its memory in that of a larger one."""
-        return [self._static(*each) for each in reversed(self.sizes)]
-
-    def is_static(self, shape: PackedShape) -> bool:
-        """Whether other batches have this shape too."""
-        size = shape.tokens, shape.longest
-        return size in self.sizes and shape == self._static(*size)
-
-    def pack(
-        self,
-        inputs: Sequence[np.ndarray],
-        documents: np.ndarray,
-        labels: np.ndarray | None,
-        count: int,
-        scale: float = 1.0,
-        types: Sequence[np.ndarray] = (),
-    ) -> tuple[Tensor, PackedShape]:
-        """Lay texts end to end.
-
-        Args:
-            inputs: Token ids of each text or window.
-            documents: The text, from 0, that each belongs to.
-            labels: Of the texts, if they are known.
-            count: Texts.
-            scale: What the mean loss is multiplied by.
-            types: Token types of each text, where tokens have any.
-
-        Returns:
-            The flat tensor, int64 (``sum(shape.parts)``,), and its shape.
-        """
-        lengths = np.fromiter((len(ids) for ids in inputs), np.int64, len(inputs))
-        ends = np.cumsum(lengths)
-        total = int(ends[-1])
-        shape = self.shape(total, len(inputs), count, int(lengths.max()))
-        flat = empty(shape)
-        row, positions, kinds, offsets, owners, classes, number, factor = np.split(flat, np.cumsum(shape.parts)[:-1])
-        np.concatenate(inputs, out=row[:total], casting="unsafe")
-        if types:
-            kinds[:total] = np.concatenate(types)
-        positions[:total] = np.arange(total) - np.repeat(ends - lengths, lengths)
-        offsets[shape.inputs :] = np.minimum(offsets[shape.inputs :] + total, shape.tokens)
-        offsets[1 : len(inputs) + 1] = ends
-        offsets[len(inputs) + 1 : shape.inputs] = total
-        owners[: len(inputs)] = documents
-        if labels is not None:
-            values = labels.astype(np.float64).view(np.int64) if self.numbers else labels
-            classes[: labels.size] = values.ravel()
-        number[0], factor[:] = count, np.array([scale]).view(np.int64)
-        return torch.from_numpy(flat), shape
+    Returns:
+        The flat tensor, int64 (``sum(shape.parts)``,), and its shape.
+    """
+    lengths = np.fromiter((len(ids) for ids in inputs), np.int64, len(inputs))
+    ends = np.cumsum(lengths)
+    total = int(ends[-1])
+    shape = _shape_for(shapes, total, len(inputs), count, int(lengths.max()))
+    flat = empty(shape)
+    row, positions, kinds, offsets, owners, classes, number, factor = np.split(flat, np.cumsum(shape.parts)[:-1])
+    np.concatenate(inputs, out=row[:total], casting="unsafe")
+    if types:
+        kinds[:total] = np.concatenate(types)
+    positions[:total] = np.arange(total) - np.repeat(ends - lengths, lengths)
+    offsets[shape.inputs :] = np.minimum(offsets[shape.inputs :] + total, shape.tokens)
+    offsets[1 : len(inputs) + 1] = ends
+    offsets[len(inputs) + 1 : shape.inputs] = total
+    owners[: len(inputs)] = documents
+    if labels is not None:
+        values = labels.astype(np.float64).view(np.int64) if shape.numbers else labels
+        classes[: labels.size] = values.ravel()
+    number[0], factor[:] = count, np.array([scale]).view(np.int64)
+    return torch.from_numpy(flat), shape
 
 
 def _power_of_two(number: int) -> int:

@@ -6,8 +6,8 @@ removed from the training side; validation is carved from what is left; subsampl
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, groupby
+from dataclasses import dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from lightning_lora.data.labels import (
     FEW_VALUES,
+    LabelCells,
     encode_label_sets,
     encode_labels,
     encode_numbers,
@@ -69,6 +70,11 @@ class SourceOptions:
     test_rows: int | float | None = None
     fold: Sequence[int] | None = None
     split_seed: int = 0
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "SourceOptions":
+        """Those of the settings of a data module."""
+        return cls(**{each.name: settings[each.name] for each in fields(cls) if each.name in settings})
 
 
 @dataclass(frozen=True)
@@ -151,84 +157,75 @@ def prepare(options: SourceOptions, cache_dir: Path | None = None) -> Prepared:
     for split, parts in sources.items():
         with tqdm(desc=f"Reading {split}", disable=None, leave=False, delay=0.5) as bar:
             files[split] = [stored_rows(part, rules, cache_dir, bar.update) for part in parts]
-    # Of each file its different label cells, and which of them each row has: -1 for a row that is left out.
     column = label_name(label_column)
-    cells = {split: [file.labels(column) for file in each] for split, each in files.items()}
-    usable = {split: sum(int((codes >= 0).sum()) for _, codes in each) for split, each in cells.items()}
-    if empty := next((split for split, rows in usable.items() if not rows), None):
-        raise UserError(f"{files[empty][0].origin}: the {empty} split has no usable row")
-    tables = {split: [table for table, _ in each] for split, each in cells.items()}
-    known = spec.label_names if spec else None
-    task = _task_of(tables, column, options, spec.task if spec else None)
+    # Of each file the different label cells, one file after another, and which of all these each row has: -1 where it
+    # is left out.
+    tables, codes, count = dict[str, list[Table]](), dict[str, np.ndarray](), 0
+    for split, each in files.items():
+        tables[split], numbers = [], []
+        for file in each:
+            table, of_rows = file.labels(column)
+            numbers.append(np.where(of_rows < 0, -1, of_rows + count))
+            tables[split].append(table)
+            count += len(table)
+        codes[split] = np.concatenate(numbers)
+        if not (codes[split] >= 0).any():
+            raise UserError(f"{each[0].origin}: the {split} split has no usable row")
+    label_cells = LabelCells.of(tables, column, int((codes["train"] >= 0).sum()))
+    task = _task_of(label_cells, options, spec.task if spec else None)
     if task == "multi_label":
         # Columns are labels also where no row has them.
         names = ordered(rules.label_columns) if len(rules.label_columns) > 1 else None
-        labels = encode_label_sets(tables, column, options.label_names or names, usable["train"])
+        labels = encode_label_sets(label_cells, options.label_names or names)
     elif task == "regression":
-        labels = encode_numbers(tables, column, options.label_names)
+        labels = encode_numbers(label_cells, options.label_names)
     else:
-        labels = encode_labels(
-            tables, column, options.label_names, known, usable["train"], options.task == "single_label"
-        )
+        known = spec.label_names if spec else None
+        labels = encode_labels(label_cells, options.label_names, known, options.task == "single_label")
     splits = {}
     for split, each in files.items():
-        coded = zip(labels.encoded[split], cells[split], strict=True)
-        there = np.concatenate([codes >= 0 for _, codes in cells[split]])
-        of_rows: np.ndarray = np.concatenate([np.asarray(found)[codes[codes >= 0]] for found, (_, codes) in coded])
+        there = codes[split] >= 0
         positions = np.flatnonzero(there).astype(position_type(len(there)))
+        of_rows = labels.codes[codes[split][there]]
         splits[split] = Rows(each, positions, of_rows.astype(np.int32) if task == "single_label" else of_rows)
-    dropped = sum(len(codes) for each in cells.values() for _, codes in each) - sum(usable.values())
-    del tables, cells  # of numbers as long as the rows
+    dropped = sum(int((each < 0).sum()) for each in codes.values())
+    del tables, label_cells, codes  # of numbers as long as the rows
     if options.fold is not None:
-        warnings += _set_test_aside(splits, options)
+        if options.test_size is not None:
+            size = options.test_size
+            raise UserError(f"data.test_size: {size}, but data.fold says which rows are tested; leave it out")
+        if splits.pop("test", None) is not None:
+            warnings.append("data.fold: the folds are of the rows of train; the source's own test split is not used")
     splits, origin, removed, more = divide(splits, options, labels.names, task)
     warnings = [*warnings, *labels.warnings, *more]
     citation = spec.citation if spec else ""
     return Prepared(task, labels.names, labels.values, splits, origin, removed, dropped, citation, warnings)
 
 
-def _task_of(
-    tables: Mapping[str, Sequence[Table]], column: str, options: SourceOptions, known: Task | None = None
-) -> Task:
+def _task_of(cells: LabelCells, options: SourceOptions, known: Task | None = None) -> Task:
     """What is predicted: typed, or known of the data set, or any number of labels where cells are lists.
 
     Raises:
         UserError: The cells are of another kind than was typed.
     """
-    lists = (
-        table.where(i, column)
-        for table in chain.from_iterable(tables.values())
-        for i, cell in enumerate(table.columns[column])
-        if isinstance(cell, list)
-    )
-    several = next(lists, None)
+    several = next((number for number, cell in enumerate(cells.values) if isinstance(cell, list)), None)
     if options.task == "auto":
-        return known or ("multi_label" if several else "single_label")
+        return known or ("single_label" if several is None else "multi_label")
     if options.label_separator is not None and options.task != "multi_label":
         raise UserError(
             f"data.label_separator: it makes lists of labels, but data.task is {options.task}; leave one out"
         )
-    if several and options.task != "multi_label":
+    if several is not None and options.task != "multi_label":
         raise UserError(
-            f"{several}: a list of labels, but data.task is {options.task}; correct the row, or set "
+            f"{cells.where(several)}: a list of labels, but data.task is {options.task}; correct the row, or set "
             "data.task=multi_label"
         )
-    if not several and options.task == "multi_label":
+    if several is None and options.task == "multi_label":
         found, remedy = "no lists of labels", "single_label, or name data.label_separator or several label columns"
-        cells = {cell for each in chain.from_iterable(tables.values()) for cell in each.columns[column]}
-        if len(cells) > FEW_VALUES and all(number_of(cell) is not None for cell in cells):
+        if len(set(cells.values)) > FEW_VALUES and all(number_of(cell) is not None for cell in cells.values):
             found, remedy = "numbers", "regression to predict them, or name another data.label_column"
-        raise UserError(f"data.task: multi_label, but column '{column}' holds {found}; set data.task={remedy}")
+        raise UserError(f"data.task: multi_label, but column '{cells.column}' holds {found}; set data.task={remedy}")
     return cast(Task, options.task)
-
-
-def _set_test_aside(splits: dict[str, Rows], options: SourceOptions) -> list[str]:
-    """Takes the source's own test rows out, as a fold is tested; returns warnings."""
-    if options.test_size is not None:
-        raise UserError(f"data.test_size: {options.test_size}, but data.fold says which rows are tested; leave it out")
-    if splits.pop("test", None) is None:
-        return []
-    return ["data.fold: the folds are of the rows of train; the source's own test split is not used"]
 
 
 def columns_of(options: SourceOptions) -> tuple[list[str], str | Sequence[str]]:

@@ -1,23 +1,25 @@
-"""From a file of the source to checked rows: written once into the cache folder, without holding what came before."""
+"""From a file of the source to checked rows, a part at a time; and the cache folder that they are written to once."""
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from lightning_lora.data.cache import cached
 from lightning_lora.data.checking import CORRECT, incomplete_rows, row_text
 from lightning_lora.data.reading import BATCH_ROWS, Table
 from lightning_lora.data.rows import SCHEMA, RowFile
 from lightning_lora.data.sources import RowSource
 from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
+from lightning_lora.files import atomic_path, locked_folder, remove_partial
 from lightning_lora.fingerprint import code_fingerprint
 
 #: How a column says whether a row has its label; a missing cell says nothing.
@@ -25,6 +27,7 @@ _FLAGS: dict[str, int | None] = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, 
 _FLAGS |= {"none": None, "nan": None, "": None}
 #: A cell as text; the same few occur again and again.
 _cell_text = lru_cache(maxsize=1024, typed=True)(json.dumps)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,8 @@ def stored_rows(
         sink = pa.BufferOutputStream()
         write(sink)
         return opened(sink.getvalue())
-    facts = [source.origin, source.version, vars(rules), code_fingerprint("data.stored")]
-    key = hashlib.sha256(json.dumps(facts, default=dict).encode()).hexdigest()[:32]
-    return cached(cache_dir / "rows" / f"{key}.arrow", lambda path: write(str(path)), opened)[0]
+    content = json.dumps([source.origin, source.version, vars(rules), code_fingerprint("data.stored")], default=dict)
+    return cached(cache_dir / "rows", content, lambda path: write(str(path)), opened)[0]
 
 
 def with_labels(table: Table, rules: RowRules) -> tuple[Table, str]:
@@ -158,3 +160,41 @@ def _checked(table: Table, rules: RowRules) -> pa.Table:
     columns = {"text": [each[0] for each in sides], "text_pair": [each[1] for each in sides], "label": labels}
     columns |= {"row": table.rows, "key": text_keys(texts), "digest": digests}
     return pa.table(columns, SCHEMA)
+
+
+def default_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/lightning_lora``, or ``~/.cache/lightning_lora``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_lora"
+
+
+def cached(folder: Path, content: str, write: Callable[[Path], None], read: Callable[[Path], T]) -> tuple[T, bool]:
+    """What ``read`` gives of an Arrow file, which ``write`` makes where it is not there; and whether it was there.
+
+    A file is there whole or not there at all. One that is damaged, so that ``read`` fails, is made again.
+
+    Args:
+        folder: Where it is kept.
+        content: All that decides what it holds.
+        write: Makes it.
+        read: Reads it.
+
+    Raises:
+        UserError: The cache cannot be written; or as ``write``.
+    """
+    path = folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.arrow"
+    unusable = (OSError, ValueError, KeyError)
+    with suppress(*unusable):
+        return read(path), True
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked_folder(path.parent, None):  # processes of one run begin together, and need the same
+            with suppress(*unusable):
+                return read(path), True
+            remove_partial(path.parent)
+            with atomic_path(path) as staging:
+                write(staging)
+        return read(path), False
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: cannot write {path} ({error.strerror or error}); set another folder"
+        ) from error

@@ -4,10 +4,10 @@ The whole text is tokenized and stored without special tokens. These and the tru
 a batch is made, so one stored copy serves every ``max_length``, and the share of truncated texts is known exactly.
 """
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,62 +16,47 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lightning_lora.data.cache import cached
-from lightning_lora.data.pairs import Text, Truncation, as_texts, is_pair, lengths_kept
+from lightning_lora.data.pairs import Text, Truncation, is_pair, lengths_kept
 from lightning_lora.data.rows import Rows
+from lightning_lora.data.stored import cached
 from lightning_lora.errors import UserError, check_range
 from lightning_lora.locations import resolve
 from lightning_lora.tokenizer import has_token_types, load_tokenizer
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 _CHUNK = 1024
 _LISTS = pa.list_(pa.int32())
 
 
 class TokenRows:
-    """Token ids of many texts, without special tokens.
+    """Token ids of many texts, or pairs of texts, without special tokens.
 
     Args:
-        column: An Arrow column of lists of int32, in memory or mapped from a file, of which what is asked for is read.
+        columns: An Arrow column of lists of int32, in memory or mapped from a file, of which what is asked for is read;
+            of pairs two, in the same chunks.
     """
 
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        #: Tokens of each text before special tokens and truncation, int32, shape (texts,).
-        self.lengths: np.ndarray = pc.list_value_length(column).to_numpy()
+    def __init__(self, *columns: pa.ChunkedArray) -> None:
+        #: Tokens of each text, of pairs of the first and of the second ones, int32, each of shape (rows,).
+        self.side_lengths: list[np.ndarray] = [pc.list_value_length(column).to_numpy() for column in columns]
+        #: Tokens of each text or pair before special tokens and truncation, shape (rows,).
+        self.lengths = reduce(np.add, self.side_lengths)
         # Views: three times as fast as a scalar of Arrow for each text.
-        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks]
-        self._starts = [0, *accumulate(map(len, column.chunks))]
+        self._chunks = [[(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in c.chunks] for c in columns]
+        self._starts = [0, *accumulate(map(len, columns[0].chunks))]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """The ids of one text, int32."""
-        chunk = bisect_right(self._starts, index) - 1
-        offsets, ids = self._chunks[chunk]
-        row = index - self._starts[chunk]
-        return ids[offsets[row] : offsets[row + 1]]
-
-
-class PairTokens:
-    """Token ids of many pairs of texts, without special tokens.
-
-    Args:
-        first: Those of the first texts.
-        second: Those of the second texts.
-    """
-
-    def __init__(self, first: TokenRows, second: TokenRows) -> None:
-        self.first, self.second = first, second
-        #: Tokens of each pair, shape (pairs,).
-        self.lengths = first.lengths + second.lengths
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of both texts of a pair, int32."""
-        return self.first[index], self.second[index]
+    def __getitem__(self, index: int) -> Any:
+        """The ids of one text, int32, or of both texts of a pair."""
+        number = bisect_right(self._starts, index) - 1
+        row = index - self._starts[number]
+        sides = []
+        for chunks in self._chunks:
+            offsets, ids = chunks[number]
+            sides.append(ids[offsets[row] : offsets[row + 1]])
+        return tuple(sides) if len(sides) == 2 else sides[0]
 
 
 @dataclass(frozen=True)
@@ -174,12 +159,16 @@ class InputFormat:
         framed = np.concatenate((self.prefix, ids, self.suffix))
         return framed if len(framed) else np.array([self.pad_id])  # no token of the text, and none around it
 
-    def cut_both(self, tokens: Any) -> np.ndarray:
-        """Positions of the pairs whose text that is to stay whole leaves the other no token, so that both are cut."""
-        whole = {"only_first": "second", "only_second": "first"}.get(self.keep)
-        return np.flatnonzero(getattr(tokens, whole).lengths >= self.text_tokens) if whole else np.zeros(0, np.int64)
+    def cut_share(self, tokens: TokenRows) -> float:
+        """The share of the texts of which something is cut."""
+        return float((tokens.lengths > self.text_tokens).mean()) if self.keep != "windows" else 0.0
 
-    def input_lengths(self, tokens: TokenRows | PairTokens) -> np.ndarray:
+    def cut_both(self, tokens: TokenRows) -> np.ndarray:
+        """Positions of the pairs whose text that is to stay whole leaves the other no token, so that both are cut."""
+        whole = {"only_first": 1, "only_second": 0}.get(self.keep)
+        return np.flatnonzero([] if whole is None else tokens.side_lengths[whole] >= self.text_tokens)
+
+    def input_lengths(self, tokens: TokenRows) -> np.ndarray:
         """Tokens of each text as the model sees it, with special tokens, in all its windows; shape (texts,)."""
         if self.keep != "windows":
             return np.maximum(np.minimum(tokens.lengths, self.text_tokens) + self.special, 1)
@@ -194,15 +183,12 @@ def base_tokenizer(base_model: str) -> Any:
     return load_tokenizer(resolve(base_model, "model.base_model").target, "model.base_model")
 
 
-def tokenize(texts: Sequence[Text], tokenizer: Any) -> Any:
-    """The tokens of the texts, as ``TokenRows``; of pairs as ``PairTokens``."""
-    if texts and not isinstance(texts[0], str):
-        first, second = zip(*texts, strict=True)
-        return PairTokens(tokenize(first, tokenizer), tokenize(second, tokenizer))
-    chunks = [
-        _token_lists(as_texts(texts[start : start + _CHUNK]), tokenizer) for start in range(0, len(texts), _CHUNK)
-    ]
-    return TokenRows(pa.chunked_array(chunks, _LISTS))
+def tokenize(texts: Sequence[Text], tokenizer: Any) -> TokenRows:
+    """The tokens of the texts or pairs of texts."""
+    sides: Any = [texts] if not texts or isinstance(texts[0], str) else list(zip(*texts, strict=True))
+    starts = range(0, len(texts), _CHUNK)
+    chunks = [[_token_lists(side[start : start + _CHUNK], tokenizer) for start in starts] for side in sides]
+    return TokenRows(*(pa.chunked_array(each, _LISTS) for each in chunks))
 
 
 def _token_lists(texts: Sequence[str], tokenizer: Any) -> pa.ListArray:
@@ -212,29 +198,22 @@ def _token_lists(texts: Sequence[str], tokenizer: Any) -> pa.ListArray:
 
 def cached_tokens(
     rows: Rows, tokenizer: Any, cache_dir: Path, advance: Callable[[int], Any] = lambda n: None
-) -> tuple[TokenRows | PairTokens, bool]:
+) -> tuple[TokenRows, bool]:
     """The tokens of the rows' texts, and whether they came from the cache; ``advance(n)`` is called after n rows."""
     import tokenizers
 
-    facts = f"{CACHE_FORMAT}/{tokenizers.__version__}/{tokenizer.backend_tokenizer.to_str()}{rows.fingerprint}"
-    key = hashlib.sha256(facts.encode()).hexdigest()[:32]
-
-    # The columns of the file, and the field of the rows that each is made of.
-    columns = dict(zip(("ids", "pair_ids"), rows.text_fields, strict=False))
+    content = f"{CACHE_FORMAT}/{tokenizers.__version__}/{tokenizer.backend_tokenizer.to_str()}{rows.fingerprint}"
+    columns = rows.text_fields
 
     def write(path: Path) -> None:
         with pa.ipc.new_file(str(path), pa.schema(dict.fromkeys(columns, _LISTS))) as writer:
-            for _, batch in rows.batches(*columns.values()):
-                lists = {ids: _token_lists(batch[texts].to_pylist(), tokenizer) for ids, texts in columns.items()}
+            for _, batch in rows.batches(*columns):
+                lists = {name: _token_lists(batch[name].to_pylist(), tokenizer) for name in columns}
                 writer.write(pa.record_batch(lists))
                 advance(len(batch))
 
-    def read(path: Path) -> TokenRows | PairTokens:
+    def read(path: Path) -> TokenRows:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        sides = [TokenRows(table[name]) for name in columns]
-        tokens = PairTokens(*sides) if len(sides) == 2 else sides[0]
-        if len(tokens) != len(rows):
-            raise ValueError(f"{path} holds {len(tokens)} texts of {len(rows)}")
-        return tokens
+        return TokenRows(*(table[name] for name in columns))
 
-    return cached(cache_dir / "tokens" / f"{key}.arrow", write, read)
+    return cached(cache_dir / "tokens", content, write, read)

@@ -163,7 +163,8 @@ class GraphedSteps:
 
     def _capture_all(self, batch: dict[str, Any], parts: int) -> None:
         compiled = set()
-        for each in self.module.trainer.train_dataloader.dataset.packing.static_shapes():
+        # Largest first: a smaller one finds its memory in that of a larger one.
+        for each in reversed(self.module.trainer.train_dataloader.dataset.packing):
             if each.longest not in compiled:  # kernels for texts of that length are compiled before they are captured
                 self._pass(torch.from_numpy(empty(each)).to(self.device), each, parts)
                 compiled.add(each.longest)

@@ -22,7 +22,7 @@ LENGTHS = np.random.default_rng(0).integers(5, 200, size=1003)
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 2000])
 def test_each_row_stands_in_one_batch(batch_size: int) -> None:
-    batches = training_batches(LENGTHS, batch_size, 0, 0)
+    batches = list(training_batches(LENGTHS, batch_size, 0, 0))
     assert sorted(map(len, batches), reverse=True)[:-1] == [batch_size] * (len(batches) - 1)
     for found in (batches, evaluation_batches(rounded_lengths(LENGTHS), batch_size)):
         np.testing.assert_array_equal(np.sort(np.concatenate(found)), np.arange(len(LENGTHS)))
@@ -63,7 +63,7 @@ def test_nothing_is_evaluated_in_no_batches() -> None:
     assert len(sampler) == len(list(sampler)) == 0
 
 
-def test_batches_cut_from_one_array_are_those_of_a_list() -> None:
+def test_batches_are_full_ones_in_random_order_and_then_the_rest() -> None:
     rng = np.random.Generator(np.random.PCG64(stream_seed(3, "order/2")))
     order, expected = rng.permutation(len(LENGTHS)), []
     for start in range(0, len(order), 16 * POOL_BATCHES):
@@ -82,14 +82,14 @@ def test_batches_hold_texts_of_similar_length() -> None:
 
     shuffled = np.array_split(np.random.default_rng(1).permutation(len(LENGTHS)), 63)
     assert padding(shuffled) > 0.4
-    assert padding(training_batches(LENGTHS, 16, 0, 0)) < 0.1
+    assert padding(list(training_batches(LENGTHS, 16, 0, 0))) < 0.1
     padded_lengths = rounded_lengths(LENGTHS)  # beyond what each row is padded to by itself
     assert padding(evaluation_batches(padded_lengths, 16), padded_lengths) < 0.03
 
 
 def test_the_order_is_fixed_by_seed_and_epoch() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        return np.concatenate(training_batches(LENGTHS, 16, seed, epoch)).tolist()
+        return np.concatenate(list(training_batches(LENGTHS, 16, seed, epoch))).tolist()
 
     assert order(0, 0) == order(0, 0)
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
@@ -151,10 +151,10 @@ def held(rows: list[int]) -> int:
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 2000])
 def test_batches_by_tokens_hold_each_row_once_in_as_many_steps(batch_size: int) -> None:
     for epoch in range(3):
-        batches = training_batches(LENGTHS, batch_size, 0, epoch, "tokens")
-        np.testing.assert_array_equal(np.sort(np.concatenate(list(batches))), np.arange(len(LENGTHS)))
+        batches = list(training_batches(LENGTHS, batch_size, 0, epoch, "tokens"))
+        np.testing.assert_array_equal(np.sort(np.concatenate(batches)), np.arange(len(LENGTHS)))
         assert min(map(len, batches)) > 0
-        assert len(batches) == len(training_batches(LENGTHS, batch_size, 0, epoch))
+        assert len(batches) == len(list(training_batches(LENGTHS, batch_size, 0, epoch)))
 
 
 def test_batches_by_tokens_have_nearly_as_many() -> None:
@@ -175,18 +175,6 @@ def test_cuts_are_as_even_as_whole_rows_allow() -> None:
     for lengths in ([800, 8, 8, 8], [8, 8, 8, 800]):
         cuts = equal_cuts(np.array(lengths), np.arange(4), 3)
         assert cuts[[0, -1]].tolist() == [0, 4] and (np.diff(cuts) > 0).all()
-
-
-def test_many_rows_are_cut_in_pieces_as_well(monkeypatch) -> None:
-    lengths = np.random.default_rng(1).integers(5, 200, size=20_011)
-    at_once = training_batches(lengths, 8, 0, 0, "tokens")
-    monkeypatch.setattr("lightning_lora.data.order._ROWS_AT_ONCE", 5000)
-    pieces = training_batches(lengths, 8, 0, 0, "tokens")
-    assert len(pieces) == len(at_once)
-    np.testing.assert_array_equal(np.sort(np.concatenate(list(pieces))), np.arange(len(lengths)))
-    for batches in (at_once, pieces):
-        tokens = np.array([len(batch) * lengths[batch].max() for batch in batches])
-        assert np.quantile(tokens, 0.99) / tokens.mean() < 1.3
 
 
 @pytest.mark.parametrize(("accumulate", "processes"), [(1, 1), (4, 1), (1, 4), (2, 2)])

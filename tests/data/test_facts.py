@@ -52,7 +52,7 @@ def test_sizes_classes_and_lengths(folder: Path, tiny_base: Path) -> None:
         frame = pd.read_csv(folder / f"{split}.csv")
         lengths = np.array([len(ids) for ids in tokenizer(frame["text"].tolist()).input_ids])
         assert each.rows == len(frame) and each.lengths.tolist() == lengths.tolist()
-        assert each.class_counts == frame["label"].value_counts().loc[facts.label_names].tolist()
+        assert each.class_counts == frame["label"].value_counts().loc[facts.datamodule.label_names].tolist()
         assert each.cut_share == pytest.approx((lengths > 16).mean())
         assert not each.repeats.count and not any(fault.count for fault in each.faults.values())
     nine = int(np.quantile(facts.splits["train"].lengths, 0.9))
@@ -74,7 +74,7 @@ def test_repeats_and_contradictions(folder: Path, tiny_base: Path) -> None:
     assert train.repeats.count == frame.duplicated("key").sum() == 3
     contradicted = frame.groupby("key")["label"].nunique() > 1
     assert train.conflicts.count == contradicted.sum() == 1
-    assert facts.duplicates_removed["train_in_test"] == 1 and train.rows == 203
+    assert facts.datamodule.prepared.duplicates_removed["train_in_test"] == 1 and train.rows == 203
     assert f"{label[0]}, but {label[2]} in {folder / 'train.csv'}, line 4" in only(found, "another label")
     assert f"{folder / 'train.csv'}, line 204" in train.conflicts.example
     assert f"as {folder / 'train.csv'}, line 2" in only(found, "each counts as often")
@@ -203,13 +203,13 @@ def test_pairs(tmp_path: Path, tiny_base: Path) -> None:
     assert "pairs of the same text" in only(found, "same text") and "windows" not in only(found, "are cut at")
 
 
-def test_known_data_have_terms(folder: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_data_have_terms(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_lora.data import specs as module
     from lightning_lora.data.specs import DATASETS
 
     assert all(spec.terms and spec.citation for spec in DATASETS)
     monkeypatch.setattr(module, "find_spec", lambda source: DATASETS[0])
-    assert facts_of(str(folder), tiny_base)[0].terms == DATASETS[0].terms
+    assert module.terms_of(str(folder)) == DATASETS[0].terms
 
 
 def test_every_setting_that_is_named_exists() -> None:

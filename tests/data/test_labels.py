@@ -1,14 +1,18 @@
 import numpy as np
 import pytest
 
-from lightning_lora.data.labels import encode_labels
+from lightning_lora.data.labels import LabelCells, encode_labels
 from lightning_lora.data.reading import Table
 from lightning_lora.errors import UserError
 
 
-def table(labels: list, declared: list[str] | None = None) -> dict[str, list[Table]]:
+def table(labels: list, declared: list[str] | None = None) -> Table:
     names = {"label": declared} if declared else {}
-    return {"train": [Table("rows.csv", {"label": labels}, range(2, len(labels) + 2), "line", names)]}
+    return Table("rows.csv", {"label": labels}, range(2, len(labels) + 2), "line", names)
+
+
+def label_cells(labels: list, declared: list[str] | None = None, **splits: list[Table]) -> LabelCells:
+    return LabelCells.of({"train": [table(labels, declared)], **splits}, "label", len(labels))
 
 
 @pytest.mark.parametrize(
@@ -60,24 +64,24 @@ def table(labels: list, declared: list[str] | None = None) -> dict[str, list[Tab
     ],
 )
 def test_cells_become_class_numbers(cells: list, names: list | None, expected_names: list, numbers: list) -> None:
-    found = encode_labels(table(cells), "label", names)
+    found = encode_labels(label_cells(cells), names)
     assert found.names == expected_names
-    np.testing.assert_array_equal(found.encoded["train"][0], numbers)
+    np.testing.assert_array_equal(found.codes, numbers)
 
 
 def test_names_that_the_source_declares_are_used() -> None:
-    found = encode_labels(table([1, 0], ["no", "yes"]), "label", None)
-    assert (found.names, found.encoded["train"][0].tolist()) == (["no", "yes"], [1, 0])
+    found = encode_labels(label_cells([1, 0], ["no", "yes"]), None)
+    assert (found.names, found.codes.tolist()) == (["no", "yes"], [1, 0])
 
 
 def test_declared_names_count_from_0_even_where_a_class_has_no_row() -> None:
     declared = ["a", "b", "c", "d"]
-    assert encode_labels(table([0, 1, 3], declared), "label", None).encoded["train"][0].tolist() == [0, 1, 3]
-    renamed = encode_labels(table([0, 3], declared), "label", ["w", "x", "y", "z"])
+    assert encode_labels(label_cells([0, 1, 3], declared), None).codes.tolist() == [0, 1, 3]
+    renamed = encode_labels(label_cells([0, 3], declared), ["w", "x", "y", "z"])
     assert renamed.values == {"w": ["0"], "x": [], "y": [], "z": ["3"]}
-    by_name = encode_labels(table([0, 3], declared), "label", {"d": "last", "a": "first"})
-    assert (by_name.names, by_name.encoded["train"][0].tolist()) == (["last", "first"], [1, 0])
-    assert encode_labels(table(["1", "0"]), "label", None, known=("neg", "pos")).names == ["neg", "pos"]
+    by_name = encode_labels(label_cells([0, 3], declared), {"d": "last", "a": "first"})
+    assert (by_name.names, by_name.codes.tolist()) == (["last", "first"], [1, 0])
+    assert encode_labels(label_cells(["1", "0"]), None, known=("neg", "pos")).names == ["neg", "pos"]
 
 
 @pytest.mark.parametrize(
@@ -144,26 +148,26 @@ def test_declared_names_count_from_0_even_where_a_class_has_no_row() -> None:
 )
 def test_doubtful_labels_are_refused(cells: list, names: list | None, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        encode_labels(table(cells), "label", names)
+        encode_labels(label_cells(cells), names)
 
 
 def test_thousands_of_classes_are_classes() -> None:
-    numbers = encode_labels(table(list(range(150)) * 12), "label", None, typed=True)
+    numbers = encode_labels(label_cells(list(range(150)) * 12), None, typed=True)
     assert len(numbers.names) == 150 and not numbers.warnings
-    assert len(encode_labels(table([f"c{i}" for i in range(3000)] * 2), "label", None).names) == 3000
+    assert len(encode_labels(label_cells([f"c{i}" for i in range(3000)] * 2), None).names) == 3000
 
 
 def test_many_whole_numbers_are_pointed_out_and_names_silence_it() -> None:
     cells = list(range(1, 101)) * 20  # percent?
-    (warning,) = encode_labels(table(cells), "label", None).warnings
+    (warning,) = encode_labels(label_cells(cells), None).warnings
     assert "column 'label' holds 100 different numbers" in warning and "if it is a measure" in warning
-    assert encode_labels(table(cells), "label", [str(i) for i in range(1, 101)]).warnings == []
+    assert encode_labels(label_cells(cells), [str(i) for i in range(1, 101)]).warnings == []
 
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_ids_without_a_gap_are_classes_without_a_warning(first: int) -> None:
-    assert encode_labels(table([first + i % 77 for i in range(3000)]), "label", None).warnings == []
-    assert encode_labels(table([10 + first + i % 77 for i in range(3000)]), "label", None).warnings
+    assert encode_labels(label_cells([first + i % 77 for i in range(3000)]), None).warnings == []
+    assert encode_labels(label_cells([10 + first + i % 77 for i in range(3000)]), None).warnings
 
 
 @pytest.mark.parametrize(
@@ -178,28 +182,28 @@ def test_a_number_is_the_name_that_class_label_says(declared: list[str], skip: i
     truth = [feature.int2str(cell) for cell in cells]
     renamed = {name: f"class {name}" for name in declared}
     for names in (None, declared):
-        found = encode_labels(table(cells, declared), "label", names)
-        assert [found.names[number] for number in found.encoded["train"][0]] == truth
+        found = encode_labels(label_cells(cells, declared), names)
+        assert [found.names[number] for number in found.codes] == truth
     for mapping in (renamed, {i: renamed[name] for i, name in enumerate(declared)} if declared[0] == "no" else renamed):
-        found = encode_labels(table(cells, declared), "label", mapping)
-        assert [found.names[number] for number in found.encoded["train"][0]] == [renamed[name] for name in truth]
-    by_place = encode_labels(table(cells, declared), "label", [f"class {name}" for name in declared])
-    assert [by_place.names[number] for number in by_place.encoded["train"][0]] == [renamed[name] for name in truth]
-    texts = encode_labels(table(truth, declared), "label", None)
-    assert [texts.names[number] for number in texts.encoded["train"][0]] == truth
+        found = encode_labels(label_cells(cells, declared), mapping)
+        assert [found.names[number] for number in found.codes] == [renamed[name] for name in truth]
+    by_place = encode_labels(label_cells(cells, declared), [f"class {name}" for name in declared])
+    assert [by_place.names[number] for number in by_place.codes] == [renamed[name] for name in truth]
+    texts = encode_labels(label_cells(truth, declared), None)
+    assert [texts.names[number] for number in texts.codes] == truth
 
 
 def test_numbers_for_declared_names_that_are_numbers() -> None:
     stars = ["1", "2", "3", "4", "5"]
     mapping = {1: "awful", 2: "bad", 3: "fair", 4: "good", 5: "great"}
     for cells in ([0, 1, 2, 3, 4], [4, 1, 2, 3]):
-        assert encode_labels(table(cells, stars), "label", [1, 2, 3, 4, 5]).encoded["train"][0].tolist() == cells
-        found = encode_labels(table(cells, stars), "label", mapping)
-        assert found.encoded["train"][0].tolist() == cells and found.names == [*mapping.values()]
+        assert encode_labels(label_cells(cells, stars), [1, 2, 3, 4, 5]).codes.tolist() == cells
+        found = encode_labels(label_cells(cells, stars), mapping)
+        assert found.codes.tolist() == cells and found.names == [*mapping.values()]
     with pytest.raises(UserError, match="name every label"):
-        encode_labels(table([0, 1], ["1", "2"]), "label", [0, 1])
+        encode_labels(label_cells([0, 1], ["1", "2"]), [0, 1])
     with pytest.raises(UserError, match="label '2' is not one of 1, 6"):
-        encode_labels(table([0, 1], ["1", "2"]), "label", {1: "a", 6: "b"})
+        encode_labels(label_cells([0, 1], ["1", "2"]), {1: "a", 6: "b"})
 
 
 @pytest.mark.parametrize(
@@ -207,29 +211,28 @@ def test_numbers_for_declared_names_that_are_numbers() -> None:
 )
 def test_a_refused_label_is_taken_once_the_user_says_what_it_means(cells: list) -> None:
     with pytest.raises(UserError, match=r"data\.label_names='\{"):
-        encode_labels(table(cells), "label", None)
+        encode_labels(label_cells(cells), None)
     stated = {cell: f"class {i % 2}" for i, cell in enumerate(dict.fromkeys(cells))}
-    assert encode_labels(table(cells), "label", stated).names == ["class 0", "class 1"]
+    assert encode_labels(label_cells(cells), stated).names == ["class 0", "class 1"]
 
 
 def test_the_same_names_in_another_order_than_declared_are_refused() -> None:
     with pytest.raises(UserError, match="another order"):
-        encode_labels(table([0, 1], ["neg", "pos"]), "label", ["pos", "neg"])
+        encode_labels(label_cells([0, 1], ["neg", "pos"]), ["pos", "neg"])
 
 
 def test_files_that_declare_other_names_are_refused() -> None:
-    tables = table([0, 1], ["neg", "pos"]) | {"test": table([0, 1], ["pos", "neg"])["train"]}
     with pytest.raises(UserError, match="declares the classes"):
-        encode_labels(tables, "label", None)
+        label_cells([0, 1], ["neg", "pos"], test=[table([0, 1], ["pos", "neg"])])
 
 
 def test_a_test_label_that_train_never_has_is_refused() -> None:
-    tables = table(["a", "b"]) | {"test": [Table("test.csv", {"label": ["z"]}, [2], "line")]}
+    cells = label_cells(["a", "b"], test=[Table("test.csv", {"label": ["z"]}, [2], "line")])
     with pytest.raises(UserError, match=r"test.csv, line 2, column 'label': label 'z' is not one of a, b"):
-        encode_labels(tables, "label", None)
+        encode_labels(cells, None)
 
 
 def test_labels_that_are_made_of_others_are_told_of() -> None:
-    (warning,) = encode_labels(table(["a", "b", "a;b", "b;a"] * 9), "label", None).warnings
+    (warning,) = encode_labels(label_cells(["a", "b", "a;b", "b;a"] * 9), None).warnings
     assert "(a;b, b;a)" in warning and "set data.label_separator ';'" in warning
-    assert encode_labels(table(["a", "b", "c;d", "read, write"] * 9), "label", None).warnings == []
+    assert encode_labels(label_cells(["a", "b", "c;d", "read, write"] * 9), None).warnings == []

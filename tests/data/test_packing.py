@@ -8,7 +8,7 @@ import pytest
 
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
 from lightning_lora.data.datamodule import evaluation_sampler, make_loader
-from lightning_lora.data.order import packed_evaluation_batches
+from lightning_lora.data.order import evaluation_batches
 from lightning_lora.data.packing import SIZE_STEP, choose_sizes, padded, unpack
 from lightning_lora.data.tokens import InputFormat, TokenRows
 
@@ -31,7 +31,7 @@ def test_a_packed_batch_is_the_padded_one(keep: str, accumulate: int) -> None:
     sampler = LengthBatchSampler(data.lengths, 8, 0, accumulate)
     plain = [data.__getitems__(rows) for rows in sampler]
     data.pack_like(sampler.sample(), 4)
-    assert data.packing is not None and 1 < len(data.packing.sizes) <= 4
+    assert data.packing is not None and 1 < len(data.packing) <= 4
     for expected, rows in zip(plain, sampler, strict=True):
         batch = data.__getitems__(rows)
         shape, views = batch["shape"], unpack(batch["packed"], batch["shape"])
@@ -110,7 +110,7 @@ def test_sizes_leave_as_few_tokens_unused_as_any_choice_of_as_many_would() -> No
 
 def test_evaluation_batches_have_about_as_many_tokens_and_every_row_once() -> None:
     lengths = DRAW.integers(3, 60, 500)
-    batches = packed_evaluation_batches(lengths, 16 * 59, 64)
+    batches = evaluation_batches(lengths, 16, 16 * 59)
     assert sorted(np.concatenate(batches).tolist()) == list(range(500))
     totals = [int(lengths[batch].sum()) for batch in batches]
     assert max(totals) <= 16 * lengths.max() and max(map(len, batches)) <= 64

@@ -134,18 +134,18 @@ def save(frame, path: Path) -> Path:
 def test_the_same_labels_are_the_same_classes_from_every_format(tmp_path: Path, labels: list, names: list) -> None:
     import pandas as pd
 
-    from lightning_lora.data.labels import encode_labels
+    from lightning_lora.data.labels import LabelCells, encode_labels
 
     frame = pd.DataFrame({"text": ["a b", "c d", "e f"], "label": labels})
     found = {}
     for ending in ("csv", "tsv", "json", "jsonl", "csv.gz", "jsonl.gz", "parquet", "feather.arrow", "saved"):
         source = save(frame, tmp_path / f"rows.{ending}")
-        found[ending] = encode_labels(read_source(str(source)), "label", None)
+        found[ending] = encode_labels(LabelCells.of(read_source(str(source)), "label", 3), None)
     frame["label"] = frame["label"].astype("category")
     frame.to_parquet(tmp_path / "category.parquet")
-    found["category"] = encode_labels(read_source(str(tmp_path / "category.parquet")), "label", None)
+    found["category"] = encode_labels(LabelCells.of(read_source(str(tmp_path / "category.parquet")), "label", 3), None)
     assert {ending: labels.names for ending, labels in found.items()} == dict.fromkeys(found, names)
-    numbers = {tuple(labels.encoded["train"][0]) for labels in found.values()}
+    numbers = {tuple(labels.codes) for labels in found.values()}
     assert len(numbers) == 1
 
 
