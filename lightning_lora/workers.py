@@ -100,11 +100,11 @@ def _run_here(work: Callable[[], int | None], count: int, one_gpu_each: bool, wa
         outputs = [Path(folder) / f"{number}.txt" for number in range(count)]
         processes = []
         for number, output in enumerate(outputs):
+            output.touch()
             own = {"CUDA_VISIBLE_DEVICES": visible[number % gpus]} if gpus > 1 else {}
             processes.append(start_child(partial(work_with_threads, work, threads), output, own))
-        statuses = join_children(processes, watch)
-        texts = [output.read_text(encoding="utf-8") if output.exists() else "" for output in outputs]
-    return [_failure(status, text) for status, text in zip(statuses, texts, strict=True) if status]
+        ended = zip(join_children(processes, watch), outputs, strict=True)
+        return [_failure(status, output.read_text(encoding="utf-8")) for status, output in ended if status]
 
 
 def work_with_threads(work: Callable[[], int | None], threads: int) -> int | None:
@@ -155,10 +155,8 @@ def room_for(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> fl
     """Return how many workers the nodes of a Ray cluster have room for.
 
     Raises:
-        UserError: They have none, for which Ray would wait for ever, or the needs are no numbers from 0 on.
+        UserError: They have none, for which Ray would wait for ever.
     """
-    if not all(0 <= count < math.inf for count in (cpus, gpus)):
-        raise UserError(f"--cell_cpus, --cell_gpus: numbers from 0 on are needed, got {cpus} and {gpus}")
     alive = [node.get("Resources", {}) for node in nodes if node.get("Alive")]
     needs = {name: count for name, count in {"CPU": cpus, "GPU": gpus}.items() if count}
     room = sum(min((node.get(name, 0) // count for name, count in needs.items()), default=math.inf) for node in alive)
