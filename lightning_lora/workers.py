@@ -1,4 +1,7 @@
-"""Worker processes, on this machine or on a Ray cluster, that do the same work: they share its tasks by ``claims``.
+"""Processes that share tasks: by locks in a folder that all see, on this machine, on several, or on a Ray cluster.
+
+Whoever holds a task's lock does it. A lock dies with its process, so what a killed process has left is done by another
+one. On a filesystem without locks nothing is held: two processes may then do the same task.
 
 On Ray the nodes must see the tasks' folder and the data at the same paths and have this package. Ray chooses the node
 of a worker and starts it again where its node is lost; what the lost one held is done by whoever gets its lock.
@@ -9,22 +12,76 @@ import io
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_lora.children import join_children, last_error, start_child
-from lightning_lora.errors import UserError, first_line
-from lightning_lora.files import POLL_S
+from lightning_lora.errors import BusyError, UserError, first_line
+from lightning_lora.files import POLL_S, locked_folder
 from lightning_lora.interrupts import StopRequest
 from lightning_lora.program import install_line
 
 EXECUTORS = ("local", "ray")
 #: How often Ray starts a worker again whose process or node was lost.
 RETRIES = 3
+#: The folder, beside what the tasks make, that holds a folder to lock for each task under way.
+CLAIMS = ".claims"
+
+Item = TypeVar("Item")
+
+
+@contextmanager
+def claimed(folder: Path, name: str) -> Iterator[None]:
+    """Hold a task for this process.
+
+    Args:
+        folder: The folder that the processes share.
+        name: The task's.
+
+    Raises:
+        BusyError: Another process holds it.
+    """
+    claim = folder / CLAIMS / name
+    with ExitStack() as stack:
+        while True:
+            try:
+                claim.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked_folder(claim, f"another process holds {name}"))
+                break
+            except (FileNotFoundError, FileExistsError):  # who held it has just removed it
+                continue
+        yield
+        # While it is held, and only now that the task is done: who gets hold of it later checks that first.
+        with contextlib.suppress(OSError):
+            claim.rmdir()
+            claim.parent.rmdir()
+
+
+def share_tasks(tasks: Iterable[Item], folder: Path, name: Callable[[Item], str], do: Callable[[Item], None]) -> None:
+    """Do the tasks that no other process does, and wait until the others are done.
+
+    Args:
+        tasks: All tasks.
+        folder: The folder that the processes share.
+        name: Gives a task's name.
+        do: Does a task that this process holds, or returns at once where it is done already.
+    """
+    left = list(tasks)
+    while left:
+        busy = []
+        for task in left:
+            try:
+                with claimed(folder, name(task)):
+                    do(task)
+            except BusyError:
+                busy.append(task)
+        if left := busy:
+            time.sleep(POLL_S)
 
 
 @dataclass(frozen=True)

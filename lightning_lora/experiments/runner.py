@@ -21,7 +21,6 @@ from typing import Any, get_args
 import yaml
 
 from lightning_lora.children import last_error, run_child
-from lightning_lora.claims import claimed, share_tasks
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.options import TRACK_HELP, TRACKERS
 from lightning_lora.config.settings import flat
@@ -45,7 +44,7 @@ from lightning_lora.program import command_line
 from lightning_lora.runs.folder import RECORD_FORMAT, RunFolder, as_configured, best_metrics, commit, now, versions
 from lightning_lora.training.trackers import check_package
 from lightning_lora.units import duration
-from lightning_lora.workers import EXECUTORS, Workers
+from lightning_lora.workers import EXECUTORS, Workers, claimed, share_tasks
 
 
 def run_experiment(

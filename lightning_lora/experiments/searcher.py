@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.claims import share_tasks
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.experiments.plan import Cell, Plan
 from lightning_lora.experiments.search_space import SAMPLERS, SearchResult, at_edge, import_optuna
 from lightning_lora.files import locked_folder
 from lightning_lora.runs.folder import RunFolder, best_metrics
+from lightning_lora.workers import share_tasks
 
 JOURNAL = "optuna.log"
 

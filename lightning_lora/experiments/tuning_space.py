@@ -121,7 +121,9 @@ def make_space(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], type
     if trainer["max_time"] is not None:
         raise UserError("--budget: it sets the time of each trial; leave trainer.max_time out")
     if trainer["fast_dev_run"] or trainer["enable_checkpointing"] is False:
-        raise UserError("--budget: the best checkpoint is kept; leave out what makes none (trainer.fast_dev_run)")
+        raise UserError(
+            "--budget: the best checkpoint is kept; leave out trainer.fast_dev_run and enable_checkpointing"
+        )
     check_model(default["model"]["base_model"], "model.base_model")
     by_method, finds_rate = {method: default}, "LearningRateFinder" in str(trainer["callbacks"])
     # A typed learning rate is meant for the method at hand: others are used to another scale.
@@ -140,7 +142,7 @@ def make_space(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], type
     dimensions |= {key: values for key, values in choices.items() if len(values) > 1}
     dimensions |= {"epochs_factor": list(EPOCH_FACTORS)} if length is not None else {}
     if not dimensions:
-        raise UserError("--budget: every setting that would be searched is typed; leave one or --budget out")
+        raise UserError("--budget: every setting that would be searched is typed; leave one open, or --budget out")
     at_default = {
         "learning_rate_factor": 1.0,
         "model.method": method,
