@@ -153,18 +153,10 @@ def write_runs_report(runs: Sequence[GivenRun], baseline: GivenRun, output: Path
     if any((output / file).exists() for file in ("run.json", "config.yaml", "ablation.json")):
         raise UserError(f"--output: {output} is the folder of a run or ablation; choose another")
     plan, cells, changes = as_ablation(runs, baseline)
-    arms = compare_arms(plan, cells)
-    for run in runs[1:]:
-        if run.fingerprint(arms[0].split) != runs[0].fingerprint(arms[0].split):
-            rows = "test" if arms[0].split == "test" else "validation"
-            raise UserError(
-                f"report: {runs[0].name} and {run.name} have different {rows} rows (another source, split_seed or "
-                "number of rows) and cannot be compared; report them apart"
-            )
     tests = [sum(name.startswith("test") for name in run.record.get("evaluations", {})) for run in runs]
     notes = ["Nothing was chosen by this report: all runs that were given are in it.", *remarks(runs)]
     counts = sum(tests), sum(map(bool, tests))
-    write_report(Report(output.name, plan, command, arms, cells, counts, changes, notes), output)
+    write_report(Report(output.name, plan, command, compare_arms(plan, cells), cells, counts, changes, notes), output)
 
 
 def write_report(report: Report, folder: Path) -> None:

@@ -89,7 +89,7 @@ def as_ablation(runs: Sequence[GivenRun], baseline: GivenRun) -> tuple[Plan, lis
     They are compared on test rows where all have answered them, else on validation rows.
 
     Raises:
-        UserError: Two runs have the same settings and seed.
+        UserError: Two runs have the same settings and seed, or other rows.
     """
     keys = differing(runs)
     labels = arm_labels(runs, keys)
@@ -97,8 +97,14 @@ def as_ablation(runs: Sequence[GivenRun], baseline: GivenRun) -> tuple[Plan, lis
     taken: dict[tuple[str, int], str] = {}
     cells = []
     tested = all("test" in run.answers for run in runs)
+    split = "test" if tested else "val"
     for run, label in zip(runs, labels, strict=True):
         firsts.setdefault(label, run)
+        if run.fingerprint(split) != runs[0].fingerprint(split):
+            raise UserError(
+                f"report: {runs[0].name} and {run.name} have different {split} rows (another source, split_seed or "
+                "number of rows) and cannot be compared; report them apart"
+            )
         if (other := taken.setdefault((label, run.seed), run.name)) != run.name:
             raise UserError(f"report: {other} and {run.name} have the same settings and seed; leave one of them out")
         cell = Cell(label, "", {ARM: label}, run.seed, run.settings)

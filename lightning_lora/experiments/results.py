@@ -21,7 +21,7 @@ from lightning_lora.evaluation.intervals import intervals, metrics_of, pseudo_va
 from lightning_lora.evaluation.metric_table import compared_metrics
 from lightning_lora.evaluation.outputs import OUTPUTS_KEY, Outputs
 from lightning_lora.evaluation.significance import Difference, Estimate, corrected, difference, estimate
-from lightning_lora.experiments.plan import Cell, Plan, make_plan
+from lightning_lora.experiments.plan import Cell, Plan, flatten, make_plan
 from lightning_lora.experiments.search_space import SearchResult
 from lightning_lora.experiments.searcher import read_found
 from lightning_lora.runs.folder import RunFolder, best_evaluation, best_predictions
@@ -257,13 +257,8 @@ def read_cell_predictions(path: Path) -> CellPredictions | None:
 
 def first_difference(settings: Any, wanted: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """Return the first flat key that a tree of settings has otherwise, its value there, and the one that is wanted."""
-    for key, value in wanted.items():
-        here = settings
-        for part in key.split("."):
-            here = here.get(part) if isinstance(here, dict) else None
-        if not _same(here, value):
-            return key, here, value
-    return None
+    here = flatten(settings)
+    return next(((key, here.get(key), v) for key, v in flatten(wanted).items() if not _same(here.get(key), v)), None)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -140,7 +140,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         return ", ".join(found) if len(found) <= 3 else f"{many} ({found[0]}, {found[1]}, ...)"
 
     data = [record.get("data") or {} for record in records]
-    splits, labels = ([each.get(name) or {} for each in data] for name in ("splits", "label_names"))
+    splits, labels = [each.get("splits") or {} for each in data], [each.get("label_names") or [] for each in data]
     named = {"train": "trained on", "val": "validated on", "test": "tested on"}
     counts = {split: [f"{each[split]['rows']:,}" for each in splits if split in each] for split in named}
     rows = [f"{named[split]} {joined(count)}" for split, count in counts.items() if count]
