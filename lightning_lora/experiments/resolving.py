@@ -202,7 +202,7 @@ def find_changes(plan: Plan, settings: Mapping[str, dict[str, Any]]) -> dict[str
         plan: The plan.
         settings: All settings of each cell, by its name.
     """
-    named = {key for axis in plan.axes for change in axis.values.values() for key in change}
+    named = {key for axis in plan.axes for change in axis.values.values() for key in flatten(change)}
     named |= set(plan.search.space) if plan.search is not None else set()
     base = settings[plan.arms[plan.baseline].name]
     found = {}
