@@ -162,7 +162,7 @@ class Tuner:
             self._save(self.folder)
             self._train(self.trials[-1])
         if len(self.trials) == 1 and self.left_s < 0:
-            used = duration(self.trials[0]["seconds"])
+            used = duration(self.used_s)  # with what comes before its trial, such as reading the data
             print(f"the default alone took {used}, more than the budget of {duration(self.budget_s)}")
 
     def _next_point(self) -> dict[str, Any] | None:
