@@ -132,10 +132,7 @@ def _main(work: Callable[[], int | None], output: str, environment: dict[str, st
     sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    status = exit_status(work)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    sys.exit(status)
+    sys.exit(exit_status(work))
 
 
 def _run_commands(commands: list[list[str]]) -> int:

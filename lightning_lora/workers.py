@@ -1,4 +1,7 @@
-"""Worker processes, on this machine or on a Ray cluster, that do the same work: they share its tasks by ``claims``.
+"""Processes that share tasks: by locks in a folder that all see, on this machine, on several, or on a Ray cluster.
+
+Whoever holds a task's lock does it. A lock dies with its process, so what a killed process has left is done by another
+one. On a filesystem without locks nothing is held: two processes may then do the same task.
 
 On Ray the nodes must see the tasks' folder and the data at the same paths and have this package. Ray chooses the node
 of a worker and starts it again where its node is lost; what the lost one held is done by whoever gets its lock.
@@ -9,22 +12,76 @@ import io
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_lora.children import join_children, last_error, start_child
-from lightning_lora.errors import UserError, first_line
-from lightning_lora.files import POLL_S
+from lightning_lora.errors import BusyError, UserError, first_line
+from lightning_lora.files import POLL_S, locked_folder
 from lightning_lora.interrupts import StopRequest
 from lightning_lora.program import install_line
 
 EXECUTORS = ("local", "ray")
 #: How often Ray starts a worker again whose process or node was lost.
 RETRIES = 3
+#: The folder, beside what the tasks make, that holds a folder to lock for each task under way.
+CLAIMS = ".claims"
+
+Item = TypeVar("Item")
+
+
+@contextmanager
+def claimed(folder: Path, name: str) -> Iterator[None]:
+    """Hold a task for this process.
+
+    Args:
+        folder: The folder that the processes share.
+        name: The task's.
+
+    Raises:
+        BusyError: Another process holds it.
+    """
+    claim = folder / CLAIMS / name
+    with ExitStack() as stack:
+        while True:
+            try:
+                claim.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked_folder(claim, f"another process holds {name}"))
+                break
+            except (FileNotFoundError, FileExistsError):  # who held it has just removed it
+                continue
+        yield
+        # While it is held, and only now that the task is done: who gets hold of it later checks that first.
+        with contextlib.suppress(OSError):
+            claim.rmdir()
+            claim.parent.rmdir()
+
+
+def share_tasks(tasks: Iterable[Item], folder: Path, name: Callable[[Item], str], do: Callable[[Item], None]) -> None:
+    """Do the tasks that no other process does, and wait until the others are done.
+
+    Args:
+        tasks: All tasks.
+        folder: The folder that the processes share.
+        name: Gives a task's name.
+        do: Does a task that this process holds, or returns at once where it is done already.
+    """
+    left = list(tasks)
+    while left:
+        busy = []
+        for task in left:
+            try:
+                with claimed(folder, name(task)):
+                    do(task)
+            except BusyError:
+                busy.append(task)
+        if left := busy:
+            time.sleep(POLL_S)
 
 
 @dataclass(frozen=True)
@@ -100,11 +157,11 @@ def _run_here(work: Callable[[], int | None], count: int, one_gpu_each: bool, wa
         outputs = [Path(folder) / f"{number}.txt" for number in range(count)]
         processes = []
         for number, output in enumerate(outputs):
+            output.touch()
             own = {"CUDA_VISIBLE_DEVICES": visible[number % gpus]} if gpus > 1 else {}
             processes.append(start_child(partial(work_with_threads, work, threads), output, own))
-        statuses = join_children(processes, watch)
-        texts = [output.read_text(encoding="utf-8") if output.exists() else "" for output in outputs]
-    return [_failure(status, text) for status, text in zip(statuses, texts, strict=True) if status]
+        ended = zip(join_children(processes, watch), outputs, strict=True)
+        return [_failure(status, output.read_text(encoding="utf-8")) for status, output in ended if status]
 
 
 def work_with_threads(work: Callable[[], int | None], threads: int) -> int | None:
@@ -155,10 +212,8 @@ def room_for(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> fl
     """Return how many workers the nodes of a Ray cluster have room for.
 
     Raises:
-        UserError: They have none, for which Ray would wait for ever, or the needs are no numbers from 0 on.
+        UserError: They have none, for which Ray would wait for ever.
     """
-    if not all(0 <= count < math.inf for count in (cpus, gpus)):
-        raise UserError(f"--cell_cpus, --cell_gpus: numbers from 0 on are needed, got {cpus} and {gpus}")
     alive = [node.get("Resources", {}) for node in nodes if node.get("Alive")]
     needs = {name: count for name, count in {"CPU": cpus, "GPU": gpus}.items() if count}
     room = sum(min((node.get(name, 0) // count for name, count in needs.items()), default=math.inf) for node in alive)

@@ -1,7 +1,7 @@
 """``main.py ablate``: an experiment that a config describes, and its report."""
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.recipes import find_config
 from lightning_lora.config.settings import read_config
 from lightning_lora.errors import UserError
-from lightning_lora.experiments.data_sets import split_sets
+from lightning_lora.experiments.resolving import split_sets
 from lightning_lora.experiments.runner import add_options, run_experiment
 from lightning_lora.runs.folder import folder_name
 
@@ -41,21 +41,20 @@ def run(argv: list[str]) -> int:
     if "sets" not in content:
         if options.sets:
             raise UserError(f"--sets: {path} describes no sets")
-        return _run_one(content, path, folder, options, overrides, command)
+        return run_one(content, path, folder, options, overrides, command)
     sets = split_sets(content, options.small, options.sets)
     status = 0
     for number, (each, own) in enumerate(sets.items(), 1):
         print(f"\n== set {number} of {len(sets)}: {each}", flush=True)
-        status |= _run_one(own, path, folder / each, options, overrides, command)
+        status |= run_one(own, path, folder / each, options, overrides, command)
     if not options.plan:
         write_sets_report(folder)
     return status
 
 
-def _run_one(
-    content: Mapping[str, Any], path: Path, folder: Path, options: Namespace, overrides: Sequence[str], argv: list[str]
-) -> int:
-    status = run_experiment(content, path, folder, options, overrides, argv)
+def run_one(content: Mapping[str, Any], path: Path, folder: Path, options: Namespace, *more: Any) -> int:
+    """Run what is missing of an ablation, and write its report where it was not the plan alone that was asked for."""
+    status = run_experiment(content, path, folder, options, *more)
     if not options.plan:
         write_ablation_report(folder)
     return status

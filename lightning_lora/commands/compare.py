@@ -7,13 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.commands.report import write_ablation_report
+from lightning_lora.commands.ablate import run_one
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.recipes import DEFAULT_CONFIG, find_config
 from lightning_lora.config.settings import DEFAULT_SEED, read_config
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.plan import ARM
-from lightning_lora.experiments.runner import add_options, run_experiment
+from lightning_lora.experiments.runner import add_options
 from lightning_lora.models.methods import BASELINES, METHODS, AdapterOptions, find_method
 from lightning_lora.models.quantization import Quantization
 from lightning_lora.runs.folder import folder_name
@@ -48,11 +48,7 @@ def run(argv: list[str]) -> int:
         "baseline": {ARM: options.baseline or next(iter(arms))},
         "seeds": options.seed_everything or seeds[-1:] or [DEFAULT_SEED],
     }
-    path = folder / "comparison.yaml"
-    status = run_experiment(content, path, folder, options, overrides, ["compare", *argv], configs)
-    if not options.plan:
-        write_ablation_report(folder)
-    return status
+    return run_one(content, folder / "comparison.yaml", folder, options, overrides, ["compare", *argv], configs)
 
 
 def choose_arms(names: Sequence[str] | None, described: Any) -> dict[str, dict[str, Any]]:

@@ -45,20 +45,13 @@ def tune(cli: ConfiguredRun, argv: list[str], stem: str, started: float) -> None
     space = make_space(configs, options, typed)
     command = command_line("fit", *argv)
     print(f"search within {duration(budget_s)}: {folder}; over {', '.join(space.dimensions)}", flush=True)
-    run = Tuner(space, folder, budget_s, config.seed_everything, command, tuning_page, started).run()
-    print_tuning(run)
-
-
-def print_tuning(folder: RunFolder) -> None:
-    """Print what a search within a time has kept, and what to type next."""
-    record = folder.read()
-    tuning, rows = record["tuning"], record["data"]["splits"]["val"]["rows"]
-    print(f"\nkept: {kept_words(tuning)}")
-    metric = primary_metric(tuning.get("task", "single_label"))[1]
+    record = Tuner(space, folder, budget_s, config.seed_everything, command, tuning_page, started).run().read()
+    rows, metric = record["data"]["splits"]["val"]["rows"], primary_metric(space.task)[1]
+    print(f"\nkept: {kept_words(record['tuning'])}")
     biased = f"chosen on {rows:,} validation rows, which its {metric} is optimistically biased on"
     print(f"{biased}; test rows played no part")
-    print(f"run folder: {folder.path} (what was tried: tuning.md)")
-    print(f"next: {command_line('test', '--run', folder.path)}")
+    print(f"run folder: {folder} (what was tried: tuning.md)")
+    print(f"next: {command_line('test', '--run', folder)}")
 
 
 def kept_words(tuning: Mapping[str, Any]) -> str:
@@ -84,8 +77,5 @@ def tuning_page(tuning: Mapping[str, Any]) -> str:
         changed = changes_words(trial["settings"])
         rows.append([str(trial["number"]), changed, *scores, f"{trial['seconds']:.1f}", status])
     told = f"Budget {duration(tuning['budget_s'])}, used {duration(tuning['used_s'])}. Kept: {kept_words(tuning)}."
-    judged = (
-        "All figures are of validation rows, by which the trial was chosen: those of the kept one are optimistically "
-    )
-    judged += "biased. Test rows played no part."
-    return f"# Search within a time\n\n{told}\n\n{judged}\n\n{markdown(rows)}\n"
+    judged = "All figures are of validation rows, by which the kept trial was chosen: its are optimistically biased."
+    return f"# Search within a time\n\n{told}\n\n{judged} Test rows played no part.\n\n{markdown(rows)}\n"

@@ -15,8 +15,7 @@ from lightning_lora.program import command_line
 from lightning_lora.reports import ablation_pages
 from lightning_lora.reports.ablation import Report, answer
 from lightning_lora.reports.ablation_figures import overview_figure
-from lightning_lora.reports.ablation_tables import arm_table, as_document, metric_table
-from lightning_lora.reports.data_sets import sets_note, sets_table
+from lightning_lora.reports.ablation_tables import arm_table, as_document, metric_table, sets_note, sets_table
 from lightning_lora.reports.tables import markdown
 from lightning_lora.runs.folder import plain
 
@@ -40,11 +39,10 @@ def run(argv: list[str]) -> int:
     given = [path for path in paths if path not in [*ablations, *of_sets]]
     if not given and (options.baseline or options.output):
         raise UserError("--baseline and --output are for the report of runs; an ablation has its own")
-    for path in ablations:
+    parts = [place.parent for path in of_sets for place in sorted(path.glob("*/ablation.json"))]
+    for path in [*ablations, *parts]:
         write_ablation_report(path)
     for path in of_sets:
-        for place in sorted(path.glob("*/ablation.json")):
-            write_ablation_report(place.parent)
         write_sets_report(path)
     if not given:
         return 0
@@ -61,8 +59,8 @@ def run(argv: list[str]) -> int:
             count = f"{len(group)} run{'s' * (len(group) > 1)}"
             source = group[0].settings.get("data.source")
             print(f"\n== {source}: {count} ({', '.join(run.name for run in group)})")
-        first = baseline if baseline in group else group[0]
-        write_runs_report(group, first or group[0], output, command_line("report", *argv))
+        first = next((run for run in group if run is baseline), group[0])
+        write_runs_report(group, first, output, command_line("report", *argv))
     return 0
 
 
@@ -155,18 +153,10 @@ def write_runs_report(runs: Sequence[GivenRun], baseline: GivenRun, output: Path
     if any((output / file).exists() for file in ("run.json", "config.yaml", "ablation.json")):
         raise UserError(f"--output: {output} is the folder of a run or ablation; choose another")
     plan, cells, changes = as_ablation(runs, baseline)
-    arms = compare_arms(plan, cells)
-    for run in runs[1:]:
-        if run.fingerprint(arms[0].split) != runs[0].fingerprint(arms[0].split):
-            rows = "test" if arms[0].split == "test" else "validation"
-            raise UserError(
-                f"report: {runs[0].name} and {run.name} have different {rows} rows (another source, split_seed or "
-                "number of rows) and cannot be compared; report them apart"
-            )
     tests = [sum(name.startswith("test") for name in run.record.get("evaluations", {})) for run in runs]
     notes = ["Nothing was chosen by this report: all runs that were given are in it.", *remarks(runs)]
     counts = sum(tests), sum(map(bool, tests))
-    write_report(Report(output.name, plan, command, arms, cells, counts, changes, notes), output)
+    write_report(Report(output.name, plan, command, compare_arms(plan, cells), cells, counts, changes, notes), output)
 
 
 def write_report(report: Report, folder: Path) -> None:

@@ -89,7 +89,7 @@ def as_ablation(runs: Sequence[GivenRun], baseline: GivenRun) -> tuple[Plan, lis
     They are compared on test rows where all have answered them, else on validation rows.
 
     Raises:
-        UserError: Two runs have the same settings and seed.
+        UserError: Two runs have the same settings and seed, or other rows.
     """
     keys = differing(runs)
     labels = arm_labels(runs, keys)
@@ -97,11 +97,15 @@ def as_ablation(runs: Sequence[GivenRun], baseline: GivenRun) -> tuple[Plan, lis
     taken: dict[tuple[str, int], str] = {}
     cells = []
     tested = all("test" in run.answers for run in runs)
-    for run in runs:
-        label = labels[run.place]
+    split = "test" if tested else "val"
+    for run, label in zip(runs, labels, strict=True):
         firsts.setdefault(label, run)
-        other = taken.setdefault((label, run.seed), run.name)
-        if other != run.name:
+        if run.fingerprint(split) != runs[0].fingerprint(split):
+            raise UserError(
+                f"report: {runs[0].name} and {run.name} have different {split} rows (another source, split_seed or "
+                "number of rows) and cannot be compared; report them apart"
+            )
+        if (other := taken.setdefault((label, run.seed), run.name)) != run.name:
             raise UserError(f"report: {other} and {run.name} have the same settings and seed; leave one of them out")
         cell = Cell(label, "", {ARM: label}, run.seed, run.settings)
         # Where only some have answered the test rows, none of those answers is shown beside the others'.
@@ -109,7 +113,6 @@ def as_ablation(runs: Sequence[GivenRun], baseline: GivenRun) -> tuple[Plan, lis
         judged = answers.get("test", answers.get("val"))
         reason = one_class(judged) if judged and "val" in answers else "no predictions of validation rows"
         cells.append(CellResult(cell, "finished", reason, run.record, answers, run.place))
-    base = firsts[labels[baseline.place]]
     question = f"{len(runs)} runs that differ in {', '.join(keys)}: which are better, and by how much?"
     if len(firsts) == 1:
         question = f"How good {f'are {len(runs)} runs of other seeds' if len(runs) > 1 else f'is {runs[0].name}'}?"
@@ -117,17 +120,15 @@ def as_ablation(runs: Sequence[GivenRun], baseline: GivenRun) -> tuple[Plan, lis
         question=question,
         base=None,
         axes=[Axis(ARM, {label: run.settings for label, run in firsts.items()}, chosen=False, numbers=False)],
-        baseline=labels[baseline.place],
+        baseline=labels[runs.index(baseline)],
         seeds=sorted({run.seed for run in runs}),
         metric=row_metrics((baseline.record.get("data") or {}).get("task", "single_label"))[0],
         margin=0.01,
         cells=[result.cell for result in cells],
     )
     own = {label: {**run.settings, **_follows(run)} for label, run in firsts.items()}
-    found = {
-        label: changes(own[plan.baseline], own[label], own[label].keys() | own[plan.baseline].keys()) for label in own
-    }
-    return plan, cells, {label: each for label, each in found.items() if firsts[label] is not base}
+    base = own.pop(plan.baseline)
+    return plan, cells, {label: changes(base, each, {*base, *each}) for label, each in own.items()}
 
 
 def differing(runs: Sequence[GivenRun]) -> list[str]:
@@ -137,17 +138,15 @@ def differing(runs: Sequence[GivenRun]) -> list[str]:
     return [key for key in keys if any(each.get(key) != settings[0].get(key) for each in settings)]
 
 
-def arm_labels(runs: Sequence[GivenRun], keys: Sequence[str]) -> dict[Path, str]:
+def arm_labels(runs: Sequence[GivenRun], keys: Sequence[str]) -> list[str]:
     """Return the arm of each run, by the settings in which the runs differ: "rank 8, learning_rate 0.0005"."""
     labels: dict[str, str] = {}
-    found = {}
     for run in runs:
         values = {key: run.settings.get(key) for key in keys}
         if str(values) not in labels:
             label = ", ".join(f"{key.split('.')[-1]} {_value(value)}" for key, value in values.items()) or "all runs"
             labels[str(values)] = run.name if len(label) > _LONGEST_LABEL or label in labels.values() else label
-        found[run.place] = labels[str(values)]
-    return found
+    return [labels[str({key: run.settings.get(key) for key in keys})] for run in runs]
 
 
 def remarks(runs: Sequence[GivenRun]) -> list[str]:
@@ -164,19 +163,18 @@ def remarks(runs: Sequence[GivenRun]) -> list[str]:
         data = str({key: value for key, value in run.settings.items() if key.startswith("data.")})
         first = trained.setdefault(data, run)
         if run.fingerprint("train") != first.fingerprint("train"):
-            found.append(f"warning: {first.name} and {run.name} were trained on different rows; the source has changed")
-            break
+            why = "the source has changed"
+            return [*found, f"warning: {first.name} and {run.name} were trained on different rows; {why}"]
     return found
 
 
 def _follows(run: GivenRun) -> dict[str, Any]:
     """What follows from settings that do not show it: the method's own learning rate, and a ratio."""
-    follows: dict[str, Any] = {}
     settings, model = run.settings, run.record.get("model") or {}
+    rank, alpha = (settings.get(f"model.adapter.{name}") for name in ("rank", "alpha"))
+    follows: dict[str, Any] = {"alpha / rank": alpha / rank} if rank and alpha else {}
     if "model.learning_rate" not in settings and "learning_rate" in model:
         follows["learning rate of the method"] = model["learning_rate"]
-    if settings.get("model.adapter.rank") and settings.get("model.adapter.alpha"):
-        follows["alpha / rank"] = settings["model.adapter.alpha"] / settings["model.adapter.rank"]
     return follows
 
 

@@ -16,11 +16,13 @@
     folds: 5                             # cross-validation: each labelled row is tested once for each arm and seed
     metric: accuracy
     margin: 0.01                         # smaller differences count as none; of mse a share of the labels' variance
-    published: {rank 8: 0.93}               # of others, for an arm: ``published.py``
+    published: {rank 8: 0.93}            # of others, for an arm: shown beside what is measured, never compared with it
+    published_in: Hu et al. 2022, Table 2
     search: {space: {...}, trials: 12}   # instead of chosen axes: ``search_space.py``
     small: {seeds: [1, 2], settings: {data.train_rows: 200}, axes: {rank: ["2", "8"]}, trials: 3}
 
-Instead of axes, or beside chosen ones, ``arms: {NAME: settings}`` names the arms and what each changes.
+Instead of axes, or beside chosen ones, ``arms: {NAME: settings}`` names the arms and what each changes. With
+``sets: {NAME: settings}`` each data set has an ablation of its own, as arms are paired on the same rows.
 
 An arm is one combination of values of the compared axes, a variant of it one of the chosen axes, a cell a variant with
 a seed, and a fold where there are folds. Imports no torch.
@@ -28,7 +30,7 @@ a seed, and a fold where there are folds. Imports no torch.
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,29 +39,14 @@ from numpy.typing import NDArray
 
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metric_table import METRICS, compared_metrics
-from lightning_lora.experiments.published import Published, make_published
-from lightning_lora.experiments.search_space import ByAxis, Search, SearchResult, make_search, require
+from lightning_lora.experiments.search_space import ByAxis, Search, SearchResult, column_of, make_search, require
 
 #: The axis of arms that are named one by one.
 ARM = "arm"
-MOST_CELLS = 10_000
 _KEYS = (
-    "question",
-    "base",
-    "settings",
-    "axes",
-    "arms",
-    "search",
-    "baseline",
-    "seeds",
-    "folds",
-    "metric",
-    "margin",
-    "published",
-    "published_in",
-    "small",
+    *("question", "base", "settings", "axes", "arms", "search", "baseline", "seeds", "folds"),
+    *("metric", "margin", "published", "published_in", "small"),
 )
-_SMALL_KEYS = ("settings", "seeds", "folds", "axes", "trials")
 
 
 @dataclass(frozen=True)
@@ -107,9 +94,25 @@ class Cell:
     @property
     def name(self) -> str:
         """A folder's name: "rank-8__rate-0.0005__seed-1"."""
-        parts = [f"{axis}-{value}" for axis, value in self.values.items()]
-        fold = [] if self.fold is None else [f"fold-{self.fold}"]
-        return re.sub(r"[^A-Za-z0-9_.\-]", "_", "__".join([*parts, f"seed-{self.seed}", *fold]))
+        parts = {**self.values, "seed": self.seed, **({} if self.fold is None else {"fold": self.fold})}
+        return re.sub(r"[^A-Za-z0-9_.\-]", "_", "__".join(f"{axis}-{value}" for axis, value in parts.items()))
+
+
+@dataclass(frozen=True)
+class Published:
+    """Figures of others, shown beside what was measured.
+
+    Args:
+        figures: Of the metric, by the arm's label.
+        source: Where they are from.
+    """
+
+    figures: Mapping[str, float] = field(default_factory=dict)
+    source: str = ""
+
+    def shown(self, arm: str) -> str:
+        """Return the figure of an arm in words, a hyphen where there is none."""
+        return f"{self.figures[arm]:.3f}" if arm in self.figures else "-"
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,11 @@ class Plan:
             found.setdefault(cell.arm, cell)
         return found
 
+    def space_of(self, arm: str) -> dict[str, Any]:
+        """Return what is searched for an arm: one of Optuna's distributions for each setting."""
+        assert self.search is not None
+        return self.search.for_arm(self.arms[arm].values)
+
     @property
     def tried(self) -> int:
         """Variants of each arm: its budget of tuning."""
@@ -169,30 +177,27 @@ class Plan:
 
     def trial_cell(self, arm: str, number: int | None, settings: Mapping[str, Any], seed: int | None = None) -> Cell:
         """Return the cell of a trial of the search; the number is None for the best one before there is one."""
-        first = self.arms[arm]
-        trial = "none" if number is None else str(number)
-        values = {axis: value for axis, value in first.values.items() if axis != "trial"} | {"trial": trial}
+        first, trial = self.arms[arm], "none" if number is None else str(number)
+        values = {**first.values, "trial": trial}
         return Cell(arm, trial, values, self.seeds[0] if seed is None else seed, {**first.change, **settings})
 
     def with_found(self, found: Mapping[str, SearchResult]) -> "Plan":
         """Return the plan whose cells are those of each arm's best trial, with every seed."""
         if self.search is None:
             return self
-        cells = []
-        for seed, arm in itertools.product(self.seeds, self.arms):
-            best = found.get(arm, SearchResult()).best
-            cells.append(self.trial_cell(arm, best and best.number, best.params if best else {}, seed))
+        best = {arm: found.get(arm, SearchResult()).best for arm in self.arms}
+        cells = [
+            self.trial_cell(arm, trial and trial.number, trial.params if trial else {}, seed)
+            for seed, (arm, trial) in itertools.product(self.seeds, best.items())
+        ]
         return replace(self, cells=cells, found=found)
 
 
 def label_of(values: Mapping[str, str]) -> str:
     """Return values of axes in words: "rank 8, method lora", and a word alone where there is one axis."""
-    words = [f"{axis} {value}" for axis, value in values.items()]
-    return ", ".join(values.values() if len(words) == 1 and not _is_number(*values.values()) else words)
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", text) is not None
+    if len(values) == 1 and not re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", word := next(iter(values.values()))):
+        return word
+    return ", ".join(f"{axis} {value}" for axis, value in values.items())
 
 
 def make_plan(content: Mapping[str, Any], path: Path, small: bool = False) -> Plan:
@@ -216,7 +221,7 @@ def _make_plan(content: Mapping[str, Any], folder: Path, small: bool) -> Plan:
     _check_keys(content, _KEYS, "")
     axes = _axes(content)
     # Those that the small size leaves out may have published figures too.
-    labels = dict.fromkeys(cell.arm for cell in _cells(axes, [0], {}, None))
+    labels = {cell.arm: None for cell in _cells(axes, [0], {}, None)}
     if small:
         content, axes = _smaller(content, axes)
     compared = [axis for axis in axes if not axis.chosen]
@@ -227,37 +232,37 @@ def _make_plan(content: Mapping[str, Any], folder: Path, small: bool) -> Plan:
     require(metric in compared_metrics(), f"metric: '{metric}' is none of {', '.join(compared_metrics())}")
     known = type(margin) in (int, float) and 0 < margin < 1
     require(known, f"margin: a number between 0 and 1 is needed, got {margin}")
-    seeds = content.get("seeds", [1, 2, 3])
+    seeds, folds = content.get("seeds", [1, 2, 3]), content.get("folds")
     known = isinstance(seeds, list) and seeds and all(type(seed) is int and seed >= 0 for seed in seeds)
     require(known, "seeds: a list of whole numbers is needed, such as [1, 2, 3]")
-    require(len(set(seeds)) == len(seeds), "seeds: one is duplicated")
-    settings, folds = flatten(content.get("settings")), content.get("folds")
     require(folds is None or (type(folds) is int and folds > 1), f"folds: a number from 2 on is needed, got {folds}")
     search = None
     if "search" in content:
         require(len(compared) == len(axes), "search: what is chosen is searched; leave chosen axes out, or the search")
         require(folds is None, "search: with folds its trials would see test rows of other folds; use chosen axes")
         search = make_search(content["search"], [axis.name for axis in axes])
-    _check_settings(axes, settings=settings, **{"search.space": search.space if search is not None else {}})
-    base = content.get("base")
-    cells = _cells(axes, seeds, settings, folds)
-    given = folds is not None and settings.keys() | {key for axis in axes for v in axis.values.values() for key in v}
-    if given and (key := next((key for key in ("data.fold", "data.test_size") if key in given), None)):
-        raise UserError(f"{key}: folds say which rows are tested; leave it out")
+    settings = flatten(content.get("settings"))
+    _check_settings(axes, settings, search.space if search is not None else {}, folds)
     plan = Plan(
         question,
-        (folder / str(base)).resolve() if base else None,
+        (folder / content["base"]).resolve() if content.get("base") else None,
         axes,
-        _baseline(content.get("baseline"), compared),
-        list(seeds),
+        _baseline(content.get("baseline") or {}, compared),
+        seeds,
         metric,
         float(margin),
-        cells,
+        _cells(axes, seeds, settings, folds),
         search,
         folds=folds,
-        published=make_published(content, labels),
+        published=_published(content, labels),
     )
-    _check_cells(plan)
+    for cell in plan.cells:
+        usable = re.fullmatch(r"[A-Za-z0-9][\w.\-]{0,90}", cell.name)
+        require(usable, f"axes: '{cell.name:.120}' would be a cell's folder; give axes and values shorter names")
+        if search is not None:
+            search.for_arm(cell.values)  # there must be a space for each
+    distinct = len({cell.name for cell in plan.cells}) == len(plan.cells)
+    require(distinct, "two cells have the same name; leave out the second of two seeds, or give values other names")
     return plan
 
 
@@ -282,8 +287,8 @@ def flatten(described: Any, key: str = "settings") -> dict[str, Any]:
 
 
 def _check_keys(content: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    if unknown := sorted(set(content) - set(known)):
-        raise UserError(f"{where}unknown key '{unknown[0]}'; there are {', '.join(known)}")
+    unknown = sorted(set(content) - set(known))
+    require(not unknown, f"{where}unknown key '{''.join(unknown[:1])}'; there are {', '.join(known)}")
 
 
 def _axes(content: Mapping[str, Any]) -> list[Axis]:
@@ -301,53 +306,35 @@ def _axes(content: Mapping[str, Any]) -> list[Axis]:
 def _axis(name: str, described: Any) -> Axis:
     where, needed = f"axes.{name}", f"axes.{name}: settings with a list of values each are needed"
     require(isinstance(described, dict), needed)
-    chosen, names = described.get("chosen", False), described.get("names")
-    columns = {key: _column(values) for key, values in described.items() if key not in ("chosen", "names")}
+    columns = {key: column_of(values) for key, values in described.items() if key not in ("chosen", "names")}
     require(columns and all(isinstance(values, list) and values for values in columns.values()), needed)
     lengths = {key: len(values) for key, values in columns.items()}
-    require(
-        len(set(lengths.values())) == 1,
-        f"{where}: settings that change together need as many values each, got {lengths}",
-    )
-    require(isinstance(chosen, bool), f"{where}.chosen: true or false is needed")
-    require(isinstance(names, list | None), f"{where}.names: a list of words is needed, got {names}")
-    first = next(iter(columns.values()))
+    together = len(set(lengths.values())) == 1
+    require(together, f"{where}: settings that change together need as many values each, got {lengths}")
+    first, names = next(iter(columns.values())), described.get("names")
     by_arm = any(isinstance(value, ByAxis) for value in first)
     require(names or not by_arm, f"{where}: values that depend on an axis need names, such as names: [low, high]")
-    words = [str(word) for word in (first if names is None else names)]
+    words = [str(word) for word in names or first]
     require(len(first) == len(words) == len(set(words)), f"{where}: each value needs a name of its own, got {words}")
-    values = {word: {key: column[i] for key, column in columns.items()} for i, word in enumerate(words)}
+    rows = zip(*columns.values(), strict=True)
+    values = {word: dict(zip(columns, row, strict=True)) for word, row in zip(words, rows, strict=True)}
     single = [v for value in first for v in (value.values.values() if isinstance(value, ByAxis) else [value])]
-    return Axis(name, values, chosen, all(type(value) in (int, float) for value in single))
-
-
-def _column(values: Any) -> Any:
-    """The values of a setting; those that are given for each value of another axis, {axis: {value: [...]}}, in rows."""
-    if not isinstance(values, dict) or len(values) != 1:
-        return values
-    ((axis, columns),) = values.items()
-    try:
-        rows = list(zip(*columns.values(), strict=True))
-    except (AttributeError, TypeError, ValueError):
-        return None
-    return [ByAxis(str(axis), dict(zip(map(str, columns), row, strict=True))) for row in rows]
+    return Axis(name, values, bool(described.get("chosen")), all(type(value) in (int, float) for value in single))
 
 
 def _smaller(content: Mapping[str, Any], axes: list[Axis]) -> tuple[dict[str, Any], list[Axis]]:
     """The content and the axes at the small size."""
-    small = content.get("small")
+    small: Any = content.get("small")
     require(isinstance(small, dict), "small: not described in this config")
-    assert isinstance(small, dict)
-    _check_keys(small, _SMALL_KEYS, "small: ")
-    changed = {**content, "seeds": small.get("seeds", content.get("seeds", [1, 2, 3]))}
-    changed |= {"folds": small["folds"]} if "folds" in small else {}
+    _check_keys(small, ("settings", "seeds", "folds", "axes", "trials"), "small: ")
+    changed = {**content, **{key: small[key] for key in ("seeds", "folds") if key in small}}
     changed["settings"] = flatten(content.get("settings")) | flatten(small.get("settings"), "small.settings")
     if "trials" in small and isinstance(content.get("search"), dict):
         changed["search"] = {**content["search"], "trials": small["trials"]}
-    fewer = {axis.name: {name: name for name in axis.values} for axis in axes} | (small.get("axes") or {})
+    fewer = dict(small.get("axes") or {})
     kept = []
     for axis in axes:
-        wanted = [str(name) for name in fewer.pop(axis.name)]
+        wanted = list(map(str, fewer.pop(axis.name, axis.values)))
         known = wanted and set(wanted) <= set(axis.values)
         require(known, f"small.axes.{axis.name}: a list of its values is needed ({', '.join(axis.values)})")
         kept.append(replace(axis, values={name: axis.values[name] for name in wanted}))
@@ -355,26 +342,40 @@ def _smaller(content: Mapping[str, Any], axes: list[Axis]) -> tuple[dict[str, An
     return changed, kept
 
 
-def _check_settings(axes: Sequence[Axis], **given: Iterable[str]) -> None:
-    """Refuse settings that axes vary too, and a setting that is a part of another."""
+def _check_settings(
+    axes: Sequence[Axis], settings: Collection[str], searched: Collection[str], folds: int | None
+) -> None:
+    """Refuse settings that axes or folds vary too, and a setting that is a part of another."""
     varied = {key for axis in axes for change in axis.values.values() for key in change}
-    for where, keys in given.items():
-        if taken := sorted(varied & set(keys)):
-            raise UserError(f"{where}: {taken[0]} is varied by an axis")
-    keys = sorted({*varied, *(key for each in given.values() for key in each)})
+    for where, given in {"settings": settings, "search.space": searched}.items():
+        taken = sorted(varied & set(given))
+        require(not taken, f"{where}: {''.join(taken[:1])} is varied by an axis")
+    keys = sorted({*varied, *settings, *searched})
     for key, inner in itertools.product(keys, keys):
         require(not inner.startswith(f"{key}."), f"{key} and {inner} are both given: one is a part of the other")
+    for key in ("data.fold", "data.test_size") if folds is not None else ():
+        require(key not in keys, f"{key}: folds say which rows are tested; leave it out")
 
 
-def _baseline(described: Any, compared: Sequence[Axis]) -> str:
-    require(isinstance(described, dict | None), "baseline: a value of each axis is needed, such as {rank: 8}")
-    given = {str(name): str(value) for name, value in (described or {}).items()}
+def _baseline(described: Mapping[str, Any], compared: Sequence[Axis]) -> str:
+    require(isinstance(described, dict), "baseline: a value of each axis is needed, such as {rank: 8}")
+    given = {str(name): str(value) for name, value in described.items()}
     found = {axis.name: given.pop(axis.name, next(iter(axis.values))) for axis in compared}
     require(not given, f"baseline: '{next(iter(given), None)}' is no compared axis")
     for axis in compared:
-        value = found[axis.name]
-        require(value in axis.values, f"baseline: {axis.name} {value} is none of {', '.join(axis.values)}")
+        known = found[axis.name] in axis.values
+        require(known, f"baseline: {axis.name} {found[axis.name]} is none of {', '.join(axis.values)}")
     return label_of(found)
+
+
+def _published(content: Mapping[str, Any], arms: Collection[str]) -> Published:
+    figures, source = content.get("published") or {}, str(content.get("published_in") or "").strip()
+    require(isinstance(figures, dict), "published: a figure for each arm is needed, such as {lora: 0.93}")
+    for arm, figure in figures.items():
+        require(str(arm) in arms, f"published: there is no arm '{arm}'; there are {', '.join(arms)}")
+        require(type(figure) in (int, float), f"published.{arm}: a number is needed, got {figure}")
+    require(source or not figures, "published_in: say where the published figures are from")
+    return Published({str(arm): float(figure) for arm, figure in figures.items()}, source)
 
 
 def _cells(axes: Sequence[Axis], seeds: Sequence[int], settings: Mapping[str, Any], folds: int | None) -> list[Cell]:
@@ -392,16 +393,3 @@ def _cells(axes: Sequence[Axis], seeds: Sequence[int], settings: Mapping[str, An
         )
         cells.append(Cell(arm, variant, here, seed, change, fold))
     return cells
-
-
-def _check_cells(plan: Plan) -> None:
-    count = len(plan.cells)
-    require(count <= MOST_CELLS, f"{count:,} cells; at most {MOST_CELLS:,} make sense")
-    if plan.search is not None:
-        for cell in plan.arms.values():
-            plan.search.for_arm(cell.values)  # there must be a space for each
-    for cell in plan.cells:
-        usable = re.fullmatch(r"[A-Za-z0-9][\w.\-]{0,90}", cell.name)
-        require(usable, f"axes: '{cell.name:.120}' would be a cell's folder; give axes and values shorter names")
-    distinct = len({cell.name for cell in plan.cells}) == count
-    require(distinct, "axes: two cells have the same name; give the values of an axis names of their own")

@@ -18,12 +18,52 @@ from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.confounders import Change, changes
-from lightning_lora.experiments.plan import ARM, Plan, label_of
+from lightning_lora.experiments.plan import ARM, Plan, flatten, label_of
 from lightning_lora.experiments.results import first_difference
+from lightning_lora.experiments.search_space import require
 from lightning_lora.locations import check_model
 from lightning_lora.models.methods import AdapterOptions, check_options, find_method
 from lightning_lora.models.quantization import Quantization, check_quantization
+from lightning_lora.runs.folder import folder_name
 from lightning_lora.training.length import describe_length
+
+#: Refuses a base model that does not exist before any cell is trained; a hub is asked once.
+_check_base = cache(check_model)
+#: Keys that a data set of several may have of its own.
+_SET_KEYS = ("base", "metric", "published")
+
+
+def split_sets(
+    content: Mapping[str, Any], small: bool, wanted: Sequence[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return the config of each data set's ablation, by the set's name.
+
+    Args:
+        content: The config, with ``sets``: settings by name, and ``_SET_KEYS``.
+        small: Whether the small size is asked for; its ``sets`` are a list of names.
+        wanted: The names that are asked for; by default those of the size.
+
+    Raises:
+        UserError: The sets are not described as above, or a name is unknown.
+    """
+    described = content["sets"]
+    require(isinstance(described, dict) and described, "sets: settings by name are needed")
+    shared, names = {key: value for key, value in content.items() if key != "sets"}, list(map(str, described))
+    if isinstance(shared.get("small"), dict) and "sets" in shared["small"]:
+        shared["small"] = dict(shared["small"])
+        fewer = shared["small"].pop("sets")
+        require(isinstance(fewer, list) and {*fewer} <= {*names}, f"small.sets: a list of {', '.join(names)} is needed")
+        wanted = wanted or (fewer if small else None)
+    found = {}
+    for name, given in zip(names, described.values(), strict=True):
+        require(folder_name(name, "sets") == name, f"sets: '{name}' cannot be a folder's name")
+        require(isinstance(given, dict | None), f"sets.{name}: settings are needed, such as {{data.source: rows.csv}}")
+        own = dict(given or {})
+        apart = {key: own.pop(key) for key in _SET_KEYS if key in own}
+        found[name] = {**shared, **apart, "settings": flatten(content.get("settings")) | flatten(own, f"sets.{name}")}
+    for name in wanted or []:
+        require(name in found, f"--sets: there is no set '{name}'; there are {', '.join(found)}")
+    return {name: found[name] for name in wanted or found}
 
 
 def with_arms(
@@ -34,7 +74,7 @@ def with_arms(
     Args:
         config: The config.
         path: Its path, to which that of the recipe is relative.
-        wanted: Names of arms, which are then the only ones.
+        wanted: Names of arms, which are then the only ones, also in what the config says of them.
 
     Raises:
         UserError: A wanted arm is none.
@@ -42,23 +82,17 @@ def with_arms(
     recipe = read_config(path.parent / str(config["base"]) if config.get("base") else DEFAULT_CONFIG)
     if not (config.get("axes") or config.get("arms")):
         config = {**config, "arms": recipe.pop("arms", None)}
-    return (_only_arms(config, wanted) if wanted else config), recipe
-
-
-def _only_arms(config: Mapping[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
-    """An ablation's config with some of its arms, and with what it says of these."""
-    described = config.get("arms")
-    arms = {str(name): change for name, change in described.items()} if isinstance(described, dict) else {}
+    if not wanted:
+        return config, recipe
+    arms = {str(name): change for name, change in (config.get("arms") or {}).items()}
     if missing := [name for name in wanted if name not in arms]:
         there = f"there are {', '.join(arms)}" if arms else "the config has axes and names no arms; leave it out"
         raise UserError(f"--arms: no arm '{missing[0]}'; {there}")
     kept, dropped = {**config, "arms": {name: arms[name] for name in wanted}}, arms.keys() - set(wanted)
-    if isinstance(figures := config.get("published"), dict):
-        kept["published"] = {name: figure for name, figure in figures.items() if str(name) not in dropped}
-    baseline = config.get("baseline")
-    if isinstance(baseline, dict) and str(baseline.get(ARM)) in dropped:
+    kept["published"] = {name: f for name, f in (config.get("published") or {}).items() if str(name) not in dropped}
+    if str((config.get("baseline") or {}).get(ARM)) in dropped:
         del kept["baseline"]
-    return kept
+    return kept, recipe
 
 
 def resolve_cells(plan: Plan, base: Sequence[Mapping[str, Any]], overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -75,7 +109,7 @@ def resolve_cells(plan: Plan, base: Sequence[Mapping[str, Any]], overrides: Sequ
         if key not in known:
             try:
                 known[key] = resolve(base, overrides, cell.change)
-                _check_base(known[key]["model"]["base_model"])
+                _check_base(known[key]["model"]["base_model"], "model.base_model")
             except UserError as error:
                 raise UserError(f"{label_of(cell.values)}: {error}") from error
         if (other := first_difference(known[key], cell.change)) is not None:
@@ -111,6 +145,11 @@ def resolve(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], change:
     return settings
 
 
+def data_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the data module of a cell is made with, of all its settings."""
+    return {**settings["data"], "base_model": settings["model"]["base_model"]}
+
+
 def data_module(data: Mapping[str, Any]) -> TextDataModule:
     """Return the data module of a cell.
 
@@ -129,18 +168,17 @@ def check_validated(settings: Mapping[str, dict[str, Any]]) -> None:
     Raises:
         UserError: A cell would end before it; faults of the data are told when the cell runs.
     """
-    limited: dict[str, tuple[str, dict[str, Any]]] = {}
+    checked = set()
     for name, each in settings.items():
-        trainer = each["trainer"]
+        trainer, data = each["trainer"], data_settings(each)
         ends_early = trainer["max_steps"] != -1 or trainer["limit_val_batches"] == 0
-        if ends_early and find_method(each["model"]["method"]).trains:
-            own = {**each["data"], "base_model": each["model"]["base_model"]}
-            limited.setdefault(json.dumps([own, trainer], sort_keys=True, default=str), (name, each))
-    for name, each in limited.values():
+        key = json.dumps([data, trainer], sort_keys=True, default=str)
+        if key in checked or not (ends_early and find_method(each["model"]["method"]).trains):
+            continue
+        checked.add(key)
         planned: dict[str, Any] = {}
         with contextlib.suppress(UserError):
-            data = data_module({**each["data"], "base_model": each["model"]["base_model"]})
-            planned = describe_length(each["trainer"], data, None)
+            planned = describe_length(trainer, data_module(data), None)
         if "not_validated" in planned:
             raise UserError(f"{name}: {planned['not_validated']}")
 
@@ -157,12 +195,6 @@ def nested(change: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-@cache
-def _check_base(base: str) -> None:
-    """Refuse a base model that does not exist before any cell is trained; a hub is asked once."""
-    check_model(base, "model.base_model")
-
-
 def find_changes(plan: Plan, settings: Mapping[str, dict[str, Any]]) -> dict[str, list[Change]]:
     """Return in what each arm differs from the baseline, by the arm's label; those that no axis names are confounders.
 
@@ -170,7 +202,7 @@ def find_changes(plan: Plan, settings: Mapping[str, dict[str, Any]]) -> dict[str
         plan: The plan.
         settings: All settings of each cell, by its name.
     """
-    named = {key for axis in plan.axes for change in axis.values.values() for key in change}
+    named = {key for axis in plan.axes for change in axis.values.values() for key in flatten(change)}
     named |= set(plan.search.space) if plan.search is not None else set()
     base = settings[plan.arms[plan.baseline].name]
     found = {}

@@ -21,7 +21,7 @@ from lightning_lora.evaluation.intervals import intervals, metrics_of, pseudo_va
 from lightning_lora.evaluation.metric_table import compared_metrics
 from lightning_lora.evaluation.outputs import OUTPUTS_KEY, Outputs
 from lightning_lora.evaluation.significance import Difference, Estimate, corrected, difference, estimate
-from lightning_lora.experiments.plan import Cell, Plan, make_plan
+from lightning_lora.experiments.plan import Cell, Plan, flatten, make_plan
 from lightning_lora.experiments.search_space import SearchResult
 from lightning_lora.experiments.searcher import read_found
 from lightning_lora.runs.folder import RunFolder, best_evaluation, best_predictions
@@ -117,10 +117,9 @@ class ArmResult:
 
     Args:
         label: The arm's.
-        variant: The variant that is best on validation rows; of several folds those that are best on each one's.
         tried: How many variants had the chance.
         edges: Chosen axes whose best value is the first or last of its numbers.
-        cells: Of the chosen variant, one a seed and fold.
+        cells: Of the variant that is best on validation rows, one a seed and fold; of folds of each one's best.
         estimates: The metric by split, over the seeds that have answers of it.
         split: What all arms are compared on: "test" where the baseline and every arm that is complete were tested,
             else "val".
@@ -129,7 +128,6 @@ class ArmResult:
     """
 
     label: str
-    variant: str
     tried: int
     edges: Sequence[str]
     cells: Sequence[CellResult]
@@ -145,6 +143,11 @@ class ArmResult:
         for cell in self.cells:
             seeds.setdefault(cell.cell.seed, []).append(cell)
         return [cells[0] if len(cells) == 1 else _pool_folds(cells) for cells in seeds.values()]
+
+    @property
+    def variant(self) -> str:
+        """The variant that is best on validation rows; of several folds those that are best on each one's."""
+        return " / ".join(dict.fromkeys(cell.cell.variant for cell in self.cells))
 
     @property
     def own(self) -> Estimate | None:
@@ -213,9 +216,7 @@ def read_run_predictions(place: Path, record: Mapping[str, Any]) -> dict[str, Ce
         UserError: A file is damaged.
     """
     names = {split: best_evaluation(record, split) for split in ("val", "test")}
-    found = {
-        split: read_cell_predictions(best_predictions(place, name)) for split, name in names.items() if name is not None
-    }
+    found = {split: read_cell_predictions(best_predictions(place, name)) for split, name in names.items() if name}
     return {split: answers for split, answers in found.items() if answers is not None}
 
 
@@ -243,29 +244,21 @@ def read_cell_predictions(path: Path) -> CellPredictions | None:
             labels = np.array([[name in each for name in names] for each in table["label"]], np.uint8)
         else:
             labels = np.array([names.index(label) for label in table["label"]])
-        keys = [
-            f"{key}\0{origin}\0{row}"
-            for key, origin, row in zip(table["key"], table["origin"], table["row"], strict=True)
-        ]
+        keys = ["\0".join(map(str, row)) for row in zip(table["key"], table["origin"], table["row"], strict=True)]
         lengths = np.array(table["characters"]) if "characters" in table else None
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable file of predictions ({error})") from error
     order = np.argsort(keys, kind="stable")
     thresholds = None if facts.get("thresholds") is None else np.array(facts["thresholds"])
     lengths = None if lengths is None else lengths[order]
-    decided = {"task": task, "thresholds": thresholds}
-    return CellPredictions(logits[order], labels[order], np.array(keys)[order], names, lengths, **decided)
+    columns = (logits[order], labels[order], np.array(keys)[order], names, lengths)
+    return CellPredictions(*columns, task=task, thresholds=thresholds)
 
 
 def first_difference(settings: Any, wanted: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """Return the first flat key that a tree of settings has otherwise, its value there, and the one that is wanted."""
-    for key, value in wanted.items():
-        here = settings
-        for part in key.split("."):
-            here = here.get(part) if isinstance(here, dict) else None
-        if not _same(here, value):
-            return key, here, value
-    return None
+    here = flatten(settings)
+    return next(((key, here.get(key), v) for key, v in flatten(wanted).items() if not _same(here.get(key), v)), None)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -299,11 +292,9 @@ def compare_arms(plan: Plan, cells: Sequence[CellResult]) -> list[ArmResult]:
     # An arm that is not complete is never tested: the others are compared without it.
     tested = all("test" in cell.answers for arm in arms if arm.complete for cell in arm.cells)
     split = "test" if base.complete and tested else "val"
-    pairs = {arm.label: _paired(plan, arm, base, split) for arm in arms if arm is not base}
-    found = {label: pair for label, pair in pairs.items() if pair is not None}
-    against = dict(zip(found, corrected([difference for difference, _ in found.values()]), strict=True))
-    seeds = {label: seeds for label, (_, seeds) in found.items()}
-    return [replace(arm, split=split, against=against.get(arm.label), seeds=seeds.get(arm.label, ())) for arm in arms]
+    arms = [replace(arm if arm is base else _paired(plan, arm, base, split), split=split) for arm in arms]
+    against = iter(corrected([arm.against for arm in arms if arm.against is not None]))
+    return [arm if arm.against is None else replace(arm, against=next(against)) for arm in arms]
 
 
 def _best_variant(plan: Plan, label: str, cells: Sequence[CellResult]) -> ArmResult:
@@ -329,8 +320,7 @@ def _best_variant(plan: Plan, label: str, cells: Sequence[CellResult]) -> ArmRes
     if plan.search is not None:
         found = plan.found.get(label, SearchResult())
         tried, edges = len(found.trials), list(found.edges)
-    variant = " / ".join(dict.fromkeys(cell.cell.variant for cell in own))
-    arm = ArmResult(label, variant, tried, edges, own, {})
+    arm = ArmResult(label, tried, edges, own, {})
     stacks = {split: [c for c in arm.by_seed if split in c.answers] for split in ("val", "test")}
     estimates = {split: estimate(*_stack(plan, cells, split)) for split, cells in stacks.items() if cells}
     return replace(arm, estimates=estimates)
@@ -343,22 +333,18 @@ def _pool_folds(cells: Sequence[CellResult]) -> CellResult:
     for split in ("val", "test"):
         parts = [cell.answers[split] for cell in cells if split in cell.answers]
         if len(parts) == len(cells):
-            keys, truth, logits = (np.concatenate([getattr(p, n) for p in parts]) for n in ("keys", "truth", "logits"))
-            order = np.argsort(keys, kind="stable")
-            folds = np.repeat(np.arange(len(parts)), [len(part.keys) for part in parts])[order]
-            lengths = [part.lengths for part in parts if part.lengths is not None]
-            kept = np.concatenate(lengths)[order] if len(lengths) == len(parts) else None
-            # Each fold's model predicts labels from its own thresholds on.
-            own = [np.broadcast_to(part.thresholds, part.logits.shape) for part in parts if part.thresholds is not None]
-            answers[split] = replace(
-                parts[0],
-                logits=logits[order],
-                labels=truth[order],
-                thresholds=np.concatenate(own)[order] if own else None,
-                keys=keys[order],
-                lengths=kept,
-                folds=folds,
-            )
+            order = np.argsort(np.concatenate([part.keys for part in parts]), kind="stable")
+
+            def joined(values: Sequence[Any], order: NDArray = order) -> Any:
+                return None if any(each is None for each in values) else np.concatenate(values)[order]
+
+            names = ("logits", "labels", "keys", "lengths")
+            columns = {name: joined([getattr(part, name) for part in parts]) for name in names}
+            columns["folds"] = joined([np.full(len(part.keys), number) for number, part in enumerate(parts)])
+            if parts[0].thresholds is not None:  # each fold's model predicts labels from its own on
+                own = [(part.thresholds, part.logits.shape) for part in parts]
+                columns["thresholds"] = joined([np.broadcast_to(np.array(each), shape) for each, shape in own])
+            answers[split] = replace(parts[0], **columns)
     change = {key: value for key, value in first.cell.change.items() if key != "data.fold"}
     return replace(first, cell=replace(first.cell, change=change, fold=None), record={}, answers=answers)
 
@@ -375,15 +361,16 @@ def _stack(plan: Plan, cells: Sequence[CellResult], split: str) -> tuple[NDArray
     return np.array([cell.answers[split].values(plan.metric) for cell in cells]), first.folds
 
 
-def _paired(plan: Plan, arm: ArmResult, base: ArmResult, split: str) -> tuple[Difference, list[int]] | None:
-    """The arm against the baseline over the seeds that both have, each with its own; and these seeds."""
+def _paired(plan: Plan, arm: ArmResult, base: ArmResult, split: str) -> ArmResult:
+    """The arm with its difference from the baseline over the seeds that both have, each with its own."""
     one, other = ({c.cell.seed: c for c in each.by_seed if split in c.answers} for each in (base, arm))
     seeds = [seed for seed in plan.seeds if seed in one and seed in other]
     if not seeds:
-        return None
+        return arm
     values, folds = _stack(plan, [each[seed] for each in (one, other) for seed in seeds], split)
     margin = plan.margin_on(one[seeds[0]].answers[split].truth)
-    return difference(values[len(seeds) :], values[: len(seeds)], margin, plan.higher_is_better, folds), seeds
+    against = difference(values[len(seeds) :], values[: len(seeds)], margin, plan.higher_is_better, folds)
+    return replace(arm, against=against, seeds=seeds)
 
 
 def one_class(answers: CellPredictions) -> str:

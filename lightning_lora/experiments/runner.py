@@ -6,13 +6,14 @@ in) and the report. Several processes may work on one: a cell is held by a lock 
 """
 
 import contextlib
+import itertools
 import json
 import sys
 import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +21,6 @@ from typing import Any, get_args
 import yaml
 
 from lightning_lora.children import last_error, run_child
-from lightning_lora.claims import claimed, share_tasks
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.options import TRACK_HELP, TRACKERS
 from lightning_lora.config.settings import flat
@@ -28,7 +28,14 @@ from lightning_lora.errors import BusyError, UserError
 from lightning_lora.evaluation.metric_table import compared_metrics
 from lightning_lora.experiments.confounders import Change
 from lightning_lora.experiments.plan import Cell, Plan, make_plan
-from lightning_lora.experiments.resolving import check_validated, data_module, find_changes, resolve_cells, with_arms
+from lightning_lora.experiments.resolving import (
+    check_validated,
+    data_module,
+    data_settings,
+    find_changes,
+    resolve_cells,
+    with_arms,
+)
 from lightning_lora.experiments.results import compare_arms, read_cells
 from lightning_lora.experiments.searcher import Searcher, read_found
 from lightning_lora.files import atomic_folder, locked_folder, write_text
@@ -37,7 +44,7 @@ from lightning_lora.program import command_line
 from lightning_lora.runs.folder import RECORD_FORMAT, RunFolder, as_configured, best_metrics, commit, now, versions
 from lightning_lora.training.trackers import check_package
 from lightning_lora.units import duration
-from lightning_lora.workers import EXECUTORS, Workers
+from lightning_lora.workers import EXECUTORS, Workers, claimed, share_tasks
 
 
 def run_experiment(
@@ -63,33 +70,32 @@ def run_experiment(
     if not base:
         config, recipe = with_arms(config, path, options.arms)
         base = [recipe]
+    track: list[str] = []
+    if options.track:
+        check_package(options.track)
+        track = ["--track", options.track, "--track_group", "-".join(folder.relative_to(options.logs_dir).parts)]
     plan = make_plan(config, path, options.small)
-    resolve = partial(resolve_cells, base=base, overrides=overrides)
-    settings = resolve(plan)
+    worker = Worker(plan, folder, partial(resolve_cells, base=base, overrides=overrides), track)
+    settings = worker.settings
     if (folder / "config.yaml").exists():
         raise UserError(f"--name: {folder} is the folder of a run; choose another name")
     changes = find_changes(plan, settings)
     needs = (options.cell_cpus, options.cell_gpus)
     one_gpu_each = all(each["trainer"]["devices"] == 1 for each in settings.values())
     workers = Workers(options.workers, options.executor, options.address, *needs, one_gpu_each)
-    track: list[str] = []
-    if options.track:
-        check_package(options.track)
-        track = ["--track", options.track, "--track_group", "-".join(folder.relative_to(options.logs_dir).parts)]
-    worker = Worker(plan, folder, resolve, track)
     show_plan(plan.with_found(read_found(plan, folder)), folder, changes, worker.stale_cells())
     if options.plan:
         return 0
     check_validated(settings)
-    metrics = own_metrics(settings[plan.arms[plan.baseline].name])
+    metrics = compared_metrics()
+    with contextlib.suppress(UserError):  # faults of the data are the cells' own
+        metrics = compared_metrics(data_module(data_settings(settings[plan.arms[plan.baseline].name])).task)
     if plan.metric not in metrics:
         if "metric" in config:
             raise UserError(f"{path}: metric: '{plan.metric}' is none that the data has; it has {', '.join(metrics)}")
         config = {**config, "metric": metrics[0]}
-        plan = make_plan(config, path, options.small)
-        worker = Worker(plan, folder, resolve, track)
-    asked = {"config": config, "path": str(path), "small": options.small}
-    asked["command"] = command_line(*argv)
+        worker.plan = plan = replace(plan, metric=metrics[0])
+    asked = {"config": config, "path": str(path), "small": options.small, "command": command_line(*argv)}
     asked["differences"] = {arm: [asdict(change) for change in found] for arm, found in changes.items()}
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     with StopRequest().listening():
@@ -105,13 +111,6 @@ def run_experiment(
     return int(not tested or any(cell.status != "finished" for cell in read_cells(plan, folder)))
 
 
-def own_metrics(settings: Mapping[str, Any]) -> list[str]:
-    """Return what models of some settings can be compared by, best first; faults of the data are the cells' own."""
-    with contextlib.suppress(UserError):
-        return compared_metrics(data_module({**settings["data"], "base_model": settings["model"]["base_model"]}).task)
-    return compared_metrics()
-
-
 def show_plan(plan: Plan, folder: Path, changes: Mapping[str, Sequence[Change]], stale: Collection[str]) -> None:
     """Print what will be done, and which confounders there are.
 
@@ -124,7 +123,8 @@ def show_plan(plan: Plan, folder: Path, changes: Mapping[str, Sequence[Change]],
     cells = [cell for cell in read_cells(plan, folder) if cell.cell.name not in stale]
     took = [float(cell.record.get("wall_s", 0)) for cell in cells if cell.status == "finished"]
     left = len(plan.cells) - len(took)
-    baseline = f" (baseline {plan.baseline})" if len(plan.arms) > 1 else ""
+    compares = len(plan.arms) > 1
+    baseline = f" (baseline {plan.baseline})" if compares else ""
     print(f"{plan.question}\n\nablation: {folder}\narms: {', '.join(plan.arms)}{baseline}")
     variants = f" x {plan.tried} variants, the best on validation taken" if plan.tried > 1 else ""
     if (search := plan.search) is not None:
@@ -141,10 +141,9 @@ def show_plan(plan: Plan, folder: Path, changes: Mapping[str, Sequence[Change]],
     print(f"cells: {count}; {len(took)} are finished{about}{again}")
     for arm, found in changes.items():
         print(f"{arm} against {plan.baseline}: {'; '.join(map(str, found)) or 'no difference'}")
-        for change in found:
-            if not change.named:
-                print(f"  warning: confounder: {change} is named by no axis; its effect cannot be told from the axis's")
-    if len(plan.seeds) < 2 and baseline:
+        for change in (each for each in found if not each.named):
+            print(f"  warning: confounder: {change} is named by no axis; its effect cannot be told from the axis's")
+    if len(plan.seeds) < 2 and compares:
         print("warning: one seed; nothing can be called better")
     print(flush=True)
 
@@ -183,6 +182,7 @@ def add_options(parser: OptionParser) -> None:
     parser.add_argument("--cell_gpus", type=float, default=0, help="GPUs that a worker takes of its Ray node.")
 
 
+@dataclass
 class Worker:
     """Trains the cells that nobody has trained or is training.
 
@@ -193,23 +193,18 @@ class Worker:
         track: The options of ``fit`` that say where cells are tracked.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        folder: Path,
-        resolve: Callable[[Plan], dict[str, dict[str, Any]]],
-        track: Sequence[str] = (),
-    ) -> None:
-        self.plan = plan
-        self.track = track
-        self.folder = folder
-        self.cells = folder / "cells"
-        self.resolve = resolve
-        self.settings = resolve(plan)
-        #: A cell that failed before is trained again: once, whichever of several workers does it.
-        self.started = time.time()
-        self.code = commit()["fingerprint"]
-        self.versions = versions()
+    plan: Plan
+    folder: Path
+    resolve: Callable[[Plan], dict[str, dict[str, Any]]]
+    track: Sequence[str] = ()
+    #: A cell that failed before is trained again: once, whichever of several workers does it.
+    started: float = field(default_factory=time.time, init=False)
+
+    def __post_init__(self) -> None:
+        self.cells = self.folder / "cells"
+        #: All settings of each cell, by its name.
+        self.settings = self.resolve(self.plan)
+        self.code, self.versions = commit()["fingerprint"], versions()
         self._data: dict[str, dict[str, str]] = {}
 
     def run(self) -> None:
@@ -217,7 +212,13 @@ class Worker:
         if self.plan.search is not None:
             self._search()
         cells = [cell for cell in self.plan.cells if cell.searched]
-        self._tokenize([cell for cell in cells if self._status(self.cells / cell.name) == "missing"])
+        missing = [cell for cell in cells if self._status(self.cells / cell.name) == "missing"]
+        for data in {self._data_key(self.settings[cell.name]) for cell in missing}:
+            # Read, split and tokenized once, so that no cell's time or memory contains it; errors are the cell's own.
+            with contextlib.suppress(UserError):
+                module = data_module(json.loads(data))
+                module.setup("fit")
+                module.setup("test")
         took: list[float] = []
 
         def train(cell: Cell) -> None:
@@ -229,14 +230,6 @@ class Worker:
                 print(f"  {duration(took[-1])}; {left} cells left, about {about}", flush=True)
 
         share_tasks(cells, self.folder, lambda cell: cell.name, train)
-
-    def _tokenize(self, cells: Sequence[Cell]) -> None:
-        """Read, split and tokenize once, so that no cell's time or memory contains it; errors are left to the cell."""
-        for data in {self._data_key(self.settings[cell.name]) for cell in cells}:
-            with contextlib.suppress(UserError):
-                module = data_module(json.loads(data))
-                module.setup("fit")
-                module.setup("test")
 
     def _search(self) -> None:
         """Search what the plan asks for; from here on the plan is that of what was found."""
@@ -364,15 +357,14 @@ class Worker:
     @staticmethod
     def _data_key(settings: Mapping[str, Any]) -> str:
         """What the data of a cell depends on, as JSON."""
-        return json.dumps({**settings["data"], "base_model": settings["model"]["base_model"]}, sort_keys=True)
+        return json.dumps(data_settings(settings), sort_keys=True)
 
     def _move(self, place: Path, why: str) -> None:
         """Move a cell's folder to ``stale/``."""
         stale = self.folder / "stale"
         stale.mkdir(exist_ok=True)
-        number = 1
-        while (target := stale / f"{place.name}.{number}").exists():
-            number += 1
+        targets = (stale / f"{place.name}.{number}" for number in itertools.count(1))
+        target = next(each for each in targets if not each.exists())
         with locked_folder(place, f"{place} is being trained by another process"):
             place.rename(target)
         write_text(target / "why.txt", f"{now()}: {why}\n")

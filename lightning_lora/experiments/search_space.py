@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 from lightning_lora.program import install_line
 
 #: Optuna's class of each sampler.
@@ -52,6 +52,18 @@ class ByAxis(NamedTuple):
         found = here.get(self.axis)
         require(found in self.values, f"{key}: no value for {self.axis} {found}")
         return self.values[str(found)]
+
+
+def column_of(values: Any) -> Any:
+    """Return the values of a setting one by one; {axis: {value: [...]}} gives them for each value of another axis."""
+    if not isinstance(values, dict) or len(values) != 1:
+        return values
+    ((axis, columns),) = values.items()
+    try:
+        rows = list(zip(*columns.values(), strict=True))
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return [ByAxis(str(axis), dict(zip(map(str, columns), row, strict=True))) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -128,20 +140,14 @@ def make_search(described: Any, axes: Sequence[str]) -> Search:
 
 def _distribution(key: str, described: Any) -> Any:
     distributions = import_optuna().distributions
-    if isinstance(described, list) and described:
-        return distributions.CategoricalDistribution(described)
-    needed = f"search.space.{key}: a list of choices, or a range {{low: ..., high: ..., log: true}}, is needed"
-    known = isinstance(described, dict) and {"low", "high"} <= set(described) <= {"low", "high", "log", "step"}
-    require(known, needed)
-    numbers = [value for name, value in described.items() if name != "log" and value is not None]
-    known = all(type(value) in (int, float) for value in numbers) and isinstance(described.get("log"), bool | None)
-    require(known, f"search.space.{key}: low, high and step are numbers, and log is true or false, got {described}")
-    whole = all(isinstance(value, int) for value in numbers)
-    kind = distributions.IntDistribution if whole else distributions.FloatDistribution
     try:
-        return kind(**{name: value for name, value in described.items() if value is not None})
-    except ValueError as error:
-        raise UserError(f"search.space.{key}: {error}") from error
+        if isinstance(described, list):
+            return distributions.CategoricalDistribution(described)
+        whole = all(isinstance(value, int) for name, value in described.items() if name != "log")
+        return (distributions.IntDistribution if whole else distributions.FloatDistribution)(**described)
+    except (AttributeError, TypeError, ValueError) as error:
+        needed = "a list of choices, or a range of numbers {low: ..., high: ..., log: true}, is needed"
+        raise UserError(f"search.space.{key}: {needed} ({first_line(error)})") from error
 
 
 def at_edge(distribution: Any, value: Any) -> bool:

@@ -13,19 +13,21 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.claims import share_tasks
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.experiments.plan import Cell, Plan
 from lightning_lora.experiments.search_space import SAMPLERS, SearchResult, at_edge, import_optuna
 from lightning_lora.files import locked_folder
 from lightning_lora.runs.folder import RunFolder, best_metrics
+from lightning_lora.workers import share_tasks
 
 JOURNAL = "optuna.log"
 
 
+@dataclass
 class Searcher:
     """Runs the trials of each arm.
 
@@ -36,32 +38,29 @@ class Searcher:
         determines: Gives what the trials of an arm, by its label, depend on beside their settings.
     """
 
-    def __init__(
-        self, plan: Plan, folder: Path, train: Callable[[Cell], object], determines: Callable[[str], Any]
-    ) -> None:
-        assert plan.search is not None
-        self.plan = plan
-        self.search = plan.search
-        self.folder = folder
-        self.train = train
-        self.determines = determines
-        self.optuna = import_optuna()
-        self.storage = open_journal(folder / JOURNAL)
-        self.studies = {arm: self._study(arm) for arm in plan.arms}
+    plan: Plan
+    folder: Path
+    train: Callable[[Cell], object]
+    determines: Callable[[str], Any]
+
+    def __post_init__(self) -> None:
+        assert self.plan.search is not None
+        self.search = self.plan.search
+        self.storage = open_journal(self.folder / JOURNAL)
+        self.studies = {arm: self._study(arm) for arm in self.plan.arms}
 
     def run(self) -> dict[str, SearchResult]:
         """Run the trials that are left, waiting for those of other processes; return what was found by arm."""
-        trials = list(itertools.product(self.studies, range(self.search.trials)))
+        trials = itertools.product(self.studies, range(self.search.trials))
         share_tasks(
             trials, self.folder, lambda trial: self.plan.trial_cell(trial[0], trial[1], {}).name, self._run_trial
         )
         return {arm: _found(self.plan, arm, study) for arm, study in self.studies.items()}
 
     def _study(self, arm: str) -> Any:
-        space = self.search.for_arm(self.plan.arms[arm].values)
         how = [self.search.sampler, self.search.seed, self.plan.metric]
-        depends = json.dumps([self.determines(arm), space, how], sort_keys=True, default=str)
-        study = self.optuna.create_study(
+        depends = json.dumps([self.determines(arm), self.plan.space_of(arm), how], sort_keys=True, default=str)
+        study = import_optuna().create_study(
             study_name=f"{arm} ({hashlib.sha256(depends.encode()).hexdigest()[:12]})",
             storage=self.storage,
             direction="maximize" if self.plan.higher_is_better else "minimize",
@@ -77,7 +76,8 @@ class Searcher:
         study = self.studies[arm]
         with locked_folder(self.folder, None):
             while len(trials := study.get_trials(deepcopy=False)) <= number:
-                study.add_trial(self._propose(arm, trials))
+                how = self.search.sampler, f"{self.search.seed}/{arm}/{len(trials)}"
+                study.add_trial(propose(*how, self.plan.space_of(arm), trials, self.plan.higher_is_better))
         trial = trials[number]
         if trial.state.is_finished():
             return
@@ -98,13 +98,7 @@ class Searcher:
                 break
         reason = str(record.get("error") or f"its process was ended ({record.get('status')})")
         self.storage.set_trial_user_attr(trial._trial_id, "reason", reason)  # Optuna has no public way
-        study.tell(number, state=self.optuna.trial.TrialState.FAIL, skip_if_finished=True)
-
-    def _propose(self, arm: str, trials: list[Any]) -> Any:
-        """Return a new trial of an arm."""
-        stream = f"{self.search.seed}/{arm}/{len(trials)}"
-        space = self.search.for_arm(self.plan.arms[arm].values)
-        return propose(self.search.sampler, stream, space, trials, self.plan.higher_is_better)
+        study.tell(number, state=import_optuna().trial.TrialState.FAIL, skip_if_finished=True)
 
 
 def propose(
@@ -158,19 +152,19 @@ def read_found(plan: Plan, folder: Path) -> dict[str, SearchResult]:
         arm = each.user_attrs.get("arm")
         if arm in plan.arms:
             study = optuna.load_study(study_name=each.study_name, storage=storage)
-            space = plan.search.for_arm(plan.arms[arm].values)
-            same = all(trial.distributions == space for trial in study.get_trials(deepcopy=False))
+            trials = study.get_trials(deepcopy=False)
             # The config may search something else by now.
+            same = all(trial.distributions == plan.space_of(arm) for trial in trials)
             found[arm] = _found(plan, arm, study) if same else SearchResult()
     return found
 
 
 def _found(plan: Plan, arm: str, study: Any) -> SearchResult:
-    assert plan.search is not None
     trials = study.get_trials(deepcopy=False)
-    ended = len(trials) >= plan.search.trials and all(trial.state.is_finished() for trial in trials)
+    ended = len(trials) >= plan.tried and all(trial.state.is_finished() for trial in trials)
     if not ended or not any(trial.state.name == "COMPLETE" for trial in trials):
         return SearchResult(trials)
-    best, space = trials[study.best_trial.number], plan.search.for_arm(plan.arms[arm].values)
-    edges = [f"{key} {best.params[key]:g}" for key in space if at_edge(space[key], best.params[key])]
+    best = trials[study.best_trial.number]
+    spaces = plan.space_of(arm).items()
+    edges = [f"{key} {best.params[key]:g}" for key, space in spaces if at_edge(space, best.params[key])]
     return SearchResult(trials, best, edges)

@@ -12,6 +12,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ def budget_seconds(text: str) -> float:
     return float(found[1]) * _UNITS[found[2]]
 
 
+@dataclass
 class Tuner:
     """Trains the default, and then what the search proposes, until the time is used up.
 
@@ -57,49 +60,34 @@ class Tuner:
         command: The command, as in a record.
         page: Makes ``tuning.md`` of what ``run.json`` has under ``tuning``.
         started: When the command began, by ``time.monotonic``.
-
-    Raises:
-        UserError: Optuna is not installed, or the folder holds something else than this search.
     """
 
-    def __init__(
-        self,
-        space: TuningSpace,
-        folder: Path,
-        budget_s: float,
-        seed: int,
-        command: str,
-        page: Callable[[Mapping[str, Any]], str],
-        started: float,
-    ) -> None:
-        self.space = space
-        self.folder = folder
-        self.budget_s = budget_s
-        self.seed = seed
-        self.command = command
-        self.page = page
-        self.started = started
-        self.optuna = import_optuna()
-        self.distributions = make_search({"space": space.dimensions}, []).space
-        self.identity = plain(
-            {
-                "settings": space.settings(space.default),
-                "code": commit()["fingerprint"],
-                "versions": versions(),
-                "data": space.fingerprints,
-                "search space": space.dimensions,
-            }
-        )
-        self.before_s = 0.0
-        self.trials: list[dict[str, Any]] = []
-        #: Number of the trial that is being moved up; None while there is a search.
-        self.kept: int | None = None
+    space: TuningSpace
+    folder: Path
+    budget_s: float
+    seed: int
+    command: str
+    page: Callable[[Mapping[str, Any]], str]
+    started: float
+    #: Seconds that were used before an interruption.
+    before_s: float = field(default=0.0, init=False)
+    trials: list[dict[str, Any]] = field(default_factory=list, init=False)
+    #: Number of the trial that is being moved up; None while there is a search.
+    kept: int | None = field(default=None, init=False)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What the trials depend on: those of something else cannot be compared with them."""
+        identity = {"settings": self.space.settings(self.space.default), "code": commit()["fingerprint"]}
+        identity |= {"versions": versions(), "data": self.space.fingerprints, "search space": self.space.dimensions}
+        return plain(identity)
 
     def run(self) -> RunFolder:
         """Search, or resume a search that was interrupted; return the folder of the best run.
 
         Raises:
-            UserError: The default cannot be trained, no trial came to an end, or another process is at it.
+            UserError: The default cannot be trained, no trial came to an end, another process is at it, or the folder
+                holds a search over something else.
         """
         if not (self.folder / TUNING).is_file():
             with contextlib.suppress(FileExistsError), atomic_folder(self.folder) as staging:
@@ -110,7 +98,8 @@ class Tuner:
             try:
                 with StopRequest().listening():
                     try:
-                        self._search()
+                        if self.kept is None:
+                            self._search()
                     finally:
                         if self.folder.exists():
                             self._save(self.folder)
@@ -137,7 +126,7 @@ class Tuner:
 
     def _score(self, trial: Mapping[str, Any]) -> float:
         """What a finished trial is judged by: more is better."""
-        name, _ = primary_metric(self.space.task)
+        name = primary_metric(self.space.task)[0]
         return trial[name] if METRICS[name].higher_is_better else -trial[name]
 
     def _load(self) -> None:
@@ -150,33 +139,30 @@ class Tuner:
                     f"name, or bring back what it began with: {state['command']}"
                 )
         self.trials, self.before_s, self.kept = state["trials"], state["used_s"], state["kept"]
-        if not self.trials:
-            return
-        if (last := self.trials[-1])["status"] == "running":
-            # Of a process that was killed, its trial knows better how long it ran.
-            ran = self._record(last).get("wall_s") or 0.0
-            self.before_s = max(self.before_s, last["started_s"] + ran)
-        done = sum(trial["status"] != "running" for trial in self.trials)
-        print(f"resumed: {done} trials are done; {duration(max(0.0, self.left_s))} left", flush=True)
+        running = [trial for trial in self.trials if trial["status"] == "running"]
+        for trial in running:  # of a process that was killed, its trial knows better how long it ran
+            self.before_s = max(self.before_s, trial["started_s"] + (self._record(trial).get("wall_s") or 0.0))
+        if self.trials:
+            done = len(self.trials) - len(running)
+            print(f"resumed: {done} trials are done; {duration(max(0.0, self.left_s))} left", flush=True)
 
     def _save(self, folder: Path) -> None:
-        state = {"format": 1, "command": self.command, "identity": self.identity}
+        state = {"format": 1, "command": self.command, "identity": self.identity, "trials": self.trials}
         state |= {"used_s": self.used_s, "kept": self.kept}
-        write_text(folder / TUNING, json.dumps(plain({**state, "trials": self.trials}), indent=2) + "\n")
+        write_text(folder / TUNING, json.dumps(plain(state), indent=2) + "\n")
 
     def _search(self) -> None:
         """Train trials until nothing more fits into the time."""
-        if self.kept is not None:
-            return
-        if self.trials and self.trials[-1]["status"] == "running":
-            self._train(self.trials[-1])
+        for trial in self.trials:
+            if trial["status"] == "running":  # of a process that was ended
+                self._train(trial)
         while (point := self._next_point()) is not None:
             entry = {"number": len(self.trials), "settings": self.space.changes(point), "point": point}
             self.trials.append({**entry, "status": "running", "started_s": self.used_s})
             self._save(self.folder)
             self._train(self.trials[-1])
         if len(self.trials) == 1 and self.left_s < 0:
-            used = duration(self.trials[0]["seconds"])
+            used = duration(self.used_s)  # with what comes before its trial, such as reading the data
             print(f"the default alone took {used}, more than the budget of {duration(self.budget_s)}")
 
     def _next_point(self) -> dict[str, Any] | None:
@@ -188,11 +174,12 @@ class Tuner:
             return None
         # Of trials that ran to their end; what differs beside the number of epochs may make others faster or slower.
         whole = [trial for trial in self.trials if trial["status"] == "finished" and not trial["stopped_by_time"]]
-        fits = [(trial["seconds"] - trial["startup_s"]) / _epochs(trial["point"]) for trial in whole]
+        fits = [(each["seconds"] - each["startup_s"]) / each["point"].get("epochs_factor", 1) for each in whole]
         fit_s, startup_s = min(fits, default=0.0), self._startup_s
         tried = [trial["settings"] for trial in self.trials]
         for point in self._proposals():
-            if self.space.changes(point) not in tried and startup_s + fit_s * _epochs(point) <= self.left_s:
+            takes_s = startup_s + fit_s * point.get("epochs_factor", 1)
+            if self.space.changes(point) not in tried and takes_s <= self.left_s:
                 return point
         return None
 
@@ -201,19 +188,19 @@ class Tuner:
         start = self.space.default if self.best is None else self.best["point"]
         for change in self.space.initial_trials()[len(self.trials) - 1 :]:
             yield {**start, **change}
-        states = {"finished": self.optuna.trial.TrialState.COMPLETE, "failed": self.optuna.trial.TrialState.FAIL}
+        optuna, space = import_optuna(), make_search({"space": self.space.dimensions}, []).space
+        states = {"finished": optuna.trial.TrialState.COMPLETE, "failed": optuna.trial.TrialState.FAIL}
         trials = [
-            self.optuna.trial.create_trial(
+            optuna.trial.create_trial(
                 state=states[trial["status"]],
                 params=trial["point"],
-                distributions=self.distributions,
+                distributions=space,
                 value=self._score(trial) if trial["status"] == "finished" else None,
             )
             for trial in self.trials
         ]
         for attempt in range(_PROPOSALS):
-            stream = f"{self.seed}/{len(trials)}/{attempt}"
-            yield dict(propose("tpe", stream, self.distributions, trials).params)
+            yield dict(propose("tpe", f"{self.seed}/{len(trials)}/{attempt}", space, trials).params)
 
     def _train(self, trial: dict[str, Any]) -> None:
         """Train a trial, or resume it, and add to its entry what it came to."""
@@ -330,12 +317,5 @@ def scores_of(task: Task) -> list[str]:
 
 def changes_words(settings: Mapping[str, Any]) -> str:
     """Return in words in what a trial differs from the default: "learning_rate 0.001, method full"."""
-    words = []
-    for key, value in settings.items():
-        words.append(f"{key.rpartition('.')[2]} {f'{value:g}' if isinstance(value, float) else value}")
-    return ", ".join(words) or "the default"
-
-
-def _epochs(point: Mapping[str, Any]) -> int:
-    """The epochs of a trial, as a multiple of the default's."""
-    return int(point.get("epochs_factor", 1))
+    values = {key.rpartition(".")[2]: f"{v:g}" if isinstance(v, float) else v for key, v in settings.items()}
+    return ", ".join(f"{name} {value}" for name, value in values.items()) or "the default"

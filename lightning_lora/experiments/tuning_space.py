@@ -16,7 +16,8 @@ from transformers import AutoConfig
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.pairs import is_pair
 from lightning_lora.errors import UserError
-from lightning_lora.experiments.resolving import data_module, resolve
+from lightning_lora.experiments.plan import flatten
+from lightning_lora.experiments.resolving import data_module, data_settings, resolve
 from lightning_lora.locations import check_model
 from lightning_lora.locations import resolve as locate
 from lightning_lora.models.methods import find_method
@@ -85,13 +86,8 @@ class TuningSpace:
 
     def changes(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings in which the trial at a point differs from the default, as flat keys."""
-        found = {}
-        for key in _SHOWN:
-            part, name = key.split(".")
-            value = self.settings(point)[part][name]
-            if value != self.settings(self.default)[part][name]:
-                found[key] = value
-        return found
+        own, default = flatten(self.settings(point)), flatten(self.settings(self.default))
+        return {key: own[key] for key in _SHOWN if own[key] != default[key]}
 
     def initial_trials(self) -> list[dict[str, Any]]:
         """Return what is changed of the best point so far in the first trials, in the order of what matters most."""
@@ -103,11 +99,8 @@ class TuningSpace:
             *({"data.truncation": each} for each in TRIED_TRUNCATIONS),
             {"epochs_factor": 2},
         ]
-        return [
-            each
-            for each in wanted
-            if each.keys() <= self.dimensions.keys() and not each.items() <= self.default.items()
-        ]
+        known = (each for each in wanted if each.keys() <= self.dimensions.keys())
+        return [each for each in known if not each.items() <= self.default.items()]
 
 
 def make_space(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], typed: Collection[str]) -> TuningSpace:
@@ -129,7 +122,7 @@ def make_space(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], type
         raise UserError("--budget: it sets the time of each trial; leave trainer.max_time out")
     if trainer["fast_dev_run"] or trainer["enable_checkpointing"] is False:
         raise UserError(
-            "--budget: the best checkpoint is kept; leave trainer.fast_dev_run and enable_checkpointing out"
+            "--budget: the best checkpoint is kept; leave out trainer.fast_dev_run and enable_checkpointing"
         )
     check_model(default["model"]["base_model"], "model.base_model")
     by_method, finds_rate = {method: default}, "LearningRateFinder" in str(trainer["callbacks"])
@@ -141,7 +134,7 @@ def make_space(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], type
                 by_method.setdefault(other, resolve(base, overrides, {"model.method": other}))
             except UserError:  # it cannot do what was typed, such as a quantized base
                 continue
-    data = data_module({**default["data"], "base_model": default["model"]["base_model"]})
+    data = data_module(data_settings(default))
     data.setup("fit")
     length = length_of(trainer, data)
     choices = {"model.method": list(by_method), **_text_choices(data, typed)}
@@ -149,9 +142,7 @@ def make_space(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], type
     dimensions |= {key: values for key, values in choices.items() if len(values) > 1}
     dimensions |= {"epochs_factor": list(EPOCH_FACTORS)} if length is not None else {}
     if not dimensions:
-        raise UserError(
-            "--budget: every setting that would be searched is typed; leave one open, or leave --budget out"
-        )
+        raise UserError("--budget: every setting that would be searched is typed; leave one open, or --budget out")
     at_default = {
         "learning_rate_factor": 1.0,
         "model.method": method,

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from lightning_lora.claims import share_tasks
 from lightning_lora.config.configured_run import ConfiguredRun, check_base
 from lightning_lora.data.pairs import is_pair
 from lightning_lora.errors import UserError
@@ -40,7 +39,7 @@ from lightning_lora.inference.many_files import (
 )
 from lightning_lora.inference.output import new_columns, warn_of_renamed
 from lightning_lora.runs.folder import RunFolder
-from lightning_lora.workers import Workers
+from lightning_lora.workers import Workers, share_tasks
 
 #: Settings that predictions depend on, beside the weights.
 MODEL_SETTINGS = ("base_model", "method", "adapter", "quantization", "pooling")

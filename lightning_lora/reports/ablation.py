@@ -66,7 +66,7 @@ class Report:
     @property
     def rows(self) -> CellPredictions | None:
         """The answers of one cell of the baseline: all that are compared are to the same rows."""
-        return next((found for cell in self.baseline.by_seed if (found := self.answers(cell)) is not None), None)
+        return next(iter(self.answers_of(self.baseline)), None)
 
     @property
     def margin(self) -> float:
@@ -80,9 +80,14 @@ class Report:
         of = f" ({self.plan.margin:g} of the {unit[0]} of the {self.split} labels)" if unit is not None else ""
         return f"{self.margin:.4g}{of}"
 
-    def answers(self, cell: CellResult) -> CellPredictions | None:
-        """Return a cell's answers to the rows that the arms are compared on."""
-        return cell.answers.get(self.split_key)
+    @property
+    def has_answers(self) -> bool:
+        """Whether any arm has answers to the rows that the arms are compared on."""
+        return any(arm.own is not None for arm in self.arms)
+
+    def answers_of(self, arm: ArmResult) -> list[CellPredictions]:
+        """Return an arm's answers to the rows that the arms are compared on, of each seed that has them."""
+        return [cell.answers[self.split_key] for cell in arm.by_seed if self.split_key in cell.answers]
 
 
 def answer(report: Report) -> str:
@@ -134,14 +139,11 @@ def facts(report: Report) -> list[tuple[str, str]]:
         found = list(dict.fromkeys(str(value) for value in values))
         return ", ".join(found) if len(found) <= 3 else f"{many} ({found[0]}, {found[1]}, ...)"
 
-    splits = [(record.get("data") or {}).get("splits") or {} for record in records]
+    data = [record.get("data") or {} for record in records]
+    splits, labels = [each.get("splits") or {} for each in data], [each.get("label_names") or [] for each in data]
     named = {"train": "trained on", "val": "validated on", "test": "tested on"}
-    rows = [
-        f"{word} {joined(format(each[split]['rows'], ',') for each in splits if split in each)}"
-        for split, word in named.items()
-        if any(split in each for each in splits)
-    ]
-    labels = [(record.get("data") or {}).get("label_names") or [] for record in records]
+    counts = {split: [f"{each[split]['rows']:,}" for each in splits if split in each] for split in named}
+    rows = [f"{named[split]} {joined(count)}" for split, count in counts.items() if count]
     said = (f"{len(each)} ({', '.join(each[:6])}{', ...' * (len(each) > 6)})" for each in labels)
     if is_number := report.task == "regression":
         spans = (each["train"]["numbers"] for each in splits if "numbers" in each.get("train", {}))

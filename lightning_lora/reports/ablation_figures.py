@@ -4,7 +4,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,21 +14,6 @@ from lightning_lora.experiments.plan import ARM, Axis
 from lightning_lora.experiments.results import ArmResult
 from lightning_lora.reports.ablation import Report, bounded, estimate_text, number_text
 
-#: Okabe and Ito's colours, distinguishable without colour vision, on white and on black; shapes are in print.
-COLORS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#8C8C8C",
-    "#B8A900",
-    "#8B5A2B",
-    "#7A5CC4",
-    "#00A5A5",
-    "#D6568A",
-)
 MARKERS = "os^Dv<>Pp*X"
 _COSTS = {"trainable_params": "trainable parameters", "train_s": "training, s", "peak_memory_mb": "peak memory, MiB"}
 #: More arms than these have no picture each.
@@ -36,15 +21,19 @@ _MOST_PANELS = 24
 
 
 def color(report: Report, arm: ArmResult) -> str:
-    """Return the colour of an arm, the same in all pictures."""
-    return COLORS[[each.label for each in report.arms].index(arm.label) % len(COLORS)]
+    """Return the colour of an arm, the same in all pictures: of ten that are distinguishable without colour vision."""
+    from matplotlib import color_sequences
+    from matplotlib.colors import to_hex
+
+    colors = color_sequences["petroff10"]
+    return to_hex(colors[[each.label for each in report.arms].index(arm.label) % len(colors)])
 
 
 def overview_figure(report: Report) -> Any:
     """Draw quality against costs side by side, with a legend; None where there is nothing to draw."""
     from matplotlib.figure import Figure
 
-    if not any(arm.own is not None for arm in report.arms):
+    if not report.has_answers:
         return None
     figure = Figure(figsize=(11.7, 3.6), layout="constrained")
     panels = figure.subplots(1, len(_COSTS), sharey=True)
@@ -61,7 +50,7 @@ def overview_figure(report: Report) -> Any:
 
 def pictures(report: Report) -> list[tuple[str, str, list[str]]]:
     """Return the pictures of a page: sections with a title, what is shown, and a picture as SVG for each panel."""
-    if not any(arm.own is not None for arm in report.arms):
+    if not report.has_answers:
         return []
     sections: list[tuple[str, str, list[Any]]] = [
         ("What each axis does", "Means with 95% intervals; small dots are seeds.", _axes(report)),
@@ -70,20 +59,20 @@ def pictures(report: Report) -> list[tuple[str, str, list[str]]]:
             f"Validation {report.plan.metric} by optimizer step: mean and range of the seeds; the baseline in grey.",
             _curves(report),
         ),
-        ("Cost against quality", "Nothing that the grey line joins is both cheaper and better.", _costs(report)),
+        (
+            "Cost against quality",
+            "Nothing that the grey line joins is both cheaper and better.",
+            [_cost_picture(report, cost) for cost in _COSTS],
+        ),
     ]
-    named = [(title, said, [_as_svg(*each) for each in drawn]) for title, said, drawn in sections]
-    return [section for section in named if section[2]]
+    return [(title, said, [_as_svg(*each) for each in drawn]) for title, said, drawn in sections if drawn]
 
 
-def _costs(report: Report) -> list[tuple[Any, str]]:
-    drawn = []
-    for cost, label in _COSTS.items():
-        figure, panel = _figure()
-        _draw_costs(panel, report, cost)
-        panel.set_ylabel(_quality(report))
-        drawn.append((figure, f"{_quality(report)} against {label}"))
-    return drawn
+def _cost_picture(report: Report, cost: str) -> tuple[Any, str]:
+    figure, panel = _figure()
+    _draw_costs(panel, report, cost)
+    panel.set_ylabel(_quality(report))
+    return figure, f"{_quality(report)} against {_COSTS[cost]}"
 
 
 def _draw_costs(panel: Any, report: Report, cost: str) -> None:
@@ -125,16 +114,15 @@ def _axes(report: Report) -> list[tuple[Any, str]]:
             i = names.index(values[axis.name])
             points.append((i, arm.own.mean))
             _interval(panel, i, arm.own, report.plan.metric, _hover(report, arm), fmt="o", color=color(report, arm))
-            means = [each.values(report.plan.metric).mean() for each in _by_seed(report, arm)]
+            means = [each.values(report.plan.metric).mean() for each in report.answers_of(arm)]
             panel.plot([i + 0.12] * len(means), means, ".", color="#999999", zorder=1, markersize=4)
         if axis.numbers and points:
             panel.plot(*zip(*sorted(points), strict=True), color="#999999", linewidth=1, zorder=0)
         long = max(map(len, names)) * len(names) > 40
         panel.set_xticks(range(len(names)), names, rotation=30 if long else 0, ha="right" if long else "center")
         elsewhere = ", ".join(f"{other.name} {base[other.name]}" for other in others)
-        panel.set_xlabel(f"{axis.name} ({elsewhere})" if elsewhere else axis.name)
-        panel.set_xlim(-0.5, len(names) - 0.5)
-        panel.set_ylabel(_quality(report))
+        shown = f"{axis.name} ({elsewhere})" if elsewhere else axis.name
+        panel.set(xlabel=shown, ylabel=_quality(report), xlim=(-0.5, len(names) - 0.5))
         drawn.append((figure, f"{_quality(report)} by {axis.name}"))
     return drawn
 
@@ -155,49 +143,42 @@ def _heat_map(report: Report, down: Axis, across: Axis) -> tuple[Any, str]:
         panel.text(j, i, f"{found[i, j]:.3f}", ha="center", va="center", color=ink, fontsize=8, gid=f"tip:{hover}")
     panel.set_xticks(range(shape[1]), across.values)
     panel.set_yticks(range(shape[0]), down.values)
-    panel.set_xlabel(across.name)
-    panel.set_ylabel(down.name)
+    panel.set(xlabel=across.name, ylabel=down.name)
     panel.set_title(_quality(report), fontsize=9)
     return figure, f"{_quality(report)} by {down.name} and {across.name}"
 
 
 def _curves(report: Report) -> list[tuple[Any, str]]:
     """Validation of each arm by step: the steps that all of its seeds have."""
-    curves = {arm.label: _curve(report, arm) for arm in report.arms}
-    shown = [arm for arm in report.arms if len(curves[arm.label]) > 1]
+    curves: dict[str, tuple[list[int], NDArray]] = {}
+    for arm in report.arms:
+        found = [cell.curve(report.plan.metric) for cell in arm.cells if cell.status == "finished"]
+        steps = sorted(set.intersection(*map(set, found))) if found else []
+        curves[arm.label] = steps, np.array([[each[step] for step in steps] for each in found])
+    shown = [arm for arm in report.arms if len(curves[arm.label][0]) > 1]
     if not shown or len(shown) > _MOST_PANELS:
         return []
-    values = np.concatenate([np.concatenate(list(curves[arm.label].values())) for arm in shown])
+    values = np.concatenate([curves[arm.label][1].ravel() for arm in shown])
     room = 0.05 * (values.max() - values.min() or 1.0)
-    base = curves[report.baseline.label]
     drawn = []
     for arm in shown:
         figure, panel = _figure()
-        own = curves[arm.label]
-        if arm is not report.baseline and len(base) > 1:
-            panel.plot(list(base), [each.mean() for each in base.values()], color="#999999", linewidth=1)
-        means = [each.mean() for each in own.values()]
-        ends = [each.min() for each in own.values()], [each.max() for each in own.values()]
-        panel.fill_between(list(own), *ends, color=color(report, arm), alpha=0.25, linewidth=0)
-        panel.plot(list(own), means, color=color(report, arm))
-        for step, mean in zip(own, means, strict=True):
+        if arm is not report.baseline and report.baseline in shown:
+            steps, seeds = curves[report.baseline.label]
+            panel.plot(steps, seeds.mean(axis=0), color="#999999", linewidth=1)
+        steps, seeds = curves[arm.label]
+        means = seeds.mean(axis=0)
+        panel.fill_between(
+            steps, seeds.min(axis=0), seeds.max(axis=0), color=color(report, arm), alpha=0.25, linewidth=0
+        )
+        panel.plot(steps, means, color=color(report, arm))
+        for step, mean in zip(steps, means, strict=True):
             (dot,) = panel.plot(step, mean, ".", color=color(report, arm))
             dot.set_gid(f"tip:{arm.label}: {mean:.4f} at step {step:,}")
-        panel.set_ylim(values.min() - room, values.max() + room)
+        panel.set(xlabel="step", ylim=(values.min() - room, values.max() + room))
         panel.set_title(arm.label, fontsize=9)
-        panel.set_xlabel("step")
         drawn.append((figure, f"validation {report.plan.metric} of {arm.label} by step"))
     return drawn
-
-
-def _curve(report: Report, arm: ArmResult) -> Mapping[int, NDArray]:
-    found = [cell.curve(report.plan.metric) for cell in arm.cells if cell.status == "finished"]
-    common = set.intersection(*map(set, found)) if found else set()
-    return {step: np.array([each[step] for each in found]) for step in sorted(common)}
-
-
-def _by_seed(report: Report, arm: ArmResult) -> list[Any]:
-    return [answers for cell in arm.by_seed if (answers := report.answers(cell)) is not None]
 
 
 def _hover(report: Report, arm: ArmResult) -> str:

@@ -11,11 +11,19 @@ from numpy.typing import NDArray
 
 from lightning_lora.evaluation.intervals import LEVEL, MOST_FILES
 from lightning_lora.experiments.results import ArmResult
-from lightning_lora.reports.ablation import Report, interval_text, number_text
+from lightning_lora.reports.ablation import Report, bounded, interval_text, number_text
 from lightning_lora.reports.tables import COST_COLUMNS, Column, metric_columns
 from lightning_lora.runs.folder import best_evaluation, best_metrics
 
 TextTable = list[list[str]]
+#: What stands behind a mean: how the arm compares with the baseline.
+SIGNS = {"better": "+", "worse": "-", "equivalent": "=", "same predictions": "=", "inconclusive": "?"}
+LEGEND = (
+    "Behind each mean: + better than the baseline, - worse, = equivalent within the margin, ? inconclusive. Paired by "
+    "seed and row; p-values are corrected for the arms of a set (Holm), not of all sets. Bold: the best mean."
+)
+INTERVALS = "In brackets 95% intervals over seeds and rows."
+PUBLISHED = "Published rows are what others report, measured by none of these runs: {}."
 
 
 def arm_table(report: Report) -> TextTable:
@@ -55,7 +63,7 @@ def measured(report: Report, arm: ArmResult, column: Column) -> tuple[float, lis
     if not column.is_metric:
         return arm.mean_cost(column.key), None
     if report.plan.folds:
-        pooled = [answers for cell in arm.by_seed if (answers := report.answers(cell)) is not None]
+        pooled = report.answers_of(arm)
         values = [each.metrics.get(column.key, math.nan) for each in pooled]
         interval = pooled[0].intervals.get(column.key) if len(pooled) == 1 else None
         return float(np.mean(values)) if values else math.nan, interval
@@ -127,7 +135,7 @@ def file_table(report: Report) -> TextTable:
         return []
     table = [["arm", *(name.rpartition("/")[2] for name in names)]]
     for arm in report.arms:
-        found = [answers for cell in arm.by_seed if (answers := report.answers(cell)) is not None]
+        found = report.answers_of(arm)
         parts = [[each.of_rows(each.origins == name).values(metric).mean() for each in found] for name in names]
         table.append([arm.label, *(f"{np.mean(part):.4f}" if part else "-" for part in parts)])
     return table
@@ -136,18 +144,8 @@ def file_table(report: Report) -> TextTable:
 def cell_table(report: Report) -> TextTable:
     """Return every cell, with its reason where it is not as it should be."""
     metric = report.plan.metric
-    header = [
-        "arm",
-        "variant",
-        "seed",
-        *(["fold"] if report.plan.folds else []),
-        "status",
-        f"validation {metric}",
-        f"test {metric}",
-        "train s",
-        "startup s",
-    ]
-    rows = [[*header, "reason"]]
+    rows = [["arm", "variant", "seed", *(["fold"] if report.plan.folds else []), "status"]]
+    rows[0] += [f"validation {metric}", f"test {metric}", "train s", "startup s", "reason"]
     for result in report.cells:
         cell = result.cell
         fold = [] if cell.fold is None else [str(cell.fold)]
@@ -222,10 +220,11 @@ def fixed_and_broken(report: Report, groups: Mapping[str, NDArray]) -> TextTable
 
     Of several labels what is counted is whether a text is given each, by text and label.
     """
-    base = {cell.cell.seed: report.answers(cell) for cell in report.baseline.by_seed}
+    split = report.split_key
+    base = {cell.cell.seed: cell.answers.get(split) for cell in report.baseline.by_seed}
     rows = [["arm", *(f"{name}: fixed / broken" for name in groups)]]
     for arm in report.arms if groups else ():
-        both = [(report.answers(cell), base.get(cell.cell.seed)) for cell in arm.by_seed]
+        both = [(cell.answers.get(split), base.get(cell.cell.seed)) for cell in arm.by_seed]
         pairs = [own.right - other.right for own, other in both if own is not None and other is not None]
         if arm is not report.baseline and pairs:
             gains = np.array(pairs)
@@ -233,6 +232,53 @@ def fixed_and_broken(report: Report, groups: Mapping[str, NDArray]) -> TextTable
             shown = [f"{fixed.sum() / len(gains):.1f} / {broken.sum() / len(gains):.1f}" for fixed, broken in counts]
             rows.append([arm.label, *shown])
     return rows
+
+
+def sets_table(reports: Mapping[str, Report]) -> TextTable:
+    """Return the metric of each arm on each set, header first, and in how many sets it is better or worse.
+
+    Args:
+        reports: The report of each set's ablation, by the set's name.
+    """
+    labels = list(dict.fromkeys(arm.label for report in reports.values() for arm in report.arms))
+    compares = any(report.compares for report in reports.values())
+    rows = [["arm", *reports, *(["better", "worse"] if compares else [])]]
+    for label in labels:
+        arms = {name: next((a for a in report.arms if a.label == label), None) for name, report in reports.items()}
+        verdicts = [arm.against.verdict for arm in arms.values() if arm is not None and arm.against is not None]
+        cells = [_set_cell(arms[name], report) for name, report in reports.items()]
+        is_baseline = all(label == report.plan.baseline for report in reports.values())
+        counts = ["", ""] if is_baseline else [str(verdicts.count(verdict)) for verdict in ("better", "worse")]
+        if not compares:
+            is_baseline, counts = False, []
+        rows.append([f"{label} (baseline)" if is_baseline else label, *cells, *counts])
+        if any(label in report.plan.published.figures for report in reports.values()):
+            figures = [report.plan.published.shown(label) for report in reports.values()]
+            rows.append([f"{label}, published", *figures, *(["", ""] if compares else [])])
+    return rows
+
+
+def sets_note(reports: Mapping[str, Report]) -> str:
+    """Return what stands under the table: the metric, which rows it is of, and how to read it."""
+    metrics = list(dict.fromkeys(report.plan.metric for report in reports.values()))
+    by_set = [f"{metric} ({', '.join(n for n, r in reports.items() if r.plan.metric == metric)})" for metric in metrics]
+    untested = ", ".join(name for name, report in reports.items() if report.split != "test")
+    rows = f"on validation rows for {untested}, where not all has finished" if untested else "on test rows"
+    what = metrics[0].capitalize() if len(metrics) == 1 else f"By set: {', '.join(by_set)};"
+    sources = dict.fromkeys(r.plan.published.source for r in reports.values() if r.plan.published.figures)
+    legend = LEGEND if any(report.compares for report in reports.values()) else INTERVALS
+    return " ".join([f"{what} {rows}. {legend}", *(PUBLISHED.format(source) for source in sources)])
+
+
+def _set_cell(arm: ArmResult | None, report: Report) -> str:
+    if arm is None or arm.own is None:
+        return "-"
+    if not report.compares:
+        return "{:.3f} [{:.3f}, {:.3f}]".format(arm.own.mean, *bounded(arm.own, report.plan.metric))
+    signed = [a.own.mean for a in report.arms if a.own is not None]
+    best = max(signed) if report.plan.higher_is_better else min(signed)
+    mean = f"**{arm.own.mean:.3f}**" if arm.own.mean == best else f"{arm.own.mean:.3f}"
+    return f"{mean} {SIGNS.get(arm.against.verdict, '')}".strip() if arm.against is not None else mean
 
 
 def _why_not(arm: ArmResult) -> str:

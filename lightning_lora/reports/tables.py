@@ -61,14 +61,12 @@ def metric_rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
 def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[list[str]]:
     """Return what the run cost, one line each."""
     costs: Mapping[str, Any] = record.get("costs") or {}
-    data = record.get("data") or {}
     rows = [["base model", str(record.get("base_model") or "-")], ["method", str(record.get("method", "-"))]]
     if trainable := costs.get("trainable_params"):
         share = trainable / costs["total_params"]
         rows.append(["trainable parameters", f"{trainable:,} of {costs['total_params']:,} ({share:.2%})"])
-    if splits := data.get("splits"):
-        sizes = ", ".join(f"{name} {split['rows']:,}" for name, split in splits.items())
-        rows.append(["rows", sizes])
+    if splits := (record.get("data") or {}).get("splits"):
+        rows.append(["rows", ", ".join(f"{name} {split['rows']:,}" for name, split in splits.items())])
     if costs.get("train_s"):
         rate = f"{costs['train_rows_per_s']:.1f} texts/s"
         rate += f", {costs['train_tokens_per_s']:,.0f} tokens/s" if "train_tokens_per_s" in costs else ""
@@ -82,10 +80,8 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
         flipped = [f"{evaluation['int8_flipped']:,} labels"] * (evaluation.get("task") != "regression")
         changed = [f"{METRICS[n].heading} {b[0]:+.4f} to {b[1]:+.4f} (95% interval)" for n, b in bounds.items() if b]
         rows.append(["int8 changes", ", ".join([*flipped, *changed])])
-    if "peak_gpu_memory_mb" in costs:
-        rows.append(["peak GPU memory", f"{costs['peak_gpu_memory_mb']:,.0f} MiB"])
-    if "peak_memory_mb" in costs:
-        rows.append(["peak memory", f"{costs['peak_memory_mb']:,.0f} MiB"])
+    for name, heading in (("peak_gpu_memory_mb", "peak GPU memory"), ("peak_memory_mb", "peak memory")):
+        rows += [[heading, f"{costs[name]:,.0f} MiB"]] if name in costs else []
     if size := costs.get("checkpoint_bytes"):
         rows.append(["checkpoint", f"{size / 1e6:.2f} MB"])
     rows += _baseline_rows(evaluation.get("baselines", {}))
@@ -94,7 +90,11 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
     if without := evaluation.get("uncalibrated"):
         values = ", ".join(f"{METRICS[name].heading} {value:.4f}" for name, value in without.items())
         rows.append(["temperature", f"{evaluation['temperature']:.3f}; without it {values}"])
-    return [*rows, *_threshold_row(evaluation.get("thresholds", {}))]
+    if thresholds := evaluation.get("thresholds"):
+        single = len(set(thresholds.values())) == 1
+        words = [f"{value:.2f}" if single else f"{name} {value:.2f}" for name, value in thresholds.items()]
+        rows.append(["predicted from a probability of", ", ".join(words[: 1 if single else None])])
+    return rows
 
 
 def _baseline_rows(baselines: Mapping[str, Any]) -> list[list[str]]:
@@ -109,15 +109,6 @@ def _baseline_rows(baselines: Mapping[str, Any]) -> list[list[str]]:
             said = f"{abs(by):.4f} {spec.heading} ({ends}, 95% interval){lower}"
             rows.append([f"{'better' if by >= 0 else 'worse'} than {name} by", said])
     return rows
-
-
-def _threshold_row(thresholds: Mapping[str, float]) -> list[list[str]]:
-    """Return from which probability on each of several labels is predicted, if there are any."""
-    if len(set(thresholds.values())) > 1:
-        words = ", ".join(f"{name} {value:.2f}" for name, value in thresholds.items())
-    else:
-        words = "".join(f"{value:.2f}" for value in [*thresholds.values()][:1])
-    return [["predicted from a probability of", words]] if words else []
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -217,6 +217,18 @@ def test_a_quantized_arm_is_told_to_multiply_in_another_format(place: Path) -> N
     assert not any("weights of the encoder" in change for each in told.values() for change in each)
 
 
+def test_values_of_an_axis_may_be_trees_of_settings(place: Path) -> None:
+    content = yaml.safe_load((place / "rank.yaml").read_text()) | {"baseline": {"size": "small"}}
+    trees = [{"rank": 2, "alpha": 4}, {"rank": 8, "alpha": 16}]
+    content["axes"] = {"size": {"names": ["small", "large"], "model.adapter": trees}}
+    plan = make_plan(content, place / "rank.yaml")
+    settings = resolve_cells(plan, [yaml.safe_load(plan.base.read_text())], [])
+    assert [settings[cell.name]["model"]["adapter"]["rank"] for cell in plan.arms.values()] == [2, 8]
+    assert [str(change) for change in find_changes(plan, settings)["large"] if change.named] == [
+        "model.adapter.rank: 2 -> 8", "model.adapter.alpha: 4 -> 16"
+    ]  # fmt: skip
+
+
 def test_a_cell_that_fails_is_a_row_with_its_reason(place: Path, tmp_path: Path) -> None:
     content = yaml.safe_load((place / "rank.yaml").read_text())
     content["axes"] = {"rate": {"model.learning_rate": [5e-3, 1e30]}}

@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from lightning_lora.cli import main
 from lightning_lora.errors import UserError
-from lightning_lora.experiments.data_sets import split_sets
+from lightning_lora.experiments.resolving import split_sets
 from tests.conftest import make_rows, write_csv
 
 PLAN: dict[str, Any] = {

@@ -4,9 +4,8 @@ import pytest
 import yaml
 
 from lightning_lora.errors import UserError
-from lightning_lora.experiments.data_sets import split_sets
 from lightning_lora.experiments.plan import make_plan
-from lightning_lora.experiments.resolving import with_arms
+from lightning_lora.experiments.resolving import split_sets, with_arms
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs" / "ablation").glob("*.yaml"))
@@ -91,7 +90,7 @@ def test_folds_are_crossed_with_seeds_and_arms() -> None:
         ({"folds": 3, "settings": {"data.fold": [1, 3]}}, "data.fold: folds say which rows are tested"),
         ({"folds": 3, "axes": {"s": {"data.test_size": [5, 9]}}, "baseline": {}}, "data.test_size: folds say"),
         ({"folds": 3, "search": {"space": {"model.learning_rate": [0.1, 1]}, "trials": 2}}, "search: with folds"),
-        ({"seeds": [1, 1]}, "one is duplicated"),
+        ({"seeds": [1, 1]}, "two cells have the same name"),
         ({"seeds": [True]}, "whole numbers"),
         ({"metric": "test_accuracy"}, "is none of accuracy, f1_samples"),
         ({"metric": "spearman"}, "'spearman' is none of"),
@@ -102,12 +101,10 @@ def test_folds_are_crossed_with_seeds_and_arms() -> None:
         ({"margin": 0}, "between 0 and 1"),
         ({"settings": {"model.adapter.rank": 4}}, "is varied by an axis"),
         ({"settings": {"model": 5}}, "model and model.adapter.* are both given"),
-        ({"axes": {"r": {"a": [1, 2], "names": 5}}}, "names: a list of words is needed, got 5"),
         (
             {"axes": {"r": {"m.a": [1, 2]}, "s": {"names": ["x", "y"], "m": [{"a": 1}, {"a": 2}]}}, "baseline": {}},
             "m and m.a are both given",
         ),
-        ({"axes": {"r": {"a": list(range(20_000))}}, "baseline": {}}, "at most 10,000"),
         (
             {"axes": {**GOOD["axes"], "b": {"names": ["x"], "chosen": True, "a": {"rank": {"2": [1]}}}}},
             "no value for rank 8",

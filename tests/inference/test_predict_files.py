@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lightning_lora.claims import claimed
 from lightning_lora.cli import main
 from lightning_lora.inference import many_files, predict_files
+from lightning_lora.workers import claimed
 from tests.faults.processes import Run, kill_in_rows
 from tests.inference.conftest import FILES, damaged_inputs, refusal, same, whole, words, write_inputs
 
