@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lightning_lora.commands.sample import read_predictions, texts_of
+from lightning_lora.commands.sample import cell_text, read_predictions, texts_of
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.data.pairs import Text, as_texts, is_pair
 from lightning_lora.errors import UserError
@@ -118,7 +118,7 @@ def explain_rows(options: Any) -> int:
         print_table(columns(_OF_WORDS, [(word, str(n), effect) for word, n, effect in words[: options.top]]), ["word"])
     what = "numbers" if is_number else "labels"
     print(f"\n{len(issues):,} of {len(rows):,} {what} are to be checked (likely wrong, or hard for the model):")
-    table = columns(_OF_ISSUES, [[*map(_cell, issue)] for issue in issues[: options.top]])
+    table = columns(_OF_ISSUES, [[*map(cell_text, issue)] for issue in issues[: options.top]])
     print_table({name: table[name] for name in ("text", "label", "prediction", "row")})
 
     files = {
@@ -130,7 +130,7 @@ def explain_rows(options: Any) -> int:
         write_text(output / f"{options.split}-{name}.csv", as_text(table, ".csv"))
     page = Path(options.html) if options.html else output / f"{options.split}.html"
     tops = [(label, words[: options.top]) for label, words in by_label.items()]
-    shown = [dict(zip(_OF_ISSUES, map(_cell, issue), strict=True)) for issue in issues[:_ON_PAGE]]
+    shown = [dict(zip(_OF_ISSUES, map(cell_text, issue), strict=True)) for issue in issues[:_ON_PAGE]]
     write_text(page, explain_page(f"{folder.path.name}: {options.split} rows", found, [line], tops, shown))
     print(f"\nwritten: {page}, and in {output}: {', '.join(f'{options.split}-{name}.csv' for name in files)}")
     return 0
@@ -139,13 +139,6 @@ def explain_rows(options: Any) -> int:
 def columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
     """Return rows as columns."""
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
-
-
-def _cell(value: Any) -> str:
-    """Return a cell for people."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def deletion_text(loaded: LoadedRun, found: Sequence[Explanation]) -> str:

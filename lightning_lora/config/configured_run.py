@@ -3,20 +3,18 @@
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning import Callback, Trainer, seed_everything
+from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_lora.config.console import Progress, quiet_libraries
 from lightning_lora.config.options import COMMAND_KEYS
-from lightning_lora.config.parse_errors import root_cause
 from lightning_lora.config.settings import ALLOWED, flat, make_parser, parse_settings, places
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.pairs import as_texts
@@ -25,23 +23,26 @@ from lightning_lora.data.splits import text_keys
 from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import CostMeter
+from lightning_lora.evaluation.metric_table import SHOWN
 from lightning_lora.evaluation.predictions import PredictionCollector
 from lightning_lora.interrupts import StopRequest
 from lightning_lora.models.check_base import BaseCheck, Inputs
 from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.models.speedups import cast_frozen
 from lightning_lora.processes import is_rank_zero
+from lightning_lora.quiet import quiet_libraries
 from lightning_lora.runs.checkpoints import AtomicCheckpointIO, ResumePoints
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.tokenizer import ordinary_ids
-from lightning_lora.training.baselines import TextBaseline
 from lightning_lora.training.length import TrainingLength, length_of, stay_stopped
 from lightning_lora.training.loggers import LearningRateCurve, TensorBoardPages, make_loggers, rejoin_loggers
 from lightning_lora.training.module import AUTOCAST, TextClassifier
 from lightning_lora.training.parallel import STRATEGIES, data_parallel, device_count
 from lightning_lora.training.refused import check_monitors, refuse_options
 from lightning_lora.training.saving import StateSaver, best_checkpoint, place_checkpoints
-from lightning_lora.training.trackers import Tracker
+
+if TYPE_CHECKING:
+    from lightning_lora.training.trackers import Tracker
 
 
 class ConfiguredRun:
@@ -83,6 +84,11 @@ class ConfiguredRun:
         seed_everything(self.config.seed_everything, workers=True, verbose=False)
         #: The trainer's settings with the callbacks, loggers and profiler that they name, once they are made.
         self.trainer_settings: dict[str, Any] = vars(self.config.trainer)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a first step has started."""
+        return hasattr(self, "model") and self.model.step_started
 
     def _check_settings(self) -> None:
         """Refuse settings that the parser lets through.
@@ -141,6 +147,8 @@ class ConfiguredRun:
         except (ValueError, TypeError, ImportError, AttributeError) as error:
             if "class_path" not in str(error):
                 raise
+            from lightning_lora.config.argument_parser import root_cause
+
             raise UserError(f"trainer: a class that the config names cannot be made: {root_cause(error)}") from error
         self.datamodule, self.model, self.trainer_settings = made.data, made.model, vars(made.trainer)
         if self.command == "fit" and find_method(config.model.method).trains:
@@ -239,6 +247,23 @@ class ConfiguredRun:
         return flat(settings)
 
 
+class Progress(RichProgressBar):
+    """Rich progress bars with time left, on standard error: standard output is for results."""
+
+    def __init__(self) -> None:
+        # By default a thread draws it 100 times a second, for which steps on a CPU wait (5% of their time).
+        super().__init__(refresh_rate=4, console_kwargs={"stderr": True})
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Return the metrics beside the bar, by short names, which a narrow terminal has room for."""
+        short = {
+            "train/loss_step": "loss",
+            **{f"{s}/{names[0]}": s for s in ("val", "test") for names in SHOWN.values()},
+        }
+        metrics = super().get_metrics(trainer, pl_module)
+        return {short.get(name, name): value for name, value in metrics.items() if name != "v_num"}
+
+
 def as_list(value: Any) -> list[Any]:
     """Return the value of a setting that is one of something, several or none as a new list."""
     if value is None:
@@ -252,18 +277,18 @@ def row_columns(rows: Rows) -> dict[str, Any]:
     return {"row": rows.numbers, "origin": rows.origins, "key": text_keys(rows.texts), "characters": characters}
 
 
-def check_base(model: TextClassifier | TextBaseline, texts: Any, precision: str | None) -> None:
+def check_base(model: Any, texts: Any, precision: str | None) -> None:
     """Refuse a base model that cannot take the texts as they will be given to it.
 
     Args:
-        model: The model.
+        model: The model; a baseline that reads texts has no base model.
         texts: How texts are given to it: has ``input_format``, ``tokenizer`` and ``padding``.
         precision: What is to be trained in on the CPU; None where nothing is.
 
     Raises:
         UserError: What the base model cannot, and what works.
     """
-    if isinstance(model, TextBaseline):
+    if not isinstance(model, TextClassifier):
         return
     input_format, words = texts.input_format, ordinary_ids(texts.tokenizer)
     inputs = Inputs(

@@ -14,21 +14,18 @@ from lightning import Trainer
 from lightning.pytorch import callbacks
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_lora.config.options import COMMAND_OPTIONS, refuse_unused, show_help
-from lightning_lora.config.parse_errors import explained
-from lightning_lora.config.recipes import DEFAULT_CONFIG, find_config
+from lightning_lora.config.options import COMMAND_OPTIONS, DEFAULT_CONFIG, find_config, refuse_unused, show_help
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.order import default_eval_batch_size
 from lightning_lora.data.pairs import choose_truncation, is_pair
 from lightning_lora.data.prepare import SourceOptions, columns_of
+from lightning_lora.devices import auto_precision, full_name
 from lightning_lora.errors import UserError
 from lightning_lora.models.methods import BASELINES, METHODS
 from lightning_lora.program import command_line, program
 from lightning_lora.runs.folder import RunFolder, as_configured
-from lightning_lora.training.baselines import make_classifier
 from lightning_lora.training.length import ENOUGH_STEPS
 from lightning_lora.training.module import TextClassifier
-from lightning_lora.training.precision import auto_precision, full_name
 from lightning_lora.training.refused import CALLBACKS
 
 DEFAULT_SEED = 42
@@ -81,7 +78,7 @@ def make_parser(command: str) -> SettingsParser:
     for action in parser._actions:
         action.help = OWN_HELP.get(action.dest, action.help)
     parser.add_lightning_class_args(TextClassifier, "model")
-    parser.add_instantiator(lambda _, **settings: make_classifier(**settings), TextClassifier)
+    parser.add_instantiator(_make_classifier, TextClassifier)
     parser.add_lightning_class_args(TextDataModule, "data")
     # What is typed once.
     parser.link_arguments("model.base_model", "data.base_model")
@@ -90,6 +87,15 @@ def make_parser(command: str) -> SettingsParser:
     for name in ("label_names", "task"):
         parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
     return parser
+
+
+def _make_classifier(_: type, **settings: Any) -> Any:
+    """Return the module of a method, which is another class for a baseline."""
+    if settings["method"] not in BASELINES:
+        return TextClassifier(**settings)
+    from lightning_lora.training.baselines import make_classifier
+
+    return make_classifier(**settings)
 
 
 def parse_settings(parser: SettingsParser, command: str, argv: Sequence[str]) -> Namespace:
@@ -110,6 +116,8 @@ def parse_settings(parser: SettingsParser, command: str, argv: Sequence[str]) ->
         given = [word for config in configs for word in ("--config", yaml.safe_dump(config, allow_unicode=True))]
         settings = resolved(parser.parse_args([*given, *rest]))
     except (argparse.ArgumentError, TypeError) as error:
+        from lightning_lora.config.argument_parser import explained
+
         raise UserError(explained(str(error), parser)) from error
     if command not in _NEW:
         trained, asked = configs[0].get("data", {}).get("truncation"), settings.get("data.truncation")
