@@ -10,7 +10,7 @@ from tqdm import tqdm
 from lightning_lora.commands.sample import cell_text, read_predictions, texts_of
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.data.pairs import Text, as_texts, is_pair
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, check_range
 from lightning_lora.evaluation.label_issues import label_issues, require_cleanlab
 from lightning_lora.files import write_text
 from lightning_lora.inference.explain import Explanation, deletion_check, label_words
@@ -47,15 +47,13 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, help="Without a text: another seed takes other rows (default: 0).")
     options = parser.parse_intermixed_args(argv)
     for name in ("top", "rows"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UserError(f"--{name}: a number of at least 1 is needed, got {value}")
+        if (value := getattr(options, name)) is not None:
+            check_range(f"--{name}", value, 1, None)
     for name, default in _OF_ROWS.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
         elif options.texts:
             raise UserError(f"--{name}: of evaluated rows, which are explained where no text is given; leave it out")
-    if options.html and Path(options.html).suffix.lower() != ".html":
-        raise UserError(f"--html: '{options.html}' must end in .html")
     return explain_texts(options) if options.texts else explain_rows(options)
 
 

@@ -21,7 +21,7 @@ from lightning_lora.files import locked_folder, remove_partial, write_text
 from lightning_lora.interrupts import Interrupted, requeue, requeued
 from lightning_lora.models.head import scale_output
 from lightning_lora.models.methods import BASELINES, find_method
-from lightning_lora.processes import started_with_nonzero_rank
+from lightning_lora.processes import is_rank_zero
 from lightning_lora.program import command_line
 from lightning_lora.runs.checkpoints import ResumePoints, read_checkpoint
 from lightning_lora.runs.folder import RunFolder, as_yaml, new_record, now
@@ -29,7 +29,6 @@ from lightning_lora.training.guard import NotFiniteError
 from lightning_lora.training.length import describe_length, stopped_by
 from lightning_lora.training.loggers import run_ids
 from lightning_lora.training.module import TextClassifier
-from lightning_lora.training.parallel import run_processes, silence_nonzero_rank
 from lightning_lora.training.saving import StateSaver, describe_best
 
 
@@ -44,15 +43,14 @@ def run(argv: list[str]) -> int:
         if was_started(folder, cli.settings()):
             cli = ConfiguredRun("fit", ["--resume", str(folder.path)])  # the scheduler gives the same command again
     check_tracking(cli)
-    count = cli.count_devices()
     if cli.config.budget is not None:
         from lightning_lora.commands.fit_budget import tune
 
         tune(cli, argv, source_stem(cli), started)
         return 0
-    if (status := run_processes(["fit", *argv], count, cli.config.trainer.num_nodes)) is not None:
+    if (status := cli.start_processes()) is not None:
         return status
-    if count > 1 and started_with_nonzero_rank():
+    if not is_rank_zero():
         fit_nonzero_rank(cli)
     elif cli.config.resume is not None:
         resume(cli, argv)
@@ -129,7 +127,7 @@ def resume(cli: ConfiguredRun, argv: list[str]) -> None:
     folder = RunFolder(Path(cli.config.resume))
     with locked(folder):
         fresh = first_record(cli, folder, argv)
-        record = folder.read() if folder.record.is_file() else fresh  # killed before it was written
+        record = folder.read_if_written() or fresh  # killed before it was written
         changed = changed_limits(folder, cli.settings()["trainer"])
         finished, cli.longer = record.get("status") == "finished", bool(changed)
         if finished and not changed:
@@ -164,12 +162,11 @@ def resume(cli: ConfiguredRun, argv: list[str]) -> None:
 
 def fit_nonzero_rank(cli: ConfiguredRun) -> None:
     """Train as one of several processes whose rank is not zero; rank zero keeps the record and writes all files."""
-    silence_nonzero_rank()
     folder, point = RunFolder(Path(cli.config.resume or cli.config.logs_dir)), None
     if cli.config.resume is not None:
         from lightning_lora.config.resuming import changed_limits
 
-        finished = folder.record.is_file() and folder.read().get("status") == "finished"
+        finished = folder.read_if_written().get("status") == "finished"
         cli.longer = bool(changed_limits(folder, cli.settings()["trainer"]))
         if finished and not cli.longer:
             return  # as rank zero does

@@ -1,6 +1,7 @@
 """A command that is configured like a run: its settings, and the data module, model and trainer that they describe."""
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from lightning_lora.data.pairs import as_texts
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.splits import text_keys
 from lightning_lora.devices import keep_freed_memory
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, check_range
 from lightning_lora.evaluation.costs import CostMeter
 from lightning_lora.evaluation.metric_table import SHOWN
 from lightning_lora.evaluation.predictions import PredictionCollector
@@ -29,7 +30,7 @@ from lightning_lora.interrupts import StopRequest
 from lightning_lora.models.check_base import BaseCheck, Inputs
 from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.models.speedups import cast_frozen
-from lightning_lora.processes import is_rank_zero
+from lightning_lora.processes import is_rank_zero, started_with_nonzero_rank
 from lightning_lora.quiet import quiet_libraries
 from lightning_lora.runs.checkpoints import AtomicCheckpointIO, ResumePoints
 from lightning_lora.runs.folder import RunFolder
@@ -37,12 +38,14 @@ from lightning_lora.tokenizer import ordinary_ids
 from lightning_lora.training.length import TrainingLength, length_of, stay_stopped
 from lightning_lora.training.loggers import LearningRateCurve, TensorBoardPages, make_loggers, rejoin_loggers
 from lightning_lora.training.module import AUTOCAST, TextClassifier
-from lightning_lora.training.parallel import STRATEGIES, data_parallel, device_count
 from lightning_lora.training.refused import check_monitors, refuse_options
 from lightning_lora.training.saving import StateSaver, best_checkpoint, place_checkpoints
 
 if TYPE_CHECKING:
     from lightning_lora.training.trackers import Tracker
+
+#: What ``trainer.strategy`` may be.
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 
 
 class ConfiguredRun:
@@ -97,8 +100,7 @@ class ConfiguredRun:
             UserError: A setting is out of range, or does not go with another.
         """
         config, trainer = self.config, self.config.trainer
-        if not 0 <= config.seed_everything < 2**32:
-            raise UserError(f"seed_everything: a number from 0 to 2^32 - 1 is needed, got {config.seed_everything}")
+        check_range("seed_everything", config.seed_everything, 0, 2**32)
         folders = [Path.cwd(), Path(config.get("logs_dir") or "logs").resolve()]
         for place in places(trainer.as_dict()):
             if not any(Path(place).expanduser().resolve().is_relative_to(folder) for folder in folders):
@@ -112,12 +114,30 @@ class ConfiguredRun:
             refuse_options(trainer.as_dict())
 
     def count_devices(self) -> int:
-        """Return the number of devices that run the command.
+        """Return the number of devices, of all nodes, that run the command.
 
         Raises:
-            UserError: This machine does not have them, or the command cannot share its work among them.
+            UserError: This machine does not have them, torchrun has started another number of processes, or the command
+                cannot share its work among them.
         """
-        count = device_count(self.config.trainer)
+        trainer = self.config.trainer
+        devices, nodes, accelerator = trainer.devices, int(trainer.num_nodes), trainer.accelerator
+        quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        try:
+            if nodes < 1:
+                raise ValueError("at least one machine is needed")
+            count = nodes * Trainer(accelerator=accelerator, devices=devices, **quiet).num_devices
+        except (MisconfigurationException, TypeError, ValueError, ImportError, RuntimeError) as error:
+            raise UserError(
+                f"trainer.devices {devices}, num_nodes {nodes}, accelerator {accelerator}: "
+                f"{' '.join(str(error).split())}; --trainer.accelerator auto takes what this machine has"
+            ) from error
+        started = int(os.environ.get("WORLD_SIZE", "0"))
+        if started and started != count:
+            raise UserError(
+                f"trainer.devices: {started} processes were started, but the trainer is to have {count} devices; give "
+                "--trainer.devices (a machine) and --trainer.num_nodes as they were started"
+            )
         if self.command in ("predict", "export") and count > 1:
             more = "; --workers shares many files" if self.command == "predict" else ""
             raise UserError(f"trainer.devices: {self.command} runs on one device{more}")
@@ -126,6 +146,21 @@ class ConfiguredRun:
         if self.command == "fit" and (size := self.config.data.batch_size) < count:
             raise UserError(f"data.batch_size: {size} texts a step cannot be shared by {count} devices; raise it")
         return count
+
+    def start_processes(self) -> int | None:
+        """Run the command in a process for each of several devices, unless this is one of them.
+
+        Returns:
+            The exit status; None where the command is to run in this process.
+        """
+        if (count := self.count_devices()) == 1:
+            return None
+        from lightning_lora.training.parallel import run_processes, silence_nonzero_rank
+
+        status = run_processes([self.command, *self.argv], count, self.config.trainer.num_nodes)
+        if status is None and started_with_nonzero_rank():  # rank zero prints, and writes all files
+            silence_nonzero_rank()
+        return status
 
     def build(self, folder: RunFolder) -> None:
         """Make the data module, the model and the trainer, which writes into the folder.
@@ -215,7 +250,12 @@ class ConfiguredRun:
                 StateSaver(ResumePoints(folder.checkpoints), self.stop_request),
             ]
         config["callbacks"] = [*callbacks, *given]
-        config["strategy"] = data_parallel(config["strategy"]) if self.count_devices() > 1 else "auto"
+        if self.count_devices() > 1:
+            from lightning_lora.training.parallel import data_parallel
+
+            config["strategy"] = data_parallel(config["strategy"])
+        else:
+            config["strategy"] = "auto"
         config["plugins"] = [AtomicCheckpointIO(), *as_list(config["plugins"])]
         if folder is not None:
             config["default_root_dir"] = str(folder.path)

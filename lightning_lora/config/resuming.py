@@ -14,8 +14,7 @@ from lightning_lora.training.optim import same_schedule
 
 def was_started(folder: RunFolder, settings: Mapping[str, Any]) -> bool:
     """Whether a run was started in the folder with these settings."""
-    record = folder.read() if folder.record.is_file() else {}
-    return folder.config.is_file() and as_configured(folder.settings(), record) == settings
+    return folder.config.is_file() and as_configured(folder.settings(), folder.read_if_written()) == settings
 
 
 def find_state(folder: RunFolder, record: dict[str, Any]) -> Path | None:
