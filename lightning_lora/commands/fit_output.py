@@ -10,6 +10,7 @@ from lightning import Trainer
 from lightning_lora.data.labels import few
 from lightning_lora.errors import print_warnings
 from lightning_lora.evaluation.metric_table import SHOWN
+from lightning_lora.evaluation.temperature import ROWS_TO_FIT, temperature_words
 from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.program import command_line
 from lightning_lora.runs.folder import RunFolder
@@ -97,8 +98,6 @@ def print_result(folder: RunFolder, record: dict[str, Any]) -> None:
     if best and record["steps"]:
         print(f"kept: epoch {best['epoch']}, step {best['step']} (best {best['monitor']}): {shown(best['metrics'])}")
     if best and "temperature" in best:
-        from lightning_lora.evaluation.temperature import ROWS_TO_FIT, temperature_words
-
         rows = record["data"]["splits"]["val"]["rows"]
         print(f"temperature: {temperature_words(best['temperature'])}, fitted to {rows:,} validation rows")
         if rows < ROWS_TO_FIT:

@@ -14,7 +14,7 @@ from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.data.cache import default_cache_dir
 from lightning_lora.data.pairs import Text
 from lightning_lora.data.prepare import Prepared, SourceOptions, prepare
-from lightning_lora.errors import UserError, check_range
+from lightning_lora.errors import UserError
 from lightning_lora.program import command_line
 from lightning_lora.runs.folder import RunFolder
 
@@ -38,7 +38,8 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--only: a predicted number is neither hit nor miss; leave '{options.only}' out")
     hit = np.array([row["label"] == row["prediction"] for row in rows])
     pool = np.flatnonzero({"all": hit | ~hit, "hits": hit, "misses": ~hit}[options.only])
-    check_range("--n", options.n, 1, None)
+    if options.n < 1:
+        raise UserError(f"--n: a number of at least 1 is needed, got {options.n}")
     if not len(pool):
         raise UserError(f"--only: there are no {options.only} among the {len(hit)} rows")
     chosen = np.sort(np.random.default_rng(options.seed).permutation(pool)[: options.n])

@@ -9,6 +9,7 @@ from torchmetrics import Metric
 
 from lightning_lora.evaluation.metric_table import SHOWN
 from lightning_lora.evaluation.metrics import EvaluationCounter, TrainCounter
+from lightning_lora.evaluation.temperature import fit_temperature, scale_thresholds
 from lightning_lora.evaluation.thresholds import Threshold, choose_thresholds
 from lightning_lora.tasks import Task
 from lightning_lora.training.loss import plain_loss
@@ -100,8 +101,6 @@ class EvaluationSteps(LightningModule):
             self.calibrate_on(*rows)
         if self.thresholds is None or self.temperature is None or self._fits:
             return self.thresholds
-        from lightning_lora.evaluation.temperature import scale_thresholds
-
         return scale_thresholds(self.thresholds, self.temperature)
 
     def calibrate_on(self, logits: Tensor, labels: Tensor) -> None:
@@ -114,8 +113,6 @@ class EvaluationSteps(LightningModule):
         if self.thresholds is not None:
             self.thresholds.copy_(choose_thresholds(logits, labels, self.threshold))
         if self.temperature is not None:
-            from lightning_lora.evaluation.temperature import fit_temperature
-
             self.temperature.fill_(fit_temperature(logits, labels, self.task))
 
     @property
