@@ -31,12 +31,12 @@ from benchmarks.gpu_common import BEST, CUDA, EPOCH, NAMES, Bench, PredictClock,
 from benchmarks.gpu_peer import TUNED, peer, peer_model, peer_training
 from benchmarks.gpu_profile import evaluation_profile, pooling, profile
 from benchmarks.throughput import encoder_flops
-from lightning_lora.config.console import quiet_libraries
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.models import packed
 from lightning_lora.models.methods import METHODS, AdapterOptions
 from lightning_lora.models.quantization import Quantization
 from lightning_lora.models.speedups import Speedups
+from lightning_lora.quiet import quiet_libraries
 from lightning_lora.training.module import TextClassifier
 
 PLAIN = Speedups(packing=False, cuda_graphs=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_lora.config.recipes import CONFIGS, describe, find_config, recipes
+from lightning_lora.config.options import CONFIGS, describe, find_config, recipes
 from lightning_lora.program import command_line, install_line
 from tests.conftest import make_rows, write_csv
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_lora.commands.report import write_ablation_report, write_sets_report
 from lightning_lora.config.argument_parser import OptionParser
-from lightning_lora.config.recipes import find_config
+from lightning_lora.config.options import find_config
 from lightning_lora.config.settings import read_config
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.resolving import split_sets

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_lora.commands.ablate import run_one
 from lightning_lora.config.argument_parser import OptionParser
-from lightning_lora.config.recipes import DEFAULT_CONFIG, find_config
+from lightning_lora.config.options import DEFAULT_CONFIG, find_config
 from lightning_lora.config.settings import DEFAULT_SEED, read_config
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.plan import ARM

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_lora.config.console import quiet_libraries
 from lightning_lora.config.settings import make_parser, parse_settings
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.facts import DataFacts, gather_facts
@@ -16,6 +15,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.experiments.resolving import data_module
 from lightning_lora.files import write_text
 from lightning_lora.program import command_line
+from lightning_lora.quiet import quiet_libraries
 from lightning_lora.reports.ablation_tables import TextTable
 from lightning_lora.reports.data_card import DataCard, Histogram, as_page
 

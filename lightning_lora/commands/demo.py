@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_lora.commands.sample import read_predictions, texts_of
+from lightning_lora.commands.sample import cell_text, read_predictions, texts_of
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.data.pairs import Text, is_pair
 from lightning_lora.errors import UserError
@@ -52,6 +52,4 @@ def examples_of(folder: RunFolder) -> list[tuple[Text, str]]:
     except UserError as error:
         print(f"warning: no examples: {error}")
         return []
-    truths = [row["label"] for row in rows]
-    said = [", ".join(each) if isinstance(each, list) else str(each) for each in truths]
-    return list(zip(texts, said, strict=True))
+    return [(text, cell_text(row["label"])) for text, row in zip(texts, rows, strict=True)]

@@ -21,12 +21,11 @@ from lightning_lora.export.weights import check_weights, load_weights, trained_s
 from lightning_lora.files import check_writable, write_text
 from lightning_lora.models.head import scale_output
 from lightning_lora.models.methods import BASELINES, find_method
-from lightning_lora.processes import started_with_nonzero_rank
+from lightning_lora.processes import is_rank_zero
 from lightning_lora.program import command_line
 from lightning_lora.reports.tables import cost_rows, markdown, metric_rows, print_tables
 from lightning_lora.runs.folder import EVENT_FILES, RunFolder, now
 from lightning_lora.training.baselines import make_classifier
-from lightning_lora.training.parallel import run_processes, silence_nonzero_rank
 from lightning_lora.training.trackers import add_results
 
 
@@ -42,14 +41,10 @@ def test(argv: list[str]) -> int:
 
 def _evaluate(command: str, split: str, argv: list[str]) -> int:
     cli = ConfiguredRun(command, argv)
-    count = cli.count_devices()
-    if count > 1 and cli.config.get("baselines"):
+    if cli.config.get("baselines") and cli.count_devices() > 1:
         raise UserError("--baselines: they are fitted by one process; leave trainer.devices out, or baselines")
-    if (status := run_processes([command, *argv], count, cli.config.trainer.num_nodes)) is not None:
+    if (status := cli.start_processes()) is not None:
         return status
-    nonzero_rank = count > 1 and started_with_nonzero_rank()
-    if nonzero_rank:  # rank zero checks, prints and writes
-        silence_nonzero_rank()
     folder = RunFolder.open(Path(cli.config.run))
     path = folder.checkpoint(cli.config.checkpoint)
     cli.steps_done = trained_steps(path)
@@ -58,7 +53,7 @@ def _evaluate(command: str, split: str, argv: list[str]) -> int:
     int8_layers = cli.model.check_int8(str(cli.config.trainer.precision)) if cli.config.int8 else 0
     cli.datamodule.setup(command)
     rows = cli.datamodule.rows(split)
-    if not nonzero_rank:
+    if is_rank_zero():
         check_writable(folder.path)
         folder.refuse_trained_rows(text_keys(rows.texts), ("train",) if split == "val" else ("train", "val"))
     evaluation: dict[str, Any] = {
@@ -91,7 +86,7 @@ def _evaluate(command: str, split: str, argv: list[str]) -> int:
         if cli.config.get("baselines"):
             evaluation["baselines"] = {name: _baseline(cli, name, split, found[""]) for name in BASELINES}
     finally:  # an interruption keeps what was evaluated before it
-        if not nonzero_rank:
+        if is_rank_zero():
             _finish(cli, folder, split, evaluation, found)
     return 0
 

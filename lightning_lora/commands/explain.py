@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lightning_lora.commands.sample import read_predictions, texts_of
+from lightning_lora.commands.sample import cell_text, read_predictions, texts_of
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.data.pairs import Text, as_texts, is_pair
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, check_range
 from lightning_lora.evaluation.label_issues import label_issues, require_cleanlab
 from lightning_lora.files import write_text
 from lightning_lora.inference.explain import Explanation, deletion_check, explain_page, label_words
@@ -46,15 +46,13 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, help="Without a text: another seed takes other rows (default: 0).")
     options = parser.parse_intermixed_args(argv)
     for name in ("top", "rows"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UserError(f"--{name}: a number of at least 1 is needed, got {value}")
+        if (value := getattr(options, name)) is not None:
+            check_range(f"--{name}", value, 1, None)
     for name, default in _OF_ROWS.items():
         if getattr(options, name) is None:
             setattr(options, name, default)
         elif options.texts:
             raise UserError(f"--{name}: of evaluated rows, which are explained where no text is given; leave it out")
-    if options.html and Path(options.html).suffix.lower() != ".html":
-        raise UserError(f"--html: '{options.html}' must end in .html")
     return explain_texts(options) if options.texts else explain_rows(options)
 
 
@@ -117,7 +115,7 @@ def explain_rows(options: Any) -> int:
         print_table(columns(_OF_WORDS, [(word, str(n), effect) for word, n, effect in words[: options.top]]), ["word"])
     what = "numbers" if is_number else "labels"
     print(f"\n{len(issues):,} of {len(rows):,} {what} are to be checked (likely wrong, or hard for the model):")
-    table = columns(_OF_ISSUES, [[*map(_cell, issue)] for issue in issues[: options.top]])
+    table = columns(_OF_ISSUES, [[*map(cell_text, issue)] for issue in issues[: options.top]])
     print_table({name: table[name] for name in ("text", "label", "prediction", "row")})
 
     files = {
@@ -129,7 +127,7 @@ def explain_rows(options: Any) -> int:
         write_text(output / f"{options.split}-{name}.csv", as_text(table, ".csv"))
     page = Path(options.html) if options.html else output / f"{options.split}.html"
     tops = [(label, words[: options.top]) for label, words in by_label.items()]
-    shown = [dict(zip(_OF_ISSUES, map(_cell, issue), strict=True)) for issue in issues[:_ON_PAGE]]
+    shown = [dict(zip(_OF_ISSUES, map(cell_text, issue), strict=True)) for issue in issues[:_ON_PAGE]]
     write_text(page, explain_page(f"{folder.path.name}: {options.split} rows", found, [line], tops, shown))
     print(f"\nwritten: {page}, and in {output}: {', '.join(f'{options.split}-{name}.csv' for name in files)}")
     return 0
@@ -138,13 +136,6 @@ def explain_rows(options: Any) -> int:
 def columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
     """Return rows as columns."""
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
-
-
-def _cell(value: Any) -> str:
-    """Return a cell for people."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def deletion_text(loaded: LoadedRun, found: Sequence[Explanation]) -> str:

@@ -15,25 +15,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lora.commands.fit_output import print_result, print_run
 from lightning_lora.config.configured_run import ConfiguredRun, row_columns
-from lightning_lora.config.resuming import changed_limits, check_limits, find_state, warn_of_epoch, warn_of_schedule
 from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.evaluation.costs import parameter_counts, peak_memory_mb
 from lightning_lora.files import locked_folder, remove_partial, write_text
 from lightning_lora.interrupts import Interrupted, requeue, requeued
 from lightning_lora.models.head import scale_output
 from lightning_lora.models.methods import BASELINES, find_method
-from lightning_lora.processes import started_with_nonzero_rank
+from lightning_lora.processes import is_rank_zero
 from lightning_lora.program import command_line
 from lightning_lora.runs.checkpoints import ResumePoints, read_checkpoint
-from lightning_lora.runs.folder import RunFolder, as_configured, as_yaml, new_record, now
-from lightning_lora.training.baselines import TextBaseline
+from lightning_lora.runs.folder import RunFolder, as_yaml, new_record, now
 from lightning_lora.training.guard import NotFiniteError
 from lightning_lora.training.length import describe_length, stopped_by
 from lightning_lora.training.loggers import run_ids
 from lightning_lora.training.module import TextClassifier
-from lightning_lora.training.parallel import run_processes, silence_nonzero_rank
 from lightning_lora.training.saving import StateSaver, describe_best
-from lightning_lora.training.trackers import Tracker, check_package, new_tracked
 
 
 def run(argv: list[str]) -> int:
@@ -41,19 +37,20 @@ def run(argv: list[str]) -> int:
     started = time.monotonic()
     cli = ConfiguredRun("fit", argv)
     if cli.config.resume is None and cli.config.name and requeued():
+        from lightning_lora.config.resuming import was_started
+
         folder = RunFolder(Path(cli.config.logs_dir) / cli.config.name)
-        if folder.config.is_file() and was_configured(folder) == cli.settings():
+        if was_started(folder, cli.settings()):
             cli = ConfiguredRun("fit", ["--resume", str(folder.path)])  # the scheduler gives the same command again
     check_tracking(cli)
-    count = cli.count_devices()
     if cli.config.budget is not None:
         from lightning_lora.commands.fit_budget import tune
 
         tune(cli, argv, source_stem(cli), started)
         return 0
-    if (status := run_processes(["fit", *argv], count, cli.config.trainer.num_nodes)) is not None:
+    if (status := cli.start_processes()) is not None:
         return status
-    if count > 1 and started_with_nonzero_rank():
+    if not is_rank_zero():
         fit_nonzero_rank(cli)
     elif cli.config.resume is not None:
         resume(cli, argv)
@@ -68,21 +65,17 @@ def check_tracking(cli: ConfiguredRun) -> None:
     Raises:
         UserError: An option would be ignored, or a package is missing.
     """
-    kind = cli.config.track
-    if kind is None and cli.config.track_group is not None:
-        raise UserError("--track_group: nothing is tracked; give --track too")
-    if kind is None:
+    if cli.config.track is None:
+        if cli.config.track_group is not None:
+            raise UserError("--track_group: nothing is tracked; give --track too")
         return
     if cli.config.budget is not None:
         raise UserError("--track: the trials of --budget are not tracked; leave it out")
     if cli.config.trainer.logger is False:
         raise UserError("--track: nothing is logged with trainer.logger false; leave one out")
-    check_package(kind)
+    from lightning_lora.training.trackers import check_package
 
-
-def was_configured(folder: RunFolder) -> dict[str, Any]:
-    """Return the settings that a run was started with."""
-    return as_configured(folder.settings(), folder.read() if folder.record.is_file() else {})
+    check_package(cli.config.track)
 
 
 def start(cli: ConfiguredRun, argv: list[str]) -> None:
@@ -94,10 +87,12 @@ def start(cli: ConfiguredRun, argv: list[str]) -> None:
             print(f"run: {folder.path}")
             record = first_record(cli, folder, argv)
             if cli.config.track is not None:
+                from lightning_lora.training.trackers import new_tracked
+
                 record["tracker"] = new_tracked(cli.config.track, folder.path.name, cli.config.track_group)
             train(cli, folder, record, None)
     except Exception:
-        if not (has_begun(cli) or any(folder.checkpoints.glob("*.ckpt"))):
+        if not (cli.has_begun or any(folder.checkpoints.glob("*.ckpt"))):
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
 
@@ -120,11 +115,6 @@ def first_record(cli: ConfiguredRun, folder: RunFolder, argv: list[str]) -> dict
     }
 
 
-def has_begun(cli: ConfiguredRun) -> bool:
-    """Whether a first step has started."""
-    return hasattr(cli, "model") and cli.model.step_started
-
-
 def locked(folder: RunFolder) -> AbstractContextManager[None]:
     """Hold the run for this process."""
     return locked_folder(folder.path, f"{folder.path} is being trained by another process")
@@ -132,10 +122,12 @@ def locked(folder: RunFolder) -> AbstractContextManager[None]:
 
 def resume(cli: ConfiguredRun, argv: list[str]) -> None:
     """Resume a run from its last state that is whole, perhaps for longer than planned; without one, restart it."""
+    from lightning_lora.config.resuming import changed_limits, check_limits, find_state, warn_of_epoch
+
     folder = RunFolder(Path(cli.config.resume))
     with locked(folder):
         fresh = first_record(cli, folder, argv)
-        record = folder.read() if folder.record.is_file() else fresh  # killed before it was written
+        record = folder.read_if_written() or fresh  # killed before it was written
         changed = changed_limits(folder, cli.settings()["trainer"])
         finished, cli.longer = record.get("status") == "finished", bool(changed)
         if finished and not changed:
@@ -160,7 +152,7 @@ def resume(cli: ConfiguredRun, argv: list[str]) -> None:
         try:
             train(cli, folder, record, point)
         except Exception:
-            if finished and not has_begun(cli):
+            if finished and not cli.has_begun:
                 folder.write(before)  # what had finished stays so
             raise
         other = (record.get("best") or {}).get("step") != (before.get("best") or {}).get("step")
@@ -170,10 +162,11 @@ def resume(cli: ConfiguredRun, argv: list[str]) -> None:
 
 def fit_nonzero_rank(cli: ConfiguredRun) -> None:
     """Train as one of several processes whose rank is not zero; rank zero keeps the record and writes all files."""
-    silence_nonzero_rank()
     folder, point = RunFolder(Path(cli.config.resume or cli.config.logs_dir)), None
     if cli.config.resume is not None:
-        finished = folder.record.is_file() and folder.read().get("status") == "finished"
+        from lightning_lora.config.resuming import changed_limits
+
+        finished = folder.read_if_written().get("status") == "finished"
         cli.longer = bool(changed_limits(folder, cli.settings()["trainer"]))
         if finished and not cli.longer:
             return  # as rank zero does
@@ -225,7 +218,7 @@ def describe_data(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any])
 
 def describe_model(cli: ConfiguredRun, record: dict[str, Any]) -> None:
     """Add to the record what is trained, and how."""
-    model: TextClassifier | TextBaseline = cli.model
+    model = cli.model
     record["costs"] = parameter_counts(model.model)
     record["speed"] = {
         "precision": str(cli.trainer.precision),
@@ -234,7 +227,7 @@ def describe_model(cli: ConfiguredRun, record: dict[str, Any]) -> None:
         "nodes": cli.trainer.num_nodes,
     }
     record["model"] = {"base_fingerprint": model.identity.base_fingerprint, "learning_rate": model.learning_rate}
-    if isinstance(model, TextBaseline):
+    if not isinstance(model, TextClassifier):  # a baseline that reads texts
         record["base_model"] = None
         return
     record["model"] |= {
@@ -340,7 +333,10 @@ def record_start(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any]) 
     if found != record["model"]["learning_rate"]:
         print(f"learning rate found by LearningRateFinder: {found:g}", flush=True)
         record["model"]["learning_rate"] = cli.config.model.learning_rate = found
-    warn_of_schedule(cli.model)
+    if cli.steps_done:
+        from lightning_lora.config.resuming import warn_of_schedule
+
+        warn_of_schedule(cli.model)
     if cli.tracker is not None and cli.tracker.attempt(lambda _: None):  # begins the tracked run
         folder.write(record)
     known = {"config": cli.settings(), "loggers": run_ids(cli.trainer.loggers)}
@@ -356,6 +352,8 @@ def tracked(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any]) -> It
     if "tracker" not in record:
         yield
         return
+    from lightning_lora.training.trackers import Tracker
+
     tracker = cli.tracker = Tracker(record["tracker"])
     try:
         yield

@@ -4,7 +4,7 @@ import shutil
 import textwrap
 
 from lightning_lora.config.argument_parser import OptionParser
-from lightning_lora.config.recipes import CONFIGS, describe, recipes
+from lightning_lora.config.options import CONFIGS, describe, recipes
 from lightning_lora.errors import UserError
 from lightning_lora.program import command_line
 

@@ -125,7 +125,7 @@ def print_rows(shown: Sequence[dict[str, Any]], texts: Sequence[Text], chars: in
         table.add_column(heading, no_wrap=single or heading == "", justify="right" if right else "left")
     table.add_column("text", ratio=1, overflow="fold", min_width=24)
     for row, text in zip(shown, texts, strict=True):
-        truth, predicted = (_words(row[name]) for name in ("label", "prediction"))
+        truth, predicted = (cell_text(row[name]) for name in ("label", "prediction"))
         mark = Text("✓ hit", "green") if truth == predicted else Text("✗ miss", "bold red")
         mark = Text("") if isinstance(row["label"], float) else mark
         probability = [f"{row['probability']:.3f}"] if single else []
@@ -135,8 +135,8 @@ def print_rows(shown: Sequence[dict[str, Any]], texts: Sequence[Text], chars: in
     Console().print(table)
 
 
-def _words(value: Any) -> str:
-    """A label, several or a number as a cell."""
+def cell_text(value: Any) -> str:
+    """Return a label, several or a number as a cell for people."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return ", ".join(value) if isinstance(value, list) else str(value)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.config.argument_parser import OptionParser
-from lightning_lora.config.console import quiet_libraries
 from lightning_lora.errors import UserError
 from lightning_lora.program import install_line
+from lightning_lora.quiet import quiet_libraries
 
 KEY = "LIGHTNING_LORA_API_KEY"
 

@@ -1,47 +1,51 @@
 """A command that is configured like a run: its settings, and the data module, model and trainer that they describe."""
 
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning import Callback, Trainer, seed_everything
+from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ProgressBar, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_lora.config.console import Progress, quiet_libraries
 from lightning_lora.config.options import COMMAND_KEYS
-from lightning_lora.config.parse_errors import root_cause
 from lightning_lora.config.settings import ALLOWED, flat, make_parser, parse_settings, places
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.pairs import as_texts
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.splits import text_keys
 from lightning_lora.devices import keep_freed_memory
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, check_range
 from lightning_lora.evaluation.costs import CostMeter
+from lightning_lora.evaluation.metric_table import SHOWN
 from lightning_lora.evaluation.predictions import PredictionCollector
 from lightning_lora.interrupts import StopRequest
 from lightning_lora.models.check_base import BaseCheck, Inputs
 from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.models.speedups import cast_frozen
-from lightning_lora.processes import is_rank_zero
+from lightning_lora.processes import is_rank_zero, started_with_nonzero_rank
+from lightning_lora.quiet import quiet_libraries
 from lightning_lora.runs.checkpoints import AtomicCheckpointIO, ResumePoints
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.tokenizer import ordinary_ids
-from lightning_lora.training.baselines import TextBaseline
 from lightning_lora.training.length import TrainingLength, length_of, stay_stopped
 from lightning_lora.training.loggers import LearningRateCurve, TensorBoardPages, make_loggers, rejoin_loggers
 from lightning_lora.training.module import AUTOCAST, TextClassifier
-from lightning_lora.training.parallel import STRATEGIES, data_parallel, device_count
 from lightning_lora.training.refused import check_monitors, refuse_options
 from lightning_lora.training.saving import StateSaver, best_checkpoint, place_checkpoints
-from lightning_lora.training.trackers import Tracker
+
+if TYPE_CHECKING:
+    from lightning_lora.training.trackers import Tracker
+
+#: What ``trainer.strategy`` may be.
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 
 
 class ConfiguredRun:
@@ -84,6 +88,11 @@ class ConfiguredRun:
         #: The trainer's settings with the callbacks, loggers and profiler that they name, once they are made.
         self.trainer_settings: dict[str, Any] = vars(self.config.trainer)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a first step has started."""
+        return hasattr(self, "model") and self.model.step_started
+
     def _check_settings(self) -> None:
         """Refuse settings that the parser lets through.
 
@@ -91,8 +100,7 @@ class ConfiguredRun:
             UserError: A setting is out of range, or does not go with another.
         """
         config, trainer = self.config, self.config.trainer
-        if not 0 <= config.seed_everything < 2**32:
-            raise UserError(f"seed_everything: a number from 0 to 2^32 - 1 is needed, got {config.seed_everything}")
+        check_range("seed_everything", config.seed_everything, 0, 2**32)
         folders = [Path.cwd(), Path(config.get("logs_dir") or "logs").resolve()]
         for place in places(trainer.as_dict()):
             if not any(Path(place).expanduser().resolve().is_relative_to(folder) for folder in folders):
@@ -106,12 +114,30 @@ class ConfiguredRun:
             refuse_options(trainer.as_dict())
 
     def count_devices(self) -> int:
-        """Return the number of devices that run the command.
+        """Return the number of devices, of all nodes, that run the command.
 
         Raises:
-            UserError: This machine does not have them, or the command cannot share its work among them.
+            UserError: This machine does not have them, torchrun has started another number of processes, or the command
+                cannot share its work among them.
         """
-        count = device_count(self.config.trainer)
+        trainer = self.config.trainer
+        devices, nodes, accelerator = trainer.devices, int(trainer.num_nodes), trainer.accelerator
+        quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        try:
+            if nodes < 1:
+                raise ValueError("at least one machine is needed")
+            count = nodes * Trainer(accelerator=accelerator, devices=devices, **quiet).num_devices
+        except (MisconfigurationException, TypeError, ValueError, ImportError, RuntimeError) as error:
+            raise UserError(
+                f"trainer.devices {devices}, num_nodes {nodes}, accelerator {accelerator}: "
+                f"{' '.join(str(error).split())}; --trainer.accelerator auto takes what this machine has"
+            ) from error
+        started = int(os.environ.get("WORLD_SIZE", "0"))
+        if started and started != count:
+            raise UserError(
+                f"trainer.devices: {started} processes were started, but the trainer is to have {count} devices; give "
+                "--trainer.devices (a machine) and --trainer.num_nodes as they were started"
+            )
         if self.command in ("predict", "export") and count > 1:
             more = "; --workers shares many files" if self.command == "predict" else ""
             raise UserError(f"trainer.devices: {self.command} runs on one device{more}")
@@ -120,6 +146,21 @@ class ConfiguredRun:
         if self.command == "fit" and (size := self.config.data.batch_size) < count:
             raise UserError(f"data.batch_size: {size} texts a step cannot be shared by {count} devices; raise it")
         return count
+
+    def start_processes(self) -> int | None:
+        """Run the command in a process for each of several devices, unless this is one of them.
+
+        Returns:
+            The exit status; None where the command is to run in this process.
+        """
+        if (count := self.count_devices()) == 1:
+            return None
+        from lightning_lora.training.parallel import run_processes, silence_nonzero_rank
+
+        status = run_processes([self.command, *self.argv], count, self.config.trainer.num_nodes)
+        if status is None and started_with_nonzero_rank():  # rank zero prints, and writes all files
+            silence_nonzero_rank()
+        return status
 
     def build(self, folder: RunFolder) -> None:
         """Make the data module, the model and the trainer, which writes into the folder.
@@ -141,6 +182,8 @@ class ConfiguredRun:
         except (ValueError, TypeError, ImportError, AttributeError) as error:
             if "class_path" not in str(error):
                 raise
+            from lightning_lora.config.argument_parser import root_cause
+
             raise UserError(f"trainer: a class that the config names cannot be made: {root_cause(error)}") from error
         self.datamodule, self.model, self.trainer_settings = made.data, made.model, vars(made.trainer)
         if self.command == "fit" and find_method(config.model.method).trains:
@@ -207,7 +250,12 @@ class ConfiguredRun:
                 StateSaver(ResumePoints(folder.checkpoints), self.stop_request),
             ]
         config["callbacks"] = [*callbacks, *given]
-        config["strategy"] = data_parallel(config["strategy"]) if self.count_devices() > 1 else "auto"
+        if self.count_devices() > 1:
+            from lightning_lora.training.parallel import data_parallel
+
+            config["strategy"] = data_parallel(config["strategy"])
+        else:
+            config["strategy"] = "auto"
         config["plugins"] = [AtomicCheckpointIO(), *as_list(config["plugins"])]
         if folder is not None:
             config["default_root_dir"] = str(folder.path)
@@ -239,6 +287,32 @@ class ConfiguredRun:
         return flat(settings)
 
 
+class Progress(RichProgressBar):
+    """Rich progress bars with time left, on standard error: standard output is for results."""
+
+    def __init__(self) -> None:
+        # By default a thread draws it 100 times a second, for which steps on a CPU wait (5% of their time).
+        super().__init__(refresh_rate=4, console_kwargs={"stderr": True})
+        self._updated_at = 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the bar no more often than it is drawn, as the metrics beside it cost time in each step."""
+        if time.monotonic() - self._updated_at >= 1 / self.refresh_rate or trainer.is_last_batch:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._updated_at = time.monotonic()
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Return the metrics beside the bar, by short names, which a narrow terminal has room for."""
+        short = {
+            "train/loss_step": "loss",
+            **{f"{s}/{names[0]}": s for s in ("val", "test") for names in SHOWN.values()},
+        }
+        metrics = super().get_metrics(trainer, pl_module)
+        return {short.get(name, name): value for name, value in metrics.items() if name != "v_num"}
+
+
 def as_list(value: Any) -> list[Any]:
     """Return the value of a setting that is one of something, several or none as a new list."""
     if value is None:
@@ -252,18 +326,18 @@ def row_columns(rows: Rows) -> dict[str, Any]:
     return {"row": rows.numbers, "origin": rows.origins, "key": text_keys(rows.texts), "characters": characters}
 
 
-def check_base(model: TextClassifier | TextBaseline, texts: Any, precision: str | None) -> None:
+def check_base(model: Any, texts: Any, precision: str | None) -> None:
     """Refuse a base model that cannot take the texts as they will be given to it.
 
     Args:
-        model: The model.
+        model: The model; a baseline that reads texts has no base model.
         texts: How texts are given to it: has ``input_format``, ``tokenizer`` and ``padding``.
         precision: What is to be trained in on the CPU; None where nothing is.
 
     Raises:
         UserError: What the base model cannot, and what works.
     """
-    if isinstance(model, TextBaseline):
+    if not isinstance(model, TextClassifier):
         return
     input_format, words = texts.input_format, ordinary_ids(texts.tokenizer)
     inputs = Inputs(

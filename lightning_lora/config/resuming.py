@@ -7,9 +7,14 @@ from typing import Any
 from lightning_lora.config.settings import LIMITS
 from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.runs.checkpoints import ResumePoints
-from lightning_lora.runs.folder import RunFolder
+from lightning_lora.runs.folder import RunFolder, as_configured
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.optim import same_schedule
+
+
+def was_started(folder: RunFolder, settings: Mapping[str, Any]) -> bool:
+    """Whether a run was started in the folder with these settings."""
+    return folder.config.is_file() and as_configured(folder.settings(), folder.read_if_written()) == settings
 
 
 def find_state(folder: RunFolder, record: dict[str, Any]) -> Path | None:

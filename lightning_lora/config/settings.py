@@ -3,7 +3,7 @@
 import argparse
 import enum
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,18 @@ from lightning import Trainer
 from lightning.pytorch import callbacks
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_lora.config.options import COMMAND_OPTIONS, refuse_unused, show_help
-from lightning_lora.config.parse_errors import explained
-from lightning_lora.config.recipes import DEFAULT_CONFIG, find_config
+from lightning_lora.config.options import COMMAND_OPTIONS, DEFAULT_CONFIG, find_config, refuse_unused, show_help
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.order import default_eval_batch_size
 from lightning_lora.data.pairs import choose_truncation, is_pair
 from lightning_lora.data.prepare import SourceOptions, columns_of
+from lightning_lora.devices import auto_precision, full_name
 from lightning_lora.errors import UserError
 from lightning_lora.models.methods import BASELINES, METHODS
 from lightning_lora.program import command_line, program
 from lightning_lora.runs.folder import RunFolder, as_configured
-from lightning_lora.training.baselines import make_classifier
 from lightning_lora.training.length import ENOUGH_STEPS
 from lightning_lora.training.module import TextClassifier
-from lightning_lora.training.precision import auto_precision, full_name
 from lightning_lora.training.refused import CALLBACKS
 
 DEFAULT_SEED = 42
@@ -81,7 +78,7 @@ def make_parser(command: str) -> SettingsParser:
     for action in parser._actions:
         action.help = OWN_HELP.get(action.dest, action.help)
     parser.add_lightning_class_args(TextClassifier, "model")
-    parser.add_instantiator(lambda _, **settings: make_classifier(**settings), TextClassifier)
+    parser.add_instantiator(_make_classifier, TextClassifier)
     parser.add_lightning_class_args(TextDataModule, "data")
     # What is typed once.
     parser.link_arguments("model.base_model", "data.base_model")
@@ -90,6 +87,15 @@ def make_parser(command: str) -> SettingsParser:
     for name in ("label_names", "task"):
         parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
     return parser
+
+
+def _make_classifier(_: type, **settings: Any) -> Any:
+    """Return the module of a method, which is another class for a baseline."""
+    if settings["method"] not in BASELINES:
+        return TextClassifier(**settings)
+    from lightning_lora.training.baselines import make_classifier
+
+    return make_classifier(**settings)
 
 
 def parse_settings(parser: SettingsParser, command: str, argv: Sequence[str]) -> Namespace:
@@ -110,6 +116,8 @@ def parse_settings(parser: SettingsParser, command: str, argv: Sequence[str]) ->
         given = [word for config in configs for word in ("--config", yaml.safe_dump(config, allow_unicode=True))]
         settings = resolved(parser.parse_args([*given, *rest]))
     except (argparse.ArgumentError, TypeError) as error:
+        from lightning_lora.config.argument_parser import explained
+
         raise UserError(explained(str(error), parser)) from error
     if command not in _NEW:
         trained, asked = configs[0].get("data", {}).get("truncation"), settings.get("data.truncation")
@@ -125,40 +133,32 @@ def _split_configs(command: str, argv: Sequence[str]) -> tuple[list[dict[str, An
     if command not in (*_NEW, "predict") and argv and not argv[0].startswith("-"):
         argv = ["--run", *argv]  # the folder alone is clear enough where no texts are given
     end = argv.index("--") if "--" in argv else len(argv)
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("-c", "--config", action="append", default=[])
-    finder.set_defaults(run=None, arm=None)
-    if command in _NEW:
-        finder.add_argument("--arm")
-    if command != "data":
-        finder.add_argument("--resume" if command == "fit" else "--run", dest="run")
-    given, rest = finder.parse_known_args(argv[:end])
-    options = [word.partition("=")[0].rstrip("+") for word in rest if word.startswith("--")]
-    configs = []
-    if command not in _NEW and given.run is None:
-        raise UserError(f"{command} needs a trained run: --run logs/NAME (a folder that fit made)")
-    if given.run is not None:
-        option = "--resume" if command == "fit" else "--run"
-        folder = RunFolder.open(Path(given.run), option)
+    option = "resume" if command == "fit" else "run"
+    names = {"fit": ("arm", option), "data": ("arm",)}.get(command, (option,))
+    given, rest, typed = _find_options(argv[:end], names)
+    run, configs = given.get(option), list[dict[str, Any]]()
+    if run is not None:
+        folder = RunFolder.open(Path(run), f"--{option}")
         configs = [folder.found_from_here(read_config(folder.config, as_base=False))]
         if command != "fit":  # the machine that evaluates is not always the one that trained
             trainer = configs[0].setdefault("trainer", {})
             devices = trainer.get("devices")
             one = devices[:1] if isinstance(devices, list) else 1
             configs[0]["trainer"] = {**trainer, "devices": one, "num_nodes": 1, "strategy": "auto"}
-        rest += [option, given.run]
-    elif not given.config:
+        rest += [f"--{option}", run]
+    elif command not in _NEW:
+        raise UserError(f"{command} needs a trained run: --run logs/NAME (a folder that fit made)")
+    elif not given["config"]:
         configs = [read_config(DEFAULT_CONFIG)]
-    more = [config for _, config in _read_configs(given.config, given.arm)]
-    limits = [f"--trainer.{name}" for name in LIMITS]
-    if command == "fit" and given.run is not None:
-        for option in [*options, *(["--config"] if more else [])]:
-            if option not in limits:
+    more = [config for _, config in _read_configs(given["config"], given.get("arm"))]
+    if command == "fit" and run is not None:
+        limits = [f"trainer.{name}" for name in LIMITS]
+        for name in [*typed, *(["config"] if more else [])]:
+            if name not in limits:
                 raise UserError(
-                    f"--resume: '{option}' would make it another run; only {', '.join(limits)} can be given, or start "
-                    "a new run"
+                    f"--resume: '--{name}' would make it another run; only --{', --'.join(limits)} can be given, or "
+                    "start a new run"
                 )
-    typed = [option[2:] for option in options]
     if command == "predict":
         refuse_unused(command, [*typed, *(key for config in more for key in flat(config))])
     elif command == "data":  # a config describes a run whole
@@ -174,17 +174,22 @@ def split_fit(argv: Sequence[str]) -> tuple[list[dict[str, Any]], list[str], set
     Args:
         argv: What stands after the command.
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("-c", "--config", action="append", default=[])
-    for name in COMMAND_OPTIONS["fit"]:
-        finder.add_argument(f"--{name}")
-    given, rest = finder.parse_known_args(list(argv))
-    typed = {word[2:].partition("=")[0].rstrip("+") for word in rest if word.startswith("--")}
-    configs = list[dict[str, Any]]()
-    for path, config in _read_configs(given.config or [DEFAULT_CONFIG], given.arm):
+    given, rest, options = _find_options(argv, COMMAND_OPTIONS["fit"])
+    configs, typed = list[dict[str, Any]](), {*options}
+    for path, config in _read_configs(given["config"] or [DEFAULT_CONFIG], given["arm"]):
         configs.append({k: v for k, v in config.items() if k not in COMMAND_OPTIONS["fit"]})
         typed |= set() if path.resolve() == DEFAULT_CONFIG else set(flat(configs[-1]))
     return configs, rest, typed
+
+
+def _find_options(argv: Sequence[str], names: Iterable[str]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Return the configs and some options of a command line, its other arguments, and the names of options in these."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("-c", "--config", action="append", default=[])
+    for name in names:
+        finder.add_argument(f"--{name}")
+    given, rest = finder.parse_known_args(argv)
+    return vars(given), rest, [word[2:].partition("=")[0].rstrip("+") for word in rest if word.startswith("--")]
 
 
 def _read_configs(names: Sequence[str | Path], arm: str | None) -> list[tuple[Path, dict[str, Any]]]:

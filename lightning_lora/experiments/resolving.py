@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lightning_lora.config.configured_run import ConfiguredRun
-from lightning_lora.config.recipes import DEFAULT_CONFIG
+from lightning_lora.config.options import DEFAULT_CONFIG
 from lightning_lora.config.settings import flat, read_config
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from lightning import Trainer
 
-from lightning_lora.config.console import quiet_libraries
 from lightning_lora.data.batching import TokenDataset
 from lightning_lora.data.checking import is_blank, row_text
 from lightning_lora.data.datamodule import evaluation_sampler, make_loader
@@ -21,6 +20,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.evaluation.predictions import PredictionCollector, Predictions
 from lightning_lora.export.weights import load_weights, trained_for
 from lightning_lora.inference.explain import Explanation, explain
+from lightning_lora.quiet import quiet_libraries
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training.baselines import TextBaseline, make_classifier
 from lightning_lora.training.module import TextClassifier

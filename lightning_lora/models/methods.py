@@ -3,17 +3,18 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_lora.errors import UserError
-from lightning_lora.models.adalora import AdaLoraSteps
 from lightning_lora.models.base import Base, below_layer, linear_modules
-from lightning_lora.models.baselines import Probe
 from lightning_lora.models.targets import ends_with, match_targets, saved_modules
 from lightning_lora.seeding import torch_stream
+
+if TYPE_CHECKING:
+    from lightning_lora.models.adalora import AdaLoraSteps
 
 
 @dataclass
@@ -56,7 +57,7 @@ class AdaptedModel:
     target_modules: list[str]
     head_modules: list[str]
     lr_factors: Mapping[str, float] = field(default_factory=dict)
-    steps: AdaLoraSteps | None = None
+    steps: "AdaLoraSteps | None" = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,8 @@ def _adalora(base: Base, options: AdapterOptions) -> AdaptedModel:
     """
     from peft import AdaLoraConfig, TaskType
 
+    from lightning_lora.models.adalora import AdaLoraSteps
+
     targets, head = match_targets(base, options.target_modules), saved_modules(base, options.modules_to_save or [])
     rank = METHODS["adalora"].rank if options.rank is None else options.rank
     config = AdaLoraConfig(
@@ -291,6 +294,8 @@ def _none(base: Base, options: AdapterOptions) -> AdaptedModel:
 
 def _probe(base: Base, options: AdapterOptions) -> AdaptedModel:
     """Nothing is trained by steps; pooled states are classified."""
+    from lightning_lora.models.baselines import Probe
+
     del options
     return AdaptedModel(Probe(base.model, base.model.config.num_labels), [], ["classifier"])
 

@@ -59,7 +59,7 @@ class CheckpointIdentity:
         Raises:
             UserError: It is of another program, format, base model, method, or of other label names.
         """
-        stored = _identity(checkpoint)
+        stored = stored_identity(checkpoint)
         if stored["format"] != CHECKPOINT_FORMAT:
             raise UserError(f"the checkpoint has format {stored['format']}; this version reads {CHECKPOINT_FORMAT}")
         if stored["base_fingerprint"] != self.base_fingerprint:
@@ -85,21 +85,16 @@ class CheckpointIdentity:
         Raises:
             UserError: A trained weight is missing, there is one too many, or a shape differs.
         """
-        missing, unexpected = sorted(expected - set(state)), sorted(set(state) - expected)
-        other = [name for name in sorted(expected & set(state)) if state[name].shape != own[name].shape]
-        if missing:
-            what = f"lacks {missing[0]}"
-        elif unexpected:
-            what = f"holds {unexpected[0]}, which is not trained here"
-        elif other:
-            shapes = tuple(state[other[0]].shape), tuple(own[other[0]].shape)
-            what = f"holds {other[0]}, which has shape {shapes[0]} there and {shapes[1]} here"
-        else:
-            return
-        raise UserError(
-            f"the checkpoint {what} ({len(missing)} missing, {len(unexpected)} unexpected); model settings such as "
-            "adapter.rank and adapter.target_modules must be those it was trained with"
-        )
+        faults = [f"lacks {name}" for name in sorted(expected - {*state})]
+        faults += [f"holds {name}, which is not trained here" for name in sorted({*state} - expected)]
+        for name in sorted(expected & {*state}):
+            if (there := tuple(state[name].shape)) != (here := tuple(own[name].shape)):
+                faults.append(f"holds {name}, which has shape {there} there and {here} here")
+        if faults:
+            raise UserError(
+                f"the checkpoint {faults[0]} (faults: {len(faults)}); model settings such as adapter.rank and "
+                "adapter.target_modules must be those it was trained with"
+            )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -147,6 +142,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of a trained model")
     return checkpoint
+
+
+def stored_identity(checkpoint: Mapping[str, Any], path: Path | None = None) -> dict[str, Any]:
+    """Return what a checkpoint, perhaps read from a path, says that it belongs to.
+
+    Raises:
+        UserError: It does not say so.
+    """
+    stored = checkpoint.get(_KEY)
+    if not isinstance(stored, dict):
+        where = path or "the checkpoint"
+        raise UserError(f"{where} was not written by lightning_lora: it does not say what it belongs to")
+    return stored
 
 
 class ResumePoints:
@@ -218,24 +226,8 @@ def checked_checkpoint(module: LightningModule, path: Path, any_quantization: bo
     checkpoint = read_checkpoint(path)
     try:
         if any_quantization:
-            _identity(checkpoint)["quantization"] = module.identity.quantization  # type: ignore[union-attr]
+            stored_identity(checkpoint)["quantization"] = module.identity.quantization  # type: ignore[union-attr]
         module.on_load_checkpoint(checkpoint)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return checkpoint
-
-
-def stored_identity(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return what a checkpoint says that it belongs to."""
-    try:
-        return _identity(checkpoint)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _identity(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint says that it belongs to."""
-    stored = checkpoint.get(_KEY)
-    if not isinstance(stored, dict):
-        raise UserError("the checkpoint was not written by lightning_lora: it does not say what it belongs to")
-    return stored

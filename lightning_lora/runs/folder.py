@@ -112,7 +112,7 @@ class RunFolder:
 
         A path that exists from here stays as it is, and so does one that is nowhere.
         """
-        started = Path(self.read().get("started_in", ".")) if self.record.is_file() else Path()
+        started = Path(self.read_if_written().get("started_in", "."))
 
         def found(path: Any) -> Any:
             if isinstance(path, Mapping):
@@ -136,7 +136,7 @@ class RunFolder:
         """
         path = self.checkpoints / f"{which}.ckpt" if which in ("best", "last") else Path(which)
         if not (path.is_file() or (which not in ("best", "last") and path.is_dir())):
-            record = self.read() if self.record.is_file() else {}
+            record = self.read_if_written()
             status = record.get("status", "unfinished")
             remedy = "an untrained model is not evaluated; run fit again"
             if which == "best" and (self.checkpoints / "last.ckpt").is_file():
@@ -160,6 +160,10 @@ class RunFolder:
         if record.get("format") != RECORD_FORMAT:
             raise UserError(f"{self.record}: format {record.get('format')}; this version reads {RECORD_FORMAT}")
         return record
+
+    def read_if_written(self) -> dict[str, Any]:
+        """Return the record, empty where a run was killed before it was written."""
+        return self.read() if self.record.is_file() else {}
 
     def write(self, record: dict[str, Any]) -> None:
         """Write the record, whole; numbers that are not finite become null, which JSON has."""
@@ -196,17 +200,14 @@ class RunFolder:
 
     def new_evaluation(self, split: str) -> str:
         """Return a name for a further evaluation of a split ("test", then "test-2", ...); none is overwritten."""
-        done = self.read().get("evaluations", {}) if self.record.is_file() else {}
-        name, number = split, 1
-        while name in done or (self.path / f"{name}.md").exists():
-            number += 1
-            name = f"{split}-{number}"
-        return name
+        done = self.read_if_written().get("evaluations", {})
+        names = itertools.chain([split], (f"{split}-{number}" for number in itertools.count(2)))
+        return next(name for name in names if name not in done and not (self.path / f"{name}.md").exists())
 
     def add_evaluation(self, name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
         """Add what a later command measured (such as "test") to the record; return the whole."""
-        killed: dict[str, Any] = {"format": RECORD_FORMAT, "name": self.path.name, "status": "unfinished"}
-        record = self.read() if self.record.is_file() else killed
+        record = self.read_if_written()
+        record = record or {"format": RECORD_FORMAT, "name": self.path.name, "status": "unfinished"}
         record.setdefault("evaluations", {})[name] = evaluation
         self.write(record)
         return record

@@ -12,10 +12,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -25,39 +23,12 @@ import lightning_lora
 from lightning_lora.errors import UserError
 from lightning_lora.processes import become_nonzero_rank
 
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 #: Holds the process that started this one: once it has been killed, the parent is another.
 _LAUNCHER = "LIGHTNING_LORA_LAUNCHER"
 
 
-def device_count(trainer: Any) -> int:
-    """Return the devices of all nodes that the trainer's settings ask for.
-
-    Raises:
-        UserError: This machine does not have them; or torchrun has started another number of processes.
-    """
-    devices, nodes, accelerator = trainer["devices"], int(trainer["num_nodes"]), trainer["accelerator"]
-    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    try:
-        if nodes < 1:
-            raise ValueError("at least one machine is needed")
-        count = nodes * Trainer(accelerator=accelerator, devices=devices, **quiet).num_devices
-    except (MisconfigurationException, TypeError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(
-            f"trainer.devices {devices}, num_nodes {nodes}, accelerator {accelerator}: {' '.join(str(error).split())}; "
-            "--trainer.accelerator auto takes what this machine has"
-        ) from error
-    started = int(os.environ.get("WORLD_SIZE", "0"))
-    if started and started != count:
-        raise UserError(
-            f"trainer.devices: {started} processes were started, but the trainer is to have {count} devices; give "
-            "--trainer.devices (a machine) and --trainer.num_nodes as they were started"
-        )
-    return count
-
-
 def data_parallel(strategy: str) -> DDPStrategy:
-    """Return Lightning's strategy for several devices, by one of ``STRATEGIES``."""
+    """Return Lightning's strategy for several devices, by its name there; "auto" is "ddp"."""
     find_unused = strategy == "ddp_find_unused_parameters_true"
     # No module here has buffers that change in training, so none have to be sent before each step.
     known = signature(DistributedDataParallel).parameters
@@ -73,7 +44,7 @@ def run_processes(words: Sequence[str], count: int, num_nodes: int) -> int | Non
 
     Args:
         words: The command and its options.
-        count: The devices of all machines.
+        count: The devices of all machines, more than one.
         num_nodes: The machines.
 
     Returns:
@@ -82,8 +53,6 @@ def run_processes(words: Sequence[str], count: int, num_nodes: int) -> int | Non
     Raises:
         UserError: Several machines are asked for.
     """
-    if count == 1:
-        return None
     if "WORLD_SIZE" in os.environ or SLURMEnvironment.detect():
         threading.Thread(target=_end_with_launcher, daemon=True).start()
         return None

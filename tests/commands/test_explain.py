@@ -62,7 +62,6 @@ def test_evaluated_rows_give_words_and_labels_to_check_with_their_rows(run: Path
         (["fine", "--rows", "3"], "--rows: of evaluated rows, which are explained where no text is given"),
         (["fine", "--top", "0"], "--top: a number of at least 1 is needed, got 0"),
         (["fine", "--label", "poss"], "no label 'poss'; did you mean pos?"),
-        (["fine", "--html", "out"], "--html: 'out' must end in .html"),
         (["--split", "val", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
         ([" "], "text 0: a text is needed"),
     ],

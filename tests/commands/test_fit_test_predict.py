@@ -5,6 +5,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,21 @@ def test_the_run_folder_holds_everything(fitted: RunFolder) -> None:
     assert set(expected.split()) | {"predictions/val.parquet", "predictions/test.parquet"} <= names
     assert any(name.startswith("events.out.") for name in names)
     assert not [name for name in names if "/." in name or name.startswith(".")]
+
+
+def test_fit_imports_only_what_it_needs(fitted: RunFolder, tmp_path: Path) -> None:
+    """In a process of its own: nothing of other commands, methods, tasks and options, each of which would cost all."""
+    code = (
+        "import sys; from lightning_lora.cli import main; status = main(sys.argv[1:])\n"
+        "print(status, *(name for name in sys.modules if name.partition('.')[0] == 'lightning_lora'))"
+    )
+    config = fitted.path.parents[1] / "tiny.yaml"
+    words = ["fit", "--config", str(config), "--logs_dir", str(tmp_path / "logs"), "--trainer.max_epochs", "1"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, cwd=root)
+    status, *modules = done.stdout.splitlines()[-1].split()
+    assert status == "0"
+    assert len(modules) <= 80, modules
 
 
 def test_the_record_says_what_was_done_and_what_came(fitted: RunFolder) -> None:
