@@ -11,11 +11,11 @@ from benchmarks.throughput import make_base, make_rows, matrix_rate
 from lightning_lora.data.batching import LengthBatchSampler
 from lightning_lora.data.datamodule import make_loader
 from lightning_lora.data.order import default_eval_batch_size
+from lightning_lora.devices import auto_precision
 from lightning_lora.inference.loaded_run import LoadedRun
 from lightning_lora.models.methods import AdapterOptions
 from lightning_lora.models.speedups import Speedups
 from lightning_lora.training.module import TextClassifier
-from lightning_lora.training.precision import auto_precision
 
 CUDA = torch.cuda.is_available()
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "devices": 1}

@@ -11,10 +11,10 @@ from lightning import Callback, Trainer
 from benchmarks.gpu_common import BEST, CUDA, NAMES, QUIET, Bench, PredictClock, Watch, fit, predictor, synchronize
 from lightning_lora.data.batching import LengthBatchSampler
 from lightning_lora.data.datamodule import make_loader
+from lightning_lora.devices import auto_precision
 from lightning_lora.models.methods import AdapterOptions
 from lightning_lora.models.speedups import Speedups
 from lightning_lora.training.module import TextClassifier
-from lightning_lora.training.precision import auto_precision
 
 
 class Window(Callback):

@@ -123,11 +123,10 @@ def main() -> None:
     from lightning_lora.config.console import quiet_libraries
     from lightning_lora.data.batching import LengthBatchSampler
     from lightning_lora.data.datamodule import make_loader
-    from lightning_lora.devices import keep_freed_memory
+    from lightning_lora.devices import auto_precision, keep_freed_memory
     from lightning_lora.evaluation.costs import CostMeter, peak_memory_mb
     from lightning_lora.models.methods import AdapterOptions
     from lightning_lora.training.module import TextClassifier
-    from lightning_lora.training.precision import auto_precision
 
     quiet_libraries()
     keep_freed_memory()

@@ -21,6 +21,7 @@ from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.order import default_eval_batch_size
 from lightning_lora.data.pairs import choose_truncation, is_pair
 from lightning_lora.data.prepare import SourceOptions, columns_of
+from lightning_lora.devices import auto_precision, full_name
 from lightning_lora.errors import UserError
 from lightning_lora.models.methods import BASELINES, METHODS
 from lightning_lora.program import command_line, program
@@ -28,7 +29,6 @@ from lightning_lora.runs.folder import RunFolder, as_configured
 from lightning_lora.training.baselines import make_classifier
 from lightning_lora.training.length import ENOUGH_STEPS
 from lightning_lora.training.module import TextClassifier
-from lightning_lora.training.precision import auto_precision, full_name
 from lightning_lora.training.refused import CALLBACKS
 
 DEFAULT_SEED = 42
