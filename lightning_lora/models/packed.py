@@ -281,13 +281,5 @@ def why_not_packed(base: Base) -> str | None:
     return None
 
 
-def first_position(model: nn.Module) -> int:
-    """The position of a text's first token: behind the padding token's number for RoBERTa and its kin, else 0."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and (padding := getattr(module, "padding_idx", None)) is not None:
-            return int(padding) + 1
-    return 0
-
-
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, no_mask)
