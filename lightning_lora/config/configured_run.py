@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from lightning_lora.evaluation.costs import CostMeter
 from lightning_lora.evaluation.metric_table import SHOWN
 from lightning_lora.evaluation.predictions import PredictionCollector
 from lightning_lora.interrupts import StopRequest
-from lightning_lora.models.check_base import BaseCheck, Inputs
+from lightning_lora.models.check_base import BaseCheck
 from lightning_lora.models.methods import BASELINES, find_method
 from lightning_lora.models.speedups import cast_frozen
 from lightning_lora.processes import is_rank_zero, started_with_nonzero_rank
@@ -339,18 +340,10 @@ def check_base(model: Any, texts: Any, precision: str | None) -> None:
     """
     if not isinstance(model, TextClassifier):
         return
-    input_format, words = texts.input_format, ordinary_ids(texts.tokenizer)
-    inputs = Inputs(
-        input_format.prefix,
-        input_format.suffix,
-        words,
-        input_format.pad_id,
-        input_format.max_length,
-        pad_to_max=texts.padding == "max_length",
-    )
-    config = model.model.config
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    check = BaseCheck(model, config.model_type, inputs, positions if positions and positions > 0 else None)
+    config, words = model.model.config, ordinary_ids(texts.tokenizer)
+    positions = max(getattr(config.get_text_config(), "max_position_embeddings", None) or 0, 0)
+    pad_to_max = texts.padding == "max_length"
+    check = BaseCheck(model, config.model_type, texts.input_format, words, pad_to_max, positions or None)
     check.check(padding=model.identity.quantization == "none")
     if precision in AUTOCAST:
         if model.lowers_frozen(precision):

@@ -15,11 +15,7 @@ _LEARNT = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 class AdaLoraSteps:
-    """Keeps the factors orthogonal and moves the rank budget; PEFT's allocator does the counting.
-
-    Args:
-        model: PEFT's wrapper around the base model.
-    """
+    """Keeps the factors of PEFT's wrapper orthogonal and moves the rank budget; its allocator does the counting."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -51,11 +47,7 @@ class AdaLoraSteps:
         return self.config.orth_reg_weight * torch.stack(distances).mean()
 
     def after_step(self, step: int) -> None:
-        """Updates the importance of each rank and drops the least ones; gradients must still be there.
-
-        Args:
-            step: Optimizer steps done, from 1.
-        """
+        """Updates the importance of each rank and drops the least ones; the step's gradients must still be there."""
         self.model.base_model.update_and_allocate(step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -40,7 +40,6 @@ Choose = Callable[[Tensor, Tensor, Tensor | None], AttentionMath | None]
 
 def torch_only(q: Tensor, k: Tensor, mask: Tensor | None) -> AttentionMath | None:
     """The choice of this package itself."""
-    del q, k, mask
     return None
 
 
@@ -104,14 +103,9 @@ class TorchAttention:
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, list[Tensor]]:
-        """The result, (B, Q, H, D), and what ``backward`` needs.
+        """The result, (B, Q, H, D), of (B, H, Q, D), (B, H, T, D) and (B, H, T, D), and what ``backward`` needs.
 
-        Args:
-            q: Queries, (B, H, Q, D).
-            k: Keys, (B, H, T, D).
-            v: Values, as keys.
-            mask: What is added to the scores: (B, 1, 1 or Q, T).
-            scaling: Of the scores.
+        The mask, (B, 1, 1 or Q, T), is added to the scores.
         """
         shape = q.shape
         q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))

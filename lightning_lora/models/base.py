@@ -1,6 +1,7 @@
 """A Hugging Face encoder or language model with a classification head, loaded and checked."""
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,20 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.locations import Location, resolve
 from lightning_lora.models.architectures import ARCHITECTURES, Architecture
-from lightning_lora.models.base_folder import check_folder
-from lightning_lora.models.head import config_labels, make_scalable, outside_backbone, prepare_head, unloaded
-from lightning_lora.models.quantization import (
-    Quantization,
-    check_not_quantized,
-    follow_weights,
-    keep_differentiable,
-    quantization_config,
-)
+from lightning_lora.models.head import make_scalable, outside_backbone, prepare_head, unloaded
+from lightning_lora.models.quantization import Quantization, prepare_quantized, quantization_config
+from lightning_lora.program import command_line
 from lightning_lora.quiet import quiet_loading
 from lightning_lora.seeding import torch_stream
 from lightning_lora.tasks import PROBLEM_TYPES, Task
@@ -48,7 +45,6 @@ class Base:
         head_modules: Modules to train and save whole: the head, and what else was newly initialised.
         fingerprint: SHA-256 of the pretrained weights and the tokenizer.
         head: What was done with its head, in words that follow "base model with".
-        fresh_head: Whether the head is new.
         pooling_file: What sentence-transformers says of how its states become one, if it is of theirs.
     """
 
@@ -57,8 +53,12 @@ class Base:
     head_modules: list[str]
     fingerprint: str
     head: str = "a fresh head"
-    fresh_head: bool = True
     pooling_file: Path | None = None
+
+    @property
+    def fresh_head(self) -> bool:
+        """Whether the head is new."""
+        return self.head.startswith("a fresh head")
 
     @property
     def reads_last(self) -> bool:
@@ -89,15 +89,14 @@ def load_base(
             or it lacks weights outside the head, or embeddings for tokens of its tokenizer.
     """
     location = resolve(base_model, "model.base_model")
-    if location.path is not None:
-        check_folder(location.path)
+    if location.path is not None and (what := _other_than_a_model(location.path)) is not None:
+        raise UserError(f"model.base_model: '{location.path}' {what}")
     config, theirs = _load_config(location, label_names, task)
     # Without a tokenizer the data says so, in its own words.
     tokenizer = load_tokenizer(location.target, "model.base_model") if _tokenizer_file(location) else None
-    if tokenizer is not None and not _has_padding_row(config):
-        _set_padding(config, tokenizer.pad_token_id)
-    from transformers import AutoModelForSequenceClassification
-
+    text = config.get_text_config()
+    if tokenizer is not None and not 0 <= (text.pad_token_id or 0) < getattr(text, "vocab_size", math.inf):
+        _set_padding(config, tokenizer.pad_token_id)  # with none that the embedding has the model could not be made
     quantization = quantization or Quantization()
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None and quantization.bits is not None:
@@ -131,30 +130,53 @@ def load_base(
             f"model.base_model: cannot load '{base_model}' for sequence classification ({first_line(error)})"
         ) from error
     fresh = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
-    kept = [name for name in not_quantized if _has_module(model, name)]
     if stored is not None and torch.cuda.is_available():
         # There a quantized base is made on the GPU, and a new head drawn by the GPU's generator: take the CPU's.
-        plain, _, _ = load(None)
-        for name in kept:
-            model.get_submodule(name).load_state_dict(plain.get_submodule(name).state_dict())
-    if quantization.bits == 4:
-        keep_differentiable(model)
-    elif quantization.bits == 8:
-        follow_weights(model)
-    check_not_quantized(model, kept)
+        plain = dict(load(None)[0].named_modules())
+        for name in plain.keys() & not_quantized:
+            model.get_submodule(name).load_state_dict(plain[name].state_dict())
+    if stored is not None:
+        prepare_quantized(model)
     head_modules = _head_modules(model, architecture, fresh, base_model)
     if tokenizer is not None:
         _check_embeddings(model, tokenizer, location)
-        if not _positions_follow_padding(model):
+        # Behind another number all positions would be others; and there the last token is not looked for.
+        if not first_position(model):
             _set_padding(model.config, tokenizer.pad_token_id)
-    fresh_head = any(key.startswith(tuple(head_names)) for key in fresh)
-    if task == "regression" and head.startswith("a fresh head"):
-        make_scalable(model, head_names)
     pooling = _find(location, "1_Pooling/config.json")
-    base = Base(model, architecture, head_modules, weights_fingerprint(location), head, fresh_head, pooling)
+    base = Base(model, architecture, head_modules, weights_fingerprint(location), head, pooling)
+    if task == "regression" and base.fresh_head:
+        make_scalable(model, head_names)
     if base.reads_last:  # in one pass: the cache of keys and values, for generation, is never read
         model.config.get_text_config().use_cache = False
     return base
+
+
+def _other_than_a_model(path: Path) -> str | None:
+    """What a local path is that transformers would load as another base model than it looks like, or not at all."""
+    run = path.parent.parent if path.suffix == ".ckpt" else path
+    if (run / "run.json").is_file() or (run / "checkpoints").is_dir():
+        merged, said = run / "export" / "merged", "is of a run, which holds what was trained and no base model"
+        export = "" if _has_config(merged) else f"export it with {command_line('export', '--run', run)} and "
+        return f"{said}; {export}set model.base_model: {merged}"
+    if path.is_file():
+        return "is a file; give the folder with config.json, the weights and the tokenizer"
+    if (path / "adapter_config.json").is_file():  # transformers would load the base model that it names
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        merged, instead = path.parent / "merged", "merge the two by PEFT's merge_and_unload"
+        if _has_config(merged):
+            instead = f"set model.base_model: {merged}"
+        return f"is a PEFT adapter for the base model '{base}'; to start from both, {instead}"
+    inside = [path / "merged"] if _has_config(path / "merged") else []
+    if (path / "modules.json").is_file():  # of sentence-transformers, whose encoder may have a folder of its own
+        inside = [each.parent for each in sorted(path.glob("*/config.json")) if any(each.parent.glob("*model*.*"))]
+    if inside and not _has_config(path):
+        return f"has the base model in a folder of it; set model.base_model: {inside[0]}"
+    return None
+
+
+def _has_config(path: Path) -> bool:
+    return (path / "config.json").is_file()
 
 
 def weights_fingerprint(location: Location) -> str:
@@ -170,18 +192,17 @@ def weights_fingerprint(location: Location) -> str:
 
 
 def linear_modules(base: Base) -> list[str]:
-    """Full names of the linear layers inside the encoder's numbered layers (never the head)."""
+    """Full names of the linear layers (quantized or GPT-2's too) in the encoder's numbered layers, never the head.
+
+    Routers to experts (PhiMoE's) are none: they give more than a tensor.
+    """
     backbone = f"{base.model.base_model_prefix}."
     return [
         name
         for name, module in base.model.named_modules()
-        if _is_linear(module) and name.startswith(backbone) and any(part.isdecimal() for part in name.split("."))
+        if isinstance(module, nn.Linear | Conv1D) and not type(module).__name__.endswith("Router")
+        if name.startswith(backbone) and any(part.isdecimal() for part in name.split("."))
     ]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer, quantized or GPT-2's; routers to experts (PhiMoE's) give more than a tensor."""
-    return isinstance(module, nn.Linear | Conv1D) and not type(module).__name__.endswith("Router")
 
 
 def below_layer(name: str) -> str:
@@ -190,17 +211,11 @@ def below_layer(name: str) -> str:
     return ".".join(parts[max(i for i, part in enumerate(parts) if part.isdecimal()) + 1 :])
 
 
-def _has_module(model: Any, name: str) -> bool:
-    return any(module == name for module, _ in model.named_modules())
-
-
 def _load_config(location: Location, label_names: Sequence[str], task: Task) -> tuple[Any, list[str]]:
     """The base model's config with our labels, and the names of its own."""
-    from transformers import AutoConfig
-
     try:
         config = AutoConfig.from_pretrained(location.target, trust_remote_code=False)
-        theirs = config_labels(config)
+        theirs = [str(name) for _, name in sorted(config.id2label.items())]
         config.num_labels = len(label_names)
         config.id2label = dict(enumerate(label_names))
         config.label2id = {name: i for i, name in enumerate(label_names)}
@@ -218,26 +233,17 @@ def _load_config(location: Location, label_names: Sequence[str], task: Task) -> 
         raise UserError(f"model.base_model: no usable model '{location.name}' ({first_line(error)}); {what}") from error
 
 
-def _has_padding_row(config: Any) -> bool:
-    """Whether the config's padding token is one that the embedding has; else the model could not be made."""
-    text = config.get_text_config()
-    return 0 <= (text.pad_token_id or 0) < getattr(text, "vocab_size", math.inf)
-
-
 def _set_padding(config: Any, pad_id: int) -> None:
     for each in (config, config.get_text_config()):
         each.pad_token_id = pad_id
 
 
-def _positions_follow_padding(model: Any) -> bool:
-    """Whether positions are counted from behind the padding token's number (RoBERTa and its kin).
-
-    Another number would move all of them when the model is loaded again. The last token is not looked for there.
-    """
-    return any(
-        "position" in name and getattr(module, "padding_idx", None) is not None
-        for name, module in model.named_modules()
-    )
+def first_position(model: nn.Module) -> int:
+    """The position of a text's first token: behind the padding token's number for RoBERTa and its kin, else 0."""
+    for name, module in model.named_modules():
+        if "position" in name and (padding := getattr(module, "padding_idx", None)) is not None:
+            return int(padding) + 1
+    return 0
 
 
 def _check_embeddings(model: Any, tokenizer: Any, location: Location) -> None:
@@ -275,11 +281,7 @@ def _head_modules(model: Any, arch: Architecture | None, fresh: set[str], name: 
 
 def _find(location: Location, name: str) -> Path | None:
     """A file of the base model, from its folder or the Hub's cache; None when it has none of that name."""
-    if location.path is not None:
-        return location.path / name if (location.path / name).is_file() else None
-    from transformers.utils import cached_file
-
-    found = cached_file(location.name, name, _raise_exceptions_for_missing_entries=False)
+    found = cached_file(location.target, name, _raise_exceptions_for_missing_entries=False)
     return Path(found) if found else None
 
 
@@ -291,8 +293,6 @@ def _weight_files(location: Location) -> list[Path]:
     for name in _WEIGHT_FILES:
         if (path := _find(location, name)) is not None:
             if name.endswith(".index.json"):
-                import json
-
                 shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
                 return [path.parent / shard for shard in shards]
             return [path]
@@ -300,11 +300,7 @@ def _weight_files(location: Location) -> list[Path]:
 
 
 def enable_gradient_checkpointing(model: Any) -> None:
-    """Makes a transformers model compute activations again in the backward pass.
-
-    Raises:
-        UserError: Its architecture cannot.
-    """
+    """Makes a transformers model compute activations again in the backward pass, where its architecture can."""
     if not model.supports_gradient_checkpointing:
         raise UserError(f"model.gradient_checkpointing: architecture '{model.config.model_type}' cannot; leave it out")
     model.activation_checkpointing_enable({"use_reentrant": False})

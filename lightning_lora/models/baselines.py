@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from lightning_lora.models.pooling import mean_state
 
 #: N-grams of TF-IDF, by the name of the features: keywords of scikit-learn's ``TfidfVectorizer``.
 NGRAMS: dict[str, dict[str, Any]] = {
@@ -44,30 +47,20 @@ class Features:
 
 @dataclass(frozen=True)
 class Regression:
-    """A logistic regression that was chosen on validation rows.
+    """A logistic or ridge regression that was chosen on validation rows.
 
     Args:
         weight: float32, (C, F).
         bias: float32, (C,).
-        features: The name of its features.
-        c: Its inverse strength of regularization.
-        tried: The validation F1, of numbers the mean squared error, of all that were tried, by features and C.
         val_logits: Its logits of the validation rows, (M, C).
-        primary_metric: What ``tried`` is, in the run record.
+        chosen: For the run record: the name of its features, its C, and by features and C the validation F1, of numbers
+            the mean squared error, of all that were tried.
     """
 
     weight: Tensor
     bias: Tensor
-    features: str
-    c: float
-    tried: Mapping[str, float]
     val_logits: Tensor
-    primary_metric: str
-
-    @property
-    def chosen(self) -> dict[str, Any]:
-        """What was chosen and among what, for the run record."""
-        return {"features": self.features, "C": self.c, self.primary_metric: dict(self.tried)}
+    chosen: dict[str, Any]
 
 
 def choose_regression(
@@ -75,8 +68,8 @@ def choose_regression(
 ) -> Regression:
     """Fit a logistic regression for each kind of features and each C; return the best on validation rows.
 
-    The best has the highest macro F1, of equal ones the lowest loss. Fitted on training rows alone, as any model is. Of
-    several labels there is a regression for each, judged from a probability of 0.5 on; of numbers a ridge regression.
+    The best has the highest macro F1, of equal ones the lowest loss. Of several labels there is a regression for each,
+    judged from a probability of 0.5 on; of numbers a ridge regression, judged by its loss.
 
     Args:
         several: The kinds of features, which are made one after another.
@@ -85,54 +78,62 @@ def choose_regression(
         classes: C.
         cs: Inverse strengths of regularization, ascending.
     """
-    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.linear_model import LogisticRegression
+
+    numbers = labels.dtype.kind == "f" and labels.ndim == 1
+    tried: dict[str, float] = {}
+    found: list[tuple[tuple[float, float], Regression]] = []
+    for features in several:
+        models = [LogisticRegression(max_iter=1000, warm_start=True) for _ in range(classes)]
+        for c in cs:
+            weight, bias = _fit_linear(models, features.train, labels, c)
+            logits = torch.from_numpy(np.asarray(features.val @ weight.numpy().T)).float() + bias
+            score, loss = _judge(logits, val_labels)
+            tried[f"{features.name}, C {c:g}"] = loss if numbers else score
+            chosen = {"features": features.name, "C": c, "val_mse" if numbers else "val_f1_macro": tried}
+            found.append(((score, -loss), Regression(weight, bias, logits, chosen)))
+    return max(found, key=lambda each: each[0])[1]
+
+
+def _fit_linear(models: Sequence[Any], rows: Any, labels: np.ndarray, c: float) -> tuple[Tensor, Tensor]:
+    """Weights (C, F) and biases (C,) of a regression; logistic ones are fitted from where the models were."""
+    from sklearn.linear_model import Ridge
+
+    if labels.ndim == 2:
+        each = [_of_label(model.set_params(C=c), rows, own) for model, own in zip(models, labels.T, strict=True)]
+        weight, bias = (np.stack(parts) for parts in zip(*each, strict=True))
+    elif labels.dtype.kind == "f":
+        ridge = Ridge(alpha=1 / c).fit(rows, labels)
+        weight, bias = ridge.coef_[None], np.atleast_1d(ridge.intercept_)
+    else:
+        weight, bias = _of_all_classes(models[0].set_params(C=c).fit(rows, labels), len(models))
+    return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
+
+
+def _judge(logits: Tensor, labels: np.ndarray) -> tuple[float, float]:
+    """The macro F1 of logits (M, C), of numbers the negative loss, and the loss."""
     from sklearn.metrics import f1_score
 
-    numbers, sets = labels.dtype.kind == "f", labels.ndim == 2
-    found: list[tuple[float, float, str, float, Tensor, Tensor, Tensor]] = []
-    for features in several:
-        made = [LogisticRegression(max_iter=1000, warm_start=True) for _ in range(classes if sets else 1)]
-        for c in cs:
-            if numbers:
-                ridge = Ridge(alpha=1 / c).fit(features.train, labels)
-                weight, bias = (
-                    torch.from_numpy(np.atleast_1d(each)).float() for each in (ridge.coef_, ridge.intercept_)
-                )
-                weight = weight.view(1, -1)
-            elif sets:
-                each_label = [
-                    of_label(model.set_params(C=c), features.train, own)
-                    for model, own in zip(made, labels.T, strict=True)
-                ]
-                weight, bias = (torch.stack(each) for each in zip(*each_label, strict=True))
-            else:
-                weight, bias = of_all_classes(made[0].set_params(C=c).fit(features.train, labels), classes)
-            logits = torch.from_numpy(np.asarray(features.val @ weight.numpy().T)).float() + bias
-            if numbers:
-                score = -float(((logits[:, 0].numpy() - val_labels) ** 2).mean())
-                loss = -score
-            elif sets:
-                score = float(f1_score(val_labels, (logits >= 0).numpy(), average="macro", zero_division=0))
-                truth = torch.from_numpy(val_labels.astype(np.float32))
-                loss = float(nn.functional.binary_cross_entropy_with_logits(logits, truth))
-            else:
-                score = float(f1_score(val_labels, logits.argmax(1).numpy(), average="macro"))
-                loss = float(nn.functional.cross_entropy(logits, torch.from_numpy(val_labels.astype(np.int64))))
-            found.append((score, -loss, features.name, c, weight, bias, logits))
-    _, _, name, c, weight, bias, logits = max(found, key=lambda each: each[:2])
-    tried = {f"{features}, C {strength:g}": abs(score) for score, _, features, strength, *_ in found}
-    return Regression(weight, bias, name, c, tried, logits, "val_mse" if numbers else "val_f1_macro")
+    truth = torch.from_numpy(labels)
+    if labels.ndim == 2:
+        score = f1_score(labels, (logits >= 0).numpy(), average="macro", zero_division=0)
+        return float(score), float(nn.functional.binary_cross_entropy_with_logits(logits, truth.float()))
+    if labels.dtype.kind == "f":
+        loss = float(((logits[:, 0].numpy() - labels) ** 2).mean())
+        return -loss, loss
+    score = f1_score(labels, logits.argmax(1).numpy(), average="macro")
+    return float(score), float(nn.functional.cross_entropy(logits, truth.long()))
 
 
-def of_label(model: Any, rows: Any, has: np.ndarray) -> tuple[Tensor, Tensor]:
+def _of_label(model: Any, rows: Any, has: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Weights (F,) and bias () of a logistic regression for one label; of one that all rows have, or none, constant."""
     if len(np.unique(has)) < 2:
-        return torch.zeros(rows.shape[1]), torch.tensor(-_NEVER if has[0] else _NEVER)
+        return np.zeros(rows.shape[1]), np.array(-_NEVER if has[0] else _NEVER)
     model.fit(rows, has)
-    return torch.from_numpy(model.coef_[0]).float(), torch.tensor(float(model.intercept_[0]))
+    return model.coef_[0], model.intercept_[0]
 
 
-def of_all_classes(model: Any, classes: int) -> tuple[Tensor, Tensor]:
+def _of_all_classes(model: Any, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """The weights (C, F) and biases (C,) of a fitted logistic regression, with all classes, whose softmax it says."""
     coefficients, intercepts = model.coef_, model.intercept_
     if len(model.classes_) == 2:  # one row: the logit of the second class against the first
@@ -140,7 +141,7 @@ def of_all_classes(model: Any, classes: int) -> tuple[Tensor, Tensor]:
         intercepts = np.concatenate([-intercepts, intercepts]) / 2
     weight, bias = np.zeros((classes, coefficients.shape[1])), np.full(classes, _NEVER)
     weight[model.classes_], bias[model.classes_] = coefficients, intercepts
-    return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
+    return weight, bias
 
 
 class Majority(nn.Module):
@@ -203,7 +204,7 @@ class Tfidf(nn.Module):
         self.weight.data, self.bias.data, self.val_logits = best.weight, best.bias, best.val_logits
         self.ngrams = {
             kind: (made[kind].get_feature_names_out().tolist(), made[kind].idf_.tolist())
-            for kind in best.features.split(" and ")
+            for kind in best.chosen["features"].split(" and ")
         }
         self._vectorizers = []
         return best.chosen
@@ -270,8 +271,6 @@ class Probe(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **types: Tensor) -> Any:
         """Logits (B, C) of token ids (B, T), mask and types; or states (B, P D), one after another by ``POOLINGS``."""
-        from transformers.modeling_outputs import SequenceClassifierOutput
-
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types)[0].float()
         if self.gives_states:
             return SequenceClassifierOutput(logits=torch.cat([pool(states, attention_mask, p) for p in POOLINGS], 1))
@@ -298,11 +297,11 @@ class Probe(nn.Module):
                 yield Features(pooling, scaler.transform(states[:, own]), scaler.transform(val_states[:, own]))
 
         best = choose_regression(features(), labels, val_labels, self.classifier.out_features, PROBE_C)
-        scaler = scalers[best.features]
+        scaler = scalers[best.chosen["features"]]
         weight = best.weight / torch.from_numpy(scaler.scale_).float()  # of states that are not standardized
         self.classifier.weight.data = weight
         self.classifier.bias.data = best.bias - weight @ torch.from_numpy(scaler.mean_).float()
-        self.get_buffer("pooling").fill_(POOLINGS.index(best.features))
+        self.get_buffer("pooling").fill_(POOLINGS.index(best.chosen["features"]))
         self.val_logits = best.val_logits
         return best.chosen
 
@@ -310,8 +309,7 @@ class Probe(nn.Module):
 def pool(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """States of texts (B, D) from those of their tokens (B, T, D), where the mask (B, T) is 1."""
     if pooling == "mean":
-        weights = mask[..., None].to(states.dtype)
-        return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return mean_state(states, mask)
     places = torch.arange(mask.shape[1], device=mask.device)
     if pooling == "first":
         at = torch.where(mask.bool(), places, mask.shape[1]).amin(1)

@@ -8,12 +8,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, first_line
 from lightning_lora.seeding import torch_stream
 
 #: Tokens of the short text, and what it is padded to beside a longer one.
@@ -23,53 +24,23 @@ _TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """How texts are given to a model.
-
-    Args:
-        prefix: Special tokens before a text.
-        suffix: Special tokens after it.
-        words: Token ids to make up texts of.
-        pad_id: The padding token.
-        max_length: Tokens of a text at most, special tokens included.
-        pad_to_max: Whether every text is padded to ``max_length``.
-    """
-
-    prefix: Sequence[int]
-    suffix: Sequence[int]
-    words: Sequence[int]
-    pad_id: int
-    max_length: int
-    pad_to_max: bool
-
-    @property
-    def shortest(self) -> int:
-        """Tokens of a text of one token."""
-        return len(self.prefix) + len(self.suffix) + 1
-
-    def batch(self, lengths: Sequence[int], width: int) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, (B, width), of made-up texts of so many tokens, padded on the right."""
-        ids = torch.full((len(lengths), width), self.pad_id)
-        for row, length in enumerate(lengths):
-            body = [self.words[(i + 7 * row) % len(self.words)] for i in range(length - self.shortest + 1)]
-            ids[row, :length] = torch.tensor([*self.prefix, *body, *self.suffix])
-        return ids, (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
-
-
-@dataclass(frozen=True)
 class BaseCheck:
     """The passes that are made through a model; they leave no gradient, and put random generators and buffers back.
 
     Args:
         module: Gives logits (B, C) of token ids and mask, each (B, T).
         kind: The name of its architecture.
-        inputs: How texts are given to it.
+        input_format: What is around a text: ``prefix``, ``suffix``, ``pad_id``, ``max_length``.
+        words: Token ids to make up texts of.
+        pad_to_max: Whether every text is padded to ``max_length``.
         positions: How many positions its config names; relative ones have no end, but were not trained beyond it.
     """
 
     module: nn.Module
     kind: str
-    inputs: Inputs
+    input_format: Any
+    words: Sequence[int]
+    pad_to_max: bool
     positions: int | None = None
 
     def check(self, padding: bool) -> None:
@@ -81,19 +52,16 @@ class BaseCheck:
         Raises:
             UserError: The forward or backward pass fails, or padding changes the logits; what works is named.
         """
-        inputs = self.inputs
+        longest = self.input_format.max_length
         with self._unchanged():
             self._check_length()
             if failure := _failure(self._step):
-                lengths, instead = (
-                    "texts of different lengths",
-                    "set data.padding: max_length, which pads every text alike",
-                )
-                if inputs.pad_to_max:
-                    lengths, instead = f"texts of {inputs.max_length} tokens", "take another base model"
+                lengths, instead = "texts of different lengths", "set data.padding: max_length, which pads all alike"
+                if self.pad_to_max:
+                    lengths, instead = f"texts of {longest} tokens", "take another base model"
                 what = f"architecture '{self.kind}' cannot be trained on {lengths} ({failure})"
                 raise UserError(f"model.base_model: {what}; {instead}")
-            if not padding or inputs.pad_to_max:
+            if not padding or self.pad_to_max:
                 return
             self.module.eval()
             with torch.no_grad():
@@ -110,11 +78,7 @@ class BaseCheck:
             )
 
     def check_precision(self, precision: str, dtype: torch.dtype) -> None:
-        """Refuse a model that cannot be trained or evaluated in a dtype, after ``check``.
-
-        Args:
-            precision: What the trainer calls it.
-            dtype: In which autocast multiplies.
+        """Refuse a model that cannot be trained or evaluated in a precision of the trainer, after ``check``.
 
         Raises:
             UserError: The pass fails in this dtype, or its result is not finite.
@@ -132,16 +96,26 @@ class BaseCheck:
         return next(self.module.parameters()).device
 
     @property
+    def _special(self) -> int:
+        return len(self.input_format.prefix) + len(self.input_format.suffix)
+
+    @property
     def _short(self) -> int:
-        return min(max(_SHORT, self.inputs.shortest), self.inputs.max_length)
+        return min(max(_SHORT, self._special + 1), self.input_format.max_length)
 
     @property
     def _width(self) -> int:
-        limit = self.inputs.max_length
-        return limit if self.inputs.pad_to_max else min(max(_LONG, 2 * self._short), limit)
+        limit: int = self.input_format.max_length
+        return limit if self.pad_to_max else min(max(_LONG, 2 * self._short), limit)
 
     def _logits(self, lengths: Sequence[int], width: int | None = None) -> Tensor:
-        ids, mask = self.inputs.batch(lengths, width or self._width)
+        """Logits of made-up texts of so many tokens, padded on the right."""
+        width = width or self._width
+        ids = torch.full((len(lengths), width), self.input_format.pad_id)
+        for row, length in enumerate(lengths):
+            body = [self.words[(i + 7 * row) % len(self.words)] for i in range(length - self._special)]
+            ids[row, :length] = torch.tensor([*self.input_format.prefix, *body, *self.input_format.suffix])
+        mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
         logits: Tensor = self.module(ids.to(self._device), mask.to(self._device))
         return logits
 
@@ -161,7 +135,7 @@ class BaseCheck:
             return _failure(lambda: self._logits([length], length))
 
     def _check_length(self) -> None:
-        length = self.inputs.max_length
+        length = self.input_format.max_length
         longest = min(length, self.positions or length)
         failure = self._failure(longest)
         if failure is not None:
@@ -213,6 +187,6 @@ def _failure(call: Callable[[], object]) -> str | None:
     except (MemoryError, torch.OutOfMemoryError):
         return None
     except Exception as error:  # each architecture fails in its own way
-        first = (str(error).strip().splitlines() or [""])[0]
-        return None if "memory" in first else f"{type(error).__name__}: {first:.120}".removesuffix(": ")
+        first = first_line(error, 120)
+        return None if "memory" in first else f"{type(error).__name__}: {first}"
     return None

@@ -18,11 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-def config_labels(config: Any) -> list[str]:
-    """Give the label names of a base model's config in the order of their numbers."""
-    return [str(name) for _, name in sorted(config.id2label.items())]
+from transformers import AutoModelForSequenceClassification
 
 
 def matching_rows(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
@@ -116,12 +112,9 @@ def fold_scale(model: nn.Module) -> None:
 
 
 def divide_output(model: nn.Module, outputs: int, by: float) -> None:
-    """Divide what the last layer of a head gives by a number: its weights, and its bias where it has one.
+    """Divide what the last layer of a head, with so many outputs, gives by a number: its weights, and its bias if any.
 
-    Args:
-        model: The model, with or without an adapter, of which a head that is trained whole is a copy.
-        outputs: Outputs of the layer.
-        by: The number.
+    With an adapter a head that is trained whole is a copy of the original one, which stays.
     """
     layers = [
         layer
@@ -144,8 +137,6 @@ def outside_backbone(model: Any) -> list[str]:
 
 def unloaded(config: Any) -> Any:
     """Make a model of the config without memory for its weights, to look at its modules and shapes."""
-    from transformers import AutoModelForSequenceClassification
-
     with torch.device("meta"):
         return AutoModelForSequenceClassification.from_config(config)
 

@@ -1,16 +1,18 @@
 """The ways to fine-tune a base model. A new one is one entry in ``METHODS``."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, TaskType, VeraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, check_range
 from lightning_lora.models.base import Base, below_layer, linear_modules
-from lightning_lora.models.targets import ends_with, match_targets, saved_modules
 from lightning_lora.seeding import torch_stream
 
 if TYPE_CHECKING:
@@ -66,25 +68,28 @@ class Method:
 
     Args:
         summary: One line for people.
-        learning_rate: What is used when ``model.learning_rate`` is not set.
-        frozen_encoder: Whether the pretrained weight matrices of the encoder stay as they are.
-        options: The fields of ``AdapterOptions`` that the method takes; others must keep their default.
+        learning_rate: What is used when ``model.learning_rate`` is not set; 0 where nothing is trained by steps.
         apply: Gives the tuned model from the base and the options.
+        options: The fields of ``AdapterOptions`` that the method takes; others must keep their default.
         rank: What is used when ``adapter.rank`` is not set.
         bits: Bits in which the encoder may be stored, if it is quantized.
         cpu_bits: The same without a GPU.
-        trains: Whether it is trained by steps.
+        frozen_encoder: Whether the pretrained weight matrices of the encoder stay as they are.
     """
 
     summary: str
     learning_rate: float
-    frozen_encoder: bool
-    options: tuple[str, ...]
     apply: Callable[[Base, AdapterOptions], AdaptedModel]
+    options: tuple[str, ...] = ()
     rank: int = 8
     bits: tuple[int, ...] = (8, 4)
     cpu_bits: tuple[int, ...] = (8, 4)
-    trains: bool = True
+    frozen_encoder: bool = True
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is trained by steps."""
+        return self.learning_rate > 0
 
 
 def tune(base: Base, method: str, options: AdapterOptions, seed: int, frozen_dropout: bool) -> AdaptedModel:
@@ -111,7 +116,7 @@ def tune(base: Base, method: str, options: AdapterOptions, seed: int, frozen_dro
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
     with torch_stream(seed, "adapter"):
-        tuned = entry.apply(base, options)
+        tuned = entry.apply(base, replace(options, rank=options.rank or entry.rank))
     # Hugging Face models load in eval mode and the trainer keeps the mode it finds.
     tuned.model.train()
     return tuned
@@ -119,17 +124,11 @@ def tune(base: Base, method: str, options: AdapterOptions, seed: int, frozen_dro
 
 def merged(tuned: AdaptedModel) -> Any:
     """The tuned model as a plain transformers model, adapters folded into the weights; in place."""
-    from peft import PeftModel
-
     return tuned.model.merge_and_unload() if isinstance(tuned.model, PeftModel) else tuned.model
 
 
 def find_method(method: str) -> Method:
-    """The entry of a method.
-
-    Raises:
-        UserError: There is none of that name.
-    """
+    """The entry of a method; refuse another name."""
     known = METHODS | BASELINES
     if method not in known:
         raise UserError(f"model.method: no method '{method}'; there are {', '.join(known)}")
@@ -152,8 +151,7 @@ def check_options(method: str, options: AdapterOptions) -> None:
         value = getattr(options, name)
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"model.adapter.{name}: a number above 0 is needed, got {value}")
-    if not 0 <= options.dropout < 1:
-        raise UserError(f"model.adapter.dropout: a number from 0 up to 1 is needed, got {options.dropout}")
+    check_range("model.adapter.dropout", options.dropout, 0, 1)
 
 
 def applied(options: AdapterOptions, method: str) -> dict[str, Any]:
@@ -161,40 +159,78 @@ def applied(options: AdapterOptions, method: str) -> dict[str, Any]:
     return {"alpha": float(options.alpha)} if "alpha" in find_method(method).options else {}
 
 
-def _wrapped(base: Base, config: Any, targets: list[str], head: list[str], **more: Any) -> AdaptedModel:
-    from peft import get_peft_model
+def match_targets(base: Base, target_modules: str | Sequence[str]) -> list[str]:
+    """Full names of the linear layers of the encoder that the option means, in the model's order.
 
+    Raises:
+        UserError: A name matches nothing (the candidates are listed), or the keyword is not known for
+            this architecture.
+    """
+    linear, arch = linear_modules(base), base.architecture
+    if target_modules == "all_linear" and linear:
+        return linear
+    # The path below the numbered layer is the shortest unambiguous ending.
+    candidates = ", ".join(dict.fromkeys(below_layer(name) for name in linear))
+    endings: Sequence[str] = [target_modules] if isinstance(target_modules, str) else target_modules
+    if target_modules in ("attention", "query_value", "query"):
+        if arch is None:
+            raise UserError(
+                f"model.adapter.target_modules: '{target_modules}' is not known for architecture "
+                f"'{base.model.config.model_type}'; use all_linear or names among {candidates}"
+            )
+        known: dict[Any, Sequence[str]] = {"attention": arch.attention, "query_value": arch.query_value}
+        endings = known.get(target_modules, arch.query_value[:1])
+    if not endings or not linear:
+        what = "no layer is named" if linear else "the encoder has no plain linear layer to adapt"
+        instead = candidates or "model.method: full or head, or another base model"
+        raise UserError(f"model.adapter.target_modules: {what}; use {instead}")
+    for ending in endings:
+        if not any(_ends_with(name, ending) for name in linear):
+            raise UserError(
+                f"model.adapter.target_modules: '{ending}' matches no linear layer of the encoder; candidates: "
+                f"{candidates}, or all_linear, attention, query_value, query"
+            )
+    return [name for name in linear if any(_ends_with(name, ending) for ending in endings)]
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    """Whether the last parts of a module's full name are these."""
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _with_adapter(
+    base: Base, options: AdapterOptions, kind: Callable[..., Any], targets: Sequence[str] | None = None, **settings: Any
+) -> AdaptedModel:
+    """The base model with PEFT's adapter on the layers that are named; the head, and what the user names, is trained.
+
+    Args:
+        base: The base model.
+        options: The method's options.
+        kind: PEFT's class of settings.
+        targets: Full names of the adapted layers; by default those that the options mean.
+        settings: Others of PEFT's.
+    """
+    targets = match_targets(base, options.target_modules) if targets is None else targets
+    extra = options.modules_to_save or []
+    for name in extra:
+        if not any(_ends_with(module, name) for module, _ in base.model.named_modules()):
+            raise UserError(f"model.adapter.modules_to_save: the model has no module '{name}'")
+    head = [*base.head_modules, *extra]
+    config = kind(task_type=TaskType.SEQ_CLS, target_modules=[*targets], modules_to_save=[*head], **settings)
     if hasattr(config, "fan_in_fan_out"):  # GPT-2's linear layers hold their weights transposed
         config.fan_in_fan_out = any(isinstance(base.model.get_submodule(name), Conv1D) for name in targets)
-    return AdaptedModel(get_peft_model(base.model, config), targets, head, **more)
+    return AdaptedModel(get_peft_model(base.model, config), [*targets], head)
 
 
-def _lora(**variant: Any) -> Callable[[Base, AdapterOptions], AdaptedModel]:
+def _lora(base: Base, options: AdapterOptions, **variant: Any) -> AdaptedModel:
     """LoRA (Hu et al. 2021, arXiv:2106.09685) through PEFT, with the settings of a variant."""
-
-    def apply(base: Base, options: AdapterOptions) -> AdaptedModel:
-        from peft import LoraConfig, TaskType
-
-        targets, head = match_targets(base, options.target_modules), saved_modules(base, options.modules_to_save or [])
-        config = LoraConfig(
-            task_type=TaskType.SEQ_CLS,
-            r=METHODS["lora"].rank if options.rank is None else options.rank,
-            lora_alpha=options.alpha,  # type: ignore[arg-type]  # annotated int, but only used as a factor
-            lora_dropout=options.dropout,
-            target_modules=list(targets),
-            bias=options.bias,
-            modules_to_save=list(head),
-            **variant,
-        )
-        return _wrapped(base, config, targets, head)
-
-    return apply
+    settings = {"lora_alpha": options.alpha, "lora_dropout": options.dropout, "bias": options.bias, **variant}
+    return _with_adapter(base, options, LoraConfig, r=options.rank, **settings)
 
 
 def _lora_plus(base: Base, options: AdapterOptions) -> AdaptedModel:
     """LoRA whose B learns faster than its A (Hayou et al. 2024, arXiv:2402.12354)."""
-    tuned = _lora()(base, options)
-    return AdaptedModel(tuned.model, tuned.target_modules, tuned.head_modules, {"lora_B": options.lora_plus_ratio})
+    return replace(_lora(base, options), lr_factors={"lora_B": options.lora_plus_ratio})
 
 
 def _adalora(base: Base, options: AdapterOptions) -> AdaptedModel:
@@ -202,93 +238,71 @@ def _adalora(base: Base, options: AdapterOptions) -> AdaptedModel:
 
     It starts with one and a half times the rank it ends with, as in the paper's experiments.
     """
-    from peft import AdaLoraConfig, TaskType
-
     from lightning_lora.models.adalora import AdaLoraSteps
 
-    targets, head = match_targets(base, options.target_modules), saved_modules(base, options.modules_to_save or [])
-    rank = METHODS["adalora"].rank if options.rank is None else options.rank
-    config = AdaLoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        init_r=math.ceil(1.5 * rank),
-        target_r=rank,
+    tuned = _with_adapter(
+        base,
+        options,
+        AdaLoraConfig,
+        init_r=math.ceil(1.5 * (options.rank or 0)),
+        target_r=options.rank,
         total_step=1,  # set when the trainer knows it
         tinit=0,
         tfinal=0,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]
+        lora_alpha=options.alpha,
         lora_dropout=options.dropout,
-        target_modules=list(targets),
-        modules_to_save=list(head),
     )
-    tuned = _wrapped(base, config, targets, head)
-    return AdaptedModel(tuned.model, targets, head, steps=AdaLoraSteps(tuned.model))
+    return replace(tuned, steps=AdaLoraSteps(tuned.model))
 
 
 def _ia3(base: Base, options: AdapterOptions) -> AdaptedModel:
     """(IA)^3 (Liu et al. 2022, arXiv:2205.05638): keys, values and the feed-forward activations are rescaled."""
-    from peft import IA3Config, TaskType
-
     arch = base.architecture
     if arch is None:
         raise UserError(f"model.method: ia3 is not known for architecture '{base.model.config.model_type}'")
     linear = linear_modules(base)
-    attention = (arch.key, arch.query_value[-1])
     feed_forward = [name for name in linear if below_layer(name) == arch.feed_forward_out]
-    targets = [name for name in linear if name in feed_forward or any(ends_with(name, end) for end in attention)]
-    head = saved_modules(base, options.modules_to_save or [])
-    config = IA3Config(
-        task_type=TaskType.SEQ_CLS,
-        target_modules=list(targets),
-        feedforward_modules=feed_forward,
-        modules_to_save=list(head),
-    )
-    return _wrapped(base, config, targets, head)
+    attention = match_targets(base, (arch.key, arch.query_value[-1]))
+    targets = [name for name in linear if name in feed_forward or name in attention]
+    return _with_adapter(base, options, IA3Config, targets, feedforward_modules=feed_forward)
 
 
 def _vera(base: Base, options: AdapterOptions) -> AdaptedModel:
     """VeRA (Kopiczko et al. 2024, arXiv:2310.11454): vectors are trained around random matrices that all share."""
-    import torch
-    from peft import TaskType, VeraConfig
-
-    targets, head = match_targets(base, options.target_modules), saved_modules(base, options.modules_to_save or [])
-    config = VeraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=METHODS["vera"].rank if options.rank is None else options.rank,
-        # From the adapter's stream, so that it is the seed's; PEFT draws the matrices with it.
-        projection_prng_key=int(torch.randint(2**31 - 1, ())),
-        vera_dropout=options.dropout,
-        target_modules=list(targets),
-        modules_to_save=list(head),
-    )
-    return _wrapped(base, config, targets, head)
-
-
-def _bitfit(base: Base, options: AdapterOptions) -> AdaptedModel:
-    """BitFit (Ben Zaken et al. 2022, arXiv:2106.10199): the biases and the head are trained."""
-    del options
-    tuned = _head(base, AdapterOptions())
-    encoder = getattr(base.model, base.model.base_model_prefix)
-    biases = [parameter for name, parameter in encoder.named_parameters() if name.endswith("bias")]
-    if not biases:
-        raise UserError(f"model.method: bitfit trains biases, and '{base.model.config.model_type}' has none")
-    for bias in biases:
-        bias.requires_grad_(True)
-    return tuned
-
-
-def _head(base: Base, options: AdapterOptions) -> AdaptedModel:
-    """Only the head (and what else was newly initialised) is trained, on a frozen base."""
-    del options
-    base.model.requires_grad_(False)
-    for name in base.head_modules:
-        base.model.get_submodule(name).requires_grad_(True)
-    return AdaptedModel(base.model, [], base.head_modules)
+    drawn = int(torch.randint(2**31 - 1, ()))  # from the adapter's stream, so that PEFT's matrices are the seed's
+    settings: dict[str, Any] = {"projection_prng_key": drawn, "vera_dropout": options.dropout}
+    return _with_adapter(base, options, VeraConfig, r=options.rank, **settings)
 
 
 def _none(base: Base, options: AdapterOptions) -> AdaptedModel:
     """Nothing is trained: what the base model says with its head."""
-    del options
     base.model.requires_grad_(False)
+    return AdaptedModel(base.model, [], base.head_modules)
+
+
+def _head(base: Base, options: AdapterOptions) -> AdaptedModel:
+    """Only the head (and what else was newly initialised) is trained, on a frozen base."""
+    tuned = _none(base, options)
+    for name in base.head_modules:
+        base.model.get_submodule(name).requires_grad_(True)
+    return tuned
+
+
+def _bitfit(base: Base, options: AdapterOptions) -> AdaptedModel:
+    """BitFit (Ben Zaken et al. 2022, arXiv:2106.10199): the biases and the head are trained."""
+    encoder = getattr(base.model, base.model.base_model_prefix)
+    biases = [name for name, _ in encoder.named_parameters() if name.endswith("bias")]
+    if not biases:
+        raise UserError(f"model.method: bitfit trains biases, and '{base.model.config.model_type}' has none")
+    tuned = _head(base, options)
+    for name in biases:
+        encoder.get_parameter(name).requires_grad_(True)
+    return tuned
+
+
+def _full(base: Base, options: AdapterOptions) -> AdaptedModel:
+    """Every weight is trained."""
+    base.model.requires_grad_(True)
     return AdaptedModel(base.model, [], base.head_modules)
 
 
@@ -296,69 +310,49 @@ def _probe(base: Base, options: AdapterOptions) -> AdaptedModel:
     """Nothing is trained by steps; pooled states are classified."""
     from lightning_lora.models.baselines import Probe
 
-    del options
     return AdaptedModel(Probe(base.model, base.model.config.num_labels), [], ["classifier"])
 
 
-def _full(base: Base, options: AdapterOptions) -> AdaptedModel:
-    """Every weight is trained."""
-    del options
-    base.model.requires_grad_(True)
-    return AdaptedModel(base.model, [], base.head_modules)
-
-
-_LORA = ("rank", "alpha", "dropout", "target_modules", "bias", "modules_to_save")
+_SOME = ("rank", "alpha", "dropout", "target_modules", "modules_to_save")
+_LORA = (*_SOME[:4], "bias", "modules_to_save")
 
 # Learning rates are starting points near those of the papers' experiments on classification (head, lora, full: sweeps
 # of this project on MiniLM, docs/LOG.md; recipes of larger bases have lower ones).
 METHODS: dict[str, Method] = {
-    "lora": Method("low-rank adapters on a frozen base", 1e-3, True, _LORA, _lora()),
+    "lora": Method("low-rank adapters on a frozen base", 1e-3, _lora, _LORA),
     # Kalajdzievski 2023, arXiv:2312.03732
-    "rslora": Method("LoRA scaled by alpha / sqrt(rank), for high ranks", 1e-3, True, _LORA, _lora(use_rslora=True)),
-    # Liu et al. 2024, arXiv:2402.09353
+    "rslora": Method("LoRA scaled by alpha / sqrt(rank), for high ranks", 1e-3, partial(_lora, use_rslora=True), _LORA),
+    # Liu et al. 2024, arXiv:2402.09353. Reading an 8-bit weight on the CPU loses its scales (PEFT 0.21.2,
+    # dequantize_module_weight).
     "dora": Method(
-        "LoRA on the direction, with a trained magnitude",
-        1e-3,
-        True,
-        _LORA,
-        _lora(use_dora=True),
-        # Reading an 8-bit weight on the CPU loses its scales (PEFT 0.21.2, dequantize_module_weight).
-        cpu_bits=(4,),
+        "LoRA on the direction, with a trained magnitude", 1e-3, partial(_lora, use_dora=True), _LORA, cpu_bits=(4,)
     ),
-    "lora_plus": Method("LoRA whose B learns faster", 2e-4, True, (*_LORA, "lora_plus_ratio"), _lora_plus),
+    "lora_plus": Method("LoRA whose B learns faster", 2e-4, _lora_plus, (*_LORA, "lora_plus_ratio")),
     # Meng et al. 2024, arXiv:2404.02948
     "pissa": Method(
         "LoRA started from the weights' principal components",
         2e-4,
-        True,
+        partial(_lora, init_lora_weights="pissa"),
         _LORA,
-        _lora(init_lora_weights="pissa"),
         bits=(),
     ),
-    "adalora": Method(
-        "LoRA that moves rank to the layers that need it",
-        1e-3,
-        True,
-        ("rank", "alpha", "dropout", "target_modules", "modules_to_save"),
-        _adalora,
-    ),
-    "ia3": Method("trained rescaling of keys, values and activations", 5e-3, True, ("modules_to_save",), _ia3),
+    "adalora": Method("LoRA that moves rank to the layers that need it", 1e-3, _adalora, _SOME),
+    "ia3": Method("trained rescaling of keys, values and activations", 5e-3, _ia3, ("modules_to_save",)),
     "vera": Method(
         "vectors around shared random matrices",
         5e-3,
-        True,
-        ("rank", "dropout", "target_modules", "modules_to_save"),
         _vera,
+        ("rank", "dropout", "target_modules", "modules_to_save"),
         rank=256,
     ),
-    "bitfit": Method("only biases and head", 1e-3, True, (), _bitfit, bits=()),
-    "full": Method("full fine-tuning", 1e-4, False, (), _full, bits=()),
-    "head": Method("a trained head on a frozen base", 1e-2, True, (), _head),
-    "none": Method("the base model and its head, untouched", 0.0, True, (), _none, trains=False),
+    "bitfit": Method("only biases and head", 1e-3, _bitfit, bits=()),
+    "full": Method("full fine-tuning", 1e-4, _full, bits=(), frozen_encoder=False),
+    "head": Method("a trained head on a frozen base", 1e-2, _head),
+    "none": Method("the base model and its head, untouched", 0.0, _none),
 }
 #: What a fine-tuned model must beat; methods too, fitted without steps (``models/baselines.py``).
 BASELINES: dict[str, Method] = {
-    "majority": Method("the most frequent class, or the mean", 0.0, True, (), _none, bits=(), trains=False),
-    "tfidf": Method("logistic or ridge regression on TF-IDF n-grams", 0.0, True, (), _none, bits=(), trains=False),
-    "probe": Method("logistic or ridge regression on pooled states", 0.0, True, (), _probe, bits=(), trains=False),
+    "majority": Method("the most frequent class, or the mean", 0.0, _none, bits=()),
+    "tfidf": Method("logistic or ridge regression on TF-IDF n-grams", 0.0, _none, bits=()),
+    "probe": Method("logistic or ridge regression on pooled states", 0.0, _probe, bits=()),
 }

@@ -38,20 +38,11 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend within each text; as transformers' attention functions: (1, T, H, D) of q, k and v, (1, H, T, D).
 
-    Args:
-        module: The attention layer.
-        query: (1, H, T, D).
-        key: (1, H, T, D).
-        value: (1, H, T, D).
-        attention_mask: None.
-        scaling: Of the scores; by default D ** -0.5.
-        dropout: On the attention's probabilities, in training.
+    Args beyond those of other implementations:
         cu_seq_lens_q: Where each text begins and the last one ends, int32 (N + 1,).
         max_length_q: Tokens of the longest text at most.
         sliding_window: A token attends to tokens at a distance below this; None for all of its text.
-        kwargs: What other implementations take.
     """
-    del attention_mask, kwargs
     dtype = compute_dtype(query)
     # Not x[0], whose gradient is copied into zeros.
     q, k, v = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (query, key, value))
@@ -69,18 +60,19 @@ def packed_attention(
     return found[None], None
 
 
-def short_attention() -> Any:
-    """Return the module of the kernels for short texts; None where Triton is missing or they were found wanting."""
-    return None if _found_wanting else _short_attention()
-
-
 @cache
-def _short_attention() -> Any:
+def triton_kernels() -> Any:
+    """Return the module of the kernels in Triton; None where that is missing."""
     try:
-        from lightning_lora.models import short_attention as module
+        from lightning_lora.models import triton_kernels as module
     except ImportError:
         return None
     return module
+
+
+def short_attention() -> Any:
+    """Return the module of the kernels for short texts; None where it is missing or they were found wanting."""
+    return None if _found_wanting else triton_kernels()
 
 
 #: Why the kernels for short texts are not used.
@@ -279,14 +271,6 @@ def why_not_packed(base: Base) -> str | None:
     if getattr(base.model.config, "classifier_pooling", "cls") != "cls":
         return "the head reads the mean of all tokens"
     return None
-
-
-def first_position(model: nn.Module) -> int:
-    """The position of a text's first token: behind the padding token's number for RoBERTa and its kin, else 0."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and (padding := getattr(module, "padding_idx", None)) is not None:
-            return int(padding) + 1
-    return 0
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -27,27 +27,21 @@ def choose_pooling(asked: Pooling, base: Base) -> Literal["first", "last", "mean
     Raises:
         UserError: The architecture's head cannot read what is asked for.
     """
-    kind = base.model.config.model_type
+    kind, why = base.model.config.model_type, None
     if asked not in (("auto", "last") if base.reads_last else ("auto", "first", "mean")):
         reads = "is a language model, whose head reads the last token" if base.reads_last else "is no language model"
         raise UserError(f"model.pooling: {asked}, but architecture '{kind}' {reads}; give auto")
     if base.reads_last:
         return "last"
-    why = _why_not_mean(base)
+    if base.architecture is None:
+        why = f"the head of architecture '{kind}' is not known"
+    elif hasattr(base.model.config, "classifier_pooling"):
+        why = f"architecture '{kind}' has a setting of its own, classifier_pooling in its config.json"
     if asked == "mean" and why is not None:
         raise UserError(f"model.pooling: {why}; give first")
     if asked == "auto":
         return "mean" if why is None and base.fresh_head and pools_mean(base.pooling_file) else "first"
     return asked
-
-
-def _why_not_mean(base: Base) -> str | None:
-    kind = base.model.config.model_type
-    if base.architecture is None:
-        return f"the head of architecture '{kind}' is not known"
-    if hasattr(base.model.config, "classifier_pooling"):
-        return f"architecture '{kind}' has a setting of its own, classifier_pooling in its config.json"
-    return None
 
 
 def pools_mean(path: Path | None) -> bool:
@@ -68,10 +62,6 @@ def read_mean(base: Base, tokens: FirstTokens) -> Base:
     """Let the head read the mean of a text's last states in place of its first token's; return the base, changed.
 
     What stood between the first token and the head (BERT's pooler) is taken out: it was not trained on means.
-
-    Args:
-        base: The base model.
-        tokens: Where the texts of a packed batch begin and end.
     """
     backbone = getattr(base.model, base.model.base_model_prefix)
     parameters = signature(backbone.forward)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from lightning_lora.devices import has_bf16
 from lightning_lora.errors import UserError, first_line
@@ -56,84 +57,63 @@ def check_quantization(options: Quantization, method: str, bits: Sequence[int], 
                 raise UserError(f"model.quantization.{field.name}: {value}, but only bits: 4 uses it")
     if options.bits is None:
         return
-    if options.bits in bits and options.bits not in cpu_bits and not torch.cuda.is_available():
-        raise UserError(
-            f"model.quantization.bits: method '{method}' on {options.bits} bits works on a GPU only; here it takes "
-            f"{', '.join(map(str, cpu_bits))}"
-        )
     if options.bits not in bits:
         raise UserError(
             f"model.quantization: method '{method}' changes the base model's weights, which cannot be quantized then"
+        )
+    if options.bits not in cpu_bits and not torch.cuda.is_available():
+        raise UserError(
+            f"model.quantization.bits: method '{method}' on {options.bits} bits works on a GPU only; here it takes "
+            f"{', '.join(map(str, cpu_bits))}"
         )
 
 
 def quantization_config(options: Quantization, not_quantized: Sequence[str], base_model: str) -> Any:
     """The config that makes transformers quantize while loading, or None for full precision.
 
-    Args:
-        options: What is asked for.
-        not_quantized: Names of modules that stay as they are: the head, and what may be newly initialised.
-        base_model: Its name, for messages.
-
-    Raises:
-        UserError: This machine cannot do it.
+    Modules of the names ``not_quantized`` stay as they are: the head, and what may be newly initialised.
     """
     if options.bits is None:
         return None
     _require_backend(options, base_model)
-    from transformers import BitsAndBytesConfig
-
-    common = {"llm_int8_skip_modules": list(not_quantized)}
-    if options.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, **common)
+    compute_dtype: str = options.compute_dtype
+    if compute_dtype == "auto":
+        compute_dtype = "bfloat16" if has_bf16("cuda" if torch.cuda.is_available() else "cpu") else "float32"
     return BitsAndBytesConfig(
-        load_in_4bit=True,
+        load_in_8bit=options.bits == 8,
+        load_in_4bit=options.bits == 4,
+        llm_int8_skip_modules=list(not_quantized),
         bnb_4bit_quant_type=options.quant_type,
         bnb_4bit_use_double_quant=options.double_quant,
-        bnb_4bit_compute_dtype=_compute_dtype(options),
-        **common,
+        bnb_4bit_compute_dtype=compute_dtype,
     )
 
 
-def keep_differentiable(model: nn.Module) -> None:
-    """Keeps 4-bit layers from being repacked for inference, which they do in eval mode on some CPUs.
+def prepare_quantized(model: nn.Module) -> None:
+    """Let quantized layers be trained, evaluated, moved and shared in any order.
 
-    A repacked layer stays so when training goes on, and then passes no gradient to the layers below it, or
-    fails (bitsandbytes 0.50.2, ``Linear4bit.forward``).
+    In eval mode 4-bit layers are repacked for inference on some CPUs. A repacked layer stays so when training goes on,
+    and then passes no gradient to the layers below it, or fails (bitsandbytes 0.50.2, ``Linear4bit.forward``).
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def follow_weights(model: nn.Module) -> None:
-    """Have 8-bit layers multiply by their weights where these are: on another device now, or shared between models.
-
-    bitsandbytes keeps the numbers a second time beside the weight, which moving a model leaves behind, and puts them
-    back into the weight after each pass (0.50.2, ``Linear8bitLt.forward``).
-    """
-    from bitsandbytes.nn import Linear8bitLt
-
-    for module in model.modules():
-        if isinstance(module, Linear8bitLt):
+        elif isinstance(module, Linear8bitLt):
             module.register_forward_pre_hook(_follow_weight)
 
 
 def _follow_weight(layer: Any, args: tuple[Any, ...]) -> None:
+    """Have an 8-bit layer multiply by its weight where that is: on another device now, or shared between models.
+
+    bitsandbytes keeps the numbers a second time beside the weight, which moving a model leaves behind, and puts them
+    back into the weight after each pass (0.50.2, ``Linear8bitLt.forward``).
+    """
     weight = layer.weight
     for holder in (weight, layer.state):  # before and after the first pass
         if holder.CB is not None and holder.CB.data_ptr() != weight.data_ptr():
             holder.CB, holder.SCB = weight.data, holder.SCB.to(weight.device)
-
-
-def check_not_quantized(model: nn.Module, names: Sequence[str]) -> None:
-    """Raises RuntimeError when a module that has to stay in full precision does not."""
-    for name in names:
-        for parameter in model.get_submodule(name).parameters():
-            if not parameter.is_floating_point():
-                raise RuntimeError(f"{name} was quantized, though it was to stay in full precision")
 
 
 def _require_backend(options: Quantization, base_model: str) -> None:
@@ -151,9 +131,3 @@ def _require_backend(options: Quantization, base_model: str) -> None:
             f"model.quantization: bitsandbytes cannot quantize '{base_model}' to {options.bits} bits on this "
             f"machine's {device} ({first_line(error, 120)}); leave model.quantization out"
         ) from error
-
-
-def _compute_dtype(options: Quantization) -> torch.dtype:
-    if options.compute_dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[options.compute_dtype]
-    return torch.bfloat16 if has_bf16("cuda" if torch.cuda.is_available() else "cpu") else torch.float32

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_lora.models.attention import EXACT
 from lightning_lora.models.base import Base
 from lightning_lora.models.kernel_plugins import kernel_plugins
-from lightning_lora.models.packed import FirstTokens
+from lightning_lora.models.packed import FirstTokens, triton_kernels
 
 
 @dataclass
@@ -61,11 +61,9 @@ def install(base: Base, speedups: Speedups, tokens: FirstTokens | None = None, r
         tokens: Where the texts of a packed batch begin.
         reads_first: Whether the head reads the first token alone.
     """
-    done, tokens = [], tokens or FirstTokens()
-    if reads_first and speedups.first_token_only and cut_last_layer(base, tokens):
+    done = []
+    if reads_first and take_first_tokens(base, tokens or FirstTokens(), speedups.first_token_only):
         done.append("last layer for the first token only")
-    elif reads_first:
-        take_first_tokens(base, tokens)
     if speedups.cast_once:
         cast_once(base)
     if speedups.fused_lora:
@@ -98,17 +96,6 @@ def choose_attention(asked: str, loaded: str, known: bool, training: bool, speed
     for plugin in kernel_plugins() if speedups.kernels else ():
         chosen = plugin.attention(chosen)
     return chosen
-
-
-def cut_last_layer(base: Base, tokens: FirstTokens) -> bool:
-    """Continue with the first token alone behind the last layer's attention; return whether the architecture can."""
-    if base.architecture is None or base.architecture.attention_end is None:
-        return False
-    layer, end = last_attention_end(base, base.architecture.attention_end)
-    end.register_forward_pre_hook(tokens.before)
-    for module in layer.modules():
-        vars(module)["first_token_only"] = True  # read by ``attention.exact_attention``
-    return True
 
 
 def cast_once(base: Base) -> None:
@@ -154,24 +141,28 @@ def lora_in_product(layer: lora.Linear, name: str, x: Tensor) -> Tensor:
     return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), weight.mT).view(out.shape)
 
 
-def last_attention_end(base: Base, path: str) -> tuple[nn.Module, nn.Module]:
-    """The last numbered layer of the encoder, and its module of that path."""
-    pattern = rf"({base.model.base_model_prefix}\..*\.(\d+))\.{re.escape(path)}"
-    found = [match for name, _ in base.model.named_modules() if (match := re.fullmatch(pattern, name))]
-    last = max(found, key=lambda match: int(match[2]))
-    return base.model.get_submodule(last[1]), base.model.get_submodule(last[0])
+def take_first_tokens(base: Base, tokens: FirstTokens, cut: bool) -> bool:
+    """Reduce states to the first token of each text, which the head reads; return whether the last layer is cut.
 
-
-def take_first_tokens(base: Base, tokens: FirstTokens) -> None:
-    """Reduce packed batches to the first token of each text where the last layer is not cut for all batches."""
+    Args:
+        base: The base model.
+        tokens: Where the texts of a packed batch begin.
+        cut: Continue with the first token alone behind the last layer's attention, where the architecture can. Else
+            only packed batches are reduced, which the head could not read.
+    """
     architecture = base.architecture
-    if architecture is None or not architecture.packs:
-        return
-    if architecture.states is not None:
+    if architecture is not None and architecture.attention_end is not None and (cut or architecture.packs):
+        pattern = rf"({base.model.base_model_prefix}\..*\.(\d+))\.{re.escape(architecture.attention_end)}"
+        found = [match for name, _ in base.model.named_modules() if (match := re.fullmatch(pattern, name))]
+        last = max(found, key=lambda match: int(match[2]))
+        before = tokens.before if cut else lambda *given: tokens.before(*given) if tokens.packed else None
+        base.model.get_submodule(last[0]).register_forward_pre_hook(before)
+        for module in base.model.get_submodule(last[1]).modules() if cut else ():
+            vars(module)["first_token_only"] = True  # read by ``attention.exact_attention``
+        return cut
+    if architecture is not None and architecture.states is not None and architecture.packs:
         base.model.get_submodule(architecture.states).register_forward_hook(tokens.after)
-    elif architecture.attention_end is not None:
-        end = last_attention_end(base, architecture.attention_end)[1]
-        end.register_forward_pre_hook(lambda module, args: tokens.before(module, args) if tokens.packed else None)
+    return False
 
 
 def begin_evaluation(
@@ -229,26 +220,17 @@ def lower_norms(model: nn.Module) -> None:
     Autocast would have them give float32, and add what comes next in float32. Where a layer of the model is a product,
     an addition and a norm (BERT's ``BertOutput`` and its like), the two latter are one kernel, where that works.
     """
-    kernel = add_norm_kernel()
+    kernel = triton_kernels()
     for module in list(model.modules()):
         forward: Any = None
         if type(module) is nn.LayerNorm:
             forward = partial(_low_norm, module)
         elif kernel is not None and _ends_in_norm(module):
             norm = cast(nn.LayerNorm, module.LayerNorm)
-            if kernel.works(norm.normalized_shape[0], norm.weight.device):
+            if kernel.add_norm_works(norm.normalized_shape[0], norm.weight.device):
                 forward = partial(_low_output, module, kernel.add_norm)
         if forward is not None:
             module.forward = module.low_forward = forward
-
-
-def add_norm_kernel() -> Any:
-    """Return the module of the kernel that adds and normalizes; None without Triton."""
-    try:
-        from lightning_lora.models import add_norm
-    except ImportError:
-        return None
-    return add_norm
 
 
 def _ends_in_norm(module: nn.Module) -> bool:

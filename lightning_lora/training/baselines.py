@@ -28,12 +28,7 @@ class TextBaseline(EvaluationSteps):
 
     The texts of a pair are joined by a space.
 
-    Args:
-        label_names: Names of the classes in the order of their numbers.
-        method: "majority" or "tfidf".
-        task: What is predicted.
-        threshold: As of a ``TextClassifier``.
-        calibrate: As of a ``TextClassifier``.
+    It takes these arguments of a ``TextClassifier``; the method is "majority" or "tfidf".
     """
 
     #: As of a ``TextClassifier``, for the run record.
@@ -99,11 +94,7 @@ class TextBaseline(EvaluationSteps):
         self.identity.check(checkpoint)
 
     def check_int8(self, precision: str) -> int:
-        """Refuses an evaluation in int8.
-
-        Raises:
-            UserError: Always.
-        """
+        """Refuses an evaluation in int8."""
         raise UserError(f"--int8: method '{self.identity.method}' has no layers; leave it out")
 
 
@@ -164,13 +155,9 @@ class LinearProbe(TextClassifier):
 
 
 def make_classifier(base_model: str, label_names: list[str], method: str = "lora", **settings: Any) -> Any:
-    """The module of a method: a ``TextClassifier``, ``LinearProbe`` or ``TextBaseline``.
+    """The module of a method or baseline: a ``TextClassifier``, ``LinearProbe`` or ``TextBaseline``.
 
-    Args:
-        base_model: As for ``TextClassifier``; baselines that read texts do not load it.
-        label_names: Names of the classes.
-        method: A fine-tuning method or a baseline.
-        settings: Others of ``TextClassifier``.
+    It takes what a ``TextClassifier`` takes; baselines that read texts do not load the base model.
     """
     if method in TEXT_BASELINES:
         own = {name: settings[name] for name in ("task", "threshold", "calibrate") if name in settings}

@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
@@ -37,14 +37,12 @@ class TrainingLength:
 
     Args:
         epochs: At most.
-        steps_per_epoch: Optimizer steps of an epoch.
         check_every: Validation passes come after so many epochs each; None where typed settings say when.
         patience: Validation passes in a row without a better value that stop training; None where none do.
         task: What is predicted, which says what is monitored.
     """
 
     epochs: int
-    steps_per_epoch: int
     check_every: int | None
     patience: int | None
     task: Task = "single_label"
@@ -93,7 +91,7 @@ def plan_length(
     patience: int | None = max(PATIENCE, math.ceil(PATIENCE * own / interval))
     if val_rows < ROWS_TO_STOP_BY or epochs / interval <= (patience or 0):  # too few rows or passes to stop by
         patience = None
-    return TrainingLength(epochs, steps_per_epoch, own if typed_interval is None else None, patience, task)
+    return TrainingLength(epochs, own if typed_interval is None else None, patience, task)
 
 
 def length_of(
@@ -154,10 +152,7 @@ def training_length(data: TextDataModule, **trainer: Any) -> dict[str, Any]:
 def describe_length(trainer: Mapping[str, Any], data: TextDataModule, length: TrainingLength | None) -> dict[str, Any]:
     """Return plain values for the run record: how long a run is to train, and why.
 
-    Args:
-        trainer: Its trainer's settings, with those of the length.
-        data: Its data.
-        length: What its rows say, if they do.
+    The trainer's settings are with those of the length, which is None where settings alone say how long.
     """
     batches, epochs, most = _batches(trainer, data), trainer["max_epochs"], trainer["max_steps"]
     limits = [] if epochs in (None, -1) else [math.ceil(batches / trainer["accumulate_grad_batches"]) * epochs]
@@ -199,11 +194,7 @@ def _why_not_validated(trainer: Mapping[str, Any], batches: int, planned: Mappin
 
 
 def length_words(planned: Mapping[str, Any]) -> str:
-    """Return what to print of how long a run is to train.
-
-    Args:
-        planned: As by ``describe_length``.
-    """
+    """Return what to print of how long a run is to train, as ``describe_length`` has planned."""
     epochs, steps, typed, rows = (planned[key] for key in ("epochs", "steps", "typed", "val_rows"))
     words = "no number of steps" if steps is None else f"{steps:,} step{'s' * (steps != 1)}"
     if epochs is not None:
@@ -234,7 +225,7 @@ def stay_stopped(trainer: Trainer, longer: bool) -> None:
         longer: Whether it is to train for longer than planned: then validation passes are counted from there.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # a list, which Lightning hides
-        if not isinstance(callback, EarlyStopping) or not has_stopped(callback):
+        if not _has_stopped(callback):
             continue
         if longer:
             callback.wait_count = callback.stopped_epoch = 0
@@ -252,7 +243,7 @@ def stopped_by(trainer: Trainer) -> str | None:
     if any(limit not in (None, -1) and done >= limit for done, limit in limits):
         return None
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyStopping) and has_stopped(callback):
+        if _has_stopped(callback):
             reasons = {
                 EarlyStoppingReason.NON_FINITE_METRIC: "was not finite",
                 EarlyStoppingReason.STOPPING_THRESHOLD: f"reached {callback.stopping_threshold}",
@@ -265,28 +256,29 @@ def stopped_by(trainer: Trainer) -> str | None:
     return None
 
 
-def has_stopped(callback: EarlyStopping) -> bool:
+def _has_stopped(callback: Callback) -> TypeGuard[EarlyStopping]:
     """Whether this is what has ended training."""
-    return callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED
+    return isinstance(callback, EarlyStopping) and callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED
 
 
 def _batches(trainer: Mapping[str, Any], data: TextDataModule) -> int:
     """Return the training batches of an epoch, at least 1."""
     accumulate = trainer.get("accumulate_grad_batches", 1)
     batches = batches_per_epoch(len(data.rows("train")), data.batch_size, accumulate, data.batch_by)
-    limit = trainer.get("overfit_batches") or trainer.get("limit_train_batches")
-    if limit is None:
-        return batches
-    return max(1, int(batches * limit) if _is_share(limit) else min(batches, int(limit)))
+    return max(1, _limited(trainer, "limit_train_batches", batches))
 
 
 def _validated_rows(trainer: Mapping[str, Any], data: TextDataModule) -> int:
     """Return about how many rows a validation pass evaluates."""
-    rows = len(data.rows("val"))
-    limit = trainer.get("overfit_batches") or trainer.get("limit_val_batches")
+    return _limited(trainer, "limit_val_batches", len(data.rows("val")), data.eval_batch_size)
+
+
+def _limited(trainer: Mapping[str, Any], name: str, count: int, a_batch: int = 1) -> int:
+    """Return how many of so many, with so many in a batch, a limit on batches leaves."""
+    limit = trainer.get("overfit_batches") or trainer.get(name)
     if limit is None:
-        return rows
-    return int(rows * limit) if _is_share(limit) else min(rows, int(limit) * data.eval_batch_size)
+        return count
+    return int(count * limit) if _is_share(limit) else min(count, int(limit) * a_batch)
 
 
 def _is_share(limit: float) -> bool:
@@ -295,12 +287,7 @@ def _is_share(limit: float) -> bool:
 
 
 def _typed_interval(trainer: Mapping[str, Any], batches: int) -> float | None:
-    """Return the epochs from one validation pass to the next, where that is not one as by default.
-
-    Args:
-        trainer: Its settings.
-        batches: Of an epoch.
-    """
+    """Return the epochs, of so many batches, from one validation pass to the next; None where one, as by default."""
     epochs, within = trainer.get("check_val_every_n_epoch", 1), trainer.get("val_check_interval")
     if isinstance(within, int | float) and not (_is_share(within) and within == 1):
         share = within if _is_share(within) else within / batches

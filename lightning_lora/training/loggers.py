@@ -34,12 +34,9 @@ def make_loggers(folder: Path, training: bool, steps: int) -> list[Logger]:
         steps: Steps that were done before; what was logged of later ones is logged again, and so left out. Without
             training, those that the weights have been trained for.
     """
-    place: dict[str, Any] = {"save_dir": folder, "name": "", "version": "", "default_hp_metric": False}
     if not training:
-        return [EvaluationBoard(max(steps - 1, 0), **place)]
-    if not steps:
-        return [RunBoard(**place), MetricsFile(folder, name="", version="")]
-    return [RunBoard(**place, purge_step=steps), resumed_metrics(folder, steps)]
+        return [RunBoard(folder, at=max(steps - 1, 0))]
+    return [RunBoard(folder, purge_step=steps or None), MetricsFile(folder, steps)]
 
 
 def run_ids(loggers: Iterable[Logger]) -> dict[str, str]:
@@ -61,49 +58,44 @@ def rejoin_loggers(settings: Any, ids: Mapping[str, str]) -> None:
 
 
 class MetricsFile(CSVLogger):
-    """``metrics.csv`` of a run, whose settings are in ``config.yaml``."""
+    """``metrics.csv`` of a run, of which whole rows of steps before ``steps`` are kept."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        super().__init__(folder, name="", version="")
+        path = folder / "metrics.csv"
+        rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines())) if steps and path.is_file() else []
+        if rows and "step" in (header := rows[0]):
+            at = header.index("step")
+            kept = [r for r in rows[1:] if len(r) == len(header) and r[at].isdigit() and int(r[at]) < steps]
+            self.experiment.metrics_keys = list(header)  # Lightning's writer begins by removing the file
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\r\n").writerows([header, *kept])
+            write_text(path, text.getvalue())
 
     def log_hyperparams(self, params: Any = None) -> None:
-        """Write nothing."""
+        """Write nothing: the settings are in ``config.yaml``."""
 
 
 class RunBoard(TensorBoardLogger):
-    """TensorBoard of a run: its files lie in the run's folder itself, so that TensorBoard calls it by its name."""
-
-    def save(self) -> None:
-        """Write no ``hparams.yaml``: the settings are in ``config.yaml``."""
-
-
-class EvaluationBoard(RunBoard):
-    """TensorBoard of a pass over trained weights, which would otherwise stand at step 0 of their curves.
+    """TensorBoard of a run: its files lie in the run's folder itself, so that TensorBoard calls it by its name.
 
     Args:
-        at: The step that the weights were trained to, counted as Lightning does.
-        place: Of ``TensorBoardLogger``.
+        folder: The run's folder.
+        at: The step that trained weights to evaluate were trained to, counted as Lightning does: a pass over them would
+            otherwise stand at step 0 of their curves.
+        options: Of ``TensorBoardLogger``.
     """
 
-    def __init__(self, at: int, **place: Any) -> None:
-        super().__init__(**place)
+    def __init__(self, folder: Path, at: int | None = None, **options: Any) -> None:
+        super().__init__(folder, name="", version="", default_hp_metric=False, **options)
         self.at = at
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log them at the weights' step."""
-        super().log_metrics(metrics, self.at)
+        """Log metrics at a step, of trained weights at theirs."""
+        super().log_metrics(metrics, step if self.at is None else self.at)
 
-
-def resumed_metrics(folder: Path, steps: int) -> MetricsFile:
-    """Return the logger of a ``metrics.csv`` that keeps its whole rows of earlier steps."""
-    path = folder / "metrics.csv"
-    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines())) if path.is_file() else []
-    numbers = MetricsFile(folder, name="", version="")
-    if rows and "step" in (header := rows[0]):
-        at = header.index("step")
-        kept = [r for r in rows[1:] if len(r) == len(header) and r[at].isdigit() and int(r[at]) < steps]
-        numbers.experiment.metrics_keys = list(header)  # Lightning's writer begins by removing the file
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\r\n").writerows([header, *kept])
-        write_text(path, text.getvalue())
-    return numbers
+    def save(self) -> None:
+        """Write no ``hparams.yaml``: the settings are in ``config.yaml``."""
 
 
 class LearningRateCurve(Callback):
@@ -182,9 +174,7 @@ class TensorBoardPages(Callback):
         # As Lightning counts the metrics of an epoch: the step that was done last.
         step = max((trainer.global_step or self.steps) - 1, 0)
         for logger in trainer.loggers:
-            if not isinstance(logger, TensorBoardLogger):
-                continue
-            if predictions.task == "regression":
+            if not isinstance(logger, TensorBoardLogger) or predictions.task == "regression":
                 continue
             if predictions.task == "single_label" and len(predictions.label_names) <= _SHOWN_CLASSES:
                 logger.experiment.add_figure(f"{split}/confusion_matrix", confusion_figure(predictions), step)

@@ -15,10 +15,7 @@ ClassWeights = Literal["balanced"] | list[float]
 def plain_loss(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
     """Cross-entropy, binary cross-entropy or mean squared error, (): that of validation and test rows.
 
-    Args:
-        logits: (B, C); of regression (B, 1).
-        labels: Class numbers (B,), 0 or 1 by label (B, C), or numbers (B,).
-        task: What is predicted.
+    Of logits and labels as for ``row_losses``.
     """
     if task == "multi_label":
         return F.binary_cross_entropy_with_logits(logits, labels)
@@ -51,14 +48,7 @@ def row_losses(
 def check_task(
     task: Task, outputs: int, smoothing: float, weights: ClassWeights | None, threshold: str | float
 ) -> None:
-    """Refuse settings of a model that mean nothing for its task.
-
-    Args:
-        task: What is predicted.
-        outputs: The number of labels.
-        smoothing: Of labels.
-        weights: Of classes.
-        threshold: From which on labels are predicted.
+    """Refuse settings of a model that mean nothing for its task, which has so many outputs.
 
     Raises:
         UserError: A setting does not go with the task.
@@ -76,12 +66,6 @@ def check_task(
 
 def check_calibration(calibrate: bool, task: Task, threshold: str | float, method: str) -> None:
     """Refuse a temperature where it means nothing, or would change what a threshold was typed for.
-
-    Args:
-        calibrate: Whether one is asked for.
-        task: What is predicted.
-        threshold: From which on labels are predicted.
-        method: How the model is fine-tuned.
 
     Raises:
         UserError: Nothing is fitted, or the task has no probabilities; or a typed threshold would change labels.

@@ -8,11 +8,11 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from torch import Tensor, nn
+from transformers import get_scheduler
 
 from lightning_lora.errors import UserError
 
 Schedule = Literal["linear", "cosine", "constant"]
-_TRANSFORMERS_NAMES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 class AdamW(torch.optim.AdamW):
@@ -106,10 +106,8 @@ def make_optimizer(
 
 def make_schedule(optimizer: AdamW, schedule: Schedule, warmup_ratio: float, total_steps: int) -> Any:
     """A schedule counted in optimizer steps: warm-up over the first share of them, then as named."""
-    from transformers import get_scheduler
-
-    warm_up = warmup_steps(warmup_ratio, total_steps)
-    return get_scheduler(_TRANSFORMERS_NAMES[schedule], optimizer, warm_up, total_steps)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    return get_scheduler(name, optimizer, warmup_steps(warmup_ratio, total_steps), total_steps)
 
 
 def warmup_steps(warmup_ratio: float, total_steps: int) -> int:
@@ -130,13 +128,7 @@ def set_rates(scheduler: Any) -> None:
 
 
 def count_steps(trainer: Trainer, schedule: Schedule, warmup_ratio: float, moves_ranks: bool) -> int:
-    """Optimizer steps of the whole run; 0 where there is no limit and nothing depends on it.
-
-    Args:
-        trainer: The trainer.
-        schedule: How the learning rate falls.
-        warmup_ratio: Share of the steps over which it rises.
-        moves_ranks: Whether the method needs the number too.
+    """Optimizer steps of the whole run; 0 where there is no limit and neither schedule nor method depends on it.
 
     Raises:
         UserError: There is no limit, and something depends on it.

@@ -12,12 +12,11 @@ from lightning_lora.data.packing import PackedShape, PackedViews, padded, unpack
 from lightning_lora.devices import compute_dtype
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.evaluation.documents import pooled
-from lightning_lora.models.base import Base
+from lightning_lora.models.base import Base, first_position
 from lightning_lora.models.packed import (
     PACKED,
     FirstTokens,
     deterministic_as_before,
-    first_position,
     leave_short_attention,
     why_not_packed,
 )

@@ -82,17 +82,13 @@ def refuse_options(trainer: Mapping[str, Any]) -> None:
         )
     callbacks = trainer["callbacks"]
     for each in callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []:
-        if each["class_path"].endswith(".LearningRateFinder"):
-            _check_finder(each["init_args"])
-
-
-def _check_finder(given: Mapping[str, Any]) -> None:
-    """Refuse arguments of a ``LearningRateFinder`` with which it finds no learning rate."""
-    start = "trainer.callbacks: LearningRateFinder:"
-    if given["attr_name"] not in ("", "learning_rate"):
-        raise UserError(f"{start} attr_name: '{given['attr_name']}' is no learning rate; leave it out")
-    if not 0 < given["min_lr"] < given["max_lr"]:
-        raise UserError(f"{start} 0 < min_lr < max_lr is needed, got {given['min_lr']:g} and {given['max_lr']:g}")
+        if not each["class_path"].endswith(".LearningRateFinder"):
+            continue
+        start, given = "trainer.callbacks: LearningRateFinder:", each["init_args"]
+        if given["attr_name"] not in ("", "learning_rate"):
+            raise UserError(f"{start} attr_name: '{given['attr_name']}' is no learning rate; leave it out")
+        if not 0 < given["min_lr"] < given["max_lr"]:
+            raise UserError(f"{start} 0 < min_lr < max_lr is needed, got {given['min_lr']:g} and {given['max_lr']:g}")
 
 
 def check_monitors(
@@ -100,11 +96,7 @@ def check_monitors(
 ) -> None:
     """Refuse a callback that monitors what is never logged, or not when it is read, or in the wrong direction.
 
-    Args:
-        callbacks: The callbacks of a config.
-        label_names: Names of the classes.
-        trainer: Settings of a ``lightning.Trainer``; what is not there has Lightning's default.
-        task: What is predicted.
+    Settings of the trainer that are not there have Lightning's default.
 
     Raises:
         UserError: There is no such metric, or none yet, or ``mode`` prefers worse values.

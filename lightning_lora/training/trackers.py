@@ -100,11 +100,7 @@ class Tracker(Logger):
 
 
 def check_package(kind: str) -> None:
-    """Refuse a tracker whose package is missing.
-
-    Raises:
-        UserError: It is.
-    """
+    """Refuse a tracker whose package is missing."""
     if (missing := missing_package(kind)) is not None:
         raise UserError(f"--track {kind}: {missing}")
 

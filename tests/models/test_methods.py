@@ -7,8 +7,7 @@ from torch import nn
 from lightning_lora.errors import UserError
 from lightning_lora.models.architectures import ARCHITECTURES
 from lightning_lora.models.base import Base, load_base
-from lightning_lora.models.methods import METHODS, AdapterOptions, tune
-from lightning_lora.models.targets import match_targets
+from lightning_lora.models.methods import METHODS, AdapterOptions, match_targets, tune
 from tests.conftest import LANGUAGE_MODELS
 
 LABELS = ["a", "b", "c"]

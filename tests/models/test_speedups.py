@@ -186,7 +186,7 @@ class AddNorm:
 
     used = 0
 
-    def works(self, width: int, device: torch.device) -> bool:
+    def add_norm_works(self, width: int, device: torch.device) -> bool:
         return width == 32
 
     def add_norm(self, x: torch.Tensor, residual: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
@@ -204,7 +204,7 @@ def test_states_in_bfloat16_between_layers_give_the_logits_of_float32(
     """As a GPU evaluates; by norm within three percent (autocast: 1.5). Afterwards norms are as before."""
     add_norm = kernel and kernel()
     monkeypatch.setattr(speedups, "on_gpu", lambda model: True)
-    monkeypatch.setattr(speedups, "add_norm_kernel", lambda: add_norm)
+    monkeypatch.setattr(speedups, "triton_kernels", lambda: add_norm)
     base = str(make_base(model_type))
     truth, model = (TextClassifier(base, ["a", "b", "c"], method=method).eval() for _ in range(2))
     norms, seen = [m for m in model.modules() if type(m) is nn.LayerNorm], list[torch.dtype]()

@@ -10,7 +10,7 @@ import pytest
 COMPARE = """
 import torch
 from lightning_lora.models.packed import padded_attention
-from lightning_lora.models.short_attention import ShortAttention
+from lightning_lora.models.triton_kernels import ShortAttention
 
 torch.manual_seed(0)
 for dimension in (16, 64):
@@ -30,11 +30,11 @@ for dimension in (16, 64):
 
 ADD_NORM = """
 import torch
-from lightning_lora.models.add_norm import add_norm, works
+from lightning_lora.models.triton_kernels import add_norm, add_norm_works
 
 torch.manual_seed(0)
 for width in (48, 64):
-    assert works(width, torch.device("cpu"))
+    assert add_norm_works(width, torch.device("cpu"))
     norm = torch.nn.LayerNorm(width, eps=1e-12).requires_grad_(False)
     norm.weight.uniform_(0.5, 2)
     norm.bias.normal_()

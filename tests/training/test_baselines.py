@@ -180,7 +180,7 @@ def test_of_equally_right_ones_the_one_with_the_lower_loss_is_kept() -> None:
 
     train, labels = np.array([[-1.0], [1.0]]), np.array([0, 1])
     found = choose_regression(iter([Features("x", train, train)]), labels, labels, 2, (0.01, 1.0, 100.0))
-    assert found.c == 100.0 and set(found.tried.values()) == {1.0}
+    assert found.chosen["C"] == 100.0 and set(found.chosen["val_f1_macro"].values()) == {1.0}
 
 
 def test_pooling_sees_no_padding_on_either_side() -> None:
