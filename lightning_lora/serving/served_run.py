@@ -14,7 +14,7 @@ from torch import nn
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
 from lightning_lora.data.order import default_eval_batch_size
 from lightning_lora.data.pairs import Text, is_pair
-from lightning_lora.data.tokens import PairTokens, TokenRows
+from lightning_lora.data.tokens import TokenRows
 from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.inference.loaded_run import load_run
 from lightning_lora.inference.predict_files import fingerprint
@@ -136,13 +136,7 @@ class SharedWeights:
         return total, known
 
 
-def as_tokens(ids: Sequence[Any]) -> TokenRows | PairTokens:
+def as_tokens(ids: Sequence[Any]) -> TokenRows:
     """Return token ids of texts of several requests as ``tokenize`` gives them."""
-    if isinstance(ids[0], tuple):
-        first, second = (TokenRows(_lists(side)) for side in zip(*ids, strict=True))
-        return PairTokens(first, second)
-    return TokenRows(_lists(ids))
-
-
-def _lists(ids: Sequence[Any]) -> pa.ChunkedArray:
-    return pa.chunked_array([pa.array(ids, pa.list_(pa.int32()))])
+    sides = zip(*ids, strict=True) if isinstance(ids[0], tuple) else [ids]
+    return TokenRows(*(pa.chunked_array([pa.array(side, pa.list_(pa.int32()))]) for side in sides))
