@@ -38,7 +38,9 @@ def run(argv: list[str]) -> int:
     settings = folders[0].settings()["data"]
     columns = settings["text_column"] if is_pair(settings["truncation"]) else ["text"]
     runs = {name: load_run(each.path, precision="32-true") for name, each in zip(names, folders, strict=True)}
-    Demo(runs, columns, examples_of(folders[0])).launch(options.port)
+    separators = {n: each.settings()["data"].get("label_separator") for n, each in zip(names, folders, strict=True)}
+    given = {name: separator for name, separator in separators.items() if separator}
+    Demo(runs, columns, examples_of(folders[0]), given).launch(options.port)
     return 0
 
 

@@ -295,6 +295,8 @@ def _axes(content: Mapping[str, Any]) -> list[Axis]:
     described, arms = content.get("axes") or {}, content.get("arms") or {}
     known = isinstance(described, dict) and isinstance(arms, dict) and {**described, **arms}
     require(known, "axes: at least one axis is needed, such as rank: {model.adapter.rank: [2, 8]}; or arms")
+    for name in ("seed", "fold", "trial"):
+        require(name not in described, f"axes.{name}: the name of an axis of every ablation; take another")
     axes = [_axis(str(name), value) for name, value in described.items()]
     if not arms:
         return axes
@@ -346,9 +348,13 @@ def _check_settings(
     axes: Sequence[Axis], settings: Collection[str], searched: Collection[str], folds: int | None
 ) -> None:
     """Refuse settings that axes or folds vary too, and a setting that is a part of another."""
-    varied = {key for axis in axes for change in axis.values.values() for key in change}
+    varied = dict[str, str]()
+    for axis in axes:
+        for key in {key for change in axis.values.values() for key in change}:
+            first = varied.setdefault(key, axis.name)
+            require(first == axis.name, f"axes: {key} is varied by {first} and by {axis.name}; leave it out of one")
     for where, given in {"settings": settings, "search.space": searched}.items():
-        taken = sorted(varied & set(given))
+        taken = sorted(varied.keys() & set(given))
         require(not taken, f"{where}: {''.join(taken[:1])} is varied by an axis")
     keys = sorted({*varied, *settings, *searched})
     for key, inner in itertools.product(keys, keys):

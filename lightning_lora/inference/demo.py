@@ -3,7 +3,8 @@
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.inference.explain import ABOUT, coloured_words, words_legend, words_style
 from lightning_lora.inference.input_rows import file_rows
 from lightning_lora.inference.loaded_run import LoadedRun
-from lightning_lora.inference.output import OUTPUTS, columns_beside, new_columns, write_output
+from lightning_lora.inference.output import OUTPUTS, columns_beside, new_columns, separated, write_output
 
 #: Classes whose bars are shown, the most probable first.
 _BARS = 10
@@ -36,11 +37,13 @@ class Demo:
         runs: The runs by the name that they are shown under; all read one text, or all read pairs.
         text_columns: Names of the fields: one, or two of a pair.
         examples: Rows to try: text and truth.
+        separators: The ``data.label_separator`` of runs that have one, by name.
     """
 
     runs: Mapping[str, LoadedRun]
     text_columns: Sequence[str]
     examples: Sequence[tuple[Text, str]]
+    separators: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         pairs = {name: is_pair(run.input_format.keep) for name, run in self.runs.items()}
@@ -68,7 +71,7 @@ class Demo:
         legend = words_legend(any(each.is_number for several in found for each in several))
         return [
             f"{legend}<small>{ABOUT}</small>",
-            *("".join(f"<b>{each.summary}</b>{coloured_words(each)}" for each in several) for several in found),
+            *("".join(f"<b>{escape(each.summary)}</b>{coloured_words(each)}" for each in several) for several in found),
         ]
 
     def label_file(self, name: str, path: str, columns: str) -> str:
@@ -83,6 +86,8 @@ class Demo:
         found = columns_beside(rows.table.columns, rows.text_columns, new.names, ending, source.name)
         with self._lock:
             found |= rows.predicted(run.predict_dataset(run.dataset(rows.usable)))
+        if ending == ".csv" and name in self.separators:
+            found["prediction"] = separated(found["prediction"], run.label_names, self.separators[name])
         output = Path(tempfile.mkdtemp(prefix="labels-")) / f"{source.stem}-labelled{ending}"
         write_output(output, found, new)
         return str(output)

@@ -100,6 +100,8 @@ def test_folds_are_crossed_with_seeds_and_arms() -> None:
         ({"published": {"rank 8": 0.9}}, "published_in: say where"),
         ({"margin": 0}, "between 0 and 1"),
         ({"settings": {"model.adapter.rank": 4}}, "is varied by an axis"),
+        ({"axes": {"a": {"data.seed": [1]}, "b": {"data.seed": [2, 3]}}}, "data.seed is varied by a and by b"),
+        ({"axes": {"trial": {"data.seed": [1, 2]}}}, "axes.trial: the name of an axis of every ablation"),
         ({"settings": {"model": 5}}, "model and model.adapter.* are both given"),
         (
             {"axes": {"r": {"m.a": [1, 2]}, "s": {"names": ["x", "y"], "m": [{"a": 1}, {"a": 2}]}}, "baseline": {}},

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ import pytest
 from lightning_lora import LoadedRun, load_run
 from lightning_lora.cli import main
 from lightning_lora.errors import UserError
+from lightning_lora.evaluation.predictions import Predictions
 from lightning_lora.inference.demo import Demo
+from lightning_lora.inference.explain import Explanation
 from tests.conftest import make_rows, write_csv
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +70,19 @@ def test_a_file_is_labelled_as_predict_does(loaded: LoadedRun, place: Path) -> N
         np.testing.assert_allclose(*([float(row["p(pos)"] or 0) for row in (one, other)]), atol=1e-5)
     with pytest.raises(UserError, match="no column 'text'"):
         Demo({"run": loaded}, ["text"], []).label_file("run", "in.csv", "")
+
+
+def test_several_labels_are_written_with_the_separator_of_the_run_and_shown_as_text() -> None:
+    names, model = ["<i>a", "b"], SimpleNamespace(task="multi_label")
+    logits, half = np.array([[3.0, 2.0]], np.float32), np.full(2, 0.5)
+    found = Predictions(logits, None, task="multi_label", thresholds=half, label_names=names, rows=np.arange(1))
+    told = Explanation(TEXT, names[0], 3.0, [], np.zeros(0), np.zeros(0, bool))
+    run: Any = SimpleNamespace(label_names=names, model=model, input_format=SimpleNamespace(keep="head"))
+    vars(run).update(dataset=list, predict_dataset=lambda rows: found, explain=lambda texts: [told])
+    write_csv(Path("in.csv"), [(TEXT,)], ("text",))
+    demo = Demo({"run": run}, ["text"], [], {"run": ";"})
+    assert read(Path(demo.label_file("run", "in.csv", "")))[0]["prediction"] == "<i>a;b"
+    assert "<b>&lt;i&gt;a, probability" in demo.explain(TEXT)[1]
 
 
 def test_without_gradio_the_package_is_named(place: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
