@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import Timer
 from lightning_lora.config.configured_run import ConfiguredRun, row_columns
 from lightning_lora.config.options import EXAMPLE_TEXT
 from lightning_lora.data.pairs import is_pair
-from lightning_lora.data.splits import text_keys
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.costs import peak_memory_mb
 from lightning_lora.evaluation.intervals import MOST_FILES, difference_interval, intervals, metrics_of
@@ -55,7 +54,7 @@ def _evaluate(command: str, split: str, argv: list[str]) -> int:
     rows = cli.datamodule.rows(split)
     if is_rank_zero():
         check_writable(folder.path)
-        folder.refuse_trained_rows(text_keys(rows.texts), ("train",) if split == "val" else ("train", "val"))
+        folder.refuse_trained_rows(rows.keys, ("train",) if split == "val" else ("train", "val"))
     evaluation: dict[str, Any] = {
         "measured": now(),
         "command": command_line(command, *cli.argv),

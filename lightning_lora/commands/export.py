@@ -19,7 +19,6 @@ from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.pairs import is_pair
 from lightning_lora.data.rows import Rows
 from lightning_lora.data.specs import find_spec, terms_of
-from lightning_lora.data.splits import text_keys
 from lightning_lora.data.tokens import InputFormat, base_tokenizer
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.export.card import card, space_files, usage_code
@@ -158,7 +157,7 @@ def readable_test_rows(cli: ConfiguredRun, label_names: list[str]) -> tuple[Rows
         if data.label_names != label_names:
             raise UserError(f"the data's labels are {data.label_names} now, not {label_names}")
         rows = data.rows("test")
-        RunFolder.open(Path(cli.config.run)).refuse_trained_rows(text_keys(rows.texts), ("train", "val"))
+        RunFolder.open(Path(cli.config.run)).refuse_trained_rows(rows.keys, ("train", "val"))
     except Exception as error:  # a source can be gone, moved, changed, or unreachable in many ways
         if any(word.startswith("--data.") for word in cli.argv):
             raise

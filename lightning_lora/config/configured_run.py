@@ -21,7 +21,6 @@ from lightning_lora.config.settings import ALLOWED, flat, make_parser, parse_set
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.pairs import as_texts
 from lightning_lora.data.rows import Rows
-from lightning_lora.data.splits import text_keys
 from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError, check_range
 from lightning_lora.evaluation.costs import CostMeter
@@ -324,7 +323,7 @@ def as_list(value: Any) -> list[Any]:
 def row_columns(rows: Rows) -> dict[str, Any]:
     """Return what stands beside the predictions of each row: where it comes from, its key, its length."""
     characters = [len(text) for text in as_texts(rows.texts)]
-    return {"row": rows.numbers, "origin": rows.origins, "key": text_keys(rows.texts), "characters": characters}
+    return {"row": rows.numbers, "origin": rows.origins, "key": rows.keys, "characters": characters}
 
 
 def check_base(model: Any, texts: Any, precision: str | None) -> None:
