@@ -13,11 +13,10 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_lora import TextClassifier, TextDataModule, training_length
 from lightning_lora.cli import main
-from lightning_lora.commands.fit import was_configured
 from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.experiments import runner
 from lightning_lora.experiments.given_runs import GivenRun
-from lightning_lora.runs.folder import RunFolder
+from lightning_lora.runs.folder import RunFolder, as_configured
 from lightning_lora.training import length as rule
 from lightning_lora.training.length import (
     ENOUGH_STEPS,
@@ -238,8 +237,9 @@ def test_a_run_of_the_rule_resumes_bit_for_bit(fit: Fit, monkeypatch: pytest.Mon
 def test_what_was_left_open_is_open_for_other_rows_and_the_same_command(fit: Fit, capsys) -> None:
     assert fit("--trainer.max_time", "00:00:10:00") == 0
     words = ["fit", "--config", "logs/run/config.yaml", "--name", "other", "--data.train_rows", "40"]
+    folder = RunFolder(Path("logs/run"))
     assert (
-        was_configured(RunFolder(Path("logs/run")))
+        as_configured(folder.settings(), folder.read())
         == ConfiguredRun("fit", ["--config", "a.yaml", "--trainer.max_time", "00:00:10:00"]).settings()
     )
     assert main(words) == 0
