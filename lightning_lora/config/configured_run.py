@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -293,15 +292,6 @@ class Progress(RichProgressBar):
     def __init__(self) -> None:
         # By default a thread draws it 100 times a second, for which steps on a CPU wait (5% of their time).
         super().__init__(refresh_rate=4, console_kwargs={"stderr": True})
-        self._updated_at = 0.0
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Update the bar no more often than it is drawn, as the metrics beside it cost time in each step."""
-        if time.monotonic() - self._updated_at >= 1 / self.refresh_rate or trainer.is_last_batch:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-            self._updated_at = time.monotonic()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """Return the metrics beside the bar, by short names, which a narrow terminal has room for."""
