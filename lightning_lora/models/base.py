@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.locations import Location, resolve
 from lightning_lora.models.architectures import ARCHITECTURES, Architecture
-from lightning_lora.models.head import make_scalable, outside_backbone, prepare_head, unloaded
+from lightning_lora.models.head import FRESH, make_scalable, outside_backbone, prepare_head, unloaded
 from lightning_lora.models.quantization import Quantization, prepare_quantized, quantization_config
 from lightning_lora.program import command_line
 from lightning_lora.quiet import quiet_loading
@@ -52,13 +52,13 @@ class Base:
     architecture: Architecture | None
     head_modules: list[str]
     fingerprint: str
-    head: str = "a fresh head"
+    head: str = FRESH
     pooling_file: Path | None = None
 
     @property
     def fresh_head(self) -> bool:
         """Whether the head is new."""
-        return self.head.startswith("a fresh head")
+        return self.head.startswith(FRESH)
 
     @property
     def reads_last(self) -> bool:

@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+#: What was done with a head that is new begins so.
+FRESH = "a fresh head"
+
 
 def matching_rows(theirs: Sequence[str], ours: Sequence[str]) -> list[int] | None:
     """Give the place among the base model's labels of each of ours, or None where the names are not the same."""
@@ -44,11 +47,11 @@ def prepare_head(
     """
     weights = {f"{name}.{key}" for name in modules for key in model.get_submodule(name).state_dict()}
     if weights <= missing:
-        return "a fresh head"
+        return FRESH
     rows = matching_rows(theirs, ours)
     if rows is None or weights & missing:
         redraw(model, modules)
-        return f"a fresh head (its own is for {', '.join(theirs)})"
+        return f"{FRESH} (its own is for {', '.join(theirs)})"
     if rows == sorted(rows):
         return "its own head"
     reorder(model, rows)
