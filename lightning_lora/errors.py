@@ -33,7 +33,7 @@ def print_warnings(warnings: Sequence[str]) -> None:
 
 
 def check_range(key: str, value: float, low: float, high: float | None) -> None:
-    """Refuses a number under ``low``, or not under ``high``."""
+    """Refuses a number under ``low``, or of ``high`` or more."""
     if not (math.isfinite(value) and value >= low) or (high is not None and value >= high):
         limits = f"of at least {low}" if high is None else f"from {low} up to {high}"
         raise UserError(f"{key}: a number {limits} is needed, got {value}")

@@ -212,8 +212,10 @@ def room_for(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> fl
     """Return how many workers the nodes of a Ray cluster have room for.
 
     Raises:
-        UserError: They have none, for which Ray would wait for ever.
+        UserError: They have none, for which Ray would wait for ever, or the needs are no numbers from 0 on.
     """
+    if not all(0 <= count < math.inf for count in (cpus, gpus)):
+        raise UserError(f"--cell_cpus, --cell_gpus: numbers from 0 on are needed, got {cpus} and {gpus}")
     alive = [node.get("Resources", {}) for node in nodes if node.get("Alive")]
     needs = {name: count for name, count in {"CPU": cpus, "GPU": gpus}.items() if count}
     room = sum(min((node.get(name, 0) // count for name, count in needs.items()), default=math.inf) for node in alive)

@@ -53,7 +53,7 @@ def run(argv: list[str]) -> int:
 
 
 def run_one(content: Mapping[str, Any], path: Path, folder: Path, options: Namespace, *more: Any) -> int:
-    """Run what is missing of an ablation, and write its report where it was not the plan alone that was asked for."""
+    """Run what is missing of an ablation and write its report; with ``--plan`` only print what would be run."""
     status = run_experiment(content, path, folder, options, *more)
     if not options.plan:
         write_ablation_report(folder)

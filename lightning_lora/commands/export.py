@@ -66,11 +66,8 @@ def run(argv: list[str]) -> int:
         raise UserError(f"--checkpoint: {checkpoint} is an export already; give 'best', 'last' or a checkpoint file")
     location = resolve(config.model.base_model, "model.base_model")
     base_id = config.base_model_id or (location.name if location.is_hub else None)
-    if config.push_to_hub and base_id is None:
-        raise UserError(
-            f"--push_to_hub: the base model lies at {location.target}, where others have nothing; give its name on the "
-            "Hub with --base_model_id OWNER/NAME"
-        )
+    if config.push_to_hub:
+        check_push(config, base_id, location.target)
     model = build_model(config, trained_for(checkpoint))
     load_checkpoint(model, checkpoint)
     fold_scale(model.model)
@@ -172,6 +169,8 @@ def choose_formats(wanted: list[str] | str | None, model: TextClassifier) -> lis
     if wanted is None:
         return possible
     wanted = [wanted] if isinstance(wanted, str) else wanted
+    if not wanted:
+        raise UserError(f"--formats: the list is empty; give some of {', '.join(FORMATS)}, or leave it out")
     if unknown := set(wanted) - set(FORMATS):
         raise UserError(f"--formats: no format '{min(unknown)}'; there are {', '.join(FORMATS)}")
     if not set(wanted) <= set(possible):
@@ -294,6 +293,28 @@ def license_of(location: Any) -> str:
         return ModelCard.load(readme).data.license or "unknown"
     except Exception:  # no card, no network, or one that cannot be read
         return "unknown"
+
+
+def check_push(config: Any, base_id: str | None, target: str) -> None:
+    """Refuses an upload that nobody could use, before minutes are spent on it.
+
+    Raises:
+        UserError: The name cannot be one on the Hub, the base model lies on this machine only, or a Space is asked for.
+    """
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    name = config.push_to_hub
+    if config.space:
+        raise UserError("--space: a Space is another repository; leave --push_to_hub out, and upload its folder")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push_to_hub: '{name}' is no name on the Hub; give NAME or OWNER/NAME") from error
+    if base_id is None:
+        raise UserError(
+            f"--push_to_hub: the base model lies at {target}, where others have nothing; give its name on the Hub with "
+            "--base_model_id OWNER/NAME"
+        )
 
 
 def push(folder: Path, name: str, private: bool) -> None:

@@ -77,5 +77,5 @@ def tuning_page(tuning: Mapping[str, Any]) -> str:
         changed = changes_words(trial["settings"])
         rows.append([str(trial["number"]), changed, *scores, f"{trial['seconds']:.1f}", status])
     told = f"Budget {duration(tuning['budget_s'])}, used {duration(tuning['used_s'])}. Kept: {kept_words(tuning)}."
-    judged = "All figures are of validation rows, by which the kept trial was chosen: its are optimistically biased."
+    judged = "All figures are of validation rows, by which the kept trial was chosen: those of it are optimistic."
     return f"# Search within a time\n\n{told}\n\n{judged} Test rows played no part.\n\n{markdown(rows)}\n"

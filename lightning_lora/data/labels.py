@@ -17,8 +17,9 @@ from lightning_lora.errors import UserError
 
 #: So few different values are never taken for a measure, an identifier or a text.
 FEW_VALUES = 10
-#: Numbers to predict are computed with, and their errors squared, in 32 bits: no larger ones are taken.
-LARGEST = 1e15
+#: Numbers to predict are computed with, and their errors squared, in 32 bits: no larger ones are taken, nor any that
+#: differ by a smaller share of their size.
+LARGEST, LEAST_SPREAD = 1e15, 1e-5
 #: More whole numbers than these are pointed out, as they could measure something, and more than those are refused.
 MANY_NUMBERS, TOO_MANY_NUMBERS = 20, 100
 #: Numbers with a decimal comma, or with separators of thousands.
@@ -224,7 +225,7 @@ def encode_numbers(cells: LabelCells, names: Any) -> Labels:
         names: The user's names of labels, which must be none.
 
     Raises:
-        UserError: There are names, a cell is no number, or all of train are the same or none.
+        UserError: There are names, a cell is no number, or all of train are hardly different or none.
     """
     if names is not None:
         raise UserError("data.label_names: numbers (data.task=regression) have no names; leave it out")
@@ -248,6 +249,13 @@ def encode_numbers(cells: LabelCells, names: Any) -> Labels:
     if len(np.unique(codes[cells.train])) < 2:
         raise UserError(
             f"{cells.origin}: column '{cells.column}' has the same number in every row of train; add others"
+        )
+    train = codes[cells.train]
+    if train.std() < max(np.abs(train).max() * LEAST_SPREAD, 1 / LARGEST):
+        raise UserError(
+            f"{cells.origin}: column '{cells.column}' holds numbers that 32-bit floats hardly tell from one another "
+            f"(mean {train.mean():g}, standard deviation {train.std():g}); take a constant from them, or use another "
+            "unit"
         )
     return Labels([cells.column], codes, {cells.column: []}, [])
 

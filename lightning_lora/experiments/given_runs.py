@@ -101,8 +101,9 @@ def as_ablation(runs: Sequence[GivenRun], baseline: GivenRun) -> tuple[Plan, lis
     for run, label in zip(runs, labels, strict=True):
         firsts.setdefault(label, run)
         if run.fingerprint(split) != runs[0].fingerprint(split):
+            rows = "test" if tested else "validation"
             raise UserError(
-                f"report: {runs[0].name} and {run.name} have different {split} rows (another source, split_seed or "
+                f"report: {runs[0].name} and {run.name} have different {rows} rows (another source, split_seed or "
                 "number of rows) and cannot be compared; report them apart"
             )
         if (other := taken.setdefault((label, run.seed), run.name)) != run.name:

@@ -245,7 +245,7 @@ def _make_plan(content: Mapping[str, Any], folder: Path, small: bool) -> Plan:
     _check_settings(axes, settings, search.space if search is not None else {}, folds)
     plan = Plan(
         question,
-        (folder / content["base"]).resolve() if content.get("base") else None,
+        (folder / str(content["base"])).resolve() if content.get("base") else None,
         axes,
         _baseline(content.get("baseline") or {}, compared),
         seeds,
@@ -287,8 +287,8 @@ def flatten(described: Any, key: str = "settings") -> dict[str, Any]:
 
 
 def _check_keys(content: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    unknown = sorted(set(content) - set(known))
-    require(not unknown, f"{where}unknown key '{''.join(unknown[:1])}'; there are {', '.join(known)}")
+    for key in content:
+        require(key in known, f"{where}unknown key '{key}'; there are {', '.join(known)}")
 
 
 def _axes(content: Mapping[str, Any]) -> list[Axis]:
@@ -313,15 +313,17 @@ def _axis(name: str, described: Any) -> Axis:
     lengths = {key: len(values) for key, values in columns.items()}
     together = len(set(lengths.values())) == 1
     require(together, f"{where}: settings that change together need as many values each, got {lengths}")
-    first, names = next(iter(columns.values())), described.get("names")
+    first, names, chosen = next(iter(columns.values())), described.get("names"), described.get("chosen", False)
+    require(isinstance(chosen, bool), f"{where}.chosen: true or false is needed, got {chosen}")
+    require(isinstance(names, list | None), f"{where}.names: a list of words is needed, got {names}")
     by_arm = any(isinstance(value, ByAxis) for value in first)
     require(names or not by_arm, f"{where}: values that depend on an axis need names, such as names: [low, high]")
-    words = [str(word) for word in names or first]
+    words = [str(word) for word in (first if names is None else names)]
     require(len(first) == len(words) == len(set(words)), f"{where}: each value needs a name of its own, got {words}")
     rows = zip(*columns.values(), strict=True)
     values = {word: dict(zip(columns, row, strict=True)) for word, row in zip(words, rows, strict=True)}
     single = [v for value in first for v in (value.values.values() if isinstance(value, ByAxis) else [value])]
-    return Axis(name, values, bool(described.get("chosen")), all(type(value) in (int, float) for value in single))
+    return Axis(name, values, chosen, all(type(value) in (int, float) for value in single))
 
 
 def _smaller(content: Mapping[str, Any], axes: list[Axis]) -> tuple[dict[str, Any], list[Axis]]:
@@ -354,8 +356,8 @@ def _check_settings(
             first = varied.setdefault(key, axis.name)
             require(first == axis.name, f"axes: {key} is varied by {first} and by {axis.name}; leave it out of one")
     for where, given in {"settings": settings, "search.space": searched}.items():
-        taken = sorted(varied.keys() & set(given))
-        require(not taken, f"{where}: {''.join(taken[:1])} is varied by an axis")
+        for key in given:
+            require(key not in varied, f"{where}: {key} is varied by an axis")
     keys = sorted({*varied, *settings, *searched})
     for key, inner in itertools.product(keys, keys):
         require(not inner.startswith(f"{key}."), f"{key} and {inner} are both given: one is a part of the other")

@@ -84,6 +84,8 @@ def with_arms(
         config = {**config, "arms": recipe.pop("arms", None)}
     if not wanted:
         return config, recipe
+    for key in ("arms", "published", "baseline"):
+        require(isinstance(config.get(key), dict | None), f"{path}: {key}: names with what they mean are needed")
     arms = {str(name): change for name, change in (config.get("arms") or {}).items()}
     if missing := [name for name in wanted if name not in arms]:
         there = f"there are {', '.join(arms)}" if arms else "the config has axes and names no arms; leave it out"

@@ -142,7 +142,9 @@ def make_space(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], type
     dimensions |= {key: values for key, values in choices.items() if len(values) > 1}
     dimensions |= {"epochs_factor": list(EPOCH_FACTORS)} if length is not None else {}
     if not dimensions:
-        raise UserError("--budget: every setting that would be searched is typed; leave one open, or --budget out")
+        raise UserError(
+            "--budget: every setting that would be searched is typed; leave one open, or leave --budget out"
+        )
     at_default = {
         "learning_rate_factor": 1.0,
         "model.method": method,

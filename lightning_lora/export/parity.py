@@ -177,7 +177,8 @@ class Parity:
     def metrics(self) -> tuple[dict[str, float], int]:
         """Returns the trained model's metrics on the test rows among the texts, and their number."""
         real = len(self.labels)
-        return metrics_of(self.outputs(self.reference[:real], self.labels)) if real else {}, real
+        found = metrics_of(self.outputs(self.reference[:real], self.labels)) if real else {}
+        return found, real
 
     def missing(self) -> str:
         """Returns the formats that could not be made, each with the reason."""

@@ -103,7 +103,7 @@ class TorchAttention:
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, list[Tensor]]:
-        """The result, (B, Q, H, D), of (B, H, Q, D), (B, H, T, D) and (B, H, T, D), and what ``backward`` needs.
+        """The result, (B, Q, H, D), and what ``backward`` needs; of queries (B, H, Q, D), keys and values (B, H, T, D).
 
         The mask, (B, 1, 1 or Q, T), is added to the scores.
         """

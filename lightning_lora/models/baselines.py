@@ -81,7 +81,7 @@ def choose_regression(
     from sklearn.linear_model import LogisticRegression
 
     numbers = labels.dtype.kind == "f" and labels.ndim == 1
-    tried: dict[str, float] = {}
+    tried: dict[str, float] = {}  # of the run record: what each choice came to, the same for all of them
     found: list[tuple[tuple[float, float], Regression]] = []
     for features in several:
         models = [LogisticRegression(max_iter=1000, warm_start=True) for _ in range(classes)]

@@ -38,10 +38,18 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attend within each text; as transformers' attention functions: (1, T, H, D) of q, k and v, (1, H, T, D).
 
-    Args beyond those of other implementations:
+    Args:
+        module: The attention layer.
+        query: (1, H, T, D).
+        key: (1, H, T, D).
+        value: (1, H, T, D).
+        attention_mask: None.
+        scaling: Of the scores; by default D ** -0.5.
+        dropout: On the attention's probabilities, in training.
         cu_seq_lens_q: Where each text begins and the last one ends, int32 (N + 1,).
         max_length_q: Tokens of the longest text at most.
         sliding_window: A token attends to tokens at a distance below this; None for all of its text.
+        kwargs: What other implementations take.
     """
     dtype = compute_dtype(query)
     # Not x[0], whose gradient is copied into zeros.

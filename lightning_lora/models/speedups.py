@@ -155,11 +155,14 @@ def take_first_tokens(base: Base, tokens: FirstTokens, cut: bool) -> bool:
         pattern = rf"({base.model.base_model_prefix}\..*\.(\d+))\.{re.escape(architecture.attention_end)}"
         found = [match for name, _ in base.model.named_modules() if (match := re.fullmatch(pattern, name))]
         last = max(found, key=lambda match: int(match[2]))
-        before = tokens.before if cut else lambda *given: tokens.before(*given) if tokens.packed else None
-        base.model.get_submodule(last[0]).register_forward_pre_hook(before)
-        for module in base.model.get_submodule(last[1]).modules() if cut else ():
+        end = base.model.get_submodule(last[0])
+        if not cut:
+            end.register_forward_pre_hook(lambda *given: tokens.before(*given) if tokens.packed else None)
+            return False
+        end.register_forward_pre_hook(tokens.before)
+        for module in base.model.get_submodule(last[1]).modules():
             vars(module)["first_token_only"] = True  # read by ``attention.exact_attention``
-        return cut
+        return True
     if architecture is not None and architecture.states is not None and architecture.packs:
         base.model.get_submodule(architecture.states).register_forward_hook(tokens.after)
     return False

@@ -152,7 +152,10 @@ def training_length(data: TextDataModule, **trainer: Any) -> dict[str, Any]:
 def describe_length(trainer: Mapping[str, Any], data: TextDataModule, length: TrainingLength | None) -> dict[str, Any]:
     """Return plain values for the run record: how long a run is to train, and why.
 
-    The trainer's settings are with those of the length, which is None where settings alone say how long.
+    Args:
+        trainer: Its trainer's settings, with those of the length.
+        data: Its data.
+        length: What its rows say; None where settings say how long.
     """
     batches, epochs, most = _batches(trainer, data), trainer["max_epochs"], trainer["max_steps"]
     limits = [] if epochs in (None, -1) else [math.ceil(batches / trainer["accumulate_grad_batches"]) * epochs]
@@ -287,7 +290,7 @@ def _is_share(limit: float) -> bool:
 
 
 def _typed_interval(trainer: Mapping[str, Any], batches: int) -> float | None:
-    """Return the epochs, of so many batches, from one validation pass to the next; None where one, as by default."""
+    """Return the epochs, of so many batches, from one validation pass to the next; None for one, the default."""
     epochs, within = trainer.get("check_val_every_n_epoch", 1), trainer.get("val_check_interval")
     if isinstance(within, int | float) and not (_is_share(within) and within == 1):
         share = within if _is_share(within) else within / batches

@@ -125,6 +125,7 @@ def test_labels_are_named_as_single_ones_are(tmp_path: Path) -> None:
         ),
         ([["a", 1], ["b", 2]], {"task": "regression", "label_names": ["x"]}, "data.label_names: numbers"),
         ([["a", 1], ["b", 1]], {"task": "regression"}, "has the same number in every row"),
+        ([["a", 2e9], ["b", 2e9 + 9]], {"task": "regression"}, "32-bit floats hardly tell from one another"),
     ],
 )
 def test_faults_are_said_in_a_line(rows: list, options: dict, says: str, tmp_path: Path) -> None:

@@ -47,6 +47,12 @@ def test_what_no_node_could_run_is_refused() -> None:
             room_for(nodes, *needs)
 
 
+@pytest.mark.parametrize("count", [-1.0, float("nan"), float("inf")])
+def test_what_is_no_number_of_cpus_is_refused(count: float) -> None:
+    with pytest.raises(UserError, match="numbers from 0 on are needed"):
+        room_for([{"Alive": True, "Resources": {"CPU": 4.0}}], count, 0)
+
+
 @pytest.mark.faults
 def test_a_node_is_lost_and_nothing_with_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three nodes, one of which is killed while it trains: every cell is there once, as without a cluster."""

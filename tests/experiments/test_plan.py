@@ -101,6 +101,9 @@ def test_folds_are_crossed_with_seeds_and_arms() -> None:
         ({"margin": 0}, "between 0 and 1"),
         ({"settings": {"model.adapter.rank": 4}}, "is varied by an axis"),
         ({"axes": {"a": {"data.seed": [1]}, "b": {"data.seed": [2, 3]}}}, "data.seed is varied by a and by b"),
+        ({"axes": {"r": {"a": [1, 2], "names": 5}}}, "names: a list of words is needed, got 5"),
+        ({"axes": {"r": {"a": [1, 2], "chosen": "false"}}}, "r.chosen: true or false is needed, got false"),
+        ({7: 1}, "unknown key '7'; there are question"),
         ({"axes": {"trial": {"data.seed": [1, 2]}}}, "axes.trial: the name of an axis of every ablation"),
         ({"settings": {"model": 5}}, "model and model.adapter.* are both given"),
         (
@@ -117,6 +120,14 @@ def test_what_does_not_fit_together_is_one_line(change: dict, said: str) -> None
     with pytest.raises(UserError, match=said) as raised:
         plan(**change)
     assert "a.yaml" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("what", [{"baseline": "a"}, {"arms": ["a"]}, {"published": [1]}])
+def test_some_arms_of_what_describes_none_are_refused_in_one_line(tmp_path: Path, what: dict) -> None:
+    (tmp_path / "base.yaml").write_text("{}")
+    config = {"question": "?", "base": "base.yaml", "arms": {"a": {"data.seed": 1}}} | what
+    with pytest.raises(UserError, match=f"a.yaml: {next(iter(what))}: names with what they mean are needed"):
+        with_arms(config, tmp_path / "a.yaml", ["a"])
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)

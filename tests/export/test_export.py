@@ -195,6 +195,7 @@ def test_a_checkpoint_with_another_alpha_is_refused_too(exported: Path, capsys) 
     [
         (["--formats", "[gguf]"], "no format 'gguf'"),
         (["--rows", "0"], "--rows: a number of at least 1"),
+        (["--push_to_hub", "../x"], "no name on the Hub"),
         (["--push_to_hub", "me/x"], "give its name on the Hub with --base_model_id"),
     ],
 )

@@ -90,6 +90,10 @@ def test_the_folder_is_a_space_and_runs_by_itself(tiny_base: Path, tmp_path: Pat
 
 def test_what_makes_no_space_is_refused_before_anything_is_done(tiny_base: Path, tmp_path: Path, capsys) -> None:
     run = fit_tiny(tmp_path, tiny_base, epochs=1)
-    assert main(["export", "--run", str(run), "--space", "true", "--formats", "adapter"]) == 2
-    assert "--space: it holds the merged model; add merged to --formats" in capsys.readouterr().err
-    assert not (run / "export").exists()
+    for words, said in (
+        (["--formats", "adapter"], "--space: it holds the merged model; add merged to --formats"),
+        (["--push_to_hub", "name", "--base_model_id", "a/b"], "--space: a Space is another repository"),
+    ):
+        capsys.readouterr()
+        assert main(["export", "--run", str(run), "--space", "true", *words]) == 2
+        assert said in capsys.readouterr().err and not (run / "export").exists()
