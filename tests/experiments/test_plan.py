@@ -103,7 +103,6 @@ def test_folds_are_crossed_with_seeds_and_arms() -> None:
         ({"axes": {"a": {"data.seed": [1]}, "b": {"data.seed": [2, 3]}}}, "data.seed is varied by a and by b"),
         ({"axes": {"r": {"a": [1, 2], "names": 5}}}, "names: a list of words is needed, got 5"),
         ({"axes": {"r": {"a": [1, 2], "chosen": "false"}}}, "r.chosen: true or false is needed, got false"),
-        ({7: 1}, "unknown key '7'; there are question"),
         ({"axes": {"trial": {"data.seed": [1, 2]}}}, "axes.trial: the name of an axis of every ablation"),
         ({"settings": {"model": 5}}, "model and model.adapter.* are both given"),
         (
