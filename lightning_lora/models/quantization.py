@@ -92,7 +92,7 @@ def quantization_config(options: Quantization, not_quantized: Sequence[str], bas
 def prepare_quantized(model: nn.Module) -> None:
     """Let quantized layers be trained, evaluated, moved and shared in any order.
 
-    In eval mode 4-bit layers are repacked for inference on some CPUs. A repacked layer stays so when training goes on,
+    In eval mode 4-bit layers are repacked for inference on some CPUs. A repacked layer stays so in training after it,
     and then passes no gradient to the layers below it, or fails (bitsandbytes 0.50.2, ``Linear4bit.forward``).
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt

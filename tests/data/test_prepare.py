@@ -1,8 +1,11 @@
 import sys
+from dataclasses import fields
+from inspect import Parameter, signature
 from pathlib import Path
 
 import pytest
 
+from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.prepare import SourceOptions, prepare
 from lightning_lora.errors import UserError
 from tests.conftest import make_rows, write_csv
@@ -266,3 +269,12 @@ def test_a_task_of_glue_is_tested_on_its_validation_rows_and_chooses_by_rows_of_
     assert named.task == ("single_label" if classes else "regression")
     assert named.label_names == list(classes or ["label"]) and not named.warnings
     assert all(isinstance(text, tuple) == (len(columns) == 2) for text in named.splits["test"].texts)
+
+
+def test_every_option_of_a_source_is_a_setting_of_the_data_module() -> None:
+    """It takes them by name, so one that was renamed would have its default for ever."""
+    settings = signature(TextDataModule).parameters
+    for option in fields(SourceOptions):
+        assert option.name in settings, option.name
+        default = settings[option.name].default
+        assert default is Parameter.empty or default == option.default, option.name
