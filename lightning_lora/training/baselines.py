@@ -74,10 +74,15 @@ class TextBaseline(EvaluationSteps):
 
     def document_logits(self, batch: dict[str, Any]) -> Tensor:
         """Logits, float32 (B, C), of the batch's texts."""
-        return self.model(as_texts(batch["texts"])).to(self.device)
+        return self.model(as_texts(batch["texts"]))
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU, where scikit-learn computes; Lightning (2.6.6) takes it that a module is on the trainer's device."""
+        return torch.device("cpu")
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Stays on the CPU, where scikit-learn computes."""
+        """Stays on the CPU."""
         return self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

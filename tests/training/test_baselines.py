@@ -82,6 +82,14 @@ def test_labels_that_come_back_from_a_gpu_are_waited_for() -> None:
     labels.to.assert_called_once_with(torch.device("cpu"), non_blocking=False)
 
 
+def test_a_baseline_gives_its_logits_on_the_cpu_where_the_trainer_has_a_gpu() -> None:
+    """Lightning sets the device of a module before it moves it; "meta" stands for a GPU."""
+    model = TextBaseline(["neg", "pos"], "majority")
+    model._device = torch.device("meta")
+    model.to("meta")
+    assert model.document_logits({"texts": ["a", "b"]}).device == model.device == torch.device("cpu")
+
+
 def test_tfidf_is_scikit_learns_pipeline(fit, capsys) -> None:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import make_union
