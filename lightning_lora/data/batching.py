@@ -84,10 +84,10 @@ class TokenDataset(Dataset):
         #: The texts, where batches are to hold them.
         self.batch_texts: Sequence[Text] | None = None
 
-    def pack_like(self, batches: Sequence[Sequence[int]], most: int) -> None:
-        """Pack batches from now on, in at most so many shapes, chosen for batches of rows like the given ones."""
+    def pack_like(self, batches: Sequence[Sequence[int]], share: float = 1.0) -> None:
+        """Pack batches from now on, in shapes chosen for batches of rows like these, a share of those of an epoch."""
         several = [np.asarray(batch) for batch in batches]
-        self.packing = training_shapes(self._layout(self.longest), self.lengths, several, most)
+        self.packing = training_shapes(self._layout(self.longest), self.lengths, several, share)
 
     def pack_evaluation(self, max_tokens: int, texts: int) -> None:
         """Pack batches from now on, of at most so many tokens and texts, in shapes that do not depend on the texts."""

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from lightning_lora.data.augment import Augmentation, AugmentedDataset
 from lightning_lora.data.batching import LengthBatchSampler, ResumableLoader, TokenDataset
 from lightning_lora.data.order import BatchBy, default_eval_batch_size
-from lightning_lora.data.packing import BATCHES_A_SIZE, MOST_SIZES
 from lightning_lora.data.pairs import Truncation, choose_truncation
 from lightning_lora.data.prepare import Prepared, SourceOptions, columns_of, prepare
 from lightning_lora.data.rows import Rows
@@ -262,6 +261,7 @@ def make_loader(dataset: TokenDataset, sampler: LengthBatchSampler, packed: bool
     if packed and sampler.max_tokens is not None:
         dataset.pack_evaluation(sampler.max_tokens, sampler.most_texts)
     elif packed:
-        dataset.pack_like(sampler.sample(), min(MOST_SIZES, max(1, len(sampler) // BATCHES_A_SIZE)))
+        batches = sampler.sample()
+        dataset.pack_like(batches, len(batches) / len(sampler))
     pin = torch.cuda.is_available()  # what is pinned is copied to the GPU without waiting for it
     return ResumableLoader(dataset, batch_sampler=sampler, collate_fn=lambda batch: batch, pin_memory=pin)

@@ -17,8 +17,8 @@ from torch import Tensor
 MOST_SIZES = 12
 #: Sizes of evaluation batches, as shares of the largest; most batches have that one.
 EVALUATION_SHARES = (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16, 1 / 32)
-#: A size more is worth its capture only for so many batches an epoch.
-BATCHES_A_SIZE = 32
+#: A size more must save so many unused tokens an epoch: what a GPU computes while it is captured (docs/LOG.md).
+CAPTURE_TOKENS = 32_768
 #: Sizes are multiples of so many tokens: what matrix units work on at a time.
 SIZE_STEP = 64
 
@@ -98,7 +98,7 @@ def unpack(flat: Tensor, shape: PackedShape) -> PackedViews:
 
 
 def training_shapes(
-    layout: PackedShape, lengths: np.ndarray, batches: Sequence[np.ndarray], most: int = MOST_SIZES
+    layout: PackedShape, lengths: np.ndarray, batches: Sequence[np.ndarray], share: float = 1.0
 ) -> tuple[PackedShape, ...]:
     """Choose static shapes, ascending, for batches like the given ones.
 
@@ -106,12 +106,12 @@ def training_shapes(
         layout: What they have in common; its ``longest`` is that of all rows.
         lengths: Tokens of each row, in all its windows.
         batches: Positions of the rows of each batch; other batches may be as large.
-        most: Shapes at most.
+        share: Of the batches of an epoch that these are.
     """
     totals = np.array([int(lengths[batch].sum()) for batch in batches])
     windows = -(-lengths // layout.longest)
     texts, inputs = max(map(len, batches)), max(int(windows[batch].sum()) for batch in batches)
-    sizes = choose_sizes(totals, most)
+    sizes = choose_sizes(totals, MOST_SIZES, CAPTURE_TOKENS * share)
     longest_of = np.zeros(len(sizes), np.int64)
     np.maximum.at(longest_of, np.searchsorted(sizes, totals), [lengths[batch].max() for batch in batches])
     cut = [min(_power_of_two(int(each)), layout.longest) for each in longest_of]
@@ -225,21 +225,22 @@ def padded(views: PackedViews, shape: PackedShape, inputs: int) -> tuple[Tensor,
     return views.input_ids[0][tokens].masked_fill(~mask, shape.pad_id), mask.long(), *types
 
 
-def choose_sizes(totals: np.ndarray, most: int) -> tuple[int, ...]:
+def choose_sizes(totals: np.ndarray, most: int, size_cost: float = 0.0) -> tuple[int, ...]:
     """Choose at most so many sizes, ascending multiples of ``SIZE_STEP``, that leave the fewest tokens unused.
 
     Args:
         totals: Tokens of each batch; each takes the smallest size that holds it.
         most: Sizes at most.
+        size_cost: Tokens that each size counts as; those of all batches are weighed against it.
     """
     steps, counts = np.unique(-(-totals // SIZE_STEP), return_counts=True)
     if len(steps) > 512:  # the search below is quadratic
         width = SIZE_STEP * math.ceil((int(steps[-1]) - int(steps[0]) + 1) / 512)
-        return choose_sizes(np.ceil(totals / width).astype(np.int64) * width, most)
+        return choose_sizes(np.ceil(totals / width).astype(np.int64) * width, most, size_cost)
     before = np.concatenate(([0], np.cumsum(counts)))
     # cost[j]: tokens (in steps) of all batches up to j, with so many sizes, the last of which is steps[j].
     cost = steps * before[1:]
-    chosen = []
+    chosen, costs = [], [int(cost[-1])]
     for _ in range(min(most, len(steps)) - 1):
         # Up to i by one size fewer, and from i + 1 to j by steps[j].
         options = cost[:, None] + steps[None, :] * (before[1:][None, :] - before[1:][:, None])
@@ -248,8 +249,10 @@ def choose_sizes(totals: np.ndarray, most: int) -> tuple[int, ...]:
         better = options[best, np.arange(len(steps))] < cost
         chosen.append(np.where(better, best, -1))
         cost = np.where(better, options[best, np.arange(len(steps))], cost)
+        costs.append(int(cost[-1]))
+    more = int(np.argmin(np.array(costs) + np.arange(len(costs)) * size_cost / SIZE_STEP))
     at, sizes = len(steps) - 1, [int(steps[-1])]
-    for best in reversed(chosen):
+    for best in reversed(chosen[:more]):
         if best[at] >= 0:
             at = int(best[at])
             sizes.append(int(steps[at]))

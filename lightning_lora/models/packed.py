@@ -5,7 +5,7 @@ attention function, which is all that must know where one text ends and the next
 first token of each text, is taken behind the last layer's attention, so that head and pooler see a batch of one token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -20,6 +20,8 @@ from lightning_lora.models.base import Base
 
 #: Name for ``set_attn_implementation``.
 PACKED = "packed"
+#: Tokens of a text at most that the kernels for short texts take.
+SHORT = 128
 
 
 def packed_attention(
@@ -58,8 +60,8 @@ def packed_attention(
     dropout = dropout if module.training else 0.0
     window = None if sliding_window is None else sliding_window - 1
     if not dropout and has_flash(q):
-        short = short_attention() if max_length_q <= 128 else None
-        if short is not None and short.takes(q):
+        short = short_attention() if max_length_q <= SHORT else None
+        if short is not None and short.takes(q.shape[-1]):
             found = short.ShortAttention.apply(q, k, v, cu_seq_lens_q, max_length_q, scaling, window)
         else:
             found = flash_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling, window)
@@ -81,6 +83,23 @@ def triton_kernels() -> Any:
 def short_attention() -> Any:
     """Return the module of the kernels for short texts; None where it is missing or they were found wanting."""
     return None if _found_wanting else triton_kernels()
+
+
+def compile_attention(model: Any, lengths: Iterable[int]) -> None:
+    """Compile the kernels for short texts that a model on a GPU will use, where it uses any: one by one is slow.
+
+    Args:
+        model: A transformers model.
+        lengths: Tokens of the longest texts of the batches to come.
+    """
+    config, short, dtype = model.config, short_attention(), compute_dtype(next(model.parameters()))
+    heads = getattr(config, "num_attention_heads", 0)
+    lengths = [length for length in lengths if length <= SHORT]
+    if short is None or not heads or not lengths or dtype not in (torch.bfloat16, torch.float16):
+        return
+    dimension = config.hidden_size // heads
+    if short.takes(dimension):
+        short.compile_kernels(lengths, heads, dimension, dtype, model.device)
 
 
 #: Why the kernels for short texts are not used.

@@ -6,7 +6,10 @@ blocks in a buffer of its own. Here a block is as long as the longest text of th
 results do not depend on an order.
 """
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -121,10 +124,7 @@ class ShortAttention(torch.autograd.Function):
             window: A token attends to those at this distance at most; None for all of its text.
         """
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        block, out = (
-            max(16, triton.next_power_of_2(longest)),
-            torch.empty_like(q, memory_format=torch.contiguous_format),
-        )
+        block, out = _block(longest), torch.empty_like(q, memory_format=torch.contiguous_format)
         ctx.save_for_backward(q, k, v, offsets)
         ctx.settings = block, scaling, -1 if window is None else window
         grid = (len(offsets) - 1, q.shape[1])
@@ -150,9 +150,41 @@ class ShortAttention(torch.autograd.Function):
         return *found, None, None, None, None
 
 
-def takes(query: Tensor) -> bool:
-    """Whether attention by these kernels is known to work for heads of such dimensions."""
-    return query.shape[-1] in HEAD_DIMENSIONS
+def takes(dimension: int) -> bool:
+    """Whether attention by these kernels is known to work for heads of so many dimensions."""
+    return dimension in HEAD_DIMENSIONS
+
+
+def compile_kernels(
+    lengths: Iterable[int], heads: int, dimension: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Compile the kernels of ``ShortAttention`` side by side; each by itself takes a second or more.
+
+    Args:
+        lengths: Tokens of the longest texts of the batches to come.
+        heads: Heads of q, k and v, which lie side by side in memory.
+        dimension: Dimensions of a head.
+        dtype: Of q, k and v.
+        device: The GPU.
+    """
+
+    def compile_one(job: tuple[int, bool]) -> None:
+        block, back = job
+        kernel, tensors, strides = (_backward, 7, 5) if back else (_forward, 4, 4)
+        sizes = [heads * dimension, dimension] * strides
+        with torch.cuda.device(device):
+            kernel.warmup(
+                *[dtype] * tensors, torch.int32, 0.125, *sizes, block, dimension, -1,
+                num_warps=_warps(block), grid=(1,),
+            )  # fmt: skip
+
+    jobs = list(product(sorted({_block(length) for length in lengths}, reverse=True), (True, False)))
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        list(pool.map(compile_one, jobs))
+
+
+def _block(longest: int) -> int:
+    return int(max(16, triton.next_power_of_2(longest)))
 
 
 def _warps(block: int) -> int:

@@ -5,6 +5,7 @@ A graph launches them as one. What is captured is the same computation on static
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_lora.data.packing import PackedShape, empty, unpack
 from lightning_lora.errors import first_line
-from lightning_lora.models.packed import deterministic_as_before
+from lightning_lora.models.packed import compile_attention, deterministic_as_before
 from lightning_lora.training.capture import callback_is_ours, capture, ours
 from lightning_lora.training.guard import DeferredGuard
 from lightning_lora.training.optim import AdamW
@@ -138,6 +139,8 @@ class GraphedSteps:
 
     def _prove(self, batch: dict[str, Any], parts: int) -> None:
         """Capture everything before the first batch; on the first static one compare captured with plain."""
+        with suppress(Exception):  # of a compiler, which the check meets again
+            compile_attention(self.module.model, [shape.longest for shape in self._shapes])
         if (reason := self.module.packed_batches.checked(batch)) is not None:
             raise CannotCaptureError(reason)
         kept = [*self.gradients, *self.module.train_counter.buffers(), self.guard.loss]
@@ -161,10 +164,15 @@ class GraphedSteps:
         finally:
             forget()
 
+    @property
+    def _shapes(self) -> tuple[PackedShape, ...]:
+        """The static shapes of the batches, ascending."""
+        return self.module.trainer.train_dataloader.dataset.packing
+
     def _capture_all(self, batch: dict[str, Any], parts: int) -> None:
         compiled = set()
         # Largest first: a smaller one finds its memory in that of a larger one.
-        for each in reversed(self.module.trainer.train_dataloader.dataset.packing):
+        for each in reversed(self._shapes):
             if each.longest not in compiled:  # kernels for texts of that length are compiled before they are captured
                 self._pass(torch.from_numpy(empty(each)).to(self.device), each, parts)
                 compiled.add(each.longest)

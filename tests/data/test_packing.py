@@ -9,7 +9,7 @@ import pytest
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
 from lightning_lora.data.datamodule import evaluation_sampler, make_loader
 from lightning_lora.data.order import evaluation_batches
-from lightning_lora.data.packing import SIZE_STEP, choose_sizes, padded, unpack
+from lightning_lora.data.packing import MOST_SIZES, SIZE_STEP, choose_sizes, padded, unpack
 from lightning_lora.data.tokens import InputFormat, TokenRows
 
 DRAW = np.random.default_rng(0)
@@ -30,8 +30,8 @@ def test_a_packed_batch_is_the_padded_one(keep: str, accumulate: int) -> None:
     data = dataset(keep=keep)
     sampler = LengthBatchSampler(data.lengths, 8, 0, accumulate)
     plain = [data.__getitems__(rows) for rows in sampler]
-    data.pack_like(sampler.sample(), 4)
-    assert data.packing is not None and 1 < len(data.packing) <= 4
+    data.pack_like(sampler.sample(), 0.0)
+    assert data.packing is not None and 1 < len(data.packing) <= MOST_SIZES
     for expected, rows in zip(plain, sampler, strict=True):
         batch = data.__getitems__(rows)
         shape, views = batch["shape"], unpack(batch["packed"], batch["shape"])
@@ -61,7 +61,7 @@ def test_a_packed_batch_is_the_padded_one(keep: str, accumulate: int) -> None:
 def test_a_batch_larger_than_those_known_has_a_shape_of_its_own() -> None:
     data = dataset()
     order = np.argsort(data.lengths)
-    data.pack_like([order[:4]], 4)
+    data.pack_like([order[:4]])
     batch = data.__getitems__(order[-12:].tolist())
     assert not batch["static"] and batch["shape"].texts == 12
     assert (unpack(batch["packed"], batch["shape"]).labels.numpy() == data.labels[order[-12:]]).all()  # type: ignore[index]
@@ -100,9 +100,11 @@ def test_sizes_leave_as_few_tokens_unused_as_any_choice_of_as_many_would() -> No
         def cost(sizes: tuple[int, ...], totals: np.ndarray = totals) -> int:
             return int(np.asarray(sizes)[np.searchsorted(sizes, totals)].sum())
 
-        several = itertools.combinations(steps[:-1].tolist(), min(2, len(steps) - 1))
-        best = min(cost((*few, int(steps[-1]))) for few in several)
-        assert cost(choose_sizes(totals, 3)) == best
+        choices = [(*few, int(steps[-1])) for k in range(3) for few in itertools.combinations(steps[:-1].tolist(), k)]
+        assert cost(choose_sizes(totals, 3)) == min(map(cost, choices))
+        for price in (SIZE_STEP, 10 * SIZE_STEP, 1000 * SIZE_STEP):  # of each size
+            found = choose_sizes(totals, 3, price)
+            assert cost(found) + len(found) * price == min(cost(each) + len(each) * price for each in choices)
     many = DRAW.integers(1, 10**6, 5000)
     sizes = choose_sizes(many, 6)
     assert len(sizes) == 6 and sizes[-1] >= many.max()

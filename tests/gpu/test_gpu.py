@@ -72,6 +72,20 @@ def test_short_texts_are_attended_to_by_triton_and_long_ones_by_flash_attention(
             torch.testing.assert_close(got, value, rtol=0.05, atol=0.05)
 
 
+def test_kernels_that_are_compiled_ahead_are_those_that_a_step_uses() -> None:
+    from lightning_lora.models import triton_kernels as kernels
+
+    device = torch.device("cuda", 0)
+    kernels.compile_kernels([64, 128], 3, 32, torch.float16, device)
+    made = [len(kernel.device_caches[0][0]) for kernel in (kernels._forward, kernels._backward)]
+    for longest in (64, 128):
+        shape = (200, 9 * 32)
+        q, k, v = (torch.randn(shape, device=device).half()[:, :96].view(200, 3, 32).requires_grad_() for _ in range(3))
+        offsets = torch.tensor([0, longest, 200 - longest, 200], dtype=torch.int32, device=device)
+        kernels.ShortAttention.apply(q, k, v, offsets, longest, 0.2, None).sum().backward()
+    assert [len(kernel.device_caches[0][0]) for kernel in (kernels._forward, kernels._backward)] == made
+
+
 def test_a_cell_of_an_ablation_can_use_the_gpu(tmp_path: Path) -> None:
     """Forked from a process that has imported what does not start the GPU's driver: else each imports all again."""
     assert children.child_context().get_start_method() == "forkserver"

@@ -35,7 +35,7 @@ def both(data: TokenDataset) -> list[dict]:
     order = list(range(len(data)))
     plain = data.__getitems__(order)
     # Room for more tokens and windows than there are.
-    data.pack_like([[*order, 0]], 3)
+    data.pack_like([[*order, 0]])
     return [plain, data.__getitems__(order)]
 
 
