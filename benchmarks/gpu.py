@@ -207,6 +207,7 @@ def evaluation(bench: "Bench") -> dict[str, Any]:
         data = bench.rows(rows)
         variants = {"this project": BEST}
         if bench.again:
+            variants["this project, GELU after its product"] = dataclasses.replace(BEST, fused_gelu=False)
             variants["this project, norms in float32"] = dataclasses.replace(BEST, low_norms=False)
         clock, rates = PredictClock(), dict[str, list[float]]()
         runs = {name: predictor(bench, size, speedups, clock) for name, speedups in variants.items()}

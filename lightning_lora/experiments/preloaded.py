@@ -4,13 +4,18 @@ import importlib
 
 import torch
 
+from lightning_lora.fingerprint import code_fingerprint
 from lightning_lora.runs.folder import commit
 
+MODULES = ["pandas", "tensorboard"]
 if torch.cuda.is_available():
-    # The rest, PEFT among it, imports bitsandbytes, which starts the GPU's driver: nothing may be forked after that.
-    MODULES = ["lightning", "torchmetrics.classification", "transformers.modeling_utils", "tensorboard"]
+    # PEFT imports bitsandbytes, which starts the GPU's driver, and nothing may be forked after that. Much of the time
+    # of these imports is torch's compiler, which bitsandbytes imports, and which does not.
+    MODULES += ["lightning", "torchmetrics.classification", "transformers.modeling_utils", "torch._inductor.compile_fx"]
+    MODULES += ["lightning_lora.data.datamodule", "lightning_lora.evaluation.metrics"]
 else:
-    MODULES = ["lightning_lora.commands.evaluate", "lightning_lora.commands.fit"]
+    MODULES += ["lightning_lora.commands.evaluate", "lightning_lora.commands.fit"]
 for name in MODULES:
     importlib.import_module(name)
 commit()
+code_fingerprint("data.stored")

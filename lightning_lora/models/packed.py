@@ -6,6 +6,7 @@ first token of each text, is taken behind the last layer's attention, so that he
 """
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -85,8 +86,8 @@ def short_attention() -> Any:
     return None if _found_wanting else triton_kernels()
 
 
-def compile_attention(model: Any, lengths: Iterable[int]) -> None:
-    """Compile the kernels for short texts that a model on a GPU will use, where it uses any: one by one is slow.
+def compile_attention(model: Any, lengths: Iterable[int]) -> list[Future[None]]:
+    """Start to compile the kernels for short texts that a model on a GPU will use, where it uses any.
 
     Args:
         model: A transformers model.
@@ -96,10 +97,10 @@ def compile_attention(model: Any, lengths: Iterable[int]) -> None:
     heads = getattr(config, "num_attention_heads", 0)
     lengths = [length for length in lengths if length <= SHORT]
     if short is None or not heads or not lengths or dtype not in (torch.bfloat16, torch.float16):
-        return
+        return []
     dimension = config.hidden_size // heads
-    if short.takes(dimension):
-        short.compile_kernels(lengths, heads, dimension, dtype, model.device)
+    found = short.compile_kernels(lengths, heads, dimension, dtype, model.device) if short.takes(dimension) else []
+    return list(found)
 
 
 #: Why the kernels for short texts are not used.

@@ -7,7 +7,7 @@ results do not depend on an order.
 """
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from itertools import product
 from typing import Any
@@ -157,8 +157,8 @@ def takes(dimension: int) -> bool:
 
 def compile_kernels(
     lengths: Iterable[int], heads: int, dimension: int, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Compile the kernels of ``ShortAttention`` side by side; each by itself takes a second or more.
+) -> list[Future[None]]:
+    """Start to compile the kernels of ``ShortAttention``, side by side: each by itself takes a second or more.
 
     Args:
         lengths: Tokens of the longest texts of the batches to come.
@@ -179,8 +179,10 @@ def compile_kernels(
             )  # fmt: skip
 
     jobs = list(product(sorted({_block(length) for length in lengths}, reverse=True), (True, False)))
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        list(pool.map(compile_one, jobs))
+    pool = ThreadPoolExecutor(len(jobs))
+    started = [pool.submit(compile_one, job) for job in jobs]
+    pool.shutdown(wait=False)
+    return started
 
 
 def _block(longest: int) -> int:

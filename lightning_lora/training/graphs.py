@@ -5,7 +5,7 @@ A graph launches them as one. What is captured is the same computation on static
 """
 
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,9 +139,9 @@ class GraphedSteps:
 
     def _prove(self, batch: dict[str, Any], parts: int) -> None:
         """Capture everything before the first batch; on the first static one compare captured with plain."""
-        with suppress(Exception):  # of a compiler, which the check meets again
-            compile_attention(self.module.model, [shape.longest for shape in self._shapes])
-        if (reason := self.module.packed_batches.checked(batch)) is not None:
+        compiled = compile_attention(self.module.model, [shape.longest for shape in self._shapes])
+        # An error of the compiler is met again where the kernels are used.
+        if (reason := self.module.packed_batches.checked(batch, lambda: wait(compiled))) is not None:
             raise CannotCaptureError(reason)
         kept = [*self.gradients, *self.module.train_counter.buffers(), self.guard.loss]
         values = [tensor.clone() for tensor in kept]

@@ -161,36 +161,46 @@ class PackedBatches:
             return logits
         return pooled(logits, views.documents[:inputs], len(batch["rows"]), self.module.task)
 
-    def checked(self, batch: dict[str, Any]) -> str | None:
-        """Compare packed with padded on a first batch; return why packed batches are not trusted, if they are not."""
+    def checked(self, batch: dict[str, Any], ready: Callable[[], Any] = lambda: None) -> str | None:
+        """Compare packed with padded on a first batch; return why packed batches are not trusted, if they are not.
+
+        Args:
+            batch: A packed batch on the device of the model.
+            ready: Waits for what is being compiled for packed batches.
+        """
         graded = torch.is_grad_enabled()
         if self.rejected is None and not self._checked & {graded, True} and len(batch["rows"]) > 1:  # one says nothing
             self._checked.add(graded)
-            self.rejected = self._difference(batch)
+            self.rejected = self._difference(batch, ready)
             if self.rejected is not None and leave_short_attention(self.rejected):
                 self.no_short_attention = self.rejected
-                self.rejected = self._difference(batch)
+                self.rejected = self._difference(batch, ready)
             for what, reason in self.not_used.items():
                 print(f"warning: {what}: {reason}", file=sys.stderr, flush=True)
         return self.rejected
 
-    def _difference(self, batch: dict[str, Any]) -> str | None:
+    def _difference(self, batch: dict[str, Any], ready: Callable[[], Any]) -> str | None:
         """Say how packed and padded differ on a batch, if they do."""
         model = self.module.model
         trained = [p for p in model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
         mode = model.training
         nn.Module.train(model, False)  # without dropout
         try:
-            found, dtype = [], torch.float32
-            for compute in (lambda: self.all_logits(unpack(batch["packed"], batch["shape"]), batch["shape"]), None):
-                logits = self.padded_logits(batch) if compute is None else compute()[: len(batch["rows"])]
+            found = []
+            for packed in (False, True):
+                if packed:
+                    ready()
+                    logits = self.all_logits(unpack(batch["packed"], batch["shape"]), batch["shape"])
+                else:
+                    logits = self.padded_logits(batch)
+                logits = logits[: len(batch["rows"])]
                 loss = logits.logsumexp(-1).mean() - logits[:, 0].mean() * (logits.shape[1] > 1)
                 with deterministic_as_before():
                     gradients = torch.autograd.grad(loss, trained, allow_unused=True) if trained else ()
                 found.append([logits.detach(), *(g for g in gradients if g is not None)])
             dtype = compute_dtype(next(p for p in model.parameters() if p.is_floating_point()))
             for part in (slice(1), slice(1, None)):  # logits, then gradients
-                difference = _apart(found[0][part], found[1][part])
+                difference = _apart(found[1][part], found[0][part])
                 if not difference <= PACKING_TOLERANCE[dtype]:  # nor NaN
                     return f"packed and padded batches differ by {difference:.1e}"
             return None

@@ -5,6 +5,7 @@ Run by ``make test-gpu``.
 
 import json
 from collections.abc import Callable
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_kernels_that_are_compiled_ahead_are_those_that_a_step_uses() -> None:
     from lightning_lora.models import triton_kernels as kernels
 
     device = torch.device("cuda", 0)
-    kernels.compile_kernels([64, 128], 3, 32, torch.float16, device)
+    futures.wait(kernels.compile_kernels([64, 128], 3, 32, torch.float16, device))
     made = [len(kernel.device_caches[0][0]) for kernel in (kernels._forward, kernels._backward)]
     for longest in (64, 128):
         shape = (200, 9 * 32)

@@ -223,6 +223,32 @@ def test_states_in_bfloat16_between_layers_give_the_logits_of_float32(
         assert (add_norm.used > 0) == (model_type in fused)
 
 
+@pytest.mark.parametrize(("method", "fused"), [("lora", 2), ("full", 2), ("dora", 0)])
+def test_gelu_is_computed_within_the_product_before_it(
+    make_base, monkeypatch: pytest.MonkeyPatch, method: str, fused: int
+) -> None:
+    """Of layers whose adapter is merged; as torch's exact GELU up to what bfloat16 rounds to."""
+    monkeypatch.setattr(speedups, "on_gpu", lambda model: True)
+    model = TextClassifier(str(make_base("bert")), ["a", "b"], method=method).eval()
+    layers = [m for name, m in model.model.named_modules() if name.endswith("intermediate")]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    x, calls = torch.randn(3, 5, 32), list[int]()
+    plain = speedups.gelu_of_product
+    monkeypatch.setattr(speedups, "gelu_of_product", lambda *given: calls.append(1) or plain(*given))
+    with torch.inference_mode():
+        wanted = [layer(x) for layer in layers]
+        begin_evaluation(model.model, torch.bfloat16, Speedups())
+        found = [layer(x) for layer in layers]
+        end_evaluation(model.model)
+        assert len(calls) == fused
+        for layer, got, value in zip(layers, found, wanted, strict=True):
+            assert (got.float() - value).norm() < 0.01 * value.norm()
+            assert torch.equal(layer(x), value)
+    assert len(calls) == fused
+
+
 @pytest.mark.parametrize("method", ["lora", "bitfit", "head", "full"])
 def test_only_frozen_weights_are_lowered(tiny_base, method: str) -> None:
     model = TextClassifier(str(tiny_base), ["a", "b"], method=method)
