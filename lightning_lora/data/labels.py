@@ -123,6 +123,7 @@ def encode_labels(
     names: Sequence[Any] | Mapping[Any, Any] | None,
     known: Sequence[str] | None = None,
     typed: bool = False,
+    least: int = 2,
 ) -> Labels:
     """The classes, and the class number of every cell.
 
@@ -132,6 +133,7 @@ def encode_labels(
             labels themselves or, where these are numbers, of names for the sorted numbers.
         known: Names of the classes 0, 1, ... of a known data set; else those that the files declare are used.
         typed: Whether the user says that they are classes, however many numbers there are.
+        least: Different classes that the train split must have.
 
     Without names the classes are the values of the train split: numbers in numeric order, words in alphabetic order.
 
@@ -170,7 +172,7 @@ def encode_labels(
     numbers = {name: number for number, name in enumerate(classes)}
     codes = np.array([numbers[by_word[words[key]]] for key in keys], np.int64)
     present = np.unique(codes[cells.train])
-    if len(present) < 2:
+    if len(present) < least:
         raise UserError(
             f"{cells.origin}: every row of the train split has the label '{classes[present[0]]}'; a classifier needs "
             "at least two classes"
@@ -205,13 +207,20 @@ def encode_label_sets(cells: LabelCells, names: Sequence[Any] | Mapping[Any, Any
                 raise UserError(
                     f"{cells.where(number)}: a list of words or numbers is needed, got {cell!r:.60}; {CORRECT}"
                 )
+            if isinstance(label, float) and not label.is_integer():
+                raise UserError(
+                    f"{cells.where(number)}: a list of labels is needed, got {cell!r:.60}, whose numbers are measures; "
+                    "write the labels that apply, or one number to predict, or name another data.label_column"
+                )
             owners.append(number)
             singles.append(label)
     train = slice(bisect_left(owners, cells.train.start), bisect_left(owners, cells.train.stop))
-    if len(set(singles[train])) < 2:
-        raise UserError(f"{cells.origin}: column '{cells.column}' holds fewer than two labels in train; add rows")
+    least = 2 if names is None else 1  # those that are named are there, also without a row
+    if len(set(singles[train])) < least:
+        held = "no label" if least == 1 else "fewer than two labels"
+        raise UserError(f"{cells.origin}: column '{cells.column}' holds {held} in train; add rows")
     each = replace(cells, values=singles, where=lambda number: cells.where(owners[number]), train=train)
-    labels = encode_labels(each, names)
+    labels = encode_labels(each, names, least=least)
     sets = np.zeros((len(cells.values), len(labels.names)), np.uint8)
     sets[owners, labels.codes] = 1
     return replace(labels, codes=sets)

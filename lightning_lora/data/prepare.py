@@ -289,7 +289,8 @@ def divide(
         origin[split] = f"{len(taken):,} of {len(train):,} rows of train, stratified, seed {seed}"
         origin[split] += f", fold {fold[0]} of {fold[1]}" if fold is not None else ""
     classes = classes_of(strata(splits["train"].labels))
-    if len(classes) < 2 and task != "regression":
+    needed: dict[Task, int] = {"regression": 0, "multi_label": 1}  # of several labels each is there or not
+    if len(classes) < needed.get(task, 2):
         only = f"are of the class '{label_names[classes[0]]}'" if len(classes) else "are without a label"
         raise UserError(
             f"data.source: without the rows that are also in val or test, all rows of train {only}; give other rows "

@@ -27,6 +27,7 @@ from lightning_lora.config.settings import flat
 from lightning_lora.errors import BusyError, UserError
 from lightning_lora.evaluation.metric_table import compared_metrics
 from lightning_lora.experiments.confounders import Change
+from lightning_lora.experiments.evaluating import evaluate_test_rows
 from lightning_lora.experiments.plan import Cell, Plan, make_plan
 from lightning_lora.experiments.resolving import (
     check_validated,
@@ -36,12 +37,20 @@ from lightning_lora.experiments.resolving import (
     resolve_cells,
     with_arms,
 )
-from lightning_lora.experiments.results import compare_arms, read_cells
+from lightning_lora.experiments.results import read_cells
 from lightning_lora.experiments.searcher import Searcher, read_found
 from lightning_lora.files import atomic_folder, locked_folder, write_text
 from lightning_lora.interrupts import StopRequest
 from lightning_lora.program import command_line
-from lightning_lora.runs.folder import RECORD_FORMAT, RunFolder, as_configured, best_metrics, commit, now, versions
+from lightning_lora.runs.folder import (
+    RECORD_FORMAT,
+    RunFolder,
+    as_configured,
+    best_metrics,
+    commit,
+    now,
+    versions,
+)
 from lightning_lora.training.trackers import check_package
 from lightning_lora.units import duration
 from lightning_lora.workers import EXECUTORS, Workers, claimed, share_tasks
@@ -74,8 +83,9 @@ def run_experiment(
     if options.track:
         check_package(options.track)
         track = ["--track", options.track, "--track_group", "-".join(folder.relative_to(options.logs_dir).parts)]
-    plan = make_plan(config, path, options.small)
-    worker = Worker(plan, folder, partial(resolve_cells, base=base, overrides=overrides), track)
+    resolve = partial(resolve_cells, base=base, overrides=overrides)
+    plan, config = fit_to_data(make_plan(config, path, options.small), config, path, resolve)
+    worker = Worker(plan, folder, resolve, track)
     settings = worker.settings
     if (folder / "config.yaml").exists():
         raise UserError(f"--name: {folder} is the folder of a run; choose another name")
@@ -83,18 +93,10 @@ def run_experiment(
     needs = (options.cell_cpus, options.cell_gpus)
     one_gpu_each = all(each["trainer"]["devices"] == 1 for each in settings.values())
     workers = Workers(options.workers, options.executor, options.address, *needs, one_gpu_each)
+    check_validated(settings)
     show_plan(plan.with_found(read_found(plan, folder)), folder, changes, worker.stale_cells())
     if options.plan:
         return 0
-    check_validated(settings)
-    metrics = compared_metrics()
-    with contextlib.suppress(UserError):  # faults of the data are the cells' own
-        metrics = compared_metrics(data_module(data_settings(settings[plan.arms[plan.baseline].name])).task)
-    if plan.metric not in metrics:
-        if "metric" in config:
-            raise UserError(f"{path}: metric: '{plan.metric}' is none that the data has; it has {', '.join(metrics)}")
-        config = {**config, "metric": metrics[0]}
-        worker.plan = plan = replace(plan, metric=metrics[0])
     asked = {"config": config, "path": str(path), "small": options.small, "command": command_line(*argv)}
     asked["differences"] = {arm: [asdict(change) for change in found] for arm, found in changes.items()}
     (folder / "cells").mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ def run_experiment(
             for failure in workers.run(worker.run, len(plan.cells), worker.watch()):
                 print(f"warning: {failure}", file=sys.stderr)
         plan = plan.with_found(read_found(plan, folder))
-        tested = options.no_test or evaluate_test_rows(plan, folder)
+        tested = options.no_test or evaluate_test_rows(plan, folder, workers)
     return int(not tested or any(cell.status != "finished" for cell in read_cells(plan, folder)))
 
 
@@ -148,26 +150,6 @@ def show_plan(plan: Plan, folder: Path, changes: Mapping[str, Sequence[Change]],
     print(flush=True)
 
 
-def evaluate_test_rows(plan: Plan, folder: Path) -> bool:
-    """Test each arm's best variant that was not tested yet, once all its seeds are there.
-
-    What is tested was chosen before, by validation rows only. Returns whether all of it went well.
-    """
-    well = True
-    with locked_folder(folder, None):
-        for arm in compare_arms(plan, read_cells(plan, folder)):
-            if not arm.complete:
-                print(f"{arm.label}: not tested, as not all its seeds have finished")
-                continue
-            for name in [result.cell.name for result in arm.cells if "test" not in result.answers]:
-                print(f"{name}: test rows", flush=True)
-                argv = ["test", "--run", str(folder / "cells" / name), "--before", "false"]
-                if status := run_child([argv], folder / "cells" / f"{name}.txt"):
-                    print(f"{name}: the test ended with status {status}", file=sys.stderr)
-                    well = False
-    return well
-
-
 def add_options(parser: OptionParser) -> None:
     """Add the options of how an experiment is run."""
     parser.add_argument("--logs_dir", default="logs", help="The folder of all runs.")
@@ -180,6 +162,31 @@ def add_options(parser: OptionParser) -> None:
     parser.add_argument("--address", help="Of a Ray cluster; by default one is started on this machine.")
     parser.add_argument("--cell_cpus", type=float, default=1, help="CPUs that a worker takes of its Ray node.")
     parser.add_argument("--cell_gpus", type=float, default=0, help="GPUs that a worker takes of its Ray node.")
+
+
+def fit_to_data(
+    plan: Plan, config: Mapping[str, Any], path: Path, resolve: Callable[[Plan], dict[str, dict[str, Any]]]
+) -> tuple[Plan, Mapping[str, Any]]:
+    """Return the plan and its config, with a metric of the data's task where none was chosen.
+
+    Raises:
+        UserError: The data has no such metric or cannot be divided into so many folds, or a setting is at fault.
+    """
+    first, metrics = plan.arms[plan.baseline], compared_metrics()
+    settings = resolve(replace(plan, cells=[first]))[first.name]
+    try:
+        data = data_module(data_settings(settings))
+        metrics = compared_metrics(data.task)
+        if plan.folds is not None:
+            data.prepared  # noqa: B018  # which divides the rows
+    except UserError as error:  # others of the data are the cells' own
+        if plan.folds is not None:
+            raise UserError(f"{path}: folds: {error}") from error
+    if plan.metric in metrics:
+        return plan, config
+    if "metric" in config:
+        raise UserError(f"{path}: metric: '{plan.metric}' is none that the data has; it has {', '.join(metrics)}")
+    return replace(plan, metric=metrics[0]), {**config, "metric": metrics[0]}
 
 
 @dataclass

@@ -22,7 +22,7 @@ from lightning_lora.models.base import Base
 #: Name for ``set_attn_implementation``.
 PACKED = "packed"
 #: Tokens of a text at most that the kernels for short texts take.
-SHORT = 128
+SHORT_TEXT = 128
 
 
 def packed_attention(
@@ -61,7 +61,7 @@ def packed_attention(
     dropout = dropout if module.training else 0.0
     window = None if sliding_window is None else sliding_window - 1
     if not dropout and has_flash(q):
-        short = short_attention() if max_length_q <= SHORT else None
+        short = short_attention() if max_length_q <= SHORT_TEXT else None
         if short is not None and short.takes(q.shape[-1]):
             found = short.ShortAttention.apply(q, k, v, cu_seq_lens_q, max_length_q, scaling, window)
         else:
@@ -95,7 +95,7 @@ def compile_attention(model: Any, lengths: Iterable[int]) -> list[Future[None]]:
     """
     config, short, dtype = model.config, short_attention(), compute_dtype(next(model.parameters()))
     heads = getattr(config, "num_attention_heads", 0)
-    lengths = [length for length in lengths if length <= SHORT]
+    lengths = [length for length in lengths if length <= SHORT_TEXT]
     if short is None or not heads or not lengths or dtype not in (torch.bfloat16, torch.float16):
         return []
     dimension = config.hidden_size // heads

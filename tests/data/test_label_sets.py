@@ -59,6 +59,17 @@ def test_the_same_labels_from_every_format(kind: str, cached: bool, tmp_path: Pa
         assert sum(np.array(prepared.class_counts(split)) for split in prepared.splits).tolist() == [20, 30, 30]
 
 
+def test_columns_are_labels_also_where_no_row_has_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(["text,mild,toxic", *(f"text number {i},{i % 2},0" for i in range(40))]) + "\n")
+    prepared = prepare(SourceOptions(str(path), label_column=["toxic", "mild"]))
+    assert prepared.label_names == ["mild", "toxic"]
+    assert sum(np.array(prepared.class_counts(split)) for split in prepared.splits).tolist() == [20, 0]
+    path.write_text(path.read_text().replace(",1,", ",0,"))
+    with pytest.raises(UserError, match="holds no label in train"):
+        prepare(SourceOptions(str(path), label_column=["toxic", "mild"]))
+
+
 def test_labels_are_named_as_single_ones_are(tmp_path: Path) -> None:
     given = write(tmp_path, "jsonl")
     names = {"angry": "anger", "happy": "joy", "sad": "low"}
@@ -84,6 +95,11 @@ def test_labels_are_named_as_single_ones_are(tmp_path: Path) -> None:
         ),
         ([["a", ["x"]], ["b", [["y"]]]], {}, "row 2, column 'label': a list of words or numbers is needed"),
         ([["a", ["x"]], ["b", ["x"]]], {}, "fewer than two labels"),
+        (
+            [["a", [0.5, 0.2]], ["b", [0.1, 1.0]]],
+            {},
+            "line 1, column 'label': a list of labels is needed, got [0.5, 0.2], whose numbers are measures; write the",
+        ),
         ([["a", ["x"]], ["b", None]], {}, "line 2, column 'label': the label is missing"),
         (
             [["a", ["x"]], ["b", ["y"]]],

@@ -25,6 +25,7 @@ from lightning_lora.experiments.plan import make_plan
 from lightning_lora.experiments.resolving import find_changes, resolve_cells
 from lightning_lora.experiments.results import count_tests, read_cells
 from lightning_lora.experiments.runner import Worker
+from lightning_lora.runs.folder import best_evaluation
 from lightning_lora.training.module import TextClassifier
 from tests.conftest import make_rows, write_csv
 from tests.experiments.test_search import TIMES, main_table
@@ -367,11 +368,32 @@ def test_workers_share_the_cells(place: Path, done: Path, tmp_path: Path, capsys
     said = capsys.readouterr().out
     here = tmp_path / "ablation-rank"
     for cell in (p.name for p in (done / "cells").iterdir() if p.is_dir()):
-        assert said.count(f"{cell}  validation accuracy") == 1
+        assert said.count(f"{cell}  validation accuracy") == said.count(f"{cell}: tested") == 1
         record = json.loads((here / "cells" / cell / "run.json").read_text())
         assert record["status"] == "finished" and set(record["evaluations"]) == {"val", "test"}
         assert (here / "cells" / f"{cell}.txt").read_text().count("main.py fit") == 1
     assert not (here / ".claims").exists()
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_test_that_fails_is_told_and_the_others_are_done(
+    place: Path, done: Path, tmp_path: Path, workers: str, capsys: pytest.CaptureFixture
+) -> None:
+    copy = Path(shutil.copytree(done, tmp_path / "ablation-rank"))
+    for run in sorted(copy.glob("cells/*/run.json")):
+        record = json.loads(run.read_text())
+        del record["evaluations"]["test"]
+        run.write_text(json.dumps(record))
+    broken = run.parent
+    for path in broken.glob("checkpoints/*.ckpt"):
+        path.write_bytes(b"no checkpoint")
+    words = ["ablate", "--config", str(place / "rank.yaml"), "--logs_dir", str(tmp_path), "--workers", workers]
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert f"{broken.name}: its test failed: " in said.err and "Traceback" not in said.err
+    for run in copy.glob("cells/*/run.json"):
+        tested = best_evaluation(json.loads(run.read_text()), "test") is not None
+        assert tested == (run.parent != broken), said.err
 
 
 @pytest.mark.parametrize("failed_before", [True, False])

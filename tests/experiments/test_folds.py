@@ -140,6 +140,21 @@ def test_a_fold_is_fitted_by_hand_and_a_second_call_of_the_ablation_trains_nothi
     assert main(given) == 2 and "data.fold: an option gives [1, 3] to every cell" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"folds": 999}, "folds: data.fold: [1, 999] is no fold"), ({"metric": "pearson"}, "metric: 'pearson' is none")],
+)
+@pytest.mark.parametrize("more", [[], ["--plan"]])
+def test_what_the_data_cannot_have_is_refused_before_any_cell(
+    done, tmp_path, capsys, change: dict, said: str, more: list[str]
+) -> None:
+    content = yaml.safe_load((done.parent / "folds.yaml").read_text()) | {"base": str(done.parent / "base.yaml")}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(content | change))
+    assert main(["ablate", "--config", str(tmp_path / "other.yaml"), "--logs_dir", str(tmp_path / "logs"), *more]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not (tmp_path / "logs").exists()
+
+
 def test_labels_of_each_row_are_predicted_from_the_thresholds_of_its_fold_on() -> None:
     axes = {"rank": CONTENT["axes"]["rank"]}  # type: ignore[index]
     plan, found = make_plan({**CONTENT, "metric": "f1_samples", "axes": axes}, Path("a.yaml")), []
