@@ -10,7 +10,7 @@ from typing import Any
 from lightning_lora.commands.ablate import run_one
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.config.options import DEFAULT_CONFIG, find_config
-from lightning_lora.config.settings import DEFAULT_SEED, read_config
+from lightning_lora.config.settings import DEFAULT_SEED, default_config, read_config, typed_source
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.plan import ARM
 from lightning_lora.experiments.runner import add_options
@@ -34,7 +34,7 @@ def run(argv: list[str]) -> int:
     options, overrides = parser.parse_known_args(argv)
     parser.refuse_misspelt(overrides)
     paths = [find_config(each) for each in options.config or [DEFAULT_CONFIG]]
-    configs = [read_config(path) for path in paths]
+    configs = [read_config(path) for path in paths] if options.config else [default_config(typed_source(overrides))]
     described = [config.pop("arms") for config in configs if "arms" in config]
     arms = choose_arms(options.arms, described[-1] if described else None)
     seeds = [config.pop("seed_everything") for config in configs if "seed_everything" in config]

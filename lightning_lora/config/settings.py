@@ -149,7 +149,7 @@ def _split_configs(command: str, argv: Sequence[str]) -> tuple[list[dict[str, An
     elif command not in _NEW:
         raise UserError(f"{command} needs a trained run: --run logs/NAME (a folder that fit made)")
     elif not given["config"]:
-        configs = [read_config(DEFAULT_CONFIG)]
+        configs = [default_config(typed_source(argv[:end]))]
     more = [config for _, config in _read_configs(given["config"], given.get("arm"))]
     if command == "fit" and run is not None:
         limits = [f"trainer.{name}" for name in LIMITS]
@@ -176,10 +176,29 @@ def split_fit(argv: Sequence[str]) -> tuple[list[dict[str, Any]], list[str], set
     """
     given, rest, options = _find_options(argv, COMMAND_OPTIONS["fit"])
     configs, typed = list[dict[str, Any]](), {*options}
-    for path, config in _read_configs(given["config"] or [DEFAULT_CONFIG], given["arm"]):
+    if not given["config"]:
+        return [default_config(typed_source(argv))], rest, typed
+    for path, config in _read_configs(given["config"], given["arm"]):
         configs.append({k: v for k, v in config.items() if k not in COMMAND_OPTIONS["fit"]})
         typed |= set() if path.resolve() == DEFAULT_CONFIG else set(flat(configs[-1]))
     return configs, rest, typed
+
+
+def default_config(source: Any = None) -> dict[str, Any]:
+    """Return the settings of a run without a config, of which those of the data are for its own source alone.
+
+    Args:
+        source: The ``data.source`` that is given beside it, if one is.
+    """
+    config = read_config(DEFAULT_CONFIG)
+    if source not in (None, config["data"]["source"]):
+        del config["data"]
+    return config
+
+
+def typed_source(argv: Sequence[str]) -> str | None:
+    """Return the ``data.source`` that a command line gives, the last one, or None."""
+    return _find_options(argv, ["data.source"])[0]["data.source"]
 
 
 def _find_options(argv: Sequence[str], names: Iterable[str]) -> tuple[dict[str, Any], list[str], list[str]]:

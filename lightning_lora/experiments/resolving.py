@@ -12,8 +12,7 @@ from typing import Any
 import yaml
 
 from lightning_lora.config.configured_run import ConfiguredRun
-from lightning_lora.config.options import DEFAULT_CONFIG
-from lightning_lora.config.settings import flat, read_config
+from lightning_lora.config.settings import default_config, flat, read_config, typed_source
 from lightning_lora.data.augment import Augmentation
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError
@@ -67,7 +66,7 @@ def split_sets(
 
 
 def with_arms(
-    config: Mapping[str, Any], path: Path, wanted: Sequence[str] | None = None
+    config: Mapping[str, Any], path: Path, wanted: Sequence[str] | None = None, overrides: Sequence[str] = ()
 ) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """Return an ablation's config with the arms of its base recipe, where it has neither axes nor arms; and the recipe.
 
@@ -75,11 +74,18 @@ def with_arms(
         config: The config.
         path: Its path, to which that of the recipe is relative.
         wanted: Names of arms, which are then the only ones, also in what the config says of them.
+        overrides: Options of ``fit`` for all cells.
 
     Raises:
         UserError: A wanted arm is none.
     """
-    recipe = read_config(path.parent / str(config["base"]) if config.get("base") else DEFAULT_CONFIG)
+    if config.get("base"):
+        recipe = read_config(path.parent / str(config["base"]))
+    else:
+        axes = config.get("axes")
+        varied = [each for each in axes.values() if isinstance(each, Mapping)] if isinstance(axes, Mapping) else []
+        given = {**{key: values for axis in varied for key, values in axis.items()}, **flatten(config.get("settings"))}
+        recipe = default_config(typed_source(overrides) or given.get("data.source"))
     if not (config.get("axes") or config.get("arms")):
         config = {**config, "arms": recipe.pop("arms", None)}
     if not wanted:

@@ -77,7 +77,7 @@ def run_experiment(
         base: Configs of the base recipe, each with priority over those before; by default the one that the plan names.
     """
     if not base:
-        config, recipe = with_arms(config, path, options.arms)
+        config, recipe = with_arms(config, path, options.arms, overrides)
         base = [recipe]
     track: list[str] = []
     if options.track:

