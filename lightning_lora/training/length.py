@@ -1,7 +1,7 @@
 """How long a run trains where that is left open: its rows set the number of epochs, validation may stop it earlier.
 
 What a model has learnt depends on the number of optimizer steps, and few rows make few steps an epoch. So there are as
-many epochs as ``ENOUGH_STEPS`` takes, at least one; and as few rows that are seen often may be learnt by heart,
+many epochs as ``enough_steps`` take, at least one; and as few rows that are seen often may be learnt by heart,
 validation says when to stop and which weights to keep (``training/saving.py``).
 """
 
@@ -23,6 +23,8 @@ from lightning_lora.units import duration
 
 #: Optimizer steps that a run gets at least (docs/LOG.md: on 64 to 2,500 rows 150 are as good, and 600 no better).
 ENOUGH_STEPS = 300
+#: And for each class or label: rare ones of many are not learnt in fewer (docs/LOG.md: 42 classes).
+STEPS_A_CLASS = 16
 #: A run of so many epochs or more is validated at least so many times, and less than twice as many.
 VALIDATIONS = 10
 #: Validation passes in a row without a better value of the metric that is ``monitored`` after which training stops.
@@ -63,6 +65,11 @@ class TrainingLength:
         return {**defaults, **monitored(self.task), "patience": self.patience}
 
 
+def enough_steps(classes: int) -> int:
+    """Return how many optimizer steps a run gets at least, by the number of classes or labels."""
+    return max(ENOUGH_STEPS, STEPS_A_CLASS * classes)
+
+
 def plan_length(
     steps_per_epoch: int,
     val_rows: int,
@@ -70,6 +77,7 @@ def plan_length(
     min_epochs: int = 1,
     min_steps: int = 0,
     task: Task = "single_label",
+    classes: int = 1,
 ) -> TrainingLength:
     """Return how long to train: a pure function of these numbers.
 
@@ -82,8 +90,9 @@ def plan_length(
         min_epochs: Train for so many epochs at least.
         min_steps: Train for so many optimizer steps at least.
         task: What is predicted.
+        classes: Classes or labels.
     """
-    epochs = max(min_epochs, math.ceil(max(ENOUGH_STEPS, min_steps) / steps_per_epoch))
+    epochs = max(min_epochs, math.ceil(max(enough_steps(classes), min_steps) / steps_per_epoch))
     own = max(1, epochs // VALIDATIONS)
     interval = own if typed_interval is None else typed_interval
     whole = int(interval) if float(interval).is_integer() else 1
@@ -120,6 +129,7 @@ def length_of(
         trainer.get("min_epochs") or 1,
         trainer.get("min_steps") or 0,
         data.task,
+        len(data.label_names),
     )
     if any(isinstance(callback, EarlyStopping) for callback in callbacks):
         length = replace(length, patience=None)
@@ -175,7 +185,12 @@ def describe_length(trainer: Mapping[str, Any], data: TextDataModule, length: Tr
     if length is None:
         return found
     found["typed"].pop("max_epochs")
-    return {**found, "at_least_steps": ENOUGH_STEPS, "patience": length.patience, **monitored(data.task)}
+    return {
+        **found,
+        "at_least_steps": enough_steps(len(data.label_names)),
+        "patience": length.patience,
+        **monitored(data.task),
+    }
 
 
 def _why_not_validated(trainer: Mapping[str, Any], batches: int, planned: Mapping[str, Any]) -> str | None:
@@ -204,7 +219,8 @@ def length_words(planned: Mapping[str, Any]) -> str:
         least = "at most " if "max_steps" in typed else ""
         words = f"{least}{epochs:,} epoch{'s' * (epochs != 1)} {'and' if least else '='} {words}"
     if planned["by"] == "rule":
-        least = f"at least {planned['at_least_steps']:,} steps; trainer.max_epochs"
+        most = f", {STEPS_A_CLASS} a class" if planned["at_least_steps"] > ENOUGH_STEPS else ""
+        least = f"at least {planned['at_least_steps']:,} steps{most}; trainer.max_epochs"
         words += f", for {planned['train_rows']:,} rows ({least})"
     if typed:
         words += f" ({', '.join(f'trainer.{name} {value}' for name, value in typed.items())})"

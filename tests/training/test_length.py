@@ -72,6 +72,7 @@ def test_a_typed_interval_stays_and_stops_no_earlier(interval: float, epochs: in
 
 
 def test_least_epochs_and_steps_that_are_typed_are_kept() -> None:
+    assert [plan_length(63, 0, classes=count).epochs for count in (2, 18, 19, 42)] == [5, 5, 5, 11]
     assert plan_length(300, 0, min_epochs=5).epochs == 5
     assert plan_length(300, 0, min_steps=1300).epochs == 5
     assert plan_length(100, 0, min_epochs=5, min_steps=700).epochs == 7
@@ -116,6 +117,13 @@ def test_few_rows_are_seen_often_until_validation_says_stop(fit: Fit, capsys) ->
     assert (config["trainer"]["max_epochs"], config["trainer"]["check_val_every_n_epoch"]) == (12, 1)
     (stopping,) = config["trainer"]["callbacks"]
     assert stopping["class_path"].endswith(".EarlyStopping") and stopping["init_args"]["patience"] == 4
+
+
+def test_many_classes_take_more_steps(fit: Fit, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "STEPS_A_CLASS", 75)  # for two of them
+    assert fit(*STANDING) == 0
+    expected = "15 epochs = 150 steps, for 80 rows (at least 150 steps, 75 a class; trainer.max_epochs)"
+    assert expected in capsys.readouterr().out and record_of("run")["length"]["at_least_steps"] == 150
 
 
 def test_a_run_that_validation_ended_stays_so_or_goes_on_for_longer(fit: Fit, capsys) -> None:
