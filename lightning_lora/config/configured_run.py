@@ -2,20 +2,22 @@
 
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lora.config.options import COMMAND_KEYS
+from lightning_lora.config.progress import Progress, ProgressLines
 from lightning_lora.config.settings import ALLOWED, flat, make_parser, parse_settings, places
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.pairs import as_texts
@@ -23,7 +25,6 @@ from lightning_lora.data.rows import Rows
 from lightning_lora.devices import keep_freed_memory
 from lightning_lora.errors import UserError, check_range
 from lightning_lora.evaluation.costs import CostMeter
-from lightning_lora.evaluation.metric_table import SHOWN
 from lightning_lora.evaluation.predictions import PredictionCollector
 from lightning_lora.interrupts import StopRequest
 from lightning_lora.models.check_base import BaseCheck
@@ -226,7 +227,7 @@ class ConfiguredRun:
         given: list[Callback] = as_list(config["callbacks"]) if fits else []
         callbacks: list[Callback] = [self.collector, self.costs]
         if config["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
-            callbacks.append(Progress())
+            callbacks += [Progress()] if sys.stderr.isatty() else [Progress(), ProgressLines()]
         added = [each for each in as_list(config["logger"]) if isinstance(each, Logger)]
         added += [self.tracker] if self.tracker is not None else []
         logs = folder is not None and is_rank_zero() and config["logger"] is not False
@@ -284,23 +285,6 @@ class ConfiguredRun:
         given = {k: v for k, v in settings["trainer"].items() if k != "logger"}  # which may hold a key to a service
         settings["trainer"] = {k: v for k, v in given.items() if v != defaults[k].default}
         return flat(settings)
-
-
-class Progress(RichProgressBar):
-    """Rich progress bars with time left, on standard error: standard output is for results."""
-
-    def __init__(self) -> None:
-        # By default a thread draws it 100 times a second, for which steps on a CPU wait (5% of their time).
-        super().__init__(refresh_rate=4, console_kwargs={"stderr": True})
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return the metrics beside the bar, by short names, which a narrow terminal has room for."""
-        short = {
-            "train/loss_step": "loss",
-            **{f"{s}/{names[0]}": s for s in ("val", "test") for names in SHOWN.values()},
-        }
-        metrics = super().get_metrics(trainer, pl_module)
-        return {short.get(name, name): value for name, value in metrics.items() if name != "v_num"}
 
 
 def as_list(value: Any) -> list[Any]:
