@@ -21,7 +21,7 @@ from lightning_lora.cli import main
 from lightning_lora.commands.compare import choose_arms, method_settings
 from lightning_lora.config.configured_run import ConfiguredRun
 from lightning_lora.errors import UserError
-from lightning_lora.experiments import runner
+from lightning_lora.experiments import evaluating, runner
 from lightning_lora.experiments.plan import flatten
 from lightning_lora.experiments.resolving import resolve
 from lightning_lora.runs.checkpoints import read_checkpoint
@@ -46,7 +46,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         found.extend(commands)
         return run_here(commands, output)
 
-    monkeypatch.setattr(runner, "run_child", run)
+    for module in (runner, evaluating):
+        monkeypatch.setattr(module, "run_child", run)
     return found
 
 
@@ -68,7 +69,8 @@ def compared(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_config(place, make_base("bert"))
     words = ["--config", str(config), "--logs_dir", str(place / "logs"), "--name", "four", "--arms", *ARMS]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "run_child", run_here)
+        for module in (runner, evaluating):
+            patch.setattr(module, "run_child", run_here)
         assert main(["compare", *words, "--data.batch_size", "8"]) == 0
     return place / "logs" / "four"
 

@@ -141,14 +141,14 @@ def test_a_default_that_cannot_be_trained_is_said_as_fit_says_it(own_config: Pat
 
 def test_the_search_by_itself_within_its_time(own_config: Path, monkeypatch, capsys) -> None:
     in_process(monkeypatch)
-    monkeypatch.setattr(length, "ENOUGH_STEPS", 6)
-    words = ["fit", "--config", str(own_config / "own.yaml"), "--budget", "6s", "--data.max_length", "24"]
+    monkeypatch.setattr(length, "enough_steps", lambda classes: 6)
+    words = ["fit", "--config", str(own_config / "own.yaml"), "--budget", "12s", "--data.max_length", "24"]
     assert main(words) == 0
     (run,) = Path("logs").iterdir()
     assert run.name.startswith("rows-budget-")  # the same command without a name finds it again
     record = json.loads((run / "run.json").read_text())
     tuning = record["tuning"]
-    assert tuning["used_s"] < 6 + 6 and len(tuning["trials"]) >= 2
+    assert tuning["used_s"] < 12 + 6 and len(tuning["trials"]) >= 2
     best = max(tuning["trials"], key=lambda trial: (trial["f1_macro"], -trial["loss"]))
     assert tuning["kept"] == best["number"] and record["best"]["value"] == best["f1_macro"]
     said = capsys.readouterr().out

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from lightning_lora.cli import main
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.significance import difference
-from lightning_lora.experiments import runner
+from lightning_lora.experiments import evaluating, runner
 from lightning_lora.experiments.plan import make_plan
 from lightning_lora.experiments.results import CellPredictions, CellResult, compare_arms
 from tests.conftest import make_rows, write_csv
@@ -99,7 +99,8 @@ def done(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     content |= {"arms": {"majority": {"model.method": "majority"}, "lora": {}}}
     (folder / "folds.yaml").write_text(yaml.safe_dump(content))
     with pytest.MonkeyPatch.context() as patch:  # in this process: a process for each cell starts slowly
-        patch.setattr(runner, "run_child", lambda commands, output: max(main(words) for words in commands))
+        for module in (runner, evaluating):
+            patch.setattr(module, "run_child", lambda commands, output: max(main(words) for words in commands))
         assert main(["ablate", "--config", str(folder / "folds.yaml"), "--logs_dir", str(folder)]) == 0
     return folder / "ablation-folds"
 

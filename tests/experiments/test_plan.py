@@ -143,5 +143,5 @@ def test_every_shipped_ablation_is_a_plan(path: Path) -> None:
 
 def test_every_axis_that_was_promised_is_shipped() -> None:
     axes = "rank alpha dropout target_modules learning_rate method quantization train_rows base_model max_length"
-    others = "arms search speed_choices defaults choices long_texts glue_lora"
+    others = "arms search speed_choices defaults choices long_texts many_classes glue_lora"
     assert {path.stem for path in SHIPPED} == {*axes.split(), *others.split()}
