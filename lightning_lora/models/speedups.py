@@ -39,7 +39,7 @@ class Speedups:
         low_norms: On a GPU, evaluate a run in bf16-mixed with states in bfloat16 between the layers, as a model in
             bfloat16 has them; within a layer norm they are summed in float32 all the same.
         fused_gelu: On a GPU, evaluate a run in bf16-mixed with GELU computed within the product before it, in its form
-            with tanh (Hendrycks and Gimpel 2016): they differ by less than what bfloat16 rounds to.
+            with tanh (Hendrycks and Gimpel 2016): by norm it differs by less than what bfloat16's rounding does.
         kernels: Use the kernels of installed plugins (``models/kernel_plugins.py``).
         packing: Lay the texts of a batch end to end, without padding: true, false, or "auto" (on a GPU, where the
             architecture can).
