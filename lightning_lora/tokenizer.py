@@ -73,6 +73,21 @@ def _embedding_rows(target: str) -> tuple[float, int | None]:
         return math.inf, None
 
 
+def longest_input(tokenizer: Any) -> float:
+    """Tokens that the tokenizer, and the config of its base model beside it, say that the model takes at most.
+
+    A model without a limit, or whose limit neither says, gives a very large number or infinity.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(tokenizer.name_or_path).get_text_config()
+    except Exception:  # a folder without a model, of which others say so
+        return tokenizer.model_max_length
+    positions = getattr(config, "max_position_embeddings", None) or -1  # XLNet's, which has no limit, is -1
+    return min(tokenizer.model_max_length, positions if positions > 0 else math.inf)
+
+
 def has_token_types(tokenizer: Any) -> bool:
     """Say whether the tokenizer gives token types and its base model has an embedding for more than one."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig

@@ -61,7 +61,7 @@ def make_card(facts: DataFacts, suspicious: list[str]) -> DataCard:
     """Return what is shown of the facts."""
     data, train = facts.datamodule, facts.splits["train"]
     source = data.options.source
-    tokens = f"of {data.base_model}, at most {data.max_length} ({data.truncation})"
+    tokens = f"of {data.base_model}, at most {data.input_format.max_length} ({data.truncation})"
     about = [("task", str(data.task)), ("tokens", tokens)]
     about += [(split, f"{each.rows:,} rows ({each.origin})") for split, each in facts.splits.items()]
     if data.prepared.bad_rows_dropped:
@@ -70,7 +70,7 @@ def make_card(facts: DataFacts, suspicious: list[str]) -> DataCard:
         about.append(("near-duplicates", f"sought among at most {MOST_ROWS:,} rows of a split, spread evenly"))
     for name, value in (("made by", data.prepared.citation), ("terms", terms_of(source))):
         about += [(name, value)] if value else []
-    histograms = [Histogram("Tokens of a training text", train.lengths, data.max_length + 1)]
+    histograms = [Histogram("Tokens of a training text", train.lengths, data.input_format.max_length + 1)]
     if len(train.numbers):
         histograms.append(Histogram(f"{data.label_names[0]} of the training rows", train.numbers))
     name = source if isinstance(source, str) else ", ".join(f"{k}: {v}" for k, v in source.items())
@@ -80,6 +80,7 @@ def make_card(facts: DataFacts, suspicious: list[str]) -> DataCard:
 def split_table(facts: DataFacts) -> TextTable:
     """Return the facts of each split in a column, header first; what does not occur in any is left out."""
     splits, rows, data = facts.splits, [["", *facts.splits]], facts.datamodule
+    length = data.input_format.max_length
     sizes, compared = ([getattr(each, name) for each in splits.values()] for name in ("rows", "compared"))
 
     def count(name: str, values: list[int], wholes: list[int] | None) -> None:
@@ -90,7 +91,7 @@ def split_table(facts: DataFacts) -> TextTable:
     count("rows", sizes, None)
     for name, share in (("tokens: median", 0.5), ("tokens: nine of ten at most", 0.9), ("tokens: longest", 1.0)):
         rows.append([name, *(f"{np.quantile(each.lengths, share):.0f}" for each in splits.values())])
-    rows.append([f"cut at {data.max_length} tokens", *(f"{each.cut_share:.1%}" for each in splits.values())])
+    rows.append([f"cut at {length} tokens", *(f"{each.cut_share:.1%}" for each in splits.values())])
     if data.task == "regression":
         for name, share in (("number: least", 0.0), ("number: median", 0.5), ("number: greatest", 1.0)):
             rows.append([name, *(f"{np.quantile(each.numbers, share):g}" for each in splits.values())])

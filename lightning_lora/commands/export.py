@@ -107,6 +107,7 @@ def run(argv: list[str]) -> int:
         metrics, test_rows = tested_metrics(folder, checkpoint, rows) or parity.metrics()
         facts = {
             **run_facts(config, folder, location),
+            "max_length": input_format.max_length,
             "base_id": base_id,
             "base_package": package_of(config.model.base_model),
             "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
@@ -239,7 +240,6 @@ def run_facts(config: Any, folder: RunFolder, location: Any) -> dict[str, Any]:
         "name": folder.path.name,
         "base_model": public_name(config),
         "method": config.model.method,
-        "max_length": config.data.max_length,
         "license": config.license or license_of(location),
         "dataset": dataset,
         "dataset_id": dataset_id,

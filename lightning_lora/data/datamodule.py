@@ -43,7 +43,8 @@ class TextDataModule(LightningDataModule):
         label_names: What the labels mean, by default themselves: ``{1: World, 2: Sports, ...}`` names each (several
             may mean one class); a list names the classes of a source that declares them, or the numbers of one that
             does not, in ascending order; a list of the labels themselves sets their order.
-        max_length: Tokens of a text that the model sees, special tokens included; the rest is cut.
+        max_length: Tokens of a text that the model sees, special tokens included; the rest is cut. By default 512, or
+            as many as the base model takes.
         truncation: What stays of a longer text: its "head", its "tail", or "both" (a quarter and three
             quarters); or "windows": all of it is read in pieces of ``max_length``, whose probabilities are
             averaged. Of a longer pair the longer text is cut first ("longest_first"), or one of both ("only_first",
@@ -82,7 +83,7 @@ class TextDataModule(LightningDataModule):
         label_separator: str | None = None,
         task: Task | Literal["auto"] = "auto",
         label_names: list[Word] | dict[Word, Word] | None = None,
-        max_length: int = 512,
+        max_length: int | None = None,
         truncation: Truncation | None = None,
         window_overlap: int | None = None,
         padding: Literal["longest", "max_length"] = "longest",
@@ -104,7 +105,8 @@ class TextDataModule(LightningDataModule):
         given = dict(locals())
         super().__init__()
         eval_batch_size = default_eval_batch_size(eval_batch_size)
-        check_range("data.max_length", max_length, 1, None)
+        if max_length is not None:
+            check_range("data.max_length", max_length, 1, None)
         check_range("data.batch_size", batch_size, 1, None)
         check_range("data.eval_batch_size", eval_batch_size, 1, None)
         if label_separator is not None and (not label_separator or isinstance(label_column, list)):
@@ -219,7 +221,7 @@ class TextDataModule(LightningDataModule):
         described = {"source": source if isinstance(source, str) else dict(source), **self.prepared.describe()}
         for split, report in self._token_report.items():
             described["splits"][split].update(report)
-        described |= {"max_length": self.max_length, "truncation": self.truncation}
+        described |= {"max_length": self.input_format.max_length, "truncation": self.truncation}
         return described | ({"augmentation": asdict(self.augmentation)} if self.augmentation.active else {})
 
     def _loader(self, split: str, batch_size: int, seed: int | None) -> DataLoader:

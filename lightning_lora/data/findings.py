@@ -78,14 +78,15 @@ def _texts(facts: DataFacts) -> Iterator[str]:
 
 def _sizes(facts: DataFacts) -> Iterator[str]:
     datamodule = facts.datamodule
+    length = datamodule.input_format.max_length
     for split, each in facts.splits.items():
         if each.cut_share > CUT_SHARE:
             most = min(int(np.quantile(each.lengths, 0.9)), datamodule.tokenizer.model_max_length)
             whole = (each.lengths <= most).mean()
-            remedies = [f"data.max_length={most} keeps {whole:.0%} whole"] if most > datamodule.max_length else []
+            remedies = [f"data.max_length={most} keeps {whole:.0%} whole"] if most > length else []
             remedies += ["data.truncation=windows reads all of each"] if not is_pair(datamodule.truncation) else []
             yield (
-                f"{split}: {each.cut_share:.0%} of the texts are cut at {datamodule.max_length} tokens "
+                f"{split}: {each.cut_share:.0%} of the texts are cut at {length} tokens "
                 f"({datamodule.truncation}); {', '.join(remedies) or 'the base model takes no more'}"
             )
             break

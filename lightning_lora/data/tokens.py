@@ -21,8 +21,10 @@ from lightning_lora.data.rows import Rows
 from lightning_lora.data.stored import cached
 from lightning_lora.errors import UserError, check_range
 from lightning_lora.locations import resolve
-from lightning_lora.tokenizer import has_token_types, load_tokenizer
+from lightning_lora.tokenizer import has_token_types, load_tokenizer, longest_input
 
+#: Tokens of an input where the base model takes so many: what most encoders were trained with.
+DEFAULT_LENGTH = 512
 CACHE_FORMAT = 3
 _CHUNK = 1024
 _LISTS = pa.list_(pa.int32())
@@ -90,14 +92,18 @@ class InputFormat:
 
     @classmethod
     def of(
-        cls, tokenizer: Any, max_length: int, keep: Truncation = "head", overlap: int | None = None
+        cls, tokenizer: Any, max_length: int | None, keep: Truncation = "head", overlap: int | None = None
     ) -> "InputFormat":
         """The format of a tokenizer's inputs, read off what it adds to one text, or to a pair.
+
+        Without a ``max_length`` it is ``DEFAULT_LENGTH``, or as many tokens as the base model takes.
 
         Raises:
             UserError: ``max_length`` leaves no room for a token, or exceeds what the model can take; or there
                 is an overlap without windows, or one as large as a window.
         """
+        if max_length is None:
+            max_length = int(min(DEFAULT_LENGTH, longest_input(tokenizer)))
         if max_length > (limit := tokenizer.model_max_length):
             raise UserError(f"data.max_length: {max_length}, but the base model takes at most {limit} tokens")
         texts = ["a"] * (1 + is_pair(keep))

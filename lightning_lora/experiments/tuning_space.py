@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.pairs import is_pair
@@ -19,9 +18,9 @@ from lightning_lora.errors import UserError
 from lightning_lora.experiments.plan import flatten
 from lightning_lora.experiments.resolving import data_module, data_settings, resolve
 from lightning_lora.locations import check_model
-from lightning_lora.locations import resolve as locate
 from lightning_lora.models.methods import find_method
 from lightning_lora.tasks import Task
+from lightning_lora.tokenizer import longest_input
 from lightning_lora.training.length import TrainingLength, length_of
 
 #: Factors of a method's default learning rate: a range, on a logarithmic scale.
@@ -148,7 +147,7 @@ def make_space(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], type
     at_default = {
         "learning_rate_factor": 1.0,
         "model.method": method,
-        "data.max_length": data.max_length,
+        "data.max_length": data.input_format.max_length,
         "data.truncation": data.truncation,
         "epochs_factor": 1,
     }
@@ -171,10 +170,10 @@ def _text_choices(data: TextDataModule, typed: Collection[str]) -> dict[str, lis
     def cuts(length: int) -> bool:
         return float(np.mean(tokens > length)) >= _CUT_SHARE
 
-    lengths, own = [data.max_length], data.max_length
+    own = data.input_format.max_length
+    lengths = [own]
     if _is_open("data.max_length", typed):
-        config = AutoConfig.from_pretrained(locate(data.base_model, "model.base_model").target).get_text_config()
-        most = min(data.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or np.inf)
+        most = longest_input(data.tokenizer)
         known = sorted({own, *(each for each in TRIED_LENGTHS if each <= most)})
         shorter = [each for each in known if each < own and cuts(each)]
         longer = [each for before, each in itertools.pairwise(known) if each > own and cuts(before)]

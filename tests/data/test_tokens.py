@@ -12,6 +12,7 @@ from lightning_lora.data.sources import RowSource
 from lightning_lora.data.stored import RowRules, stored_rows
 from lightning_lora.data.tokens import InputFormat, TokenRows, cached_tokens, load_tokenizer, tokenize
 from lightning_lora.errors import UserError
+from tests.conftest import save_tokenizer, tiny_config
 
 TEXTS = ["the film was fine", "dull", "a long story of two people " * 20, "unknown wörds!"]
 
@@ -110,6 +111,15 @@ def rows_of(texts: list[str], number: int = 0) -> Rows:
         RowSource("made up", None, lambda columns: iter([table])), RowRules(["text"], "label", "error"), None
     )
     return Rows([file], np.arange(len(texts)), np.full(len(texts), number))
+
+
+@pytest.mark.parametrize(("of_tokenizer", "positions", "expected"), [(64, 80, 64), (10**30, 80, 80), (1024, 514, 512)])
+def test_without_max_length_it_is_what_the_base_takes(
+    tmp_path: Path, of_tokenizer: int, positions: int, expected: int
+) -> None:
+    tiny_config("bert", max_position_embeddings=positions).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, of_tokenizer)
+    assert InputFormat.of(load_tokenizer(str(tmp_path), "model.base_model"), None).max_length == expected
 
 
 def test_a_second_call_takes_the_tokens_from_the_cache(tmp_path: Path, tokenizer) -> None:

@@ -131,8 +131,14 @@ def test_in_chromium(address: str, browser: Any, loaded: LoadedRun, width: int) 
         lambda asked: outside.append(asked.url) if not asked.url.startswith((address, "data:", "blob:")) else None,
     )
     page.goto(address)
-    page.get_by_label("text", exact=True).fill(TEXT)
-    page.keyboard.press("Tab")  # the keyboard alone: to the button, and on it
+    for element in ("#classify", "tbody tr"):  # Gradio draws the page piece by piece, and drops the focus meanwhile
+        page.locator(element).first.wait_for()
+    for _ in range(10):
+        page.get_by_label("text", exact=True).fill(TEXT)
+        page.keyboard.press("Tab")  # the keyboard alone: to the button, and on it
+        if page.evaluate("document.activeElement.id") == "classify":
+            break
+        page.wait_for_timeout(500)
     assert page.evaluate("document.activeElement.id") == "classify"
     page.keyboard.press("Enter")
     predicted = loaded.predict([TEXT])
