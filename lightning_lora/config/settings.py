@@ -198,7 +198,14 @@ def default_config(source: Any = None) -> dict[str, Any]:
 
 def typed_source(argv: Sequence[str]) -> str | None:
     """Return the ``data.source`` that a command line gives, the last one, or None."""
-    return _find_options(argv, ["data.source"])[0]["data.source"]
+    given = _find_options(argv, ["data", "data.source"])[0]
+    if given["data.source"] is None and given["data"] is not None:
+        try:
+            group = yaml.safe_load(given["data"])
+        except yaml.YAMLError:  # of which the parser says so
+            group = None
+        return group.get("source") if isinstance(group, dict) else None
+    return given["data.source"]
 
 
 def _find_options(argv: Sequence[str], names: Iterable[str]) -> tuple[dict[str, Any], list[str], list[str]]:

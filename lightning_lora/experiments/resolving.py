@@ -82,10 +82,11 @@ def with_arms(
     if config.get("base"):
         recipe = read_config(path.parent / str(config["base"]))
     else:
-        axes = config.get("axes")
-        varied = [each for each in axes.values() if isinstance(each, Mapping)] if isinstance(axes, Mapping) else []
-        given = {**{key: values for axis in varied for key, values in axis.items()}, **flatten(config.get("settings"))}
-        recipe = default_config(typed_source(overrides) or given.get("data.source"))
+        groups = [each for each in (config.get("axes"), config.get("arms")) if isinstance(each, Mapping)]
+        varied = [flatten(each) for group in groups for each in group.values() if isinstance(each, Mapping)]
+        given = [pair for each in (*varied, flatten(config.get("settings"))) for pair in each.items()]
+        sources = [value for key, value in given if f"{key}.".startswith("data.source.")]
+        recipe = default_config(typed_source(overrides) or (sources or [None])[-1])
     if not (config.get("axes") or config.get("arms")):
         config = {**config, "arms": recipe.pop("arms", None)}
     if not wanted:

