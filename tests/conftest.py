@@ -1,10 +1,12 @@
 """Tiny models and rows that the tests generate: nothing is downloaded."""
 
+import contextlib
 import csv
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of a hub client
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -250,6 +252,24 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def tiny_base(make_base: Callable[..., Path]) -> Path:
     return make_base("bert")
+
+
+def slow_but(few: Sequence[Any], values: Iterable[Any]) -> list[Any]:
+    """Parameters of which a few are tested always, and the others by ``make test-slow``."""
+    return [value if value in few else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def cells_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run cells and trials in this process, which is faster; other tests see that they have their own processes."""
+    from lightning_lora.cli import main
+    from lightning_lora.experiments import evaluating, runner, tuning
+
+    def run(commands: list[list[str]], output: Path) -> int:
+        with output.open("a") as file, contextlib.redirect_stderr(file):
+            return next((status for status in map(main, commands) if status), 0)
+
+    for module in (runner, evaluating, tuning):
+        monkeypatch.setattr(module, "run_child", run)
 
 
 @pytest.fixture(autouse=True)

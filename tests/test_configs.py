@@ -50,7 +50,16 @@ def arms_of(path: Path) -> dict[str, dict[str, Any]]:
     return choose_arms(None, arms) if arms else {"": {}}
 
 
-ALL = [pytest.param(path, arm, id=f"{path.stem}-{arm}".strip("-")) for path in CONFIGS for arm in arms_of(path)]
+#: Those of GLUE differ in their task and sizes.
+ALL = [
+    pytest.param(
+        *(path, arm),
+        id=f"{path.stem}-{arm}".strip("-"),
+        marks=[pytest.mark.slow] * (path.parent.name == "glue" and path.stem not in ("mrpc", "stsb")),
+    )
+    for path in CONFIGS
+    for arm in arms_of(path)
+]
 
 
 def test_there_are_configs() -> None:

@@ -11,9 +11,8 @@ import pytest
 
 from lightning_lora import cli
 from lightning_lora.cli import main
-from lightning_lora.experiments import runner
 from lightning_lora.training import length
-from tests.conftest import make_rows, write_csv
+from tests.conftest import cells_in_process, make_rows, write_csv
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -72,8 +71,7 @@ def test_the_python_commands_run(tiny_base: Path, tmp_path: Path, monkeypatch: p
     write_csv(tmp_path / "my_reviews.csv", rows, header=("review", "verdict"))
     Path("reviews.txt").write_text("a fine film\na dull one\n")
     ran = set()
-    # In this process, which is faster; that arms have processes of their own is tested by itself.
-    monkeypatch.setattr(runner, "run_child", lambda each, *_: next((s for s in map(main, each) if s), 0))
+    cells_in_process(monkeypatch)
     for command in COMMANDS:
         words = shlex.split(command.split(" | ")[-1].replace("path/to/", "./"))
         if words[:1] != ["python"]:

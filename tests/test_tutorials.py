@@ -9,8 +9,8 @@ import jupytext
 import pytest
 
 from lightning_lora.cli import main
-from lightning_lora.experiments import runner
 from lightning_lora.training import length
+from tests.conftest import cells_in_process
 
 ROOT = Path(__file__).parents[1]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
@@ -34,12 +34,12 @@ def test_a_tutorial_runs(path: Path, tiny_base: Path, tmp_path: Path, monkeypatc
         config.write_text(config.read_text().replace(BASE, str(tiny_base)))
     monkeypatch.setenv("ROWS", "48")
     monkeypatch.setattr(length, "enough_steps", lambda classes: 6)
-    # In this process, which is faster; that commands and cells have processes of their own is tested by itself.
+    # Commands in this process, too, which is faster.
     run = subprocess.run
     monkeypatch.setattr(
         subprocess, "run", lambda command, **how: run_here(command) if how.get("shell") else run(command, **how)
     )
-    monkeypatch.setattr(runner, "run_child", lambda each, *_: next((s for s in map(main, each) if s), 0))
+    cells_in_process(monkeypatch)
     code = path.read_text().replace(BASE, str(tiny_base)).replace("max_length=128", "max_length=32")
     code = code.replace("--name messages", "--name messages --trainer.max_epochs 1")
     for name in ("Trainer(**", "LightningTrainer("):

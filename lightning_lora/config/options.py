@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,14 +139,20 @@ EXAMPLES = {
 }
 
 
-def show_help(command: str, parser: Any, argv: Iterable[str]) -> None:
+def show_help(command: str, make_parser: Callable[[], Any], argv: Iterable[str]) -> None:
     """Print the help page that the arguments ask for, if any, and end the process.
 
     ``--help`` shows the options of the command, and for ``fit`` and ``data`` the settings that are changed most;
     ``--help_all`` shows every setting.
+
+    Args:
+        command: The word after ``main.py``.
+        make_parser: Returns its parser, which is changed.
+        argv: What stands after it.
     """
     if not {"-h", "--help", "--help_all"} & set(argv):
         return
+    parser = make_parser()
     if "--help_all" not in argv:
         common = {"fit": "", "data": "data."}.get(command)
         settings = [name for name in COMMON_SETTINGS if common is not None and name.startswith(common)]

@@ -4,6 +4,7 @@ import argparse
 import enum
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,16 @@ class SettingsParser(LightningArgumentParser):
 
 
 def make_parser(command: str) -> SettingsParser:
-    """Return the parser of a command that is configured like a run: its own options, trainer, model and data."""
-    parser = SettingsParser(prog=f"{program()} {command}", description="", exit_on_error=False, allow_abbrev=False)
+    """Return the parser of a command that is configured like a run: its own options, trainer, model and data.
+
+    It is made once a process, as an ablation parses the settings of each of its cells.
+    """
+    return _make_parser(command, program())
+
+
+@cache
+def _make_parser(command: str, prog: str) -> SettingsParser:
+    parser = SettingsParser(prog=f"{prog} {command}", description="", exit_on_error=False, allow_abbrev=False)
     config = "A YAML file of settings; may be repeated."
     parser.add_argument("-c", "--config", action=jsonargparse.ActionConfigFile, help=config)
     seed = "Seed of head, adapter, order and dropout."
@@ -110,7 +119,7 @@ def parse_settings(parser: SettingsParser, command: str, argv: Sequence[str]) ->
         UserError: There is a fault in them.
     """
     restrict_imports()
-    show_help(command, parser, argv)
+    show_help(command, lambda: _make_parser.__wrapped__(command, program()), argv)
     try:
         configs, rest = _split_configs(command, argv)
         given = [word for config in configs for word in ("--config", yaml.safe_dump(config, allow_unicode=True))]

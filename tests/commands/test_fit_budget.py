@@ -16,13 +16,8 @@ from lightning_lora.cli import main
 from lightning_lora.experiments import tuning
 from lightning_lora.experiments.tuning import Tuner
 from lightning_lora.training import length
+from tests.conftest import cells_in_process
 from tests.faults.processes import Run
-
-
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trials are trained in this process, which is faster."""
-    monkeypatch.setattr(tuning, "run_child", lambda each, *_: next((s for s in map(main, each) if s), 0))
-
 
 #: So short that a trial is over in a second or two.
 SHORT = ("--trainer.max_epochs", "1", "--data.max_length", "24", "--seed_everything", "7")
@@ -31,7 +26,7 @@ SHORT = ("--trainer.max_epochs", "1", "--data.max_length", "24", "--seed_everyth
 @pytest.fixture
 def tuned(own_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A search by the command whose second trial is the best, whatever the rows say."""
-    in_process(monkeypatch)
+    cells_in_process(monkeypatch)
     best = Tuner.best.fget
     monkeypatch.setattr(Tuner, "best", property(lambda self: self.trials[1] if len(self.trials) > 1 else best(self)))
     proposals = Tuner._next_point
@@ -140,7 +135,7 @@ def test_a_default_that_cannot_be_trained_is_said_as_fit_says_it(own_config: Pat
 
 
 def test_the_search_by_itself_within_its_time(own_config: Path, monkeypatch, capsys) -> None:
-    in_process(monkeypatch)
+    cells_in_process(monkeypatch)
     monkeypatch.setattr(length, "enough_steps", lambda classes: 6)
     words = ["fit", "--config", str(own_config / "own.yaml"), "--budget", "12s", "--data.max_length", "24"]
     assert main(words) == 0

@@ -17,9 +17,8 @@ from lightning_lora import load_run
 from lightning_lora.cli import main
 from lightning_lora.data.prepare import SourceOptions, prepare
 from lightning_lora.evaluation.metric_table import METRICS
-from lightning_lora.experiments import evaluating, runner
 from lightning_lora.training.module import TextClassifier
-from tests.conftest import WORDS, make_sets, write_csv, write_kind
+from tests.conftest import WORDS, cells_in_process, make_sets, write_csv, write_kind
 
 TASKS = ("multi_label", "regression")
 LABELS = sorted(WORDS)
@@ -300,8 +299,7 @@ def test_the_training_loss_is_transformers(task: str, tiny_base: Path) -> None:
 def test_arms_are_compared_by_a_metric_of_the_task(
     task: str, tiny_base: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (runner, evaluating):
-        monkeypatch.setattr(module, "run_child", lambda each, *_: next((s for s in map(main, each) if s), 0))
+    cells_in_process(monkeypatch)
     config = write_config(tmp_path, tiny_base, task, 80)
     plan = {"question": "?", "base": config.name, "axes": {"rate": {"model.learning_rate": [1e-3, 1e-2]}}, "seeds": [1]}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump({**plan, "metric": "accuracy"}))

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from lightning_lora.cli import main
 from lightning_lora.errors import UserError
 from lightning_lora.experiments.resolving import split_sets
-from tests.conftest import make_rows, write_csv
+from tests.conftest import cells_in_process, make_rows, write_csv
 
 PLAN: dict[str, Any] = {
     "question": "What beats what?",
@@ -61,7 +61,8 @@ def test_what_is_no_set_is_refused(change: dict[str, Any], wanted: list[str] | N
         split_sets(content, small=False, wanted=wanted)
 
 
-def test_one_table_has_every_arm_on_every_set(tiny_base: Path, tmp_path: Path, capsys) -> None:
+def test_one_table_has_every_arm_on_every_set(tiny_base: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    cells_in_process(monkeypatch)
     base = {
         "model": {"base_model": str(tiny_base)},
         "data": {"max_length": 24, "cache_dir": str(tmp_path / "cache")},

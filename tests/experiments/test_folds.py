@@ -14,10 +14,9 @@ from sklearn.metrics import accuracy_score, f1_score
 from lightning_lora.cli import main
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.significance import difference
-from lightning_lora.experiments import evaluating, runner
 from lightning_lora.experiments.plan import make_plan
 from lightning_lora.experiments.results import CellPredictions, CellResult, compare_arms
-from tests.conftest import make_rows, write_csv
+from tests.conftest import cells_in_process, make_rows, write_csv
 
 CONTENT = {
     "question": "?",
@@ -98,9 +97,8 @@ def done(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = {"question": "?", "base": "base.yaml", "folds": 3, "seeds": [1]}
     content |= {"arms": {"majority": {"model.method": "majority"}, "lora": {}}}
     (folder / "folds.yaml").write_text(yaml.safe_dump(content))
-    with pytest.MonkeyPatch.context() as patch:  # in this process: a process for each cell starts slowly
-        for module in (runner, evaluating):
-            patch.setattr(module, "run_child", lambda commands, output: max(main(words) for words in commands))
+    with pytest.MonkeyPatch.context() as patch:
+        cells_in_process(patch)
         assert main(["ablate", "--config", str(folder / "folds.yaml"), "--logs_dir", str(folder)]) == 0
     return folder / "ablation-folds"
 

@@ -9,8 +9,7 @@ from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from lightning_lora.cli import main
-from lightning_lora.experiments import evaluating, runner
-from tests.conftest import save_tokenizer
+from tests.conftest import cells_in_process, save_tokenizer
 from tests.glue_rows import cache_glue
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -28,9 +27,7 @@ def test_the_table_of_glue_has_ours_beside_what_the_paper_reports(
 ) -> None:
     import pandas as pd
 
-    # Cells in this process instead of one of their own.
-    for module in (runner, evaluating):
-        monkeypatch.setattr(module, "run_child", lambda commands, _: next(filter(None, map(main, commands)), 0))
+    cells_in_process(monkeypatch)
     cache_glue(tmp_path / "hub", monkeypatch, ["mnli", "cola", "stsb"])
     bases = {}
     for seed, size in enumerate(("base", "large")):

@@ -1,8 +1,6 @@
 """Runs that the tests export, and what other software and ``predict`` say of the same texts."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +12,12 @@ import yaml
 from lightning_lora.cli import main
 from lightning_lora.runs.folder import RunFolder
 from tests.conftest import make_rows, write_csv
+from tests.forked import run_script
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "examples" / "load_anywhere.py"
+#: The software that exports are for.
+OTHERS = ("transformers.pipelines", "peft", "onnxruntime", "transformers.models.auto.modeling_auto")
 LABELS = ("mixed", "neg", "pos")  # as the data gives them: sorted
 #: Short ones, and some that are longer than any ``max_length`` here.
 TEXTS = [text for text, _ in make_rows(50, LABELS, seed=5)]
@@ -24,7 +26,7 @@ TEXTS += [" ".join(TEXTS[i : i + 4]) for i in range(10)]
 
 @pytest.fixture(scope="session")
 def base(make_base) -> Path:
-    return make_base("bert", hidden_size=64, intermediate_size=128)
+    return make_base("bert", hidden_size=64, intermediate_size=128, num_hidden_layers=1)
 
 
 def fit(place: Path, base: Path, *words: str, **model: object) -> RunFolder:
@@ -50,15 +52,9 @@ def export(run: RunFolder, *words: str) -> dict:
 def outside(export: Path, texts: list[str], place: Path) -> dict:
     """What other software says of the texts, in a process that imports nothing of this project."""
     (place / "texts.txt").write_text("\n".join(texts) + "\n")
-    words = [
-        sys.executable,
-        str(ROOT / "examples" / "load_anywhere.py"),
-        export,
-        place / "texts.txt",
-        place / "out.json",
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=place, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = [str(each) for each in (SCRIPT, export, place / "texts.txt", place / "out.json")]
+    status, printed = run_script(words, place, OTHERS)
+    assert status == 0, printed
     return json.loads((place / "out.json").read_text())
 
 

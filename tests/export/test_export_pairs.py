@@ -18,7 +18,7 @@ PAIRS = [row[:2] for row in make_pairs(30, seed=3)]
     ("model_type", "truncation", "padding", "formats"),
     [
         ("bert", "longest_first", "longest", ["adapter", "merged", "onnx"]),
-        ("roberta", "only_second", "longest", ["merged", "onnx"]),
+        pytest.param("roberta", "only_second", "longest", ["merged", "onnx"], marks=pytest.mark.slow),
         ("bert", "only_first", "max_length", ["adapter", "merged"]),
     ],
 )

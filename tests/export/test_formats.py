@@ -13,11 +13,11 @@ from safetensors import safe_open
 
 from lightning_lora.cli import main
 from lightning_lora.models.methods import METHODS
-from tests.conftest import make_rows, write_csv
+from tests.conftest import make_rows, slow_but, write_csv
 from tests.export.conftest import LABELS, TEXTS, check_probabilities, export, fit, outside, predicted
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["dora", "pissa", "ia3", "full", "none"], METHODS))
 def test_every_method_exports_what_it_learnt(base: Path, tmp_path: Path, capsys, method: str) -> None:
     run = fit(tmp_path, base, method=method)
     has_adapter = method not in ("bitfit", "full", "head", "none")
@@ -92,7 +92,7 @@ def test_a_run_is_exported_without_its_data_or_record(base: Path, tmp_path: Path
     assert "typo.csv" in capsys.readouterr().err and not Path("out").exists()
 
 
-@pytest.mark.parametrize("truncation", ["both", "windows"])
+@pytest.mark.parametrize("truncation", slow_but(["windows"], ["both", "windows"]))
 def test_what_a_tokenizer_cannot_cut_is_cut_by_the_card_s_code(base, tmp_path, capsys, truncation: str) -> None:
     words = ["--data.truncation", truncation, "--data.max_length", "10", "--trainer.max_epochs", "6"]
     run = fit(tmp_path, base, *words)
@@ -113,7 +113,7 @@ def test_what_a_tokenizer_cannot_cut_is_cut_by_the_card_s_code(base, tmp_path, c
         assert warning in (run.path / "export" / name / "README.md").read_text()
 
 
-@pytest.mark.parametrize("truncation", ["head", "tail"])
+@pytest.mark.parametrize("truncation", slow_but(["tail"], ["head", "tail"]))
 def test_a_bare_pipeline_says_what_predict_says(base: Path, tmp_path: Path, truncation: str) -> None:
     from transformers import pipeline
 
@@ -136,7 +136,7 @@ def change_tokenizer(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("case", ["padding", "left", "types", "bfloat16", "to_max"])
+@pytest.mark.parametrize("case", slow_but(["left", "types"], ["padding", "left", "types", "bfloat16", "to_max"]))
 def test_what_a_base_brings_does_not_change_what_is_said(make_base, tmp_path, case: str) -> None:
     """Padding that config and tokenizer disagree on, or on the left; token types; weights of 16 bits."""
     size = {"num_key_value_heads": 2, "bos_token_id": 2, "eos_token_id": 3} if case == "padding" else {}

@@ -18,7 +18,7 @@ from tests.models.test_language_models import END, byte_base
     [
         ("gpt2", "tail", "[adapter, merged, onnx]"),
         ("qwen3", "head", "[adapter, merged]"),
-        ("gemma2", "windows", "[onnx]"),
+        pytest.param("gemma2", "windows", "[onnx]", marks=pytest.mark.slow),
     ],
 )
 def test_other_software_says_what_predict_says(tmp_path: Path, model_type: str, cut: str, formats: str) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from lightning_lora.cli import main
 from lightning_lora.models.methods import METHODS
 from lightning_lora.runs.folder import RunFolder
+from tests.conftest import slow_but
 from tests.export.conftest import LABELS, TEXTS, check_probabilities, export, fit, outside, predicted
 from tests.models.test_pooling import MEANS
 
@@ -49,7 +50,7 @@ ALL_FORMATS = ["adapter", "merged", "onnx", "onnx-int8"]
 
 
 @pytest.mark.parametrize("formats", [ALL_FORMATS[:2], pytest.param(ALL_FORMATS, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model_type", MEANS)
+@pytest.mark.parametrize("model_type", slow_but(["roberta", "distilbert"], MEANS))
 def test_every_architecture_says_the_same_in_every_format(make_base, tmp_path, model_type: str, formats) -> None:
     run = fit_mean(tmp_path, make_base(model_type))
     certificate = export(run, "--formats", f"[{', '.join(formats)}]")
@@ -123,7 +124,7 @@ def test_the_cards_say_how_to_load_it_and_their_code_runs(exported: Path, monkey
             assert any(label in said for label in LABELS)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["lora", "bitfit"], METHODS))
 def test_every_method_exports_what_it_learnt(base: Path, tmp_path: Path, capsys, method: str) -> None:
     run = fit_mean(tmp_path, base, method=method)
     has_adapter = method not in ("bitfit", "full", "head", "none")
@@ -168,7 +169,7 @@ def test_a_quantized_run_is_exported(base: Path, tmp_path: Path, capsys, bits: i
     check_read_back(run, capsys)
 
 
-@pytest.mark.parametrize("truncation", ["tail", pytest.param("both", marks=pytest.mark.slow), "windows"])
+@pytest.mark.parametrize("truncation", slow_but(["windows"], ["tail", "both", "windows"]))
 def test_texts_are_truncated_as_in_training(base: Path, tmp_path: Path, truncation: str) -> None:
     run = fit_mean(tmp_path, base, "--data.truncation", truncation, "--data.max_length", "10")
     certificate = export(run, "--formats", "[adapter, merged, onnx]")

@@ -85,7 +85,7 @@ def alike(run: Path, other: Path) -> None:
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.faults)])
 def test_several_processes_come_to_what_one_comes_to(place: Path, tmp_path: Path, count: int) -> None:
     runs = begin(words(place, "run", tmp_path, "--trainer.devices", str(count)), tmp_path / "out", count)
     assert ended(runs) == [0] * count, runs[0].text()
@@ -194,7 +194,7 @@ def stop_trial(place: Path, logs: Path, number: int) -> None:
     shutil.rmtree(logs / name)
 
 
-@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.faults), 3])
 def test_when_one_process_ends_the_other_does(place: Path, tmp_path: Path, number: int) -> None:
     stop_trial(place, tmp_path, number)
 

@@ -18,7 +18,7 @@ from lightning_lora.errors import UserError
 from lightning_lora.models.base import load_base
 from lightning_lora.models.methods import merged
 from lightning_lora.training.module import TextClassifier
-from tests.conftest import VOCABULARY, make_rows
+from tests.conftest import VOCABULARY, make_rows, slow_but
 from tests.models.tiny_bases import save_tiny_base
 
 TEXTS = [text for text, _ in make_rows(40, seed=3)] + ["dull", "fine !", "? the film"]
@@ -50,7 +50,7 @@ def predicted(model: TextClassifier, data: TextDataModule) -> np.ndarray:
         return model.eval().document_logits(batch).softmax(-1).numpy()
 
 
-@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("tokenizer", slow_but(["as the config", "no padding token"], TOKENIZERS))
 @pytest.mark.parametrize("pad_in_config", [0, 7, None])  # None: the architecture's own, or none
 @pytest.mark.parametrize("model_type", MODELS)
 def test_pipeline_says_of_the_saved_folder_what_the_model_says(

@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning_lora import TextClassifier, TextDataModule, training_length
 from lightning_lora.cli import main
 from lightning_lora.config.configured_run import ConfiguredRun
-from lightning_lora.experiments import runner
 from lightning_lora.experiments.given_runs import GivenRun
 from lightning_lora.runs.folder import RunFolder, as_configured
 from lightning_lora.training import length as rule
@@ -27,7 +26,7 @@ from lightning_lora.training.length import (
     plan_length,
 )
 from tests.config.test_resuming import same
-from tests.conftest import make_rows, write_csv
+from tests.conftest import cells_in_process, make_rows, slow_but, write_csv
 
 Fit = Callable[..., int]
 
@@ -260,7 +259,7 @@ def test_what_was_left_open_is_open_for_other_rows_and_the_same_command(fit: Fit
 def test_cells_of_other_rows_have_other_lengths_and_neither_confound_nor_go_stale(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr(runner, "run_child", lambda each, *_: next((s for s in map(main, each) if s), 0))
+    cells_in_process(monkeypatch)
     plan = {"question": "How many rows?", "base": "a.yaml", "axes": {"rows": {"data.train_rows": [40, 80]}}}
     Path("rows.yaml").write_text(yaml.safe_dump(plan | {"baseline": {"rows": 40}, "seeds": [1]}))
     words = ["ablate", "--config", "rows.yaml", "--name", "rows"]
@@ -299,7 +298,7 @@ def test_arguments_that_are_given_are_returned_and_have_priority(fit: Fit, tiny_
     assert training_length(data, callbacks=[mine])["callbacks"] == [mine]
 
 
-@pytest.mark.parametrize("by", ["texts", "tokens"])
+@pytest.mark.parametrize("by", slow_but(["tokens"], ["texts", "tokens"]))
 @pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 4}, {"limit_train_batches": 0.4}])
 def test_the_steps_are_those_that_lightning_counts(fit: Fit, tiny_base: Path, by: str, settings: dict) -> None:
     data = TextDataModule("rows.csv", str(tiny_base), max_length=24, batch_size=8, batch_by=by)

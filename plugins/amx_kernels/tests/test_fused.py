@@ -14,6 +14,7 @@ from lightning_lora.models.methods import AdapterOptions, tune
 from lightning_lora.models.speedups import Speedups, cast_frozen, install
 from lightning_lora_amx.encoder_layer import LAYERS, FusedEncoderLayer
 from lightning_lora_amx.fused_linear import add_product, fuse_bias, fuse_lora, one_pass
+from tests.conftest import slow_but
 from tests.models.test_speedups import (  # noqa: F401  # run again, with the plugin
     BF16,
     FLOAT32,
@@ -81,7 +82,7 @@ def test_a_fused_layer_stays_pefts_when_merged_disabled_or_dropped_out() -> None
     assert not torch.equal(ours(inputs), ours(inputs))
 
 
-@pytest.mark.parametrize("targets", ["all_linear", "query_value", ["output.dense"]])
+@pytest.mark.parametrize("targets", slow_but(["all_linear"], ["all_linear", "query_value", ["output.dense"]]))
 @pytest.mark.parametrize("model_type", list(LAYERS))
 def test_an_encoder_layer_in_one_step_has_the_gradients_of_its_function(make_base, model_type: str, targets) -> None:
     """Of padded states in double precision, for a layer and for the last one, which goes on with the first token."""
