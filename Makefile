@@ -24,7 +24,7 @@ quickstart: $(INSTALLED)  ## install, fine-tune on film reviews, test before and
 	@echo "with:          source $(BIN)/activate"
 
 test: $(INSTALLED)  ## the whole test suite, offline, on the CPU
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --dist loadfile
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(INSTALLED)  ## what needs a GPU, and training on it (python -m pytest -m gpu, where torch is there already)
 	$(BIN)/python -m pytest -m gpu

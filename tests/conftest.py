@@ -44,6 +44,25 @@ LANGUAGE_MODELS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gem
 VOCABULARY = SPECIAL + sorted({word for words in [*WORDS.values(), FILLER] for word in words})
 
 
+#: Files that take longest: begun first, so that no worker is left with one of them at the end.
+LONGEST = (
+    "tests/test_readme.py",
+    "tests/experiments/test_ablate.py",
+    "tests/export/",
+    "tests/test_configs.py",
+    "tests/training/test_refused.py",
+    "tests/training/test_length.py",
+    "tests/faults/",
+    "tests/commands/",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(
+        key=lambda item: next((i for i, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
+    )
+
+
 def make_rows(count: int, labels: tuple[str, ...] = ("neg", "pos"), seed: int = 0) -> list[tuple[str, str]]:
     """Rows whose label shows in their words; no two texts are the same."""
     rng = random.Random(seed)

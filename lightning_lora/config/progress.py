@@ -30,6 +30,12 @@ class Progress(RichProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         return {short.get(name, name): value for name, value in metrics.items() if name != "v_num"}
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Count epochs from one, as all else here does; Lightning's are from zero, and up to -2 with max_steps."""
+        most = self.trainer.max_epochs
+        told = f"Epoch {current_epoch + 1}" + (f" of {most}" if most is not None and most > 0 else "")
+        return told.ljust(len(self.validation_description))
+
 
 class ProgressLines(Callback):
     """A line with the time left every half a minute: where there is no terminal, a bar is drawn at its end alone."""

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_lora.cli import main
-from lightning_lora.config.progress import ProgressLines
+from lightning_lora.config.progress import Progress, ProgressLines
 from tests.conftest import make_rows, write_csv
 
 
@@ -40,3 +42,10 @@ def test_a_line_comes_only_so_often(capsys: pytest.CaptureFixture, monkeypatch: 
         "step 13 of 20, about 1 min 12 s left",
         "step 15 of 20, about 1 min 2 s left",
     ]
+
+
+@pytest.mark.parametrize(("options", "told"), [({"max_epochs": 3}, "Epoch 3 of 3"), ({"max_steps": 2}, "Epoch 1 ")])
+def test_the_bar_counts_epochs_from_one(options: dict, told: str, capsys: pytest.CaptureFixture) -> None:
+    trainer = Trainer(**options, accelerator="cpu", callbacks=Progress(), logger=False, enable_checkpointing=False)
+    trainer.fit(BoringModel())
+    assert told in capsys.readouterr().err
