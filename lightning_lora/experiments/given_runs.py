@@ -20,12 +20,14 @@ from lightning_lora.experiments.results import (
     read_run_predictions,
 )
 from lightning_lora.runs.folder import RunFolder, as_configured, best_evaluation
+from lightning_lora.units import duration
 
 #: Settings that change nothing in a result.
 _OUTSIDE = {
     *("data.cache_dir", "seed_everything"),
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.log_every_n_steps"),
 }
+_BUDGET = "budget"
 #: A longer label is no name: the arm is then called like its first run.
 _LONGEST_LABEL = 60
 
@@ -51,8 +53,16 @@ class GivenRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Flat settings that the result depends on, without the seed."""
-        flat = flatten(as_configured(self.record["config"], self.record))
+        """Flat settings that the result depends on, without the seed.
+
+        Of a run by ``fit --budget`` they are those that the search began with, and the budget: what it chose is its
+        result, and differs from seed to seed.
+        """
+        tuning = self.record.get("tuning")
+        if tuning is None:
+            flat = flatten(as_configured(self.record["config"], self.record))
+        else:
+            flat = {**flatten(tuning["default"]), _BUDGET: duration(tuning["budget_s"])}
         return {key: value for key, value in flat.items() if key not in _OUTSIDE and value not in (None, {})}
 
     @property
@@ -145,7 +155,8 @@ def arm_labels(runs: Sequence[GivenRun], keys: Sequence[str]) -> list[str]:
     for run in runs:
         values = {key: run.settings.get(key) for key in keys}
         if str(values) not in labels:
-            label = ", ".join(f"{key.split('.')[-1]} {_value(value)}" for key, value in values.items()) or "all runs"
+            words = [_words(key, value) for key, value in values.items()]
+            label = ", ".join(words) or "all runs"
             labels[str(values)] = run.name if len(label) > _LONGEST_LABEL or label in labels.values() else label
     return [labels[str({key: run.settings.get(key) for key in keys})] for run in runs]
 
@@ -156,6 +167,8 @@ def remarks(runs: Sequence[GivenRun]) -> list[str]:
     untested = [run.name for run in runs if "test" not in run.answers]
     if untested and len(untested) < len(runs):
         found.append(f"warning: validation rows are compared, as not all runs were tested ({', '.join(untested)} not)")
+    if tuned := [run.name for run in runs if "tuning" in run.record]:
+        found.append(f"Training times of {', '.join(tuned)} are those of the kept trials, not of the searches.")
     last = [run.name for run in runs if "val" in run.answers and best_evaluation(run.record, "val") is None]
     if last:
         found.append(f"Validation predictions are of the last weights, not of the best ones, in {', '.join(last)}.")
@@ -177,6 +190,10 @@ def _follows(run: GivenRun) -> dict[str, Any]:
     if "model.learning_rate" not in settings and "learning_rate" in model:
         follows["learning rate of the method"] = model["learning_rate"]
     return follows
+
+
+def _words(key: str, value: Any) -> str:
+    return "no budget" if key == _BUDGET and value is None else f"{key.rsplit('.', maxsplit=1)[-1]} {_value(value)}"
 
 
 def _value(value: Any) -> str:

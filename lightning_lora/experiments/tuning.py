@@ -298,6 +298,7 @@ class Tuner:
         tuning = {
             "task": self.space.task,
             "budget_s": self.budget_s,
+            "default": next(iter(self.space.by_method.values())),
             "used_s": self.used_s,
             "space": self.space.dimensions,
             "trials": [{key: trial[key] for key in shown if key in trial} for trial in self.trials],

@@ -49,6 +49,21 @@ def tuned(own_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
+def test_a_report_takes_what_a_search_chose_for_its_result(tuned: Path, own_config: Path, tmp_path: Path) -> None:
+    """The arms are with and without the budget, whatever each seed's search has kept."""
+    words = ["fit", "--config", str(own_config / "own.yaml"), *SHORT, "--name", "plain", "--logs_dir", str(tmp_path)]
+    assert main(words) == 0
+    runs = [str(tmp_path / "plain"), str(tuned)]
+    for run in runs:
+        assert main(["test", "--run", run, "--before", "false"]) == 0
+    assert main(["report", *runs, "--output", "compared"]) == 0
+    document = json.loads(Path("compared/report.json").read_text())
+    assert [arm["name"] for arm in document["arms"]] == ["no budget", "budget 10 min 0 s"]
+    text = Path("compared/report.md").read_text()
+    assert "2 runs that differ in budget:" in text
+    assert "Training times of run are those of the kept trials" in text
+
+
 def test_the_best_run_is_a_run_like_any_other(tuned: Path, own_config: Path, tmp_path: Path, capsys) -> None:
     record = json.loads((tuned / "run.json").read_text())
     assert record["name"] == "run" and record["status"] == "finished" and record["tuning"]["kept"] == 1
