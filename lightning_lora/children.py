@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,11 @@ def start_child(work: Callable[[], int | None], output: Path, environment: Mappi
     Args:
         work: The function; it can be pickled.
         output: What it prints is added to this file.
-        environment: Added to the process's environment.
+        environment: Added to this process's environment, which it has.
     """
-    process = child_context().Process(target=_main, args=(work, str(output), dict(environment or {})))
+    context = child_context()
+    server = _server_address() if context.get_start_method() == "forkserver" else None
+    process = context.Process(target=_main, args=(work, str(output), {**os.environ, **(environment or {})}, server))
     process.start()
     return process
 
@@ -91,9 +93,27 @@ def child_context() -> Any:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning_lora.experiments.preloaded"])
-    if torch.cuda.is_available() and not _forked_can_use_gpu():
+    forked = "ensure_running" in vars(forkserver._forkserver)  # this process itself, and its parent has tried
+    if torch.cuda.is_available() and not forked and not _forked_can_use_gpu():
         return multiprocessing.get_context("spawn")
     return context
+
+
+def _server_address() -> str | None:
+    """Where the server listens that processes are forked from; None where another process cannot use it."""
+    server = forkserver._forkserver
+    server.ensure_running()
+    return None if hasattr(server, "_forkserver_authkey") else getattr(server, "_forkserver_address", None)
+
+
+def _join_server(address: str) -> None:
+    """Have what this process starts forked from the server that it was forked from itself.
+
+    CPython means to do so (see ``ForkServer.ensure_running``), but starts another server, which imports all again: some
+    ten seconds for each worker of an ablation.
+    """
+    server: Any = forkserver._forkserver
+    server._forkserver_address, server.ensure_running = address, lambda: None
 
 
 @cache
@@ -122,10 +142,17 @@ def _end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _main(work: Callable[[], int | None], output: str, environment: dict[str, str]) -> None:
+def _main(work: Callable[[], int | None], output: str, environment: dict[str, str], server: str | None) -> None:
+    import torch
+
     from lightning_lora.cli import exit_status
 
+    os.environ.clear()
     os.environ.update(environment)
+    if server is not None:
+        _join_server(server)
+    if threads := os.environ.get("OMP_NUM_THREADS"):  # which is read when torch is imported, in the server
+        torch.set_num_threads(int(threads))
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

@@ -1,6 +1,9 @@
 """How child processes start."""
 
 import multiprocessing
+import os
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,3 +25,25 @@ def test_children_are_forked_where_a_forked_process_can_use_the_gpu(
 def test_a_forked_process_that_cannot_use_a_gpu_says_so() -> None:
     assert children.child_context().get_start_method() == "forkserver"
     assert not children._forked_can_use_gpu()
+
+
+def write_facts(path: Path) -> None:
+    """The process that this one was forked from, its threads, and a variable of its environment."""
+    path.write_text(f"{os.getppid()} {torch.get_num_threads()} {os.environ.get('OF_PARENT')}")
+
+
+def write_facts_of_both(folder: Path) -> None:
+    write_facts(folder / "child")
+    own = {"OMP_NUM_THREADS": "3"}
+    children.join_children([children.start_child(partial(write_facts, folder / "other"), folder / "out.txt", own)])
+
+
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="nothing is forked")
+def test_a_child_s_children_are_forked_from_the_same_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another server would import all again, for each worker."""
+    monkeypatch.setenv("OF_PARENT", "1")
+    work = partial(write_facts_of_both, tmp_path)
+    (status,) = children.join_children([children.start_child(work, tmp_path / "out.txt", {"OMP_NUM_THREADS": "2"})])
+    assert status == 0, (tmp_path / "out.txt").read_text()
+    (server, *child), (same, *other) = ((tmp_path / name).read_text().split() for name in ("child", "other"))
+    assert server == same and child == ["2", "1"] and other == ["3", "1"]
