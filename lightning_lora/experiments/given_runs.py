@@ -58,11 +58,11 @@ class GivenRun:
         Of a run by ``fit --budget`` they are those that the search began with, and the budget: what it chose is its
         result, and differs from seed to seed.
         """
-        tuning = self.record.get("tuning")
-        if tuning is None:
-            flat = flatten(as_configured(self.record["config"], self.record))
-        else:
+        tuning = self.record.get("tuning") or {}
+        if "default" in tuning:
             flat = {**flatten(tuning["default"]), _BUDGET: duration(tuning["budget_s"])}
+        else:
+            flat = flatten(as_configured(self.record["config"], self.record))
         return {key: value for key, value in flat.items() if key not in _OUTSIDE and value not in (None, {})}
 
     @property
