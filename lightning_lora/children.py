@@ -83,16 +83,23 @@ def last_error(output: str, status: int) -> str:
     return errors[-1] if errors else f"ended with status {status}"
 
 
+def start_server() -> None:
+    """Start the server that processes are forked from, where there is one: it imports while this process does, too."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        # Asked in another way, the driver would start, and no process that is forked from there could use a GPU.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        forkserver.set_forkserver_preload(["lightning_lora.experiments.preloaded"])
+        forkserver._forkserver.ensure_running()
+
+
 def child_context() -> Any:
     """Return how processes start: forked from one that has imported this program, or spawned where that cannot be."""
     import torch
 
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
-    # Asked in another way, the driver would start, and no process that is forked from here on could use a GPU.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    start_server()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_lora.experiments.preloaded"])
     forked = "ensure_running" in vars(forkserver._forkserver)  # this process itself, and its parent has tried
     if torch.cuda.is_available() and not forked and not _forked_can_use_gpu():
         return multiprocessing.get_context("spawn")
@@ -102,7 +109,6 @@ def child_context() -> Any:
 def _server_address() -> str | None:
     """Where the server listens that processes are forked from; None where another process cannot use it."""
     server = forkserver._forkserver
-    server.ensure_running()
     return None if hasattr(server, "_forkserver_authkey") else getattr(server, "_forkserver_address", None)
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lightning_lora import __version__
 from lightning_lora.errors import UserError, first_line
@@ -67,8 +67,18 @@ def _run_command(command: str, *argv: str) -> int | None:
     if command not in COMMANDS:
         meant = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(command, COMMANDS, 1))
         raise UserError(f"no command '{command}'{meant}; there are {', '.join(COMMANDS)}")
+    if _starts_children(command, argv):
+        from lightning_lora.children import start_server
+
+        start_server()  # first, so that it imports while this process does
     module, _, function = COMMANDS[command][1].partition(":")
     return getattr(importlib.import_module(f"lightning_lora.commands.{module}"), function)(list(argv))
+
+
+def _starts_children(command: str, argv: Sequence[str]) -> bool:
+    if {"-h", "--help", "--help_all", "--plan"} & set(argv):
+        return False
+    return command in ("ablate", "compare") or any(word.partition("=")[0] == "--budget" for word in argv)
 
 
 def exit_status(work: Callable[[], int | None], show_traceback: bool = False) -> int:

@@ -1,5 +1,6 @@
 """How child processes start."""
 
+import contextlib
 import multiprocessing
 import os
 from functools import partial
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from lightning_lora import children
+from lightning_lora.cli import main
 
 
 @pytest.mark.parametrize(("can", "method"), [(True, "forkserver"), (False, "spawn")])
@@ -47,3 +49,23 @@ def test_a_child_s_children_are_forked_from_the_same_server(tmp_path: Path, monk
     assert status == 0, (tmp_path / "out.txt").read_text()
     (server, *child), (same, *other) = ((tmp_path / name).read_text().split() for name in ("child", "other"))
     assert server == same and child == ["2", "1"] and other == ["3", "1"]
+
+
+@pytest.mark.parametrize(
+    ("command", "starts"),
+    [
+        ("ablate --config none.yaml", True),
+        ("ablate --config none.yaml --plan", False),
+        ("compare --help", False),
+        ("fit --config none.yaml", False),
+        ("fit --config none.yaml --budget 5m", True),
+    ],
+)
+def test_the_server_is_started_before_all_else_where_there_will_be_children(
+    command: str, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[bool] = []
+    monkeypatch.setattr(children, "start_server", lambda: started.append(True))
+    with contextlib.suppress(SystemExit):  # of --help
+        assert main(command.split()) == 2
+    assert started == [True] * starts
