@@ -78,7 +78,7 @@ def _run_command(command: str, *argv: str) -> int | None:
 def _starts_children(command: str, argv: Sequence[str]) -> bool:
     if {"-h", "--help", "--help_all", "--plan"} & set(argv):
         return False
-    return command in ("ablate", "compare") or any(word.partition("=")[0] == "--budget" for word in argv)
+    return command in ("ablate", "compare") or bool({"--budget", "--workers"} & {w.partition("=")[0] for w in argv})
 
 
 def exit_status(work: Callable[[], int | None], show_traceback: bool = False) -> int:

@@ -59,6 +59,7 @@ def test_a_child_s_children_are_forked_from_the_same_server(tmp_path: Path, monk
         ("compare --help", False),
         ("fit --config none.yaml", False),
         ("fit --config none.yaml --budget 5m", True),
+        ("predict --run none --input a --output b --workers=2", True),
     ],
 )
 def test_the_server_is_started_before_all_else_where_there_will_be_children(
