@@ -115,8 +115,8 @@ def _server_address() -> str | None:
 def _join_server(address: str) -> None:
     """Have what this process starts forked from the server that it was forked from itself.
 
-    CPython means to do so (see ``ForkServer.ensure_running``), but starts another server, which imports all again: some
-    ten seconds for each worker of an ablation.
+    CPython means to do so, but starts another server (python/cpython#86354), which imports all again: some ten seconds
+    for each worker of an ablation.
     """
     server: Any = forkserver._forkserver
     server._forkserver_address, server.ensure_running = address, lambda: None
