@@ -6,7 +6,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from multiprocessing import connection, forkserver
 from pathlib import Path
@@ -83,13 +84,28 @@ def last_error(output: str, status: int) -> str:
     return errors[-1] if errors else f"ended with status {status}"
 
 
+@cache
 def start_server() -> None:
     """Start the server that processes are forked from, where there is one: it imports while this process does, too."""
     if "forkserver" in multiprocessing.get_all_start_methods():
         # Asked in another way, the driver would start, and no process that is forked from there could use a GPU.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         forkserver.set_forkserver_preload(["lightning_lora.experiments.preloaded"])
-        forkserver._forkserver.ensure_running()
+        with _without_interrupts():  # by Ctrl-C, which reaches the server too, and would show where its imports were
+            forkserver._forkserver.ensure_running()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ignore SIGINT, as do processes that are started meanwhile; only the main thread can do so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def child_context() -> Any:
@@ -153,6 +169,7 @@ def _main(work: Callable[[], int | None], output: str, environment: dict[str, st
 
     from lightning_lora.cli import exit_status
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server ignores
     os.environ.clear()
     os.environ.update(environment)
     if server is not None:

@@ -3,14 +3,22 @@
 import contextlib
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from lightning_lora import children
 from lightning_lora.cli import main
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("can", "method"), [(True, "forkserver"), (False, "spawn")])
@@ -70,3 +78,19 @@ def test_the_server_is_started_before_all_else_where_there_will_be_children(
     with contextlib.suppress(SystemExit):  # of --help
         assert main(command.split()) == 2
     assert started == [True] * starts
+
+
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="nothing is forked")
+def test_an_interruption_while_the_server_imports_is_one_line(tmp_path: Path) -> None:
+    """Ctrl-C reaches all processes of a terminal."""
+    (tmp_path / "a.yaml").write_text("question: '?'\n")
+    words = [sys.executable, str(ROOT / "main.py"), "ablate", "--config", "a.yaml"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(words, cwd=tmp_path, start_new_session=True, **pipes) as process:
+        deadline = time.monotonic() + 60
+        while not psutil.Process(process.pid).children() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stdout is not None
+        assert process.stdout.read() == "interrupted\n" and process.wait() == 130
