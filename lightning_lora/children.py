@@ -174,7 +174,8 @@ def _main(work: Callable[[], int | None], output: str, environment: dict[str, st
     os.environ.update(environment)
     if server is not None:
         _join_server(server)
-    if threads := os.environ.get("OMP_NUM_THREADS"):  # which is read when torch is imported, in the server
+    threads = os.environ.get("OMP_NUM_THREADS", "")  # which is read when torch is imported, in the server
+    if threads.isdigit() and int(threads) > 0:
         torch.set_num_threads(int(threads))
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
