@@ -44,7 +44,7 @@ LANGUAGE_MODELS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gem
 VOCABULARY = SPECIAL + sorted({word for words in [*WORDS.values(), FILLER] for word in words})
 
 
-#: Files that take longest: begun first, so that no worker is left with one of them at the end.
+#: Files that take longest: run first, so that no worker is left with one of them at the end.
 LONGEST = (
     "tests/test_readme.py",
     "tests/experiments/test_ablate.py",
@@ -278,17 +278,20 @@ def slow_but(few: Sequence[Any], values: Iterable[Any]) -> list[Any]:
     return [value if value in few else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
+def run_in_process(commands: list[list[str]], output: Path) -> int:
+    """Run commands in this process instead of one of their own; what they say of errors goes to the output."""
+    from lightning_lora.cli import main
+
+    with output.open("a") as file, contextlib.redirect_stderr(file):
+        return next((status for status in map(main, commands) if status), 0)
+
+
 def cells_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run cells and trials in this process, which is faster; other tests see that they have their own processes."""
-    from lightning_lora.cli import main
     from lightning_lora.experiments import evaluating, runner, tuning
 
-    def run(commands: list[list[str]], output: Path) -> int:
-        with output.open("a") as file, contextlib.redirect_stderr(file):
-            return next((status for status in map(main, commands) if status), 0)
-
     for module in (runner, evaluating, tuning):
-        monkeypatch.setattr(module, "run_child", run)
+        monkeypatch.setattr(module, "run_child", run_in_process)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """Comparisons of tiny arms: an experiment whose axis is the method."""
 
-import contextlib
 import csv
 import json
 import os
@@ -26,15 +25,9 @@ from lightning_lora.experiments.plan import flatten
 from lightning_lora.experiments.resolving import resolve
 from lightning_lora.runs.checkpoints import read_checkpoint
 from lightning_lora.runs.folder import RunFolder
-from tests.conftest import make_rows, write_csv
+from tests.conftest import cells_in_process, make_rows, run_in_process, write_csv
 
 ARMS = ["none", "head", "lora", "full"]
-
-
-def run_here(commands: list[list[str]], output: Path) -> int:
-    """Run commands in this process instead of one of their own; what they say of errors goes to the output."""
-    with output.open("a") as file, contextlib.redirect_stderr(file):
-        return next((status for status in map(main, commands) if status), 0)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +37,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     def run(commands: list[list[str]], output: Path) -> int:
         found.extend(commands)
-        return run_here(commands, output)
+        return run_in_process(commands, output)
 
     for module in (runner, evaluating):
         monkeypatch.setattr(module, "run_child", run)
@@ -69,8 +62,7 @@ def compared(make_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_config(place, make_base("bert"))
     words = ["--config", str(config), "--logs_dir", str(place / "logs"), "--name", "four", "--arms", *ARMS]
     with pytest.MonkeyPatch.context() as patch:
-        for module in (runner, evaluating):
-            patch.setattr(module, "run_child", run_here)
+        cells_in_process(patch)
         assert main(["compare", *words, "--data.batch_size", "8"]) == 0
     return place / "logs" / "four"
 
