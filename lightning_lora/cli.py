@@ -1,22 +1,25 @@
 """The command table and the border where errors become one line.
 
-A command is one entry here and one module in ``commands/``. Nothing heavy is imported before a command is chosen.
+A command is one entry here and one module in ``commands/``, or a plugin: a distribution with an entry point in the
+group ``lightning_lora.commands``, whose summary is the line of the help page. Nothing heavy is imported before a
+command is chosen.
 """
 
 import difflib
-import importlib
 import os
+import pkgutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
 
 from lightning_lora import __version__
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import refusal
 from lightning_lora.interrupts import Interrupted
 from lightning_lora.processes import is_rank_zero
-from lightning_lora.program import program
+from lightning_lora.program import ROOT, program
 
 #: For each word after ``main.py`` a line for the help page, and the ``module:function`` that takes the other arguments.
 COMMANDS = {
@@ -28,23 +31,34 @@ COMMANDS = {
     "export": ("adapter, merged model and ONNX for other software", "export:run"),
     "sample": ("random test rows with truth and prediction", "sample:run"),
     "explain": ("what each word adds to a prediction, and labels that are likely wrong", "explain:run"),
-    "demo": ("a page in your browser: classify, compare two runs, label a file", "demo:run"),
     "ablate": ("an ablation: axes, seeds, sound comparison, report", "ablate:run"),
     "report": ("the report of ablations or of any runs, without torch", "report:run"),
     "recipes": ("the configs that --config finds by name", "recipes:run"),
     "predict": ("labels and probabilities for your own texts", "predict:run"),
-    "serve": ("labels and probabilities over HTTP, of one run or many", "serve:run"),
 }
+#: Commands of plugins of this project: the distribution of each.
+PLUGINS = {"demo": "lightning_lora_demo", "serve": "lightning_lora_serve"}
 #: Seconds that a process waits for the one that leads it.
 PATIENCE_S = 10
-HELP = f"""usage: {program()} COMMAND [OPTIONS]
+
+
+def help_page() -> str:
+    """What ``--help`` shows: each command with a line, those of installed plugins last."""
+    lines = {name: summary for name, (summary, _) in COMMANDS.items()}
+    lines |= {name: point.dist.metadata["Summary"] for name, point in plugin_commands().items() if point.dist}
+    return f"""usage: {program()} COMMAND [OPTIONS]
 
 Fine-tune text classifiers with LoRA on PyTorch Lightning.
 
-{chr(10).join(f"  {name:<8}  {summary}" for name, (summary, _) in COMMANDS.items())}
+{chr(10).join(f"  {name:<8}  {summary}" for name, summary in lines.items())}
 
 Each command has its own --help; --print_config shows every setting with its value.
 Errors are one line; --traceback (or LIGHTNING_LORA_TRACEBACK=1) shows where they come from."""
+
+
+def plugin_commands() -> dict[str, EntryPoint]:
+    """The commands that installed plugins bring, by name."""
+    return {point.name: point for point in sorted(entry_points(group="lightning_lora.commands"))}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     show_traceback = "--traceback" in argv or bool(os.environ.get("LIGHTNING_LORA_TRACEBACK"))
     argv = [word for word in argv if word != "--traceback"]
     if not argv or argv[0] in ("-h", "--help"):
-        print(HELP)
+        print(help_page())
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"lightning_lora {__version__}")
@@ -64,15 +78,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run_command(command: str, *argv: str) -> int | None:
-    if command not in COMMANDS:
-        meant = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(command, COMMANDS, 1))
-        raise UserError(f"no command '{command}'{meant}; there are {', '.join(COMMANDS)}")
     if _starts_children(command, argv):
         from lightning_lora.children import start_server
 
         start_server()  # first, so that it imports while this process does
-    module, _, function = COMMANDS[command][1].partition(":")
-    return getattr(importlib.import_module(f"lightning_lora.commands.{module}"), function)(list(argv))
+    return _function(command)(list(argv))
+
+
+def _function(command: str) -> Callable[[list[str]], int | None]:
+    if command in COMMANDS:
+        return pkgutil.resolve_name(f"lightning_lora.commands.{COMMANDS[command][1]}")
+    plugins = plugin_commands()
+    if command in plugins:
+        return plugins[command].load()
+    if command in PLUGINS:
+        checkout = f"-c constraints.txt -e plugins/{command}" if (ROOT / "main.py").is_file() else PLUGINS[command]
+        raise UserError(f"the command '{command}' is a plugin: pip install {checkout}")
+    known = [*COMMANDS, *plugins]
+    meant = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(command, known, 1))
+    raise UserError(f"no command '{command}'{meant}; there are {', '.join(known)}")
 
 
 def _starts_children(command: str, argv: Sequence[str]) -> bool:

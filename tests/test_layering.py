@@ -17,7 +17,6 @@ MAY_IMPORT = {
     "training": {"data", "models", "evaluation", "runs"},
     "config": {"data", "models", "evaluation", "runs", "training"},
     "inference": {"data", "models", "evaluation", "runs", "training", "config", "export"},
-    "serving": {"data", "models", "evaluation", "runs", "training", "config", "export", "inference"},
     "export": {"data", "models", "evaluation", "runs", "training", "config"},
     "experiments": {"data", "models", "evaluation", "runs", "training", "config"},
     "reports": {"runs", "experiments", "evaluation"},

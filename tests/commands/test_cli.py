@@ -2,12 +2,17 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 
-from lightning_lora.cli import COMMANDS, main
+from lightning_lora import cli
+from lightning_lora.cli import COMMANDS, PLUGINS, main, plugin_commands
 from lightning_lora.config.options import COMMAND_OPTIONS, EXAMPLES
 
 ROOT = Path(__file__).parents[2]
@@ -35,11 +40,9 @@ def test_every_command_has_a_help_page(command: str, capsys: pytest.CaptureFixtu
         "compare": "--arms",
         "sample": "--only",
         "explain": "--html",
-        "demo": "--port",
         "ablate": "--no_test",
         "report": "folders",
         "recipes": "name",
-        "serve": "--max_texts",
         "data": "--output",
     }
     assert own[command] in told and f"main.py {command}" in told
@@ -78,8 +81,40 @@ def test_the_examples_of_the_help_are_parsed(tmp_path: Path, reviews: Path, tiny
             assert stopped.value.code == 0, example
 
 
+class Plugin(EntryPoint):
+    """An installed plugin that brings a command."""
+
+    def load(self) -> Callable[[list[str]], int]:
+        return len
+
+    @property
+    def dist(self) -> Any:
+        return SimpleNamespace(metadata={"Summary": "count the words"})
+
+
+def test_a_plugin_brings_a_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = Plugin("count", "own.module:count", "lightning_lora.commands")
+    monkeypatch.setattr(cli, "entry_points", lambda group: [point] if group == point.group else [])
+    assert main(["count", "one", "two"]) == 2
+    assert main(["--help"]) == 0
+    assert "  count     count the words\n" in capsys.readouterr().out
+    assert main(["coun"]) == 2
+    assert "no command 'coun'; did you mean count?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", PLUGINS)
+def test_without_its_plugin_a_command_says_what_to_install(
+    command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "entry_points", lambda group: [])
+    assert main([command, "--run", "logs/x"]) == 2
+    folder = f"plugins/{command}"
+    said = f"error: the command '{command}' is a plugin: pip install -c constraints.txt -e {folder}\n"
+    assert capsys.readouterr().err == said and (ROOT / folder / "pyproject.toml").is_file()
+
+
 def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture) -> None:
-    known = ", ".join(COMMANDS)
+    known = ", ".join([*COMMANDS, *plugin_commands()])
     assert main(["fitt"]) == 2
     assert capsys.readouterr().err == f"error: no command 'fitt'; did you mean fit?; there are {known}\n"
     assert main(["xyzzy"]) == 2

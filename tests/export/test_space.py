@@ -15,7 +15,7 @@ import yaml
 from lightning_lora import load_run
 from lightning_lora.cli import main
 from lightning_lora.data.pairs import Text
-from lightning_lora.inference.demo import bars
+from lightning_lora_demo.page import bars
 from tests.commands.test_tasks import run as task_run  # noqa: F401  # of several labels, and of a number
 from tests.conftest import fit_tiny
 from tests.inference.test_predict_pairs import run as pair_run  # noqa: F401
@@ -26,7 +26,7 @@ PAIRS = [("a fine film", "an awful story"), ("dull", "boring and dull")]
 
 @pytest.fixture
 def gradio() -> None:
-    pytest.importorskip("gradio", reason="the extra 'demo' is not installed")
+    pytest.importorskip("gradio", reason="the plugin 'demo' is not installed")
 
 
 def export(run: Path, *more: str) -> Path:
@@ -71,7 +71,7 @@ def test_the_folder_is_a_space_and_runs_by_itself(tiny_base: Path, tmp_path: Pat
     assert {"gradio", "torch", "transformers"} <= {*packages} and header["sdk_version"] == packages["gradio"]
     assert "lightning_lora" not in (space / "app.py").read_text()
 
-    client = pytest.importorskip("gradio_client", reason="the extra 'demo' is not installed")
+    client = pytest.importorskip("gradio_client", reason="the plugin 'demo' is not installed")
     moved = Path(shutil.move(space, "elsewhere"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

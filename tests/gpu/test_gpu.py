@@ -283,8 +283,8 @@ def test_a_quantized_run_is_tested_and_exported(
 
 def test_served_runs_answer_as_predict_does(tiny_base: Path, reviews: Path, tmp_path: Path) -> None:
     """Two runs that share a base, the later batches by captured passes."""
-    pytest.importorskip("fastapi", reason="needs the extra 'serve'")
-    from lightning_lora.serving.served_run import ServedRun, SharedWeights
+    pytest.importorskip("fastapi", reason="needs the plugin 'serve'")
+    from lightning_lora_serve.served_run import ServedRun, SharedWeights
 
     words = fit_words(tmp_path, tiny_base, reviews)
     for seed, name in enumerate(("one", "two")):

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+pytest.importorskip("fastapi", reason="needs the plugin 'serve'")
 
+from serve_answers import LIMITS, TEXTS, check, inputs
 from starlette.testclient import TestClient
 
 from lightning_lora.evaluation.predictions import Predictions
-from lightning_lora.serving.schemas import as_answers
-from lightning_lora.serving.server import AccessMiddleware
-from tests.serving.conftest import LIMITS, TEXTS, check, inputs
+from lightning_lora_serve.schemas import as_answers
+from lightning_lora_serve.server import AccessMiddleware
 
 
 def test_answers_of_many_clients_and_runs_are_those_of_predict(client: TestClient, expected, served) -> None:

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 import yaml
+from serve_answers import LIMITS, inputs
 
 from lightning_lora import load_run
 from lightning_lora.cli import main
 from tests.commands.test_tasks import write_config
-from tests.conftest import PAIR_HEADER, fit_tiny, make_pairs, make_rows, write_csv
-
-LIMITS: dict[str, Any] = {"body_mb": 0.02, "texts": 20, "characters": 300, "waiting_texts": 500}
-TEXTS = [text for text, _ in make_rows(60, seed=5)]
-PAIRS = [row[:2] for row in make_pairs(20, seed=7)]
+from tests.conftest import PAIR_HEADER, fit_tiny, make_base, make_pairs, own_folders, tiny_base, write_csv  # noqa: F401
 
 
 @pytest.fixture(scope="session")
-def run_folders(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def run_folders(
+    tiny_base: Path,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
     """Two LoRA runs with other labels, one of several labels (calibrated), of pairs, in windows, packed, a baseline."""
     place = tmp_path_factory.mktemp("served")
     config: dict[str, Any] = {
@@ -53,7 +53,7 @@ def run_folders(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.fixture(scope="session")
 def served(run_folders: dict[str, Path]) -> dict[str, Any]:
     """The runs, loaded once, with small batches; merged and not."""
-    from lightning_lora.serving.served_run import ServedRun, SharedWeights
+    from lightning_lora_serve.served_run import ServedRun, SharedWeights
 
     shared = SharedWeights()
     return {
@@ -68,18 +68,13 @@ def expected(run_folders: dict[str, Path]) -> dict[str, Any]:
     return {path.name: load_run(path).predict(inputs(path.name)) for path in run_folders.values()}
 
 
-def inputs(name: str) -> list[Any]:
-    """Texts for a run, or pairs."""
-    return PAIRS if name == "pairs" else TEXTS
-
-
 @pytest.fixture
 def middleware(served: dict[str, Any]) -> Iterator[Any]:
     """The application in front of the runs, without a key."""
-    from lightning_lora.serving.application import make_app
-    from lightning_lora.serving.batcher import Batcher
-    from lightning_lora.serving.schemas import Limits
-    from lightning_lora.serving.server import AccessMiddleware, ServingMetrics
+    from lightning_lora_serve.application import make_app
+    from lightning_lora_serve.batcher import Batcher
+    from lightning_lora_serve.schemas import Limits
+    from lightning_lora_serve.server import AccessMiddleware, ServingMetrics
 
     limits, metrics = Limits(**LIMITS), ServingMetrics()
     batcher = Batcher(limits.waiting_texts, metrics)
@@ -93,16 +88,3 @@ def client(middleware: Any) -> Any:
     from starlette.testclient import TestClient
 
     return TestClient(middleware)
-
-
-def check(answer: dict[str, Any], expected: Any, positions: list[int]) -> None:
-    """An answer of the server is what ``predict`` gives for these positions."""
-    columns = expected.columns()
-    assert len(answer["predictions"]) == len(positions)
-    for found, i in zip(answer["predictions"], positions, strict=True):
-        assert found["prediction"] == columns["prediction"][i]
-        assert found["probabilities"] == pytest.approx(
-            {name: columns[f"p({name})"][i] for name in expected.label_names}, abs=1e-5
-        )
-        if "probability" in columns:
-            assert found["probability"] == pytest.approx(columns["probability"][i], abs=1e-5)

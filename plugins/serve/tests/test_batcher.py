@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+pytest.importorskip("fastapi", reason="needs the plugin 'serve'")
+
+from serve_answers import TEXTS
 
 from lightning_lora import load_run
 from lightning_lora.models.quantization import Quantization
-from lightning_lora.serving.batcher import Batcher, batch_threads, choose_batch
-from lightning_lora.serving.served_run import ServedRun, SharedWeights
-from lightning_lora.serving.server import ServingMetrics
 from lightning_lora.training import module
-from tests.serving.conftest import TEXTS
+from lightning_lora_serve.batcher import Batcher, batch_threads, choose_batch
+from lightning_lora_serve.served_run import ServedRun, SharedWeights
+from lightning_lora_serve.server import ServingMetrics
 
 
 def queue(*texts: tuple[Any, int]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The page of ``main.py demo``, by Gradio (extra "demo"): runs side by side on a text, and a file to label."""
+"""The page of ``main.py demo``, by Gradio: runs side by side on a text, and a file to label."""
 
 import tempfile
 import threading

@@ -14,8 +14,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from lightning_lora import __version__
 from lightning_lora.data.pairs import Text
 from lightning_lora.errors import UserError
-from lightning_lora.serving.batcher import Batcher, PredictionError, QueueFullError
-from lightning_lora.serving.schemas import (
+from lightning_lora_serve.batcher import Batcher, PredictionError, QueueFullError
+from lightning_lora_serve.schemas import (
     Health,
     Limits,
     PredictAnswer,
@@ -25,7 +25,7 @@ from lightning_lora.serving.schemas import (
     as_answers,
     request_model,
 )
-from lightning_lora.serving.served_run import ServedRun
+from lightning_lora_serve.served_run import ServedRun
 
 
 def make_app(runs: Mapping[str, ServedRun], batcher: Batcher, limits: Limits, log_texts: bool = False) -> FastAPI:

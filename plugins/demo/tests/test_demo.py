@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from lightning_lora import LoadedRun, load_run
-from lightning_lora.cli import main
+from lightning_lora.cli import main, plugin_commands
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.predictions import Predictions
-from lightning_lora.inference.demo import Demo
 from lightning_lora.inference.explain import Explanation
+from lightning_lora_demo.page import Demo
 from tests.conftest import make_rows, write_csv
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEXT = "the film was awful and dull in town"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -85,16 +85,11 @@ def test_several_labels_are_written_with_the_separator_of_the_run_and_shown_as_t
     assert "<b>&lt;i&gt;a, probability" in demo.explain(TEXT)[1]
 
 
-def test_without_gradio_the_package_is_named(place: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert main(["demo", "--run", str(place / "run")]) == 2
-    assert "pip install -c constraints.txt -e '.[demo]'" in capsys.readouterr().err
-
-
 @pytest.fixture(scope="module")
 def address(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The page of two runs, shown by the command line."""
-    pytest.importorskip("gradio", reason="the extra 'demo' is not installed")
+    if "demo" not in plugin_commands():
+        pytest.skip("the plugin 'demo' is not installed (make test-demo)")
     second = shutil.copytree(place / "run", tmp_path_factory.mktemp("second") / "second")
     assert main(["test", "--run", str(place / "run"), "--before", "false"]) == 0
     with socket.socket() as free:
@@ -111,7 +106,7 @@ def address(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 @pytest.fixture
 def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the extra 'browser' is not installed")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="its extra 'browser' is not installed")
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed (apt install chromium)")
     with sync_api.sync_playwright() as playwright:

@@ -1,6 +1,5 @@
 """``main.py demo``: a page on this machine that classifies texts by one run or several side by side."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from lightning_lora.commands.sample import cell_text, read_predictions, texts_of
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.data.pairs import Text, is_pair
 from lightning_lora.errors import UserError
-from lightning_lora.program import install_line
 from lightning_lora.runs.folder import RunFolder
 
 #: Test rows to try.
@@ -19,15 +17,13 @@ _EXAMPLES = 20
 
 def run(argv: list[str]) -> int:
     """Show the page until it is interrupted."""
-    parser = OptionParser("demo", description="A page on 127.0.0.1, for this machine alone (extra 'demo').")
+    parser = OptionParser("demo", description="A page on 127.0.0.1, for this machine alone (docs/demo.md).")
     parser.add_argument("--run", required=True, action="append", help="A run folder; again for more, side by side.")
     parser.add_argument("--port", type=int, help="By default the first from 7860 on that is free.")
     options = parser.parse_args(argv)
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError(f"demo needs the package 'gradio': {install_line('demo')}")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before Gradio is imported
-    from lightning_lora.inference.demo import Demo
     from lightning_lora.inference.loaded_run import load_run
+    from lightning_lora_demo.page import Demo
 
     folders = [RunFolder.open(Path(each)) for each in options.run]
     names = [each.path.name for each in folders]

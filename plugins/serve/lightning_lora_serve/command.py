@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning_lora.config.argument_parser import OptionParser
 from lightning_lora.errors import UserError
-from lightning_lora.program import install_line
 from lightning_lora.quiet import quiet_libraries
 
 KEY = "LIGHTNING_LORA_API_KEY"
@@ -15,12 +14,8 @@ KEY = "LIGHTNING_LORA_API_KEY"
 
 def run(argv: list[str]) -> int:
     """Load the runs and answer requests until the process is told to end."""
-    try:
-        from lightning_lora.serving.server import bind
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn", "prometheus_client"):
-            raise
-        raise UserError(f"serve: needs the package '{error.name}'; {install_line('serve')}") from error
+    from lightning_lora_serve.server import bind
+
     options = _read_options(argv)
     if (key := os.environ.get(KEY)) == "":
         raise UserError(f"{KEY}: it is empty; set a key, or unset it")
@@ -34,11 +29,11 @@ def serve_runs(options: Any, address: Any, key: str | None) -> None:
     Raises:
         UserError: A run cannot be loaded.
     """
-    from lightning_lora.serving.application import make_app
-    from lightning_lora.serving.batcher import Batcher, batch_threads
-    from lightning_lora.serving.schemas import Limits
-    from lightning_lora.serving.served_run import ServedRun, SharedWeights
-    from lightning_lora.serving.server import AccessMiddleware, ServingMetrics, run_server
+    from lightning_lora_serve.application import make_app
+    from lightning_lora_serve.batcher import Batcher, batch_threads
+    from lightning_lora_serve.schemas import Limits
+    from lightning_lora_serve.served_run import ServedRun, SharedWeights
+    from lightning_lora_serve.server import AccessMiddleware, ServingMetrics, run_server
 
     quiet_libraries()
     shared, runs = SharedWeights(), dict[str, ServedRun]()
@@ -64,7 +59,7 @@ def serve_runs(options: Any, address: Any, key: str | None) -> None:
 
 
 def _read_options(argv: list[str]) -> Any:
-    from lightning_lora.serving.schemas import Limits
+    from lightning_lora_serve.schemas import Limits
 
     usual = Limits()
     parser = OptionParser("serve", description=f"Runs behind an HTTP address (docs/serve.md). {KEY} sets a key.")

@@ -15,8 +15,8 @@ import torch
 
 from lightning_lora.data.pairs import Text
 from lightning_lora.evaluation.predictions import Predictions
-from lightning_lora.serving.served_run import ServedRun
-from lightning_lora.serving.server import ServingMetrics
+from lightning_lora_serve.served_run import ServedRun
+from lightning_lora_serve.server import ServingMetrics
 
 #: Where batches are padded, the longest text of one has up to so many times the tokens of its shortest.
 SPREAD = 1.5
