@@ -21,8 +21,7 @@ def code_fingerprint(*modules: str) -> str:
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for path in import_closure(*modules):
-        tree = ast.dump(_without_docstrings(ast.parse(path.read_bytes())))
-        digest.update(f"{path.relative_to(root)}\0{tree}\0".encode())
+        digest.update(f"{path.relative_to(root)}\0{_read(path)[0]}\0".encode())
     return digest.hexdigest()
 
 
@@ -35,8 +34,20 @@ def import_closure(*modules: str) -> list[Path]:
         path = waiting.pop()
         if path is not None and path not in found:
             found.add(path)
-            waiting += (_file(root, parts) for parts in _imports(ast.parse(path.read_bytes())))
+            waiting += (_file(root, parts) for parts in _read(path)[1])
     return sorted(found)
+
+
+@cache
+def _read(path: Path) -> tuple[str, list[list[str]]]:
+    """Return a file's syntax tree without docstrings, and what it imports of this package."""
+    tree = ast.parse(path.read_bytes())
+    names: list[list[str]] = []
+    for node in ast.walk(tree):
+        names += _imports(node)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
+    return ast.dump(tree), names
 
 
 def _file(root: Path, parts: list[str]) -> Path | None:
@@ -45,22 +56,14 @@ def _file(root: Path, parts: list[str]) -> Path | None:
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if parts and p.is_file()), None)
 
 
-def _imports(tree: ast.Module) -> Iterator[list[str]]:
-    """Yield dotted names within the package that a file imports; the last part may be a module, function or class."""
-    for node in ast.walk(tree):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            package, *parts = name.split(".")
-            if package == _PACKAGE:
-                yield parts
-
-
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            node.body = node.body[ast.get_docstring(node, clean=False) is not None :]
-    return tree
+def _imports(node: ast.AST) -> Iterator[list[str]]:
+    """Yield dotted names within the package that a statement imports; the last may be a function or class."""
+    names: list[str] = []
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.level == 0:
+        names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    for name in names:
+        package, *parts = name.split(".")
+        if package == _PACKAGE:
+            yield parts
