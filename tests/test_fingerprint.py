@@ -11,9 +11,9 @@ import pytest
 
 import lightning_lora
 from lightning_lora.fingerprint import import_closure
+from lightning_lora.runs.folder import TRAINS
 
 PACKAGE = Path(lightning_lora.__file__).parent
-TRAINS = ("training.module", "data.datamodule")
 
 
 @pytest.fixture
@@ -41,7 +41,10 @@ def test_ignores_docstrings_and_comments(copy: Callable[..., str]) -> None:
     assert copy(*TRAINS, edited="seeding", appended="# a comment") == before
 
 
-@pytest.mark.parametrize("name", ["evaluation/documents", "seeding", "data/labels", "models/methods"])
+@pytest.mark.parametrize(
+    "name",
+    ["evaluation/documents", "seeding", "data/labels", "models/methods", "training/saving", "training/length"],
+)
 def test_changes_with_code_that_trains(copy: Callable[..., str], name: str) -> None:
     assert copy(*TRAINS) != copy(*TRAINS, edited=name)
 

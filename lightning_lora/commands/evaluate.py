@@ -95,7 +95,10 @@ def _baseline(cli: ConfiguredRun, name: str, split: str, ours: Predictions) -> d
     started = time.perf_counter()
     print(f"{split} rows by {name} ({find_method(name).summary}), fitted to the same training rows: {len(ours):,}")
     base, seed = cli.config.model.base_model, cli.config.seed_everything
-    own = {name: cli.config.model[name] for name in ("threshold", "calibrate")} | {"task": ours.task, "seed": seed}
+    own = {name: cli.config.model[name] for name in ("threshold", "calibrate", "class_weights")} | {
+        "task": ours.task,
+        "seed": seed,
+    }
     model, trainer = make_classifier(base, list(ours.label_names), name, **own), cli.make_trainer(None)
     cli.datamodule.setup("fit")
     chosen = model.fit_rows(cli.datamodule, trainer)

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning import Trainer
@@ -45,11 +45,26 @@ def print_run(record: dict[str, Any], trainer: Trainer) -> None:
         print_model(record, trainer)
     else:
         print(f"method {record['method']}: {find_method(record['method']).summary}, without a base model")
+    print_warnings([*_without_effect(record)])
     if trainer.world_size > 1:
         where = f" on {trainer.num_nodes} machines" if trainer.num_nodes > 1 else ""
         size = record["config"]["data"]["batch_size"]
         print(f"{trainer.world_size} processes{where} share the {size} texts of a batch")
     sys.stdout.flush()
+
+
+def _without_effect(record: Mapping[str, Any]) -> Iterator[str]:
+    """What a method cannot do of what was asked for, or may undo."""
+    method, model = find_method(record["method"]), record["config"]["model"]
+    if not method.trains and model["label_smoothing"]:
+        yield f"model.label_smoothing: method {record['method']} is fitted without it"
+    if not method.weighs_classes and model["class_weights"] is not None:
+        yield f"model.class_weights: method {record['method']} does not use them"
+    if not method.stops_early and "EarlyStopping" in str(record["config"]["trainer"]["callbacks"]):
+        yield (
+            f"trainer.callbacks: EarlyStopping: the ranks of {record['method']} settle after 70% of the steps, and "
+            "weights from before are not kept as the best; leave it out"
+        )
 
 
 def print_model(record: dict[str, Any], trainer: Trainer) -> None:
@@ -108,7 +123,8 @@ def print_result(folder: RunFolder, record: dict[str, Any]) -> None:
     if (folder.checkpoints / "best.ckpt").is_file():
         print(f"next: {command_line('test', '--run', folder.path)}")
     elif (folder.checkpoints / "last.ckpt").is_file():
-        print("no validation pass ended, so no checkpoint is the best one")
+        settled = "" if find_method(record["method"]).stops_early else " after the ranks had settled"
+        print(f"no validation pass ended{settled}, so no checkpoint is the best one")
         print(f"next: {command_line('test', '--run', folder.path, '--checkpoint', 'last')}")
     else:
         print("no checkpoint was kept (trainer.enable_checkpointing or fast_dev_run); the weights are gone")

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_lora.config.options import COMMAND_KEYS
 from lightning_lora.config.progress import Progress, ProgressLines
 from lightning_lora.config.settings import ALLOWED, flat, make_parser, parse_settings, places
-from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.data.datamodule import TextDataModule, check_whole_pass
 from lightning_lora.data.pairs import as_texts
 from lightning_lora.data.rows import Rows
 from lightning_lora.devices import keep_freed_memory
@@ -111,7 +111,9 @@ class ConfiguredRun:
                 "encoder with LoRA fits on each device, so it is never cut up"
             )
         if self.command == "fit" and config.resume is None:  # a resumed run keeps what it started with
-            refuse_options(trainer.as_dict())
+            refuse_options(trainer.as_dict(), find_method(config.model.method).trains)
+        check_whole_pass(trainer, "val")
+        check_whole_pass(trainer, "test")
 
     def count_devices(self) -> int:
         """Return the number of devices, of all nodes, that run the command.
@@ -201,7 +203,8 @@ class ConfiguredRun:
     def _fill_length(self) -> None:
         """Fill in how long to train, and when to stop early, where the settings leave it to the number of rows."""
         callbacks = as_list(self.trainer_settings["callbacks"])
-        self.length = length_of(self.trainer_settings, self.datamodule, callbacks)
+        stops_early = find_method(self.config.model.method).stops_early
+        self.length = length_of(self.trainer_settings, self.datamodule, callbacks, stops_early)
         if self.length is None:
             return
         asked, trainer = self.settings()["trainer"], self.config.trainer

@@ -205,10 +205,14 @@ class TextDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Every validation row once, longest first."""
+        if self.trainer is not None and self.trainer.state.fn == "validate":  # a model says so of one within ``fit``
+            check_whole_pass(self.trainer, "val")
         return self.evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader:
         """Every test row once, longest first."""
+        if self.trainer is not None:
+            check_whole_pass(self.trainer, "test")
         return self.evaluation_loader("test")
 
     def evaluation_loader(self, split: str) -> DataLoader:
@@ -237,6 +241,26 @@ class TextDataModule(LightningDataModule):
             accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
             sampler = LengthBatchSampler(dataset.lengths, batch_size, seed, accumulate, rank, processes, self.batch_by)
         return make_loader(dataset, sampler, self.packed)
+
+
+def check_whole_pass(trainer: Any, stage: Literal["val", "test"]) -> None:
+    """Refuse a limit on the batches of an evaluation: the first ones hold the longest texts, and are no sample.
+
+    Args:
+        trainer: A trainer, or its settings with the same names; 0 leaves the pass out, and is not refused.
+        stage: Of the pass.
+
+    Raises:
+        UserError: The limit leaves some rows out.
+    """
+    limit = getattr(trainer, f"limit_{stage}_batches")
+    if trainer.fast_dev_run or limit in (None, 0) or (isinstance(limit, float) and limit == 1):
+        return
+    setting = {"val": "val_size", "test": "test_rows"}[stage]
+    raise UserError(
+        f"trainer.limit_{stage}_batches: {limit}, but batches begin with the longest texts, so the first ones are no "
+        f"sample of the rows; set data.{setting}"
+    )
 
 
 def evaluation_sampler(

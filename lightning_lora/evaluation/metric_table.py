@@ -151,10 +151,13 @@ def _calibration_gaps(outputs: Outputs) -> NDArray:
     return np.stack([*in_bin], axis=1)
 
 
-def _spearman(torchmetrics: Any, size: Mapping[str, Any]) -> Any:
-    from lightning_lora.evaluation.metrics import SpearmanCorrelation  # which imports torch
+def _correlation_metric(name: str) -> Callable[[Any, Mapping[str, Any]], Any]:
+    def make(torchmetrics: Any, size: Mapping[str, Any]) -> Any:
+        from lightning_lora.evaluation import metrics  # which imports torch
 
-    return SpearmanCorrelation()
+        return getattr(metrics, f"{name}Correlation")()
+
+    return make
 
 
 def _calibration_error(torchmetrics: Any, size: Mapping[str, Any]) -> Any:
@@ -280,7 +283,7 @@ METRICS: dict[str, MetricSpec] = {
         unit=("standard deviation", lambda truth: float(truth.std())),
     ),
     "pearson": MetricSpec(
-        lambda t, _: t.PearsonCorrCoef(),
+        _correlation_metric("Pearson"),
         "Pearson correlation",
         _moments(lambda values: values),
         _correlation,
@@ -290,7 +293,7 @@ METRICS: dict[str, MetricSpec] = {
     ),
     # Its interval draws rows with the ranks that they have among all.
     "spearman": MetricSpec(
-        _spearman,
+        _correlation_metric("Spearman"),
         "Spearman correlation",
         _moments(_ranks),
         _correlation,

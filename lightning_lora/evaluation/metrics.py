@@ -9,6 +9,7 @@ import torchmetrics
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection, SpearmanCorrCoef
 from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.functional import pearson_corrcoef
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_lora import processes
@@ -44,7 +45,19 @@ class SpearmanCorrelation(SpearmanCorrCoef):
         preds, target = dim_zero_cat(self.preds), dim_zero_cat(self.target)
         if (preds == preds[0]).all() or (target == target[0]).all():
             return preds.new_tensor(torch.nan)
+        return self.of_values(preds, target)
+
+    def of_values(self, preds: Tensor, target: Tensor) -> Tensor:
+        """Return the correlation, (), of values that differ, (N,) each."""
         return super().compute()
+
+
+class PearsonCorrelation(SpearmanCorrelation):
+    """Pearson's correlation as SciPy has it; torchmetrics' own gives for equal predictions what rounding leaves."""
+
+    def of_values(self, preds: Tensor, target: Tensor) -> Tensor:
+        """Return the correlation, (), of values that differ, (N,) each."""
+        return pearson_corrcoef(preds.double(), target.double()).to(preds.dtype)
 
 
 def make_metrics(num_classes: int, training: bool = False, task: Task = "single_label") -> MetricCollection:

@@ -21,7 +21,7 @@ from lightning_lora.experiments.plan import ARM, Plan, flatten, label_of
 from lightning_lora.experiments.results import first_difference
 from lightning_lora.experiments.search_space import require
 from lightning_lora.locations import check_model
-from lightning_lora.models.methods import AdapterOptions, check_options, find_method
+from lightning_lora.models.methods import AdapterOptions, Method, check_options, find_method
 from lightning_lora.models.quantization import Quantization, check_quantization
 from lightning_lora.runs.folder import folder_name
 from lightning_lora.training.length import describe_length
@@ -225,9 +225,17 @@ def find_changes(plan: Plan, settings: Mapping[str, dict[str, Any]]) -> dict[str
             implied |= set() if all(method.trains for method in methods) else {"model.learning_rate"}
             follows = [what_follows(each, named) for each in both]
             implied |= follows[0].keys() ^ follows[1].keys()
-            one, other = ({**flat(each), **more} for each, more in zip(both, follows, strict=True))
+            pairs = zip(both, methods, follows, strict=True)
+            one, other = ({**flat(each), **unused(method), **more} for each, method, more in pairs)
             found[arm] = [change for change in changes(one, other, named) if change.key not in implied]
     return found
+
+
+def unused(method: Method) -> dict[str, Any]:
+    """Return settings that a baseline does not use, as they are where they are left out: that others do differs."""
+    if method.trains:
+        return {}
+    return {"model.label_smoothing": 0.0} | ({} if method.weighs_classes else {"model.class_weights": None})
 
 
 def what_follows(settings: Mapping[str, Any], named: set[str]) -> dict[str, Any]:
@@ -252,4 +260,6 @@ def what_follows(settings: Mapping[str, Any], named: set[str]) -> dict[str, Any]
     elif quantization["bits"] == 4 and quantization["compute_dtype"] != "auto":
         multiplies = str(quantization["compute_dtype"])
     follows["the encoder multiplies in"] = multiplies
+    if method.trains:
+        follows["dropout of the encoder"] = "off" if method.frozen_encoder and not model["frozen_dropout"] else "on"
     return follows

@@ -69,6 +69,8 @@ class CellPredictions(Outputs):
     def of_rows(self, keep: NDArray) -> "CellPredictions":
         """Return the answers to some of the rows, (N,) of truth values."""
         kept = {name: getattr(self, name)[keep] for name in ("logits", "labels", "keys")}
+        if self.thresholds is not None and self.thresholds.ndim == 2:  # those of each row's fold
+            kept["thresholds"] = self.thresholds[keep]
         return replace(self, **kept, lengths=None, folds=None)
 
     @cached_property

@@ -135,7 +135,7 @@ def make_space(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], type
                 continue
     data = data_module(data_settings(default))
     data.setup("fit")
-    length = length_of(trainer, data)
+    length = length_of(trainer, data, stops_early=find_method(method).stops_early)
     choices = {"model.method": list(by_method), **_text_choices(data, typed)}
     dimensions: dict[str, Any] = {"learning_rate_factor": RATE_FACTORS} if rate_open else {}
     dimensions |= {key: values for key, values in choices.items() if len(values) > 1}

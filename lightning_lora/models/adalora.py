@@ -37,6 +37,10 @@ class AdaLoraSteps:
         self.config.tfinal = round(SETTLED * total_steps)
         self.config.deltaT = max(1, total_steps // 100)
 
+    def settled(self, step: int) -> bool:
+        """Whether the ranks are those that the run ends with, after so many optimizer steps."""
+        return step >= self.config.total_step - self.config.tfinal
+
     def penalty(self) -> Tensor:
         """The mean distance of the factors from orthogonality (equation 4), weighted as in PEFT."""
         distances = []

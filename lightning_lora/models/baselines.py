@@ -64,7 +64,12 @@ class Regression:
 
 
 def choose_regression(
-    several: Iterator[Features], labels: np.ndarray, val_labels: np.ndarray, classes: int, cs: Sequence[float]
+    several: Iterator[Features],
+    labels: np.ndarray,
+    val_labels: np.ndarray,
+    classes: int,
+    cs: Sequence[float],
+    class_weights: Sequence[float] | None = None,
 ) -> Regression:
     """Fit a logistic regression for each kind of features and each C; return the best on validation rows.
 
@@ -77,6 +82,7 @@ def choose_regression(
         val_labels: Of the validation rows, (M,), of several labels (M, C).
         classes: C.
         cs: Inverse strengths of regularization, ascending.
+        class_weights: Of the rows of each class, or of those that have each label, beside 1 of the others, (C,).
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -85,6 +91,8 @@ def choose_regression(
     found: list[tuple[tuple[float, float], Regression]] = []
     for features in several:
         models = [LogisticRegression(max_iter=1000, warm_start=True) for _ in range(classes)]
+        for model, weights in zip(models, _row_weights(labels, classes, class_weights), strict=True):
+            model.set_params(class_weight=weights)
         for c in cs:
             weight, bias = _fit_linear(models, features.train, labels, c)
             logits = torch.from_numpy(np.asarray(features.val @ weight.numpy().T)).float() + bias
@@ -93,6 +101,17 @@ def choose_regression(
             chosen = {"features": features.name, "C": c, "val_mse" if numbers else "val_f1_macro": tried}
             found.append(((score, -loss), Regression(weight, bias, logits, chosen)))
     return max(found, key=lambda each: each[0])[1]
+
+
+def _row_weights(
+    labels: np.ndarray, classes: int, class_weights: Sequence[float] | None
+) -> list[dict[int, float] | None]:
+    """Return the ``class_weight`` of each of C regressions, of which one does for labels (N,)."""
+    if class_weights is None:
+        return [None] * classes
+    if labels.ndim == 2:
+        return [{0: 1.0, 1: float(weight)} for weight in class_weights]
+    return [{int(each): float(class_weights[each]) for each in np.unique(labels)}] * classes
 
 
 def _fit_linear(models: Sequence[Any], rows: Any, labels: np.ndarray, c: float) -> tuple[Tensor, Tensor]:
@@ -154,7 +173,7 @@ class Majority(nn.Module):
         self.bias = nn.Parameter(torch.zeros(classes))
 
     def fit(self, texts: Sequence[str], labels: np.ndarray, val_texts: Sequence[str] = (), *_: Any) -> dict[str, Any]:
-        """Count the training rows of each class; return what was chosen, for the run record: nothing."""
+        """Count the training rows of each class, whatever they weigh; return what was chosen: nothing."""
         if labels.dtype.kind == "f":
             self.bias.data = torch.tensor([labels.mean()]).float()
         elif labels.ndim == 2:
@@ -184,7 +203,12 @@ class Tfidf(nn.Module):
         self._vectorizers: list[Any] = []
 
     def fit(
-        self, texts: Sequence[str], labels: np.ndarray, val_texts: Sequence[str], val_labels: np.ndarray
+        self,
+        texts: Sequence[str],
+        labels: np.ndarray,
+        val_texts: Sequence[str],
+        val_labels: np.ndarray,
+        class_weights: Sequence[float] | None = None,
     ) -> dict[str, Any]:
         """Fit to training texts; n-grams and C are chosen on validation rows. Return what was chosen."""
         from scipy.sparse import hstack
@@ -200,7 +224,7 @@ class Tfidf(nn.Module):
                 val.append(made[kind].transform(val_texts))
                 yield Features(" and ".join(made), hstack(train, "csr"), hstack(val, "csr"))
 
-        best = choose_regression(features(), labels, val_labels, len(self.bias), TFIDF_C)
+        best = choose_regression(features(), labels, val_labels, len(self.bias), TFIDF_C, class_weights)
         self.weight.data, self.bias.data, self.val_logits = best.weight, best.bias, best.val_logits
         self.ngrams = {
             kind: (made[kind].get_feature_names_out().tolist(), made[kind].idf_.tolist())
@@ -275,11 +299,23 @@ class Probe(nn.Module):
         if self.gives_states:
             return SequenceClassifierOutput(logits=torch.cat([pool(states, attention_mask, p) for p in POOLINGS], 1))
         pooled = pool(states, attention_mask, POOLINGS[int(self.get_buffer("pooling"))])
-        with torch.autocast(states.device.type, enabled=False):
-            return SequenceClassifierOutput(logits=self.classifier(pooled))
+        return SequenceClassifierOutput(logits=self._logits(pooled))
+
+    def classify(self, states: Tensor) -> Tensor:
+        """Logits (B, C) of states (B, P D) as ``forward`` gives them."""
+        return self._logits(states.chunk(len(POOLINGS), 1)[int(self.get_buffer("pooling"))])
+
+    def _logits(self, pooled: Tensor) -> Tensor:
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.classifier(pooled)
 
     def fit(
-        self, states: np.ndarray, labels: np.ndarray, val_states: np.ndarray, val_labels: np.ndarray
+        self,
+        states: np.ndarray,
+        labels: np.ndarray,
+        val_states: np.ndarray,
+        val_labels: np.ndarray,
+        class_weights: Sequence[float] | None = None,
     ) -> dict[str, Any]:
         """Fit to the pooled states of training rows (N, P D); pooling and C are chosen on validation rows.
 
@@ -296,7 +332,8 @@ class Probe(nn.Module):
                 scalers[pooling] = scaler = StandardScaler().fit(states[:, own])
                 yield Features(pooling, scaler.transform(states[:, own]), scaler.transform(val_states[:, own]))
 
-        best = choose_regression(features(), labels, val_labels, self.classifier.out_features, PROBE_C)
+        classes = self.classifier.out_features
+        best = choose_regression(features(), labels, val_labels, classes, PROBE_C, class_weights)
         scaler = scalers[best.chosen["features"]]
         weight = best.weight / torch.from_numpy(scaler.scale_).float()  # of states that are not standardized
         self.classifier.weight.data = weight

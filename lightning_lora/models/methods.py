@@ -75,6 +75,8 @@ class Method:
         bits: Bits in which the encoder may be stored, if it is quantized.
         cpu_bits: The same without a GPU.
         frozen_encoder: Whether the pretrained weight matrices of the encoder stay as they are.
+        stops_early: Whether what it has learnt before the last step can be kept.
+        weighs_classes: Whether ``model.class_weights`` make a difference.
     """
 
     summary: str
@@ -85,6 +87,8 @@ class Method:
     bits: tuple[int, ...] = (8, 4)
     cpu_bits: tuple[int, ...] = (8, 4)
     frozen_encoder: bool = True
+    stops_early: bool = True
+    weighs_classes: bool = True
 
     @property
     def trains(self) -> bool:
@@ -336,7 +340,7 @@ METHODS: dict[str, Method] = {
         _LORA,
         bits=(),
     ),
-    "adalora": Method("LoRA that moves rank to the layers that need it", 1e-3, _adalora, _SOME),
+    "adalora": Method("LoRA that moves rank to the layers that need it", 1e-3, _adalora, _SOME, stops_early=False),
     "ia3": Method("trained rescaling of keys, values and activations", 5e-3, _ia3, ("modules_to_save",)),
     "vera": Method(
         "vectors around shared random matrices",
@@ -348,11 +352,11 @@ METHODS: dict[str, Method] = {
     "bitfit": Method("only biases and head", 1e-3, _bitfit, bits=()),
     "full": Method("full fine-tuning", 1e-4, _full, bits=(), frozen_encoder=False),
     "head": Method("a trained head on a frozen base", 1e-2, _head),
-    "none": Method("the base model and its head, untouched", 0.0, _none),
+    "none": Method("the base model and its head, untouched", 0.0, _none, weighs_classes=False),
 }
 #: What a fine-tuned model must beat; methods too, fitted without steps (``models/baselines.py``).
 BASELINES: dict[str, Method] = {
-    "majority": Method("the most frequent class, or the mean", 0.0, _none, bits=()),
+    "majority": Method("the most frequent class, or the mean", 0.0, _none, bits=(), weighs_classes=False),
     "tfidf": Method("logistic or ridge regression on TF-IDF n-grams", 0.0, _none, bits=()),
     "probe": Method("logistic or ridge regression on pooled states", 0.0, _probe, bits=()),
 }

@@ -34,8 +34,8 @@ TUNING = "tuning.json"
 #: What TensorBoard reads, in the run's folder itself: it calls a run by the folder that they lie in.
 EVENT_FILES = "events.out.tfevents.*"
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "peft", "bitsandbytes", "torchmetrics", "jsonargparse")
-#: What trains: with another fingerprint of this code, results may be others.
-_TRAINS = ("training.module", "training.baselines", "data.datamodule")
+#: What trains, and chooses how long and which weights are kept: with other code results may be others.
+TRAINS = ("training.module", "training.baselines", "data.datamodule", "config.configured_run")
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,99}")
 
 
@@ -298,8 +298,9 @@ def now() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the installed versions of the packages that results depend on."""
-    return {name: metadata.version(name) for name in _PACKAGES}
+    """Return the installed versions of the packages that results depend on, and of plugins with kernels."""
+    plugins = [point.dist for point in metadata.entry_points(group="lightning_lora.kernels") if point.dist]
+    return {name: metadata.version(name) for name in _PACKAGES} | {each.name: each.version for each in plugins}
 
 
 @cache
@@ -325,7 +326,7 @@ def commit() -> dict[str, Any]:
         # Data and runs of a user may lie in the same folder; they do not change what the code does.
         changes = git("status", "--porcelain", "--", "main.py", "lightning_lora", "configs")
     dirty = None if changes is None else bool(changes)
-    return {"commit": head, "dirty": dirty, "fingerprint": code_fingerprint(*_TRAINS)}
+    return {"commit": head, "dirty": dirty, "fingerprint": code_fingerprint(*TRAINS)}
 
 
 def processor() -> str:

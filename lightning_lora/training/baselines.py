@@ -19,8 +19,11 @@ from lightning_lora.models.methods import BASELINES
 from lightning_lora.runs.checkpoints import CheckpointIdentity
 from lightning_lora.tasks import Task
 from lightning_lora.training.evaluation_steps import EvaluationSteps
-from lightning_lora.training.loss import check_calibration
+from lightning_lora.training.loss import ClassWeights, check_calibration, make_class_weights
 from lightning_lora.training.module import TextClassifier
+
+#: The settings of a model that baselines take which read texts.
+_OF_TEXT_BASELINES = ("task", "threshold", "calibrate", "class_weights")
 
 
 class TextBaseline(EvaluationSteps):
@@ -28,7 +31,7 @@ class TextBaseline(EvaluationSteps):
 
     The texts of a pair are joined by a space.
 
-    It takes these arguments of a ``TextClassifier``; the method is "majority" or "tfidf".
+    It takes these arguments of a ``TextClassifier``; the method is "majority" or "tfidf", which alone weighs classes.
     """
 
     #: As of a ``TextClassifier``, for the run record.
@@ -45,13 +48,14 @@ class TextBaseline(EvaluationSteps):
         task: Task = "single_label",
         threshold: Threshold = "one",
         calibrate: bool = False,
+        class_weights: ClassWeights | None = None,
     ) -> None:
         super().__init__()
         check_calibration(calibrate, task, threshold, method)
         given = {"label_names": list(label_names), "method": method, "task": task, "threshold": threshold}
-        self.save_hyperparameters({**given, "calibrate": calibrate}, logger=False)
+        self.save_hyperparameters({**given, "calibrate": calibrate, "class_weights": class_weights}, logger=False)
         self.label_names, self.task, self.threshold = list(label_names), task, threshold
-        self.calibrate = calibrate
+        self.calibrate, self.class_weights = calibrate, class_weights
         self.model = TEXT_BASELINES[method](len(label_names))
         self.identity = CheckpointIdentity("none", "none", self.label_names, method, task=task)
         self.stays_on_device = False
@@ -69,7 +73,8 @@ class TextBaseline(EvaluationSteps):
         """Fits to the training rows; what can be chosen is chosen on validation rows, and returned."""
         del trainer
         train, val = data.rows("train"), data.rows("val")
-        chosen = self.model.fit(as_texts(train.texts), train.labels, as_texts(val.texts), val.labels)
+        weights = row_weights(self, data)
+        chosen = self.model.fit(as_texts(train.texts), train.labels, as_texts(val.texts), val.labels, weights)
         return fitted(self, chosen, val.labels)
 
     def document_logits(self, batch: dict[str, Any]) -> Tensor:
@@ -103,6 +108,14 @@ class TextBaseline(EvaluationSteps):
         raise UserError(f"--int8: method '{self.identity.method}' has no layers; leave it out")
 
 
+def row_weights(module: Any, data: TextDataModule) -> list[float] | None:
+    """Return what the rows of each class weigh in fitting, (C,), as in the loss of a model that trains."""
+    if module.class_weights is None:
+        return None
+    rows = len(data.rows("train")) if module.task == "multi_label" else None
+    return make_class_weights(module.class_weights, data.class_counts, rows).tolist()
+
+
 def fitted(module: EvaluationSteps, chosen: dict[str, Any], val_labels: np.ndarray) -> dict[str, Any]:
     """Take thresholds and temperature from validation rows too; return what was chosen, for the run record."""
     if module.thresholds is not None or module.temperature is not None:
@@ -134,8 +147,8 @@ class LinearProbe(TextClassifier):
         probe: Probe = self.model
         data.packed = False  # ``setup`` says so too late for these loaders, and a model before this may have packed
         train, val = (self._states(data, trainer, split) for split in ("train", "val"))
-        val_labels = data.rows("val").labels
-        return fitted(self, probe.fit(train, data.rows("train").labels, val, val_labels), val_labels)
+        labels, val_labels = data.rows("train").labels, data.rows("val").labels
+        return fitted(self, probe.fit(train, labels, val, val_labels, row_weights(self, data)), val_labels)
 
     def _states(self, data: TextDataModule, trainer: Trainer, split: str) -> np.ndarray:
         """Pooled states of a split, (N, P D) in the order of its rows."""
@@ -151,12 +164,18 @@ class LinearProbe(TextClassifier):
         return collector.last["predict"].logits
 
     def document_logits(self, batch: dict[str, Any]) -> Tensor:
-        """Logits (B, C) of the batch's documents, or while fitting their states, the mean over windows."""
-        if not (self.model.gives_states and "documents" in batch):
+        """Logits (B, C) of the batch's documents, of windows by the mean of their states; while fitting, the states."""
+        if "documents" not in batch:
             return super().document_logits(batch)
-        states, documents = self(batch["input_ids"], batch["attention_mask"]), batch["documents"]
+        probe, documents = self.model, batch["documents"]
+        fitting, probe.gives_states = probe.gives_states, True
+        try:
+            states = self(batch["input_ids"], batch["attention_mask"])
+        finally:
+            probe.gives_states = fitting
         total = torch.zeros(len(batch["rows"]), states.shape[1], device=states.device).index_add_(0, documents, states)
-        return total / documents.bincount(minlength=len(total))[:, None]
+        means = total / documents.bincount(minlength=len(total))[:, None]
+        return means if fitting else probe.classify(means)
 
 
 def make_classifier(base_model: str, label_names: list[str], method: str = "lora", **settings: Any) -> Any:
@@ -165,7 +184,7 @@ def make_classifier(base_model: str, label_names: list[str], method: str = "lora
     It takes what a ``TextClassifier`` takes; baselines that read texts do not load the base model.
     """
     if method in TEXT_BASELINES:
-        own = {name: settings[name] for name in ("task", "threshold", "calibrate") if name in settings}
+        own = {name: settings[name] for name in _OF_TEXT_BASELINES if name in settings}
         return TextBaseline(label_names, method, **own)
     kind = LinearProbe if method in BASELINES else TextClassifier
     return kind(base_model, label_names, method, **settings)

@@ -70,6 +70,11 @@ class EvaluationSteps(LightningModule):
         """Loss and logits."""
         return self.shared_step(batch, "test")
 
+    @property
+    def weights_settled(self) -> bool:
+        """Whether the weights as they are now may be the run's result."""
+        return True
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Logits and the rows they belong to."""
         logits = self.calibrated_logits(batch)

@@ -104,7 +104,7 @@ def plan_length(
 
 
 def length_of(
-    trainer: Mapping[str, Any], data: TextDataModule, callbacks: Iterable[Callback] = ()
+    trainer: Mapping[str, Any], data: TextDataModule, callbacks: Iterable[Callback] = (), stops_early: bool = True
 ) -> TrainingLength | None:
     """Return how long a run trains by the number of its rows; None where settings say how long.
 
@@ -115,6 +115,7 @@ def length_of(
         trainer: Settings of a ``lightning.Trainer``; what is not there has Lightning's default.
         data: Read here, where it has not been.
         callbacks: Those of the trainer.
+        stops_early: Whether the method can stop before the last step (``models/methods.py``).
 
     Raises:
         UserError: There is a fault in the data.
@@ -131,7 +132,7 @@ def length_of(
         data.task,
         len(data.label_names),
     )
-    if any(isinstance(callback, EarlyStopping) for callback in callbacks):
+    if not stops_early or any(isinstance(callback, EarlyStopping) for callback in callbacks):
         length = replace(length, patience=None)
     return length
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.data.datamodule import TextDataModule, check_whole_pass
 from lightning_lora.errors import UserError, check_range
 from lightning_lora.evaluation.documents import pooled
 from lightning_lora.evaluation.metrics import TrainCounter
@@ -324,6 +324,11 @@ class TextClassifier(StepRunner):
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
+    @property
+    def weights_settled(self) -> bool:
+        """Whether the weights as they are now may be the run's result; not while a method still moves ranks."""
+        return self.tuned.steps is None or self.tuned.steps.settled(self.trainer.global_step)
+
     def on_train_epoch_end(self) -> None:
         """Logs the epoch's training loss and metrics."""
         self.wait_for_steps()
@@ -351,6 +356,7 @@ class TextClassifier(StepRunner):
 
     def on_fit_start(self) -> None:
         """Sets training mode, resets the metrics, and takes the learning rate that a callback may have found."""
+        check_whole_pass(self.trainer, "val")
         take_found_rate(self)
         self.fit_started = True
         for stage in ("train", "val", "test"):

@@ -57,8 +57,12 @@ _LOWEST: Mapping[str, tuple[float, tuple[Any, ...]]] = {
 }
 
 
-def refuse_options(trainer: Mapping[str, Any]) -> None:
+def refuse_options(trainer: Mapping[str, Any], trains: bool = True) -> None:
     """Refuse values of trainer options that would be ignored, or would do something else than they say.
+
+    Args:
+        trainer: The trainer's settings.
+        trains: Whether weights are trained by it.
 
     Raises:
         UserError: An option has such a value.
@@ -75,6 +79,11 @@ def refuse_options(trainer: Mapping[str, Any]) -> None:
         raise UserError("trainer.limit_train_batches: 0 leaves nothing to train on; model.method none trains nothing")
     if trainer["gradient_clip_algorithm"] not in (None, "norm") and not trainer["gradient_clip_val"]:
         raise UserError("trainer.gradient_clip_algorithm: nothing is clipped without trainer.gradient_clip_val")
+    if trains and (precision := str(trainer["precision"])) in ("bf16-true", "16-true"):
+        raise UserError(
+            f"trainer.precision: {precision} keeps trained weights in 16 bits, in which small updates are lost; "
+            f"use {precision.replace('true', 'mixed')}, which keeps frozen weights in 16 bits and trained ones in 32"
+        )
     if not isinstance(trainer["val_check_interval"], int | float | None):
         raise UserError(
             "trainer.val_check_interval: a time is refused, as a resumed run would validate after other steps; give a "

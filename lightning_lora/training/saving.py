@@ -149,6 +149,8 @@ class BestCheckpoint(ModelCheckpoint):
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Return whether to keep the weights that have this value, in all processes alike."""
+        if not getattr(trainer.lightning_module, "weights_settled", True):
+            return False
         if super().check_monitor_top_k(trainer, current):
             return True
         tied = current is not None and self.best_model_score is not None and bool(current == self.best_model_score)
@@ -171,9 +173,13 @@ def monitored(task: Task) -> dict[str, Any]:
 
 
 def best_checkpoint(folder: RunFolder, task: Task = "single_label") -> BestCheckpoint:
-    """Return what keeps the best weights on validation; the last state is kept by ``StateSaver``."""
+    """Return what keeps the best weights on validation; the last state is kept by ``StateSaver``.
+
+    It saves at the end of a validation pass. At that of an epoch, as by Lightning's default, weights that were trained
+    since would have the metrics of the pass before, where ``max_steps`` ends the epoch early.
+    """
     where: dict[str, Any] = {"dirpath": folder.checkpoints, "filename": "best", "enable_version_counter": False}
-    return BestCheckpoint(**monitored(task), save_weights_only=True, **where)
+    return BestCheckpoint(**monitored(task), save_weights_only=True, save_on_train_epoch_end=False, **where)
 
 
 def place_checkpoints(callbacks: Iterable[Callback], folder: RunFolder) -> None:

@@ -265,17 +265,33 @@ def test_rows_that_were_trained_on_are_not_tested_on(copy: RunFolder, tmp_path: 
 
 
 def test_a_pass_over_some_rows_names_those_rows(copy: RunFolder) -> None:
-    words = ["--trainer.limit_test_batches", "0.2", "--data.eval_batch_size", "7", "--before", "false"]
-    assert main(["test", "--run", str(copy.path), *words]) == 0
+    assert main(["test", "--run", str(copy.path), "--data.test_rows", "7", "--before", "false"]) == 0
     assert copy.read()["evaluations"]["test-2"]["rows"] == 7
     whole = {row["row"]: row for row in rows_of(copy.path / "predictions" / "test.parquet")}
     for row in rows_of(copy.path / "predictions" / "test-2.parquet"):
         assert row["label"] == whole[row["row"]]["label"] and row["prediction"] == whole[row["row"]]["prediction"]
 
 
+def test_a_part_of_a_pass_is_refused_as_it_would_be_the_longest_texts(copy: RunFolder, capsys) -> None:
+    for limit in ("0.2", "2"):
+        assert main(["test", "--run", str(copy.path), "--trainer.limit_test_batches", limit]) == 2
+        assert "begin with the longest texts" in (told := capsys.readouterr().err) and "set data.test_rows" in told
+
+
 def refit(fitted: RunFolder, *words: str) -> tuple[int, RunFolder]:
     status = main(["fit", "--config", str(fitted.path.parents[1] / "tiny.yaml"), "--name", "other", *words])
     return status, RunFolder(Path("logs/other"))
+
+
+def test_the_best_weights_are_those_that_were_validated_where_max_steps_end_an_epoch(fitted: RunFolder) -> None:
+    """Lightning ends such an epoch like any other, with the metrics of the pass before."""
+    an_epoch = fitted.read()["steps"] // fitted.read()["epochs"]
+    status, folder = refit(fitted, "--trainer.max_steps", str(an_epoch + 3))
+    best = folder.read()["best"]
+    assert status == 0 and best["step"] == an_epoch
+    assert main(["validate", "--run", str(folder.path)]) == 0
+    (found,) = folder.read()["evaluations"].values()
+    assert found["after"]["f1_macro"] == pytest.approx(best["value"], abs=1e-6)
 
 
 @pytest.mark.parametrize("stop", [["--trainer.max_steps", "3"], ["--trainer.limit_val_batches", "0.0"]])

@@ -9,12 +9,23 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
 
 from lightning_lora import load_run
 from lightning_lora.cli import main
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError
-from lightning_lora.models.baselines import PROBE_C, TFIDF_C, Majority, Tfidf, choose_regression, pool
+from lightning_lora.models.baselines import (
+    MOST_NGRAMS,
+    NGRAMS,
+    PROBE_C,
+    TFIDF_C,
+    Majority,
+    Tfidf,
+    choose_regression,
+    pool,
+)
 from lightning_lora.models.methods import BASELINES
 from lightning_lora.runs.folder import RunFolder
 from lightning_lora.training.baselines import TextBaseline
@@ -206,6 +217,21 @@ def test_a_probe_of_windows_learns_from_the_mean_of_their_states(fit) -> None:
     tested = pd.read_parquet(run / "predictions" / "test.parquet")
     found = load_run(run).predict(data_of(run).rows("test").texts)
     np.testing.assert_allclose(found.logits, tested.filter(like="logit(").to_numpy(), atol=1e-4)
+    # What it was fitted and chosen as is what is evaluated.
+    record = RunFolder(run).read()
+    chosen = record["model"]["chosen"]
+    best = chosen["val_f1_macro"][f"{chosen['features']}, C {chosen['C']:g}"]
+    assert record["best"]["metrics"]["val/f1_macro"] == pytest.approx(best, abs=1e-6)
+    # Plain pooling of each window by itself, their mean, and the linear layer.
+    data, probe = data_of(run), load_run(run).model.model
+    data.setup("test")
+    for batch in data.test_dataloader():
+        with torch.inference_mode():
+            states = probe.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+            pooled = pool(states, batch["attention_mask"], chosen["features"])
+            own = [pooled[batch["documents"] == i].mean(0) for i in range(len(batch["rows"]))]
+            expected = probe.classifier(torch.stack(own))
+        np.testing.assert_allclose(found.logits[batch["rows"]], expected, atol=1e-4)
 
 
 def test_a_probe_beside_a_model_that_packs_is_that_of_its_own_run(fit, capsys) -> None:
@@ -221,6 +247,36 @@ def test_a_probe_beside_a_model_that_packs_is_that_of_its_own_run(fit, capsys) -
     assert {name: found[name] for name in ("loss", "accuracy")} == pytest.approx(
         {name: theirs[name] for name in ("loss", "accuracy")}, abs=1e-4
     )
+
+
+def test_class_weights_are_those_of_scikit_learn(fit) -> None:
+    plain = fit("tfidf")
+    before = load_run(plain).predict(data_of(plain).rows("test").texts).probabilities
+    weights = [1.0, 5.0, 2.0]
+    plain.rename("logs/plain")
+    weighed = fit("tfidf", "--model.class_weights", str(weights))
+    data, chosen = data_of(weighed), RunFolder(weighed).read()["model"]["chosen"]
+    train, test = data.rows("train"), data.rows("test")
+    counts = np.bincount(train.labels)
+    scale = counts.sum() / (weights * counts).sum()  # a row weighs 1 on average, and C is of the sum over rows
+    texts, features = [*train.texts], []
+    for kind in chosen["features"].split(" and "):
+        vectorizer = TfidfVectorizer(sublinear_tf=True, max_features=MOST_NGRAMS, dtype=np.float32, **NGRAMS[kind])
+        features.append((vectorizer.fit_transform(texts).toarray(), vectorizer.transform(test.texts).toarray()))
+    own = {i: weight * scale for i, weight in enumerate(weights)}
+    model = LogisticRegression(C=chosen["C"], max_iter=1000, class_weight=own)
+    model.fit(np.hstack([each[0] for each in features]), train.labels)
+    expected = model.predict_proba(np.hstack([each[1] for each in features]))
+    found = load_run(weighed).predict(test.texts)
+    np.testing.assert_allclose(found.probabilities, expected, atol=0.02)  # fitted from where a smaller C has ended
+    assert np.abs(before - expected).max() > 0.1
+
+
+def test_what_a_baseline_does_not_use_is_said(fit, capsys) -> None:
+    fit("majority", "--model.class_weights", "balanced", "--model.label_smoothing", "0.2")
+    told = capsys.readouterr().err
+    assert "model.label_smoothing: method majority is fitted without it" in told
+    assert "model.class_weights: method majority does not use them" in told
 
 
 def test_several_devices_are_refused_in_one_line(fit, capsys) -> None:
