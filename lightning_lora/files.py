@@ -153,9 +153,10 @@ def check_writable(folder: Path) -> None:
     Raises:
         UserError: A file cannot be written into the folder.
     """
-    with atomic_path(folder / "writable") as staging:
+    path = folder / f".writable-{uuid.uuid4().hex}"  # of this process alone
+    with atomic_path(path) as staging:
         staging.write_text("x")
-    (folder / "writable").unlink(missing_ok=True)  # another process may check at the same time
+    path.unlink()
 
 
 def refusal(error: OSError) -> str | None:

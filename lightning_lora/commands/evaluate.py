@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning_lora.config.configured_run import ConfiguredRun, row_columns
 from lightning_lora.config.options import EXAMPLE_TEXT
 from lightning_lora.data.pairs import is_pair
-from lightning_lora.errors import UserError
+from lightning_lora.errors import UserError, print_warnings
 from lightning_lora.evaluation.costs import peak_memory_mb
 from lightning_lora.evaluation.intervals import MOST_FILES, difference_interval, intervals, metrics_of
 from lightning_lora.evaluation.metric_table import METRICS, row_metrics
@@ -55,12 +55,14 @@ def _evaluate(command: str, split: str, argv: list[str]) -> int:
     if is_rank_zero():
         check_writable(folder.path)
         folder.refuse_trained_rows(rows.keys, ("train",) if split == "val" else ("train", "val"))
+        _warn_of_other_rows(cli, folder, split)
     evaluation: dict[str, Any] = {
         "measured": now(),
         "command": command_line(command, *cli.argv),
         "checkpoint": str(path),
         "step": cli.steps_done,
         "task": cli.model.task,
+        "split": split,
         "fingerprint": rows.fingerprint,
     }
     trained = cli.config.model.method not in BASELINES  # there is nothing before a baseline
@@ -88,6 +90,21 @@ def _evaluate(command: str, split: str, argv: list[str]) -> int:
         if is_rank_zero():
             _finish(cli, folder, split, evaluation, found)
     return 0
+
+
+def _warn_of_other_rows(cli: ConfiguredRun, folder: RunFolder, split: str) -> None:
+    """Say so where the rows are not those of the run's own split."""
+    report = cli.datamodule.prepared.describe()["splits"][split]
+    own = folder.read_if_written().get("data", {}).get("splits", {}).get(split, {})
+    if own.get("fingerprint", report["fingerprint"]) == report["fingerprint"]:
+        return
+    where = f"{report['rows']:,} rows ({report['from']})"
+    told = f"these are not the run's {own['rows']:,} {split} rows, but {where}"
+    if not any(word.startswith(("--data", "--config", "-c")) for word in cli.argv):
+        told += ": data.source of the run leads to another place from this folder, or the data has changed"
+    elif split == "test" and isinstance(cli.config.data.source, str):
+        told += "; to test on all rows of a file give --data.source '{train: FILE OF THE RUN, test: FILE}'"
+    print_warnings([told])
 
 
 def _baseline(cli: ConfiguredRun, name: str, split: str, ours: Predictions) -> dict[str, Any]:

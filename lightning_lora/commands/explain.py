@@ -144,5 +144,6 @@ def deletion_text(loaded: LoadedRun, found: Sequence[Explanation]) -> str:
     most, random = deletion_check(loaded, found, share)
     return (
         f"Without the {share:.0%} of the words that add most, the {what} falls by {most.mean():.3g} on average, "
-        f"without as many random ones by {random.mean():.3g} (in {np.mean(most > random):.0%} of the texts by less)."
+        f"without as many random ones by {random.mean():.3g} (by less in {np.mean(most > random):.0%} of the "
+        "explanations)."
     )

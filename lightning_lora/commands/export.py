@@ -173,7 +173,9 @@ def choose_formats(wanted: list[str] | str | None, model: TextClassifier) -> lis
     if not wanted:
         raise UserError(f"--formats: the list is empty; give some of {', '.join(FORMATS)}, or leave it out")
     if unknown := set(wanted) - set(FORMATS):
-        raise UserError(f"--formats: no format '{min(unknown)}'; there are {', '.join(FORMATS)}")
+        raise UserError(
+            f"--formats: no format '{min(unknown)}'; there are {', '.join(FORMATS)}, several as '[adapter, merged]'"
+        )
     if not set(wanted) <= set(possible):
         raise UserError(f"--formats: method '{model.identity.method}' has no adapter; use merged")
     if any(name.startswith("onnx") for name in wanted):

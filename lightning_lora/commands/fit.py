@@ -339,7 +339,7 @@ def record_start(cli: ConfiguredRun, folder: RunFolder, record: dict[str, Any]) 
         warn_of_schedule(cli.model)
     if cli.tracker is not None and cli.tracker.attempt(lambda _: None):  # begins the tracked run
         folder.write(record)
-    known = {"config": cli.settings(), "loggers": run_ids(cli.trainer.loggers)}
+    known = {"config": folder.with_own_paths(cli.settings()), "loggers": run_ids(cli.trainer.loggers)}
     if known != {"config": record["config"], "loggers": record.get("loggers", {})}:
         write_text(folder.config, as_yaml(known["config"]))
         record |= known

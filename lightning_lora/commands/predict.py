@@ -83,6 +83,8 @@ def check_options(config: Any, output: Path | None) -> None:
     for option in ("workers", "executor", "address"):
         if config[option] is not None:
             raise UserError(f"--{option}: only for many input files: --input FOLDER, or --input 'FOLDER/*.parquet'")
+    if output and output.is_dir():
+        raise UserError(f"--output: '{output}' is a folder; name a file in it")
     if output and output.suffix.lower() not in OUTPUTS:
         raise UserError(f"--output: '{output.name}' must end in one of {', '.join(OUTPUTS)}")
     if output and config.format != "table":

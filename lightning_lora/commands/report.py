@@ -57,7 +57,7 @@ def run(argv: list[str]) -> int:
             output /= f"report-{group[0].name}"
         if len(groups) > 1:
             count = f"{len(group)} run{'s' * (len(group) > 1)}"
-            source = group[0].settings.get("data.source")
+            source = group[0].record["config"]["data"]["source"]
             print(f"\n== {source}: {count} ({', '.join(run.name for run in group)})")
         first = next((run for run in group if run is baseline), group[0])
         write_runs_report(group, first, output, command_line("report", *argv))

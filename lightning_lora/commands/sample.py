@@ -15,7 +15,7 @@ from lightning_lora.data.prepare import Prepared, SourceOptions, prepare
 from lightning_lora.data.stored import default_cache_dir
 from lightning_lora.errors import UserError
 from lightning_lora.program import command_line
-from lightning_lora.runs.folder import RunFolder
+from lightning_lora.runs.folder import RunFolder, best_evaluation, best_predictions
 
 _COLUMNS = ["label", "prediction", "probability", "origin", "row", "key"]
 
@@ -58,19 +58,18 @@ def run(argv: list[str]) -> int:
 def read_predictions(folder: RunFolder, split: str) -> list[dict[str, Any]]:
     """Return label, prediction, probabilities (but of numbers), origin, row and key of each test or validation row.
 
-    Of the validation rows what the best checkpoint predicted where ``validate`` was run, else fit's last pass.
+    They are the best checkpoint's; of the validation rows where ``validate`` was not run those of fit's last pass.
 
     Raises:
         UserError: There are none.
     """
     import pyarrow.parquet as pq
 
-    file, command = folder.path / "predictions" / f"{split}.parquet", "test"
-    if split == "val":
-        best, command = file.with_name("val-best.parquet"), "validate"
-        file = best if best.is_file() else file
-    if not file.is_file():
-        raise UserError(f"--split: {file} is not there; run first: {command_line(command, '--run', folder.path)}")
+    name = best_evaluation(folder.read_if_written(), split)
+    file = folder.path / "predictions" / f"{split}.parquet" if name is None else best_predictions(folder.path, name)
+    if not file.is_file() or (name is None and split == "test"):
+        command = command_line({"val": "validate", "test": "test"}[split], "--run", folder.path)
+        raise UserError(f"--split: the best checkpoint has not predicted the {split} rows; run first: {command}")
     try:
         with pq.ParquetFile(file) as table:
             names = [name for name in table.schema_arrow.names if name in _COLUMNS or name.startswith("p(")]
@@ -89,12 +88,15 @@ def texts_of(folder: RunFolder, split: str, shown: Sequence[dict[str, Any]]) -> 
     cache = Path(config["cache_dir"]).expanduser() if config.get("cache_dir") else default_cache_dir()
     prepared = prepare(SourceOptions.of(config), cache)
     rows = prepared.splits[split]
-    places = {where: i for i, where in enumerate(zip(rows.origins, rows.numbers.tolist(), strict=True))}
+    # By number and text; the file may have another path from here than it had then, and tells which of equal ones.
+    places: dict[tuple[int, bytes], dict[str, int]] = {}
+    for i, where in enumerate(zip(rows.numbers.tolist(), rows.keys, strict=True)):
+        places.setdefault(where, {})[rows.origins[i]] = i
     texts = []
     for row in shown:
-        found = places.get((row["origin"], row["row"]))
-        same = found is not None and rows.keys[found] == row["key"]
-        if found is None or not same or _truth(prepared, rows.labels[found]) != row["label"]:
+        same = places.get((row["row"], row["key"]), {})
+        found = same.get(row["origin"], next(iter(same.values()), None))
+        if found is None or _truth(prepared, rows.labels[found]) != row["label"]:
             raise UserError(
                 f"{row['origin']}, row {row['row']}: not the row that was evaluated; the source has changed since, or "
                 "it was evaluated with other data settings than the run's"

@@ -34,7 +34,7 @@ def unknown_options(argv: Sequence[str], names: Iterable[str]) -> str:
     """Return what to say of words that a parser did not recognize."""
     options = [word.partition("=")[0] for word in argv if word.startswith("-")]
     if not options:
-        return f"'{argv[0]}' belongs to no option; a text with spaces needs quotes"
+        return f"'{argv[0]}' belongs to no option; a text with spaces needs quotes, and several values '[one, two]'"
     known = list(names)
     said = [f"no option {option}{did_you_mean(option, known)}" for option in options]
     return "; ".join(said) + ("" if said[-1].endswith("?") else "; --help lists the options")
@@ -83,7 +83,7 @@ def explained(message: str, parser: Any) -> str:
     actions = {action.dest: action for action in parser._actions if type(action).__name__ != "ActionLink"}
     names = [name for name in actions if name not in ("help", "==SUPPRESS==", *LINKED)]
     if (words := message.removeprefix("unrecognized arguments: ")) != message:
-        return unknown_options(words.split(), [f"--{name}" for name in names])
+        return unknown_options(words.split(), [f"--{name}" for name in names if actions[name].option_strings])
     if (denied := re.search(r"Importing '([^']*)' is not allowed", message)) is not None:
         return _explained_import(denied[1])
     if match := _NOT_ACCEPTED.match(message):

@@ -205,9 +205,11 @@ def default_config(source: Any = None) -> dict[str, Any]:
     return config
 
 
-def typed_source(argv: Sequence[str]) -> str | None:
-    """Return the ``data.source`` that a command line gives, the last one, or None."""
-    given = _find_options(argv, ["data", "data.source"])[0]
+def typed_source(argv: Sequence[str]) -> Any:
+    """Return the ``data.source`` that a command line gives, the last one, or None; of split by split their names."""
+    given, _, others = _find_options(argv, ["data", "data.source"])
+    if splits := [name for name in others if name.startswith("data.source.")]:
+        return splits
     if given["data.source"] is None and given["data"] is not None:
         try:
             group = yaml.safe_load(given["data"])

@@ -270,9 +270,9 @@ def encode_numbers(cells: LabelCells, names: Any) -> Labels:
 
 
 def number_of(word: Any) -> float | None:
-    """The number that a word or a cell is, or None."""
+    """The number that a word or a cell is, or None; "1_2", which Python reads as 12, is a word."""
     try:
-        number = float(word)
+        number = math.nan if "_" in str(word) else float(word)
     except (ValueError, TypeError):
         return None
     return number if math.isfinite(number) else None
@@ -406,10 +406,21 @@ def _check_categorical(places: Mapping[str, str], rows: int, column: str, typed:
         raise UserError(f"{many}: no classes; {remedy}, or {_REMEDY}")
     alike: dict[Any, str] = {}
     for word, place in places.items():
-        plain = number_of(word) if numbers else unicodedata.normalize("NFKC", word).casefold()
+        plain = number_of(word) if numbers else _plain_letters(word)
         if (other := alike.setdefault(plain, word)) != word:
             raise UserError(
-                f"{place}: label '{word}' differs from '{other}' only in case or in how it is written; write it one "
-                f"way, or {_REMEDY}"
+                f"{place}: label {_visible(word)} differs from {_visible(other)} only in case or in how it is written; "
+                f"write it one way, or {_REMEDY}"
             )
     return warnings
+
+
+def _plain_letters(word: str) -> str:
+    """A word without case, forms of letters, and signs that are not seen, such as a zero-width space."""
+    seen = (sign for sign in unicodedata.normalize("NFKC", word) if unicodedata.category(sign) != "Cf")
+    return "".join(seen).casefold()
+
+
+def _visible(word: str) -> str:
+    """A word in quotes, with what is not seen written out."""
+    return ascii(word) if any(unicodedata.category(sign) == "Cf" for sign in word) else f"'{word}'"

@@ -95,7 +95,7 @@ def _matching(place: str, key: str) -> list[str]:
         filesystem, path = file_system(place)
         try:
             path = f"{path.rstrip('/')}/*" if filesystem.isdir(path) else path
-            found = [filesystem.unstrip_protocol(name) for name in filesystem.glob(path) if _is_data(Path(name))]
+            found = [filesystem.unstrip_protocol(name) for name in filesystem.glob(path) if is_data(Path(name))]
         except Exception as error:  # each filesystem has exceptions of its own
             raise UserError(f"{key}: {place} cannot be listed ({first_line(error)})") from error
     else:
@@ -104,7 +104,7 @@ def _matching(place: str, key: str) -> list[str]:
             return [str(local)]
         pattern = f"{glob.escape(str(local))}/*" if local.is_dir() else str(local)
         names = glob.glob(pattern, recursive=True)  # noqa: PTH207
-        found = [name for name in names if _is_data(Path(name)) and Path(name).is_file()]
+        found = [name for name in names if is_data(Path(name)) and Path(name).is_file()]
     if not found:
         raise UserError(f"{key}: no file matches '{place}' (from {Path.cwd()}); give a file, a folder or a pattern")
     return sorted(found)
@@ -122,7 +122,7 @@ def _file(name: str, encoding: str | None) -> RowSource:
 
 def _split_files(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
     """The files of each split of a folder, and warnings."""
-    files = [path for path in sorted(folder.rglob("*")) if _is_data(path) and path.is_file()]
+    files = [path for path in sorted(folder.rglob("*")) if is_data(path) and path.is_file()]
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     found: dict[str, list[Path]] = {}
     for pattern in _SPLIT_PATHS:
@@ -147,7 +147,7 @@ def _split_files(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
     return {split: [str(path) for path in paths] for split, paths in found.items()}, warnings
 
 
-def _is_data(path: Path) -> bool:
+def is_data(path: Path) -> bool:
     """Whether a path is that of rows, also of ones in a format that is not read, as a workbook."""
     known = format_of(path) in READERS or path.suffix.lower() in REMEDIES
     return known and path.name not in _METADATA and not path.name.startswith((".", "cache-"))

@@ -1,5 +1,7 @@
 """From a file of the source to checked rows, a part at a time; and the cache folder that they are written to once."""
 
+import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -123,13 +125,16 @@ def with_labels(table: Table, rules: RowRules) -> tuple[Table, str]:
 
 
 def _labels_in(cell: str, separator: str | None) -> str | list[str]:
-    """The labels in a text: a list of words as JSON, such as ``predict`` writes to CSV, or the parts by a separator."""
+    """The labels in a text: a list of words or numbers, or the parts by a separator.
+
+    A list is written as JSON, such as by ``predict`` to CSV, or as Python does, such as by pandas.
+    """
     if cell.startswith("["):
-        try:
-            found = json.loads(cell)
-        except (ValueError, RecursionError):
-            found = None  # a word that begins so
-        if isinstance(found, list) and all(isinstance(word, str) for word in found):
+        found = None  # a word that begins so
+        for read in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                found = read(cell) if found is None else found
+        if isinstance(found, list) and all(type(each) in (str, int, float) for each in found):
             return found
     return cell if separator is None else [word.strip() for word in cell.split(separator) if word.strip()]
 

@@ -195,7 +195,7 @@ def shown_thresholds(model: TextClassifier) -> list[float] | None:
     """Returns the probability from which on each of several labels is predicted; None of others."""
     if (thresholds := model.decision_thresholds("test")) is None:
         return None
-    return [round(value, 4 if model.temperature is None else 12) for value in thresholds.tolist()]
+    return [float(str(value)) for value in thresholds.float().cpu().numpy()]  # the shortest that is the same number
 
 
 def fold_temperature(model: TextClassifier) -> None:

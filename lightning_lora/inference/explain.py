@@ -54,7 +54,8 @@ class Explanation:
         places: Where each of the W words stands.
         effects: What each word adds to the score, (W,): it falls by so much without the word. 0 for a word that is
             not read.
-        read: Whether the model reads a word, (W,); not what is cut off of a long text.
+        read: Whether the model reads a word, (W,): not what is cut off of a long text, nor what its tokenizer does not
+            know beside another such word.
         is_number: Whether the score is a predicted number.
     """
 
@@ -81,7 +82,11 @@ class Explanation:
     def summary(self) -> str:
         """What is explained, in a line."""
         said = f": {self.score:.4g}" if self.is_number else f", probability {self.probability:.3f}"
-        cut = "" if self.read.all() else f" ({(~self.read).sum()} of {len(self.read)} words are cut off)"
+        cut = (
+            ""
+            if self.read.all()
+            else f" ({(~self.read).sum()} of {len(self.read)} words change no token: cut off, or unknown)"
+        )
         return self.label + said + cut
 
     def top(self, count: int) -> list[tuple[str, float]]:

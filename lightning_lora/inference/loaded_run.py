@@ -10,7 +10,7 @@ import torch
 from lightning import Trainer
 
 from lightning_lora.data.batching import TokenDataset
-from lightning_lora.data.checking import is_blank, row_text
+from lightning_lora.data.checking import is_blank, is_unicode, row_text
 from lightning_lora.data.datamodule import evaluation_sampler, make_loader
 from lightning_lora.data.order import default_eval_batch_size
 from lightning_lora.data.pairs import Text, is_pair
@@ -80,12 +80,13 @@ class LoadedRun:
         """The texts or pairs of texts as the model reads them.
 
         Raises:
-            UserError: A text is not a string, or is blank; or is a pair where a text is needed, or the other way round.
+            UserError: A text is not a string, is blank, or no Unicode; or is a pair where a text is needed, or not one
+                where that is.
         """
         pair, checked = is_pair(self.input_format.keep), list[Text]()
         for i, text in enumerate([texts] if isinstance(texts, str) else texts):
             sides = list(text) if pair and isinstance(text, list | tuple) else [text]
-            if len(sides) != 1 + pair or any(not isinstance(side, str) or is_blank(side) for side in sides):
+            if len(sides) != 1 + pair or any(not isinstance(s, str) or is_blank(s) or not is_unicode(s) for s in sides):
                 kind = "a pair of texts" if pair else "a text"
                 raise UserError(f"text {i}: {kind} is needed, got {text!r:.40}")
             checked.append(row_text(sides, pair))
@@ -162,6 +163,8 @@ def load_run(folder: str | Path, checkpoint: str = "best", **trainer: Any) -> Lo
     path = run.checkpoint(checkpoint)
     options = {name: settings["trainer"][name] for name in ("accelerator", "precision")} | trainer
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "devices": 1}
+    if options.get("devices", 1) not in (1, "1", [0]):
+        raise UserError("load_run: devices: a loaded run predicts on one device; give accelerator, or one process each")
     return assemble(settings["model"], settings["data"], path, trained_for(path), Trainer(**(quiet | options)))
 
 

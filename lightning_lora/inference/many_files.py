@@ -17,8 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lightning_lora.data.labels import few
 from lightning_lora.data.reading import Table
-from lightning_lora.errors import UserError, first_line
+from lightning_lora.data.sources import is_data
+from lightning_lora.errors import UserError, first_line, print_warnings
 from lightning_lora.inference.input_rows import InputRows
 from lightning_lora.inference.output import output_columns
 
@@ -79,6 +81,9 @@ def find_files(given: str, output: Path) -> list[Path]:
     for path in files:
         if path.suffix.lower() != ".parquet" or not path.is_file():
             raise UserError(f"--input: '{path}' matches, but only .parquet files are read together; narrow the pattern")
+    there = sorted(place.iterdir()) if place.is_dir() else []
+    if others := [path.name for path in there if is_data(path) and path not in files]:
+        print_warnings([f"--input: left out {few(others)}, as only .parquet files of a folder are read"])
     return files
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from lightning_lora.errors import UserError, first_line
 from lightning_lora.files import atomic_path
+from lightning_lora.runs.folder import plain
 from lightning_lora.tasks import Task
 
 OUTPUTS = (".csv", ".jsonl", ".parquet")
@@ -114,11 +115,15 @@ def as_text(columns: Mapping[str, Any], ending: str) -> str:
     rows = zip(*columns.values(), strict=True)
     if ending == ".csv":
         out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([_csv_cell(value) for value in row] for row in rows)
+        # Only a cell with a sign of the line's end is quoted, and readers take "\r" for one too (Python 3.11).
+        writer = csv.writer(out, lineterminator="\r\n")
+        for row in ([*columns], *([_csv_cell(value) for value in row] for row in rows)):
+            writer.writerow(row)
+            out.seek(out.tell() - 2)
+            out.truncate()
+            out.write("\n")
         return out.getvalue()
-    lines = [_json(dict(zip(columns, row, strict=True))) + "\n" for row in rows]
+    lines = [_json(plain(dict(zip(columns, row, strict=True)))) + "\n" for row in rows]
     # UTF-8 cannot hold half of a surrogate pair; JSON can, as \ud800.
     return "".join(lines).encode(errors="backslashreplace").decode()
 

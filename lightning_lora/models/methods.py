@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, TaskType, VeraConfig, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -128,7 +129,13 @@ def tune(base: Base, method: str, options: AdapterOptions, seed: int, frozen_dro
 
 def merged(tuned: AdaptedModel) -> Any:
     """The tuned model as a plain transformers model, adapters folded into the weights; in place."""
-    return tuned.model.merge_and_unload() if isinstance(tuned.model, PeftModel) else tuned.model
+    if not isinstance(tuned.model, PeftModel):
+        return tuned.model
+    base = tuned.model.get_base_model()
+    for name, module in [*base.named_modules()]:  # PEFT (0.21) takes that of IA3 and VeRA for a single layer
+        if isinstance(module, ModulesToSaveWrapper):
+            base.set_submodule(name, module.modules_to_save[str(module.active_adapter)])
+    return tuned.model.merge_and_unload()
 
 
 def find_method(method: str) -> Method:

@@ -66,7 +66,10 @@ def cost_rows(record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[
         share = trainable / costs["total_params"]
         rows.append(["trainable parameters", f"{trainable:,} of {costs['total_params']:,} ({share:.2%})"])
     if splits := (record.get("data") or {}).get("splits"):
-        rows.append(["rows", ", ".join(f"{name} {split['rows']:,}" for name, split in splits.items())])
+        counts = {name: split["rows"] for name, split in splits.items()}
+        if (split := evaluation.get("split")) is not None:
+            counts[split] = evaluation["rows"]
+        rows.append(["rows", ", ".join(f"{name} {count:,}" for name, count in counts.items())])
     if costs.get("train_s"):
         rate = f"{costs['train_rows_per_s']:.1f} texts/s"
         rate += f", {costs['train_tokens_per_s']:,.0f} tokens/s" if "train_tokens_per_s" in costs else ""
@@ -107,7 +110,9 @@ def _baseline_rows(baselines: Mapping[str, Any]) -> list[list[str]]:
             ends = f"{low:+.4f} to {high:+.4f}" if by >= 0 else f"{-high:+.4f} to {-low:+.4f}"
             lower = "" if spec.higher_is_better else ", of which less is better"
             said = f"{abs(by):.4f} {spec.heading} ({ends}, 95% interval){lower}"
-            rows.append([f"{'better' if by >= 0 else 'worse'} than {name} by", said])
+            sure = low > 0 or high < 0
+            said += "" if sure else ": inconclusive"
+            rows.append([f"{'better' if by >= 0 else 'worse'} than {name} by" if sure else f"beside {name}", said])
     return rows
 
 

@@ -36,6 +36,8 @@ EVENT_FILES = "events.out.tfevents.*"
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "peft", "bitsandbytes", "torchmetrics", "jsonargparse")
 #: What trains, and chooses how long and which weights are kept: with other code results may be others.
 TRAINS = ("training.module", "training.baselines", "data.datamodule", "config.configured_run")
+#: Settings that hold local paths.
+_PATHS = (("data", "source"), ("model", "base_model"), ("data", "base_model"))
 _NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,99}")
 
 
@@ -121,12 +123,21 @@ class RunFolder:
                 return path
             return str(started / path) if path and any(started.glob(path)) else path  # files may be a pattern
 
-        paths = (("data", "source"), ("model", "base_model"), ("data", "base_model"))
         given = {group: dict(value) if isinstance(value, Mapping) else value for group, value in settings.items()}
-        for group, name in paths:
+        for group, name in _PATHS:
             if isinstance(given.get(group), dict) and name in given[group]:
                 given[group][name] = found(given[group][name])
         return given
+
+    def with_own_paths(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return settings with paths as the run's config has them, where they lead to the same place from here."""
+        before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        found = self.found_from_here(before)
+        for group, name in _PATHS:
+            own = settings.get(group)
+            if own and name in own and name in (before.get(group) or {}) and own[name] == found[group][name]:
+                settings = {**settings, group: {**own, name: before[group][name]}}
+        return settings
 
     def checkpoint(self, which: str) -> Path:
         """Return the checkpoint "best" or "last", or a path to a file or an exported adapter's folder.
@@ -234,14 +245,17 @@ def best_evaluation(record: Mapping[str, Any], split: str) -> str | None:
     """Return the first evaluation of a split ("val", "test") by the weights that are the best checkpoint now, or None.
 
     A run that was trained for longer may have kept other weights since; evaluations of the earlier ones do not count.
+    Those on other rows than the run's own come last, such as those on a file that was given to ``test``.
     """
     step = (record.get("best") or {}).get("step")
+    rows = ((record.get("data") or {}).get("splits") or {}).get(split, {}).get("fingerprint")
+    found: list[tuple[bool, str]] = []
     for name, evaluation in (record.get("evaluations") or {}).items():
         now = step is None or evaluation.get("step", step) == step
         best = Path(evaluation.get("checkpoint", "best.ckpt")).name == "best.ckpt"
         if now and best and re.fullmatch(rf"{split}(-\d+)?", name):
-            return str(name)
-    return None
+            found.append((evaluation.get("fingerprint") != rows, name))
+    return min(found, key=lambda each: each[0])[1] if found else None
 
 
 def best_predictions(place: Path, name: str) -> Path:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
+from lightning_lora.data.batching import ResumableLoader
 from lightning_lora.data.datamodule import TextDataModule, check_whole_pass
 from lightning_lora.errors import UserError, check_range
 from lightning_lora.evaluation.documents import pooled
@@ -156,6 +157,8 @@ class TextClassifier(StepRunner):
         self.configure_losses()
         self.configure_metrics()
         self._counted: dict[str, Any] = {}
+        #: Where the loader is to resume.
+        self._loader: dict[str, Any] = {}
         #: The peak of the schedule, which a search may replace.
         self.scheduled_rate = self.learning_rate
         #: Optimizer steps of the schedule: in the state that training continues from, and now.
@@ -366,6 +369,12 @@ class TextClassifier(StepRunner):
     def on_train_start(self) -> None:
         """Computes the largest batch once, and restores what the metrics of an interrupted epoch have counted."""
         check_whole_steps(self.trainer)
+        loader: Any = self.trainer.train_dataloader
+        if self._loader and isinstance(loader, ResumableLoader):
+            # Lightning does so itself, but not once an optimizer has asked for the number of steps (2.6.6: the loader
+            # is then there before the state is read).
+            loader.load_state_dict(self._loader)
+        self._loader = {}
         if self.planned_before not in (None, self.planned_steps):  # the rate in the state is of the plan before
             for config in self.trainer.lr_scheduler_configs:
                 set_rates(config.scheduler)
@@ -396,6 +405,8 @@ class TextClassifier(StepRunner):
         if "optimizer_states" in checkpoint:  # a state to go on from, and not weights alone
             self.wait_for_steps()
             checkpoint["counted"] = self.train_counter.counted()
+            if isinstance(loader := self.trainer.train_dataloader, ResumableLoader):
+                checkpoint["loader"] = loader.state_dict()
             checkpoint["planned_steps"] = self.planned_steps
             if self.tuned.steps is not None:
                 checkpoint["method_state"] = self.tuned.steps.state_dict()
@@ -407,7 +418,7 @@ class TextClassifier(StepRunner):
         """Refuses a checkpoint of another base model, other labels, another method or other weights."""
         self.identity.check(checkpoint)
         self.identity.check_keys(checkpoint["state_dict"], self.checkpoint_keys(), self.state_dict())
-        self._counted = checkpoint.get("counted", {})
+        self._counted, self._loader = checkpoint.get("counted", {}), checkpoint.get("loader", {})
         self.planned_before = checkpoint.get("planned_steps")
         if self.tuned.steps is not None and "method_state" in checkpoint:
             self.tuned.steps.load_state_dict(checkpoint["method_state"])

@@ -41,7 +41,6 @@ class StateSaver(Checkpoint):
         self.request = request
         #: The metrics when the state was saved.
         self.metrics: dict[str, float] = {}
-        self._loader: dict[str, Any] = {}
         self._first = True
         self._saved_at = 0.0
         self._took = 0.0
@@ -50,11 +49,6 @@ class StateSaver(Checkpoint):
         """Resume with the batches that are left of the epoch; from here on signals wait for the end of a step."""
         self._first = True
         loader: Any = trainer.train_dataloader
-        if self._loader:
-            # Lightning does so itself, but not once an optimizer has asked for the number of steps (2.6.6: the loader
-            # is then there before the state is read).
-            loader.load_state_dict(self._loader)
-            self._loader = {}
         epochs: Any = trainer.fit_loop.epoch_progress.current
         if epochs.ready == epochs.processed:  # with max_steps Lightning (2.6.6) resumes within an epoch that has ended
             trainer.fit_loop.epoch_loop.restarting = False
@@ -101,12 +95,12 @@ class StateSaver(Checkpoint):
         self.request.deliver(int(asked))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the loader is, and the metrics, for a run that was killed behind its last step."""
-        return {"metrics": self.metrics, "loader": self._loader}
+        """Return the metrics, for a run that was killed behind its last step."""
+        return {"metrics": self.metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
-        self.metrics, self._loader = state_dict["metrics"], state_dict["loader"]
+        self.metrics = state_dict["metrics"]
 
     def save(self, trainer: Trainer) -> None:
         """Save the state; the newest before it becomes the one before."""
@@ -116,11 +110,9 @@ class StateSaver(Checkpoint):
                 logger.experiment.flush()
             elif isinstance(logger, CSVLogger):
                 logger.save()
-        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        loader: Any = trainer.train_dataloader
-        self._loader = loader.state_dict()
+        # What was logged before an interruption is no longer there.
+        self.metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
         trainer.save_checkpoint(self.points.next)
-        self._loader = {}
         if trainer.is_global_zero:
             self.points.rotate()
         self._saved_at = time.perf_counter()
@@ -136,7 +128,8 @@ def validates_within(trainer: Trainer, taken: int) -> bool:
     if not isinstance(every, int):
         return False
     # Without check_val_every_n_epoch the interval counts through all epochs.
-    before = 0 if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.total_batch_idx + 1 - taken
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    before = 0 if trainer.check_val_every_n_epoch is not None else progress.total.ready - progress.current.ready
     return (before + following) // every > (before + taken) // every
 
 

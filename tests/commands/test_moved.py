@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_lora import load_run
 from lightning_lora.cli import main
@@ -36,7 +37,24 @@ def test_a_run_is_tested_predicts_and_exports_from_another_folder_and_after_a_mo
     assert second["after"] == first["after"] and second["fingerprint"] == first["fingerprint"]
     assert (load_run("moved", accelerator="cpu").predict(text).probabilities == expected).all()
     assert main(["export", "--run", "moved", "--formats", "[adapter]"]) == 0
+    capsys.readouterr()
+    assert main(["sample", "--run", "moved"]) == 0
 
+    # It stays one that can be moved where it is trained further from here.
+    assert main(["fit", "--resume", "moved", "--trainer.max_epochs", "2"]) == 0
+    config = yaml.safe_load(Path("moved/config.yaml").read_text())
+    assert config["data"]["source"] == "rows.csv" and config["model"]["base_model"] == "base"
+    assert json.loads(Path("moved/run.json").read_text())["config"] == config
+    assert main(["test", "--run", "moved"]) == 0
+    *_, third = json.loads(Path("moved/run.json").read_text())["evaluations"].values()
+
+    # Other rows behind the same path are not taken for the run's.
+    write_csv(away / "rows.csv", make_rows(100))
+    capsys.readouterr()
+    assert main(["validate", "--run", "moved"]) in (0, 2)
+    said = capsys.readouterr().err
+    assert "data.source of the run leads to another place" in said or "was trained" in said
+    (away / "rows.csv").unlink()
     (home / "rows.csv").unlink()
     capsys.readouterr()
     assert main(["test", "--run", "moved"]) == 2
@@ -47,5 +65,5 @@ def test_a_run_is_tested_predicts_and_exports_from_another_folder_and_after_a_mo
     write_csv(away / "other.csv", make_rows(80))
     shutil.move(home / "base", away / "other")
     assert main(["test", "--run", "moved", "--data.source", "other.csv", "--model.base_model", "other"]) == 0
-    third = [*json.loads(Path("moved/run.json").read_text())["evaluations"].values()][2]
-    assert third["after"] == first["after"]
+    *_, last = json.loads(Path("moved/run.json").read_text())["evaluations"].values()
+    assert last["after"] == third["after"] != first["after"]

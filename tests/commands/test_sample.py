@@ -39,6 +39,9 @@ def test_validation_rows_are_those_of_the_best_checkpoint_where_it_was_validated
     index = table.column_names.index("prediction")
     wrong = ["neg" if label == "pos" else "pos" for label in table.column("label").to_pylist()]
     pq.write_table(table.set_column(index, "prediction", [wrong]), run / "predictions" / "val-best.parquet")
+    record = RunFolder(run).read()
+    record["evaluations"]["val"] = {"fingerprint": record["data"]["splits"]["val"]["fingerprint"]}
+    RunFolder(run).write(record)
     assert main(["sample", "--run", str(run), "--split", "val"]) == 0
     assert f"of all {len(table)} val rows 0 are right" in capsys.readouterr().out
 
@@ -71,6 +74,24 @@ def test_a_run_that_was_not_tested_says_what_to_type(fitted: RunFolder, tmp_path
     (run / "predictions" / "test.parquet").unlink()
     assert main(["sample", "--run", str(run)]) == 2
     assert f"python main.py test --run {run}" in capsys.readouterr().err
+
+
+def test_rows_are_those_of_the_weights_and_the_data_of_the_run(fitted: RunFolder, tmp_path, capsys) -> None:  # noqa: F811
+    """Not those of an evaluation before training went on, nor of one on another file."""
+    run = RunFolder(Path(shutil.copytree(fitted.path, tmp_path / "run")))
+    record = run.read()
+    first = record["evaluations"].pop("test")
+    record["evaluations"] = {"test": {**first, "fingerprint": "other"}, "test-2": first}
+    run.write(record)
+    shutil.copy(run.path / "predictions" / "test.parquet", run.path / "predictions" / "test-2.parquet")
+    (run.path / "predictions" / "test.parquet").write_text("of other rows")
+    assert main(["sample", "--run", str(run.path)]) == 0
+    record["best"]["step"] += 1
+    run.write(record)
+    assert main(["sample", "--run", str(run.path)]) == 2
+    assert (
+        f"has not predicted the test rows; run first: python main.py test --run {run.path}" in capsys.readouterr().err
+    )
 
 
 def test_a_source_that_has_changed_is_not_shown_for_what_was_tested(fitted: RunFolder, tmp_path: Path, capsys) -> None:  # noqa: F811

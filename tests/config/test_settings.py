@@ -145,6 +145,14 @@ def test_rows_and_lengths_of_the_default_config_are_those_of_its_own_reviews(wor
     assert ("data" in searched) == own and typed == {word[2:].partition("=")[0] for word in words[:1]}
 
 
+def test_a_source_that_is_typed_split_by_split_is_not_the_default_configs() -> None:
+    words = ["--data.source.train", "a.csv", "--data.source.test=b.csv"]
+    settings = parse_settings(make_parser("fit"), "fit", words)
+    assert settings["data.source"] == {"train": "a.csv", "test": "b.csv"}
+    assert [settings[f"data.{name}"] for name in ("train_rows", "test_rows", "max_length")] == [None] * 3
+    assert "data" not in split_fit(words)[0][0]
+
+
 @pytest.mark.parametrize(
     ("config", "overrides"),
     [

@@ -1,5 +1,6 @@
 """Several labels a text, and numbers: as they are written in files, and as rows are split by them."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -165,6 +166,22 @@ def test_columns_are_labels_also_without_a_row_and_texts_may_be_lists(tmp_path: 
     for separator in (None, ";"):
         prepared = prepare(SourceOptions(str(tmp_path / "b.jsonl"), label_separator=separator))
         assert labels_by_text(prepared) == {text: sorted(each) for text, each in zip(TEXTS, SETS, strict=True)}
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr])
+@pytest.mark.parametrize("kind", [str, int])
+def test_lists_in_a_csv_are_those_of_json_or_of_pandas(write, kind: type, tmp_path: Path) -> None:
+    names = {
+        label: f"{label} \U0001f600" if kind is str else i
+        for i, label in enumerate(sorted({x for each in SETS for x in each}))
+    }
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        own = ([text, write([names[label] for label in each])] for text, each in zip(TEXTS, SETS, strict=True))
+        csv.writer(file).writerows([["text", "label"], *own])
+    prepared = prepare(SourceOptions(str(tmp_path / "a.csv")))
+    assert prepared.task == "multi_label" and prepared.label_names == [str(name) for name in names.values()]
+    expected = {text: sorted(str(names[x]) for x in each) for text, each in zip(TEXTS, SETS, strict=True)}
+    assert labels_by_text(prepared) == expected
 
 
 def test_a_column_that_is_neither_0_nor_1_is_refused(tmp_path: Path) -> None:

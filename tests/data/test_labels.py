@@ -136,6 +136,8 @@ def test_declared_names_count_from_0_even_where_a_class_has_no_row() -> None:
         ([f"id-{i}" for i in range(50)], None, "50 different values in 50 rows"),
         (["0", "pos"], None, "label 'pos' is a word, but others are 0; correct it"),
         (["pos", "Pos"], None, "differs from 'pos' only in case"),
+        (["pos", "pos\u200b"], None, r"label 'pos\\u200b' differs from 'pos' only in case"),
+        (["1_2", "34"], None, "label .34. is a number, but others are 1_2"),
         (
             [0.5, 1.0],
             None,

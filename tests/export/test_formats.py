@@ -40,6 +40,14 @@ def test_every_method_exports_what_it_learnt(base: Path, tmp_path: Path, capsys,
         assert status == 0 and pq.read_table("a.parquet").to_pydict() == pq.read_table("b.parquet").to_pydict()
 
 
+@pytest.mark.parametrize("method", ["ia3", "vera"])
+@pytest.mark.parametrize("kind", slow_but(["roberta"], ["roberta", "electra", "deberta-v2", "modernbert"]))
+def test_a_head_of_several_layers_is_merged(make_base, tmp_path: Path, method: str, kind: str) -> None:
+    """PEFT takes it for one layer, which has a weight."""
+    certificate = export(fit(tmp_path, make_base(kind), method=method), "--formats", "[adapter, merged]")
+    assert certificate["merged"]["max_logit_difference"] < 1e-4
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_run_merges_into_the_full_base_and_says_what_that_changes(
     base, tmp_path, capsys, bits: int

@@ -81,7 +81,7 @@ def test_words_that_are_cut_off_count_nothing_and_take_no_prediction(loaded: Loa
     (found,) = loaded.explain([" ".join(f"{word}" for word in (FILLER * 9)[: room + 20])])
     # Of the last that is read another moves into its place; then nothing changes.
     assert found.read[:room].all() and not found.read[room + 1 :].any() and not found.effects[room + 1 :].any()
-    assert asked == [1 + found.read.sum()] and "words are cut off" in found.summary
+    assert asked == [1 + found.read.sum()] and "words change no token: cut off, or unknown" in found.summary
 
 
 plain = LoadedRun.predict_dataset

@@ -26,6 +26,14 @@ def test_chunks_end_where_they_hold_enough_bytes(tmp_path: Path, monkeypatch: py
     assert pa.chunked_array([part for chunk in chunks for part in chunk.columns["text"].chunks]) == table["text"]
 
 
+def test_other_files_of_a_folder_are_left_out_with_a_warning(place: Path, capsys: pytest.CaptureFixture) -> None:
+    Path("in").mkdir()
+    pq.write_table(pq.read_table(place / "in" / "part-0.parquet").slice(0, 3), "in/a.parquet")
+    Path("in/more.csv").write_text("text\na fine film\n")
+    assert main(words(place, source="in")) == 0
+    assert "warning: --input: left out more.csv, as only .parquet files" in capsys.readouterr().err
+
+
 def test_texts_of_several_columns_and_of_another_name(place: Path, capsys: pytest.CaptureFixture) -> None:
     Path("in").mkdir()
     texts = pq.read_table(place / "in" / "part-0.parquet")["text"].to_pylist()[:3]

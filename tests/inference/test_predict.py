@@ -166,6 +166,34 @@ def test_remedies_help(run: str) -> None:
     assert [row["prediction"] for row in alone] == [row["prediction"] for row in rows]
 
 
+def test_signs_of_a_line_s_end_stay_within_their_cell(run: str) -> None:
+    """A lone carriage return, which Python 3.11 does not quote by itself."""
+    texts = ["a fine\rfilm", "a\r\nfine", "fine\nfilm", "plain"]
+    Path("in.jsonl").write_text("".join(json.dumps({"text": text, "n": float("nan")}) + "\n" for text in texts))
+    assert predict(run, "--input", "in.jsonl", "--output", "out.csv") == 0
+    with Path("out.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["text"] for row in rows] == texts and len(rows[0]) == 1 + len(NEW)
+    assert predict(run, "--input", "out.csv", "--output", "again.jsonl") == 0
+    pq.write_table(pa.table({"text": texts, "n": [float("inf"), float("nan"), 1.0, 2.0]}), "in.parquet")
+    assert predict(run, "--input", "in.parquet", "--output", "out.jsonl") == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    lines = [json.loads(line, parse_constant=refuse) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [line["n"] for line in lines] == [None, None, 1.0, 2.0]
+
+
+def test_a_file_beside_the_output_is_left_alone(run: str, capsys: pytest.CaptureFixture) -> None:
+    Path("writable").write_text("mine")
+    assert predict(run, "a film", "--output", "out.csv") == 0
+    assert Path("writable").read_text() == "mine" and {p.name for p in Path().iterdir()} == {"writable", "out.csv"}
+    Path("folder.csv").mkdir()
+    assert predict(run, "a film", "--output", "folder.csv") == 2
+    assert "'folder.csv' is a folder" in capsys.readouterr().err
+
+
 def test_an_output_is_an_input_and_columns_of_the_same_name_are_kept(run: str, capsys: pytest.CaptureFixture) -> None:
     write_csv(Path("0.csv"), [("a fine film", "x"), ("an awful film", "y")], header=("review", "text"))
     for i in range(3):

@@ -154,6 +154,37 @@ def test_load_from_checkpoint_of_lightning_works_too(tiny_base: Path, tmp_path: 
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0)
 
 
+def test_a_checkpoint_of_an_own_trainer_resumes_within_an_epoch(tiny_base: Path, tmp_path: Path, reviews: Path) -> None:
+    from lightning import Callback, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from lightning_lora import TextDataModule
+
+    class Rows(Callback):
+        def __init__(self) -> None:
+            self.seen: list[list[int]] = []
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            self.seen.append(batch["rows"].tolist())
+
+    def fit(*callbacks: Callback, path: Path | None = None) -> tuple[list[list[int]], dict]:
+        data = TextDataModule(str(reviews), str(tiny_base), max_length=32, batch_size=8)
+        model = TextClassifier(str(tiny_base), data.label_names, learning_rate=5e-3)
+        rows = Rows()
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        trainer = Trainer(max_epochs=2, callbacks=[rows, *callbacks], enable_checkpointing=bool(callbacks), **quiet)
+        trainer.fit(model, data, ckpt_path=path)
+        return rows.seen, {name: value.clone() for name, value in model.state_dict().items()}
+
+    keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=6, save_top_k=-1)
+    rows, weights = fit(keep)
+    for step in (6, 24):  # of the first epoch, and of the second
+        left, resumed = fit(path=tmp_path / f"step={step}.ckpt")
+        assert left == rows[step:]
+        for name, value in weights.items():
+            torch.testing.assert_close(resumed[name], value, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("version", [0, 2, None, "1"])
 def test_a_checkpoint_of_another_format_is_refused_with_both_numbers(version: object) -> None:
     identity = CheckpointIdentity("base", "abc", ["neg", "pos"], "lora")
