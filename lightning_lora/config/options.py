@@ -102,6 +102,14 @@ PREDICT_SETTINGS = (
     *("trainer.num_nodes", "trainer.strategy", "trainer.precision", "trainer.enable_progress_bar"),
     *("trainer.deterministic", "trainer.benchmark", "trainer.inference_mode"),
 )
+#: Settings that make a difference in training alone: ``validate`` and ``test`` refuse them.
+TRAINING_SETTINGS = (
+    *("data.batch_size", "data.batch_by", "data.augmentation", "model.learning_rate", "model.schedule"),
+    *("model.warmup_ratio", "model.weight_decay", "model.label_smoothing", "model.gradient_checkpointing"),
+    *("trainer.max_epochs", "trainer.min_epochs", "trainer.max_steps", "trainer.min_steps", "trainer.max_time"),
+    *("trainer.limit_train_batches", "trainer.val_check_interval", "trainer.check_val_every_n_epoch"),
+    *("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm"),
+)
 #: Settings that the short help of ``fit`` shows.
 COMMON_SETTINGS = (
     *("model.base_model", "data.source", "data.text_column", "data.label_column", "data.label_names"),
@@ -169,19 +177,20 @@ def show_help(command: str, make_parser: Callable[[], Any], argv: Iterable[str])
 
 
 def refuse_unused(command: str, keys: Iterable[str]) -> None:
-    """Refuse settings that ``data`` or ``predict`` does not use.
+    """Refuse settings that a command does not use.
 
     Args:
-        command: "data" or "predict".
+        command: "data", "predict", "validate" or "test".
         keys: The settings that were given, such as "data.bad_rows".
 
     Raises:
         UserError: A setting is not used by the command.
     """
-    used = {"data": CARD_SETTINGS, "predict": PREDICT_SETTINGS}[command]
+    evaluates = command in ("validate", "test")
+    listed = TRAINING_SETTINGS if evaluates else {"data": CARD_SETTINGS, "predict": PREDICT_SETTINGS}[command]
     for key in keys:
-        in_use = any(f"{key}.".startswith(f"{setting}.") for setting in used)
-        if not in_use and ("." in key or key == "seed_everything"):
+        in_use = any(f"{key}.".startswith(f"{setting}.") for setting in listed) != evaluates
+        if not in_use and ("." in key or (key == "seed_everything" and not evaluates)):
             hint = "give --bad_rows empty or --bad_rows error" if key == "data.bad_rows" else "leave it out"
             raise UserError(f"--{key}: {command} does not use it; {hint}")
 

@@ -170,7 +170,7 @@ def _split_configs(command: str, argv: Sequence[str]) -> tuple[list[dict[str, An
                 )
     if command == "predict":
         refuse_unused(command, [*typed, *(key for config in more for key in flat(config))])
-    elif command == "data":  # a config describes a run whole
+    elif command in ("data", "validate", "test"):  # a config describes a run whole
         refuse_unused(command, typed)
     return [*configs, *more], [*rest, *argv[end:]]
 

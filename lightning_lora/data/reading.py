@@ -150,8 +150,10 @@ def _read_delimited(name: str, columns: Sequence[str], whole: bool, encoding: st
     start = 1
     try:
         header = next(reader, [])
-        require_columns(header, [*columns, *(header if whole else ())], name)
-        values: dict[str, list[Any]] = {column: [] for column in (header if whole else columns)}
+        unnamed = [i for i, column in enumerate(header) if not column] if header.count("") > 1 else []
+        wanted = [column for column in header if column or not unnamed] if whole else columns
+        require_columns(header, [*columns, *wanted], name)
+        values: dict[str, list[Any]] = {column: [] for column in wanted}
         places = [(cells, header.index(column)) for column, cells in values.items()]
         start = reader.line_num + 1
         for record in reader:
@@ -160,6 +162,10 @@ def _read_delimited(name: str, columns: Sequence[str], whole: bool, encoding: st
                     raise UserError(
                         f"{name}, line {start}: {len(record)} fields, but the header has {len(header)} "
                         f"({separator.join(header)}); put a text that holds '{separator}' in double quotes"
+                    )
+                if whole and any(record[i] for i in unnamed):  # empty ones, as a spreadsheet leaves, are left out
+                    raise UserError(
+                        f"{name}, line {start}: {len(unnamed)} columns have no name; name them, or empty them"
                     )
                 for cells, place in places:
                     cells.append(record[place])

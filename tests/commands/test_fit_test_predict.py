@@ -272,6 +272,12 @@ def test_a_pass_over_some_rows_names_those_rows(copy: RunFolder) -> None:
         assert row["label"] == whole[row["row"]]["label"] and row["prediction"] == whole[row["row"]]["prediction"]
 
 
+def test_settings_of_training_are_refused(copy: RunFolder, capsys) -> None:
+    for command, setting in (("test", "model.learning_rate"), ("validate", "trainer.max_epochs")):
+        assert main([command, "--run", str(copy.path), f"--{setting}", "1"]) == 2
+        assert capsys.readouterr().err == f"error: --{setting}: {command} does not use it; leave it out\n"
+
+
 def test_a_part_of_a_pass_is_refused_as_it_would_be_the_longest_texts(copy: RunFolder, capsys) -> None:
     for limit in ("0.2", "2"):
         assert main(["test", "--run", str(copy.path), "--trainer.limit_test_batches", limit]) == 2

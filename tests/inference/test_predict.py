@@ -185,6 +185,16 @@ def test_signs_of_a_line_s_end_stay_within_their_cell(run: str) -> None:
     assert [line["n"] for line in lines] == [None, None, 1.0, 2.0]
 
 
+def test_empty_columns_without_a_name_are_left_out(run: str, capsys: pytest.CaptureFixture) -> None:
+    Path("in.csv").write_text("text,n,,\na fine film,1,,\n")
+    assert predict(run, "--input", "in.csv", "--output", "out.csv") == 0
+    assert next(csv.reader(io.StringIO(Path("out.csv").read_text()))) == [*NEW, "n"]
+    Path("in.csv").write_text("text,n,,\na fine film,1,,x\n")
+    capsys.readouterr()
+    assert predict(run, "--input", "in.csv", "--output", "out.csv") == 2
+    assert "in.csv, line 2: 2 columns have no name" in error(capsys)
+
+
 def test_a_file_beside_the_output_is_left_alone(run: str, capsys: pytest.CaptureFixture) -> None:
     Path("writable").write_text("mine")
     assert predict(run, "a film", "--output", "out.csv") == 0
