@@ -86,11 +86,17 @@ def test_an_interruption_while_the_server_imports_is_one_line(tmp_path: Path) ->
     (tmp_path / "a.yaml").write_text("question: '?'\n")
     words = [sys.executable, str(ROOT / "main.py"), "ablate", "--config", "a.yaml"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(words, cwd=tmp_path, start_new_session=True, **pipes) as process:
-        deadline = time.monotonic() + 60
-        while not psutil.Process(process.pid).children() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(1)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.stdout is not None
-        assert process.stdout.read() == "interrupted\n" and process.wait() == 130
+    told = ""
+    for _ in range(3):  # some library, as it is imported, may swallow the signal; then the config is refused
+        with subprocess.Popen(words, cwd=tmp_path, start_new_session=True, **pipes) as process:
+            deadline = time.monotonic() + 60
+            while not psutil.Process(process.pid).children() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            time.sleep(1)
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.stdout is not None
+            told = process.stdout.read()
+            assert told.count("\n") == 1
+        if not told.startswith("error: a.yaml: axes"):
+            break
+    assert told == "interrupted\n" and process.returncode == 130

@@ -107,12 +107,14 @@ def _baseline_rows(baselines: Mapping[str, Any]) -> list[list[str]]:
         if "interval" in values:
             spec, by = METRICS[values.get("compared_by", "accuracy")], values["ours_better_by"]
             low, high = values["interval"]
-            ends = f"{low:+.4f} to {high:+.4f}" if by >= 0 else f"{-high:+.4f} to {-low:+.4f}"
             lower = "" if spec.higher_is_better else ", of which less is better"
+            if low <= 0 <= high:
+                said = f"{by:+.4f} {spec.heading} ({low:+.4f} to {high:+.4f}, 95% interval)"
+                rows.append([f"better than {name} by", f"{said}{lower}: inconclusive"])
+                continue
+            ends = f"{low:+.4f} to {high:+.4f}" if by >= 0 else f"{-high:+.4f} to {-low:+.4f}"
             said = f"{abs(by):.4f} {spec.heading} ({ends}, 95% interval){lower}"
-            sure = low > 0 or high < 0
-            said += "" if sure else ": inconclusive"
-            rows.append([f"{'better' if by >= 0 else 'worse'} than {name} by" if sure else f"beside {name}", said])
+            rows.append([f"{'better' if by >= 0 else 'worse'} than {name} by", said])
     return rows
 
 
