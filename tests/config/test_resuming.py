@@ -3,6 +3,8 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import yaml
 
 from lightning_lora.cli import main
 from lightning_lora.runs.folder import RunFolder
+from lightning_lora.training.saving import validates_within
 from tests.conftest import make_rows, write_csv
 
 CONSTANT = ["--model.schedule", "constant", "--model.warmup_ratio", "0"]
@@ -202,3 +205,12 @@ def test_reports_do_not_take_an_evaluation_of_earlier_weights(config: Path) -> N
     assert main(["report", "logs/run", "--output", "after"]) == 0
     (arm,) = json.loads(Path("after/report.json").read_text())["arms"]
     assert arm["values"]["accuracy"] == pytest.approx(second)
+
+
+def test_the_step_before_a_validation_pass_is_known_where_the_interval_runs_on_through_epochs() -> None:
+    """Of 29 batches an epoch every seventh of all: in the second epoch the first pass is within batch 6, the 35th."""
+    progress = SimpleNamespace(total=SimpleNamespace(ready=35), current=SimpleNamespace(ready=6))
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress), total_batch_idx=34)
+    settings = {"accumulate_grad_batches": 1, "num_training_batches": 29, "val_check_batch": 7}
+    trainer: Any = SimpleNamespace(**settings, check_val_every_n_epoch=None, fit_loop=loop)
+    assert [validates_within(trainer, taken) for taken in (4, 5, 6)] == [False, True, False]

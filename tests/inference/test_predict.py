@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lightning_lora import load_run
 from lightning_lora.cli import main
 from lightning_lora.commands import predict as command
+from lightning_lora.errors import UserError
 from lightning_lora.inference.output import print_table
 from tests.conftest import write_csv
 
@@ -183,6 +185,13 @@ def test_signs_of_a_line_s_end_stay_within_their_cell(run: str) -> None:
 
     lines = [json.loads(line, parse_constant=refuse) for line in Path("out.jsonl").read_text().splitlines()]
     assert [line["n"] for line in lines] == [None, None, 1.0, 2.0]
+
+
+def test_what_a_loaded_run_cannot_read_or_do_is_said(run: str) -> None:
+    with pytest.raises(UserError, match="text 0: a text is needed"):
+        load_run(run, accelerator="cpu").predict(["\ud800 x"])
+    with pytest.raises(UserError, match="predicts on one device"):
+        load_run(run, accelerator="cpu", devices=2)
 
 
 def test_empty_columns_without_a_name_are_left_out(run: str, capsys: pytest.CaptureFixture) -> None:
