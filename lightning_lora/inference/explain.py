@@ -82,11 +82,8 @@ class Explanation:
     def summary(self) -> str:
         """What is explained, in a line."""
         said = f": {self.score:.4g}" if self.is_number else f", probability {self.probability:.3f}"
-        cut = (
-            ""
-            if self.read.all()
-            else f" ({(~self.read).sum()} of {len(self.read)} words change no token: cut off, or unknown)"
-        )
+        unread = f"{(~self.read).sum()} of {len(self.read)} words"
+        cut = "" if self.read.all() else f" ({unread} change no token: cut off, or unknown)"
         return self.label + said + cut
 
     def top(self, count: int) -> list[tuple[str, float]]:

@@ -82,7 +82,7 @@ def refuse_options(trainer: Mapping[str, Any], trains: bool = True) -> None:
     if trains and (precision := str(trainer["precision"])) in ("bf16-true", "16-true"):
         raise UserError(
             f"trainer.precision: {precision} keeps trained weights in 16 bits, in which small updates are lost; "
-            f"use {precision.replace('true', 'mixed')}, which keeps frozen weights in 16 bits and trained ones in 32"
+            f"use {precision.replace('true', 'mixed')}, which computes in 16 bits and keeps trained weights in 32"
         )
     if not isinstance(trainer["val_check_interval"], int | float | None):
         raise UserError(
