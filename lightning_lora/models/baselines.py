@@ -69,7 +69,7 @@ def choose_regression(
     val_labels: np.ndarray,
     classes: int,
     cs: Sequence[float],
-    class_weights: Sequence[float] | None = None,
+    class_weights: Tensor | None = None,
 ) -> Regression:
     """Fit a logistic regression for each kind of features and each C; return the best on validation rows.
 
@@ -103,9 +103,7 @@ def choose_regression(
     return max(found, key=lambda each: each[0])[1]
 
 
-def _row_weights(
-    labels: np.ndarray, classes: int, class_weights: Sequence[float] | None
-) -> list[dict[int, float] | None]:
+def _row_weights(labels: np.ndarray, classes: int, class_weights: Tensor | None) -> list[dict[int, float] | None]:
     """Return the ``class_weight`` of each of C regressions, of which one does for labels (N,)."""
     if class_weights is None:
         return [None] * classes
@@ -208,7 +206,7 @@ class Tfidf(nn.Module):
         labels: np.ndarray,
         val_texts: Sequence[str],
         val_labels: np.ndarray,
-        class_weights: Sequence[float] | None = None,
+        class_weights: Tensor | None = None,
     ) -> dict[str, Any]:
         """Fit to training texts; n-grams and C are chosen on validation rows. Return what was chosen."""
         from scipy.sparse import hstack
@@ -315,7 +313,7 @@ class Probe(nn.Module):
         labels: np.ndarray,
         val_states: np.ndarray,
         val_labels: np.ndarray,
-        class_weights: Sequence[float] | None = None,
+        class_weights: Tensor | None = None,
     ) -> dict[str, Any]:
         """Fit to the pooled states of training rows (N, P D); pooling and C are chosen on validation rows.
 

@@ -19,7 +19,7 @@ from lightning_lora.models.methods import BASELINES
 from lightning_lora.runs.checkpoints import CheckpointIdentity
 from lightning_lora.tasks import Task
 from lightning_lora.training.evaluation_steps import EvaluationSteps
-from lightning_lora.training.loss import ClassWeights, check_calibration, make_class_weights
+from lightning_lora.training.loss import ClassWeights, check_calibration
 from lightning_lora.training.module import TextClassifier
 
 #: The settings of a model that baselines take which read texts.
@@ -73,8 +73,8 @@ class TextBaseline(EvaluationSteps):
         """Fits to the training rows; what can be chosen is chosen on validation rows, and returned."""
         del trainer
         train, val = data.rows("train"), data.rows("val")
-        weights = row_weights(self, data)
-        chosen = self.model.fit(as_texts(train.texts), train.labels, as_texts(val.texts), val.labels, weights)
+        texts, val_texts, weights = as_texts(train.texts), as_texts(val.texts), self.weigh_classes(data)
+        chosen = self.model.fit(texts, train.labels, val_texts, val.labels, weights)
         return fitted(self, chosen, val.labels)
 
     def document_logits(self, batch: dict[str, Any]) -> Tensor:
@@ -106,14 +106,6 @@ class TextBaseline(EvaluationSteps):
     def check_int8(self, precision: str) -> int:
         """Refuses an evaluation in int8."""
         raise UserError(f"--int8: method '{self.identity.method}' has no layers; leave it out")
-
-
-def row_weights(module: Any, data: TextDataModule) -> list[float] | None:
-    """Return what the rows of each class weigh in fitting, (C,), as in the loss of a model that trains."""
-    if module.class_weights is None:
-        return None
-    rows = len(data.rows("train")) if module.task == "multi_label" else None
-    return make_class_weights(module.class_weights, data.class_counts, rows).tolist()
 
 
 def fitted(module: EvaluationSteps, chosen: dict[str, Any], val_labels: np.ndarray) -> dict[str, Any]:
@@ -148,7 +140,7 @@ class LinearProbe(TextClassifier):
         data.packed = False  # ``setup`` says so too late for these loaders, and a model before this may have packed
         train, val = (self._states(data, trainer, split) for split in ("train", "val"))
         labels, val_labels = data.rows("train").labels, data.rows("val").labels
-        return fitted(self, probe.fit(train, labels, val, val_labels, row_weights(self, data)), val_labels)
+        return fitted(self, probe.fit(train, labels, val, val_labels, self.weigh_classes(data)), val_labels)
 
     def _states(self, data: TextDataModule, trainer: Trainer, split: str) -> np.ndarray:
         """Pooled states of a split, (N, P D) in the order of its rows."""

@@ -7,12 +7,13 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.evaluation.metric_table import SHOWN
 from lightning_lora.evaluation.metrics import EvaluationCounter, TrainCounter
 from lightning_lora.evaluation.temperature import fit_temperature, scale_thresholds
 from lightning_lora.evaluation.thresholds import Threshold, choose_thresholds
 from lightning_lora.tasks import Task
-from lightning_lora.training.loss import plain_loss
+from lightning_lora.training.loss import ClassWeights, make_class_weights, plain_loss
 
 
 class EvaluationSteps(LightningModule):
@@ -27,6 +28,7 @@ class EvaluationSteps(LightningModule):
     calibrate: bool
     #: What logits are divided by, (), but while training; saved with the weights.
     temperature: Tensor | None
+    class_weights: ClassWeights | None
     train_counter: TrainCounter
 
     def document_logits(self, batch: dict[str, Any]) -> Tensor:
@@ -119,6 +121,13 @@ class EvaluationSteps(LightningModule):
             self.thresholds.copy_(choose_thresholds(logits, labels, self.threshold))
         if self.temperature is not None:
             self.temperature.fill_(fit_temperature(logits, labels, self.task))
+
+    def weigh_classes(self, data: TextDataModule) -> Tensor | None:
+        """Weights of the classes in fitting, (C,), from the training rows; None where all rows weigh the same."""
+        if self.class_weights is None:
+            return None
+        rows = len(data.rows("train")) if self.task == "multi_label" else None
+        return make_class_weights(self.class_weights, data.class_counts, rows)
 
     @property
     def _fits(self) -> bool:

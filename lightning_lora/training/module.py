@@ -32,7 +32,7 @@ from lightning_lora.program import command_line
 from lightning_lora.runs.checkpoints import CheckpointIdentity
 from lightning_lora.tasks import Task
 from lightning_lora.training.guard import check_whole_steps, compute_largest_batch
-from lightning_lora.training.loss import ClassWeights, check_calibration, check_task, make_class_weights, row_losses
+from lightning_lora.training.loss import ClassWeights, check_calibration, check_task, row_losses
 from lightning_lora.training.optim import (
     Schedule,
     count_steps,
@@ -349,9 +349,8 @@ class TextClassifier(StepRunner):
             data.packed = self.packed_batches.wanted(self.trainer)
         if self.lowers_frozen(str(self.trainer.precision)):
             cast_frozen(self.model, torch.bfloat16)
-        if stage == "fit" and self.class_weights is not None:
-            rows = len(data.rows("train")) if self.task == "multi_label" else None
-            self.loss_weights = make_class_weights(self.class_weights, data.class_counts, rows).to(self.device)
+        if stage == "fit" and (weights := self.weigh_classes(data)) is not None:
+            self.loss_weights = weights.to(self.device)
         if stage == "fit" and self.task == "regression" and isinstance(data, TextDataModule):
             mean, sd = data.target_moments
             scale_output(self.model, mean, sd)
