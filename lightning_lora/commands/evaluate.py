@@ -164,7 +164,7 @@ def _finish(
     if predictions.thresholds is not None:
         names = predictions.label_names
         evaluation["thresholds"] = dict(zip(names, predictions.thresholds.round(4).tolist(), strict=True))
-    if (temperature := cli.model.temperature) is not None:
+    if (temperature := cli.model.temperature) is not None and temperature != 1:
         evaluation["temperature"] = temperature.item()
         if predictions.labels is not None:
             without = metrics_of(replace(predictions, logits=predictions.logits * temperature.item()))

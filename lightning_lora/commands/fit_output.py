@@ -112,7 +112,8 @@ def print_result(folder: RunFolder, record: dict[str, Any]) -> None:
         print(f"stopped by {record['stopped_by']}")
     if best and record["steps"]:
         print(f"kept: epoch {best['epoch']}, step {best['step']} (best {best['monitor']}): {shown(best['metrics'])}")
-    if best and "temperature" in best:
+    calibrate = record["config"]["model"]["calibrate"]
+    if best and "temperature" in best and (best["temperature"] != 1 or calibrate is True):
         rows = record["data"]["splits"]["val"]["rows"]
         print(f"temperature: {temperature_words(best['temperature'])}, fitted to {rows:,} validation rows")
         if rows < ROWS_TO_FIT:

@@ -178,6 +178,8 @@ class TextDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Tokenizes the splits that the stage needs, or takes them from the cache."""
+        if self.trainer is not None:
+            check_distributed(self.trainer)
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
         for split in (split for split in wanted if split not in self._datasets):
             rows, tokenizer, input_format = self.rows(split), self.tokenizer, self.input_format
@@ -241,6 +243,20 @@ class TextDataModule(LightningDataModule):
             accumulate = getattr(self.trainer, "accumulate_grad_batches", 1)
             sampler = LengthBatchSampler(dataset.lengths, batch_size, seed, accumulate, rank, processes, self.batch_by)
         return make_loader(dataset, sampler, self.packed)
+
+
+def check_distributed(trainer: Any) -> None:
+    """Refuse a trainer of several devices that replaces samplers, where Lightning (2.6.6) ends in a ``TypeError``.
+
+    Raises:
+        UserError: The trainer is one.
+    """
+    connector = getattr(trainer, "_accelerator_connector", None)  # no public name says so
+    if trainer.world_size > 1 and getattr(connector, "use_distributed_sampler", False):
+        raise UserError(
+            "use_distributed_sampler: give Trainer(use_distributed_sampler=False), as batches are shared out by "
+            "length; training_length does"
+        )
 
 
 def check_whole_pass(trainer: Any, stage: Literal["val", "test"]) -> None:

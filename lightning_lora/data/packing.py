@@ -23,7 +23,7 @@ CAPTURE_TOKENS = 32_768
 SIZE_STEP = 64
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # not frozen, which Lightning refuses to cast (64-true, bf16-true)
 class PackedShape:
     """The static shape of a packed batch.
 

@@ -24,6 +24,8 @@ from lightning_lora.errors import UserError, first_line
 from lightning_lora.locations import PACKAGE_PREFIX, resolve
 
 SPLITS = ("train", "val", "test")
+#: Of what a web server says of a file, that which changes with its content.
+_VALIDATORS = ("ETag", "Content-MD5", "Digest", "Last-Modified")
 _SPLIT_NAMES = {"train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val"}
 _SPLIT_NAMES |= {"dev": "val", "test": "test", "testing": "test"}
 #: JSON files that libraries write beside the data.
@@ -111,10 +113,15 @@ def _matching(place: str, key: str) -> list[str]:
 
 
 def _file(name: str, encoding: str | None) -> RowSource:
-    """A file, whose version changes with its size and time."""
+    """A file, whose version changes with its size and time, on the web with what the server says of its content."""
     filesystem, path = file_system(name)
+    version: str | None
     try:
         version = f"{filesystem.ukey(path)}/{encoding}"
+        if "http" in filesystem.protocol:  # where the key is of the address alone
+            info = filesystem.info(path)
+            said = [info[header] for header in _VALIDATORS if header in info]
+            version = f"{version}/{said}" if said else None
     except Exception as error:  # each filesystem has exceptions of its own
         raise UserError(f"{name}: cannot be read ({first_line(error)})") from error
     return RowSource(name, version, partial(read_tables, name, encoding=encoding))

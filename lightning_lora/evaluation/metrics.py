@@ -210,6 +210,8 @@ class TrainCounter(nn.Module):
             metrics.update(found % self.choices, found // self.choices)
         loss = (counted["loss_sum"] / counted["rows"]).item()
         self.reset()
+        if not total:  # a ``training_step`` of one's own, which counts nothing
+            return {}
         values = metric_values(metrics.compute(), label_names, self.task) if self.matrices else {}
         return {"loss": loss, **values}
 

@@ -61,6 +61,15 @@ class Base:
         return self.head.startswith(FRESH)
 
     @property
+    def own_head(self) -> bool:
+        """Whether its head is of a class of one's own that gets the states of all tokens, as RoBERTa's head does."""
+        if self.architecture is not None and self.architecture.pooler:  # which leaves one state a text
+            return False
+        parts = [m for name in outside_backbone(self.model) for m in self.model.get_submodule(name).modules()]
+        known = ("torch.", "transformers.", "peft.", "bitsandbytes.", "lightning_lora.")
+        return not all(type(part).__module__.startswith(known) for part in parts)
+
+    @property
     def reads_last(self) -> bool:
         """Whether its head reads the last token: transformers calls the heads of language models "score"."""
         return hasattr(self.model, "score")

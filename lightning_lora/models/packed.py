@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from lightning_lora.devices import compute_dtype
@@ -115,6 +116,11 @@ def leave_short_attention(reason: str) -> bool:
     return True
 
 
+def take_short_attention() -> None:
+    """Undo ``leave_short_attention``."""
+    _found_wanting.clear()
+
+
 def has_flash(query: Tensor) -> bool:
     """Whether torch's FlashAttention for texts of various lengths takes such queries."""
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _has_varlen(query.device.index)
@@ -162,7 +168,8 @@ class _Deterministic(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         """Switch over."""
-        _settings.append((torch.are_deterministic_algorithms_enabled(), _fills()))
+        only = torch.is_deterministic_algorithms_warn_only_enabled()
+        _settings.append((torch.are_deterministic_algorithms_enabled(), _fills(), only))
         _use_deterministic(True, False)
         return grads[0]
 
@@ -183,15 +190,15 @@ class _AsBefore(torch.autograd.Function):
         return grads
 
 
-_settings: list[tuple[bool, bool]] = []
+_settings: list[tuple[bool, bool, bool]] = []
 
 
 def _fills() -> bool:
     return bool(torch.utils.deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]
 
 
-def _use_deterministic(on: bool, fills: bool) -> None:
-    torch.use_deterministic_algorithms(on)
+def _use_deterministic(on: bool, fills: bool, warn_only: bool = False) -> None:
+    torch.use_deterministic_algorithms(on, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
@@ -296,6 +303,10 @@ def why_not_packed(base: Base) -> str | None:
         return f"the attention of architecture '{kind}' is causal"
     if not architecture.packs:
         return f"architecture '{kind}' computes attention by code of its own"
+    if base.own_head:
+        return "the head is of your own, and may read all tokens"
+    if any(isinstance(module, _BatchNorm) for module in base.model.modules()):
+        return "batch normalization would count places without a text"
     if getattr(base.model.config, "classifier_pooling", "cls") != "cls":
         return "the head reads the mean of all tokens"
     return None

@@ -69,6 +69,7 @@ def install(base: Base, speedups: Speedups, tokens: FirstTokens | None = None, r
         reads_first: Whether the head reads the first token alone.
     """
     done = []
+    reads_first = reads_first and not base.own_head
     if reads_first and take_first_tokens(base, tokens or FirstTokens(), speedups.first_token_only):
         done.append("last layer for the first token only")
     if speedups.cast_once:

@@ -19,7 +19,7 @@ from lightning_lora.models.methods import BASELINES
 from lightning_lora.runs.checkpoints import CheckpointIdentity
 from lightning_lora.tasks import Task
 from lightning_lora.training.evaluation_steps import EvaluationSteps
-from lightning_lora.training.loss import ClassWeights, check_calibration
+from lightning_lora.training.loss import Calibrate, ClassWeights, has_temperature
 from lightning_lora.training.module import TextClassifier
 
 #: The settings of a model that baselines take which read texts.
@@ -47,11 +47,11 @@ class TextBaseline(EvaluationSteps):
         method: str = "tfidf",
         task: Task = "single_label",
         threshold: Threshold = "one",
-        calibrate: bool = False,
+        calibrate: Calibrate = "auto",
         class_weights: ClassWeights | None = None,
     ) -> None:
         super().__init__()
-        check_calibration(calibrate, task, threshold, method)
+        self.has_temperature = has_temperature(calibrate, task, threshold, method)
         given = {"label_names": list(label_names), "method": method, "task": task, "threshold": threshold}
         self.save_hyperparameters({**given, "calibrate": calibrate, "class_weights": class_weights}, logger=False)
         self.label_names, self.task, self.threshold = list(label_names), task, threshold

@@ -10,10 +10,10 @@ from torchmetrics import Metric
 from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.evaluation.metric_table import SHOWN
 from lightning_lora.evaluation.metrics import EvaluationCounter, TrainCounter
-from lightning_lora.evaluation.temperature import fit_temperature, scale_thresholds
+from lightning_lora.evaluation.temperature import ROWS_TO_FIT, fit_temperature, scale_thresholds
 from lightning_lora.evaluation.thresholds import Threshold, choose_thresholds
 from lightning_lora.tasks import Task
-from lightning_lora.training.loss import ClassWeights, make_class_weights, plain_loss
+from lightning_lora.training.loss import Calibrate, ClassWeights, make_class_weights, plain_loss
 
 
 class EvaluationSteps(LightningModule):
@@ -24,8 +24,9 @@ class EvaluationSteps(LightningModule):
     threshold: Threshold
     #: Of several labels the probabilities from which on each is predicted, (C,); saved with the weights.
     thresholds: Tensor | None
-    #: Whether a temperature is fitted.
-    calibrate: bool
+    #: Whether a temperature is fitted; by "auto" to enough rows.
+    calibrate: Calibrate
+    has_temperature: bool
     #: What logits are divided by, (), but while training; saved with the weights.
     temperature: Tensor | None
     class_weights: ClassWeights | None
@@ -47,7 +48,7 @@ class EvaluationSteps(LightningModule):
         self.stage_counters = nn.ModuleDict(counters)
         start = 0.5 if isinstance(self.threshold, str) else float(self.threshold)
         self.register_buffer("thresholds", torch.full((classes,), start) if several else None)
-        self.register_buffer("temperature", torch.ones(()) if self.calibrate else None)
+        self.register_buffer("temperature", torch.ones(()) if self.has_temperature else None)
 
     def add_metric(self, name: str, metric: Metric) -> None:
         """Log a torchmetrics metric of probabilities (B, C) and labels as "val/NAME" and "test/NAME"."""
@@ -119,7 +120,8 @@ class EvaluationSteps(LightningModule):
         """
         if self.thresholds is not None:
             self.thresholds.copy_(choose_thresholds(logits, labels, self.threshold))
-        if self.temperature is not None:
+        enough = self.calibrate is True or (self.calibrate == "auto" and len(labels) >= ROWS_TO_FIT)
+        if self.temperature is not None and enough:
             self.temperature.fill_(fit_temperature(logits, labels, self.task))
 
     def weigh_classes(self, data: TextDataModule) -> Tensor | None:

@@ -31,6 +31,19 @@ STEP_HOOKS = (
     "on_before_optimizer_step",
     "configure_gradient_clipping",
 )
+#: Others, in which code may change what a captured step has frozen.
+OTHER_HOOKS = (
+    "configure_optimizers",
+    "lr_scheduler_step",
+    "on_after_backward",
+    "on_before_backward",
+    "on_before_zero_grad",
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_train_epoch_end",
+)
 #: Largest relative difference, of the loss and of the gradient's norm, between a captured step and a plain one.
 GRAPH_TOLERANCE = 1e-3
 
@@ -96,6 +109,8 @@ class GraphedSteps:
             CannotCaptureError: On the first batch, if a step cannot be captured.
         """
         flat, shape, parts = batch["packed"], batch["shape"], self.module.trainer.accumulate_grad_batches
+        if (reason := self.module.packed_batches.checked(batch)) is not None:
+            raise CannotCaptureError(reason)
         if not self.proven:
             self._prove(batch, parts)
         count = len(batch["rows"])
@@ -125,7 +140,8 @@ class GraphedSteps:
         used = [(own, new) for own, new in zip(self.gradients, found, strict=True) if new is not None]
         with torch.no_grad():
             torch._foreach_add_([own for own, _ in used], [new for _, new in used])
-            module.train_counter.count(logits, views.labels[:count], loss, views.count)
+            there = views.count * (views.scale != 0)  # a row that is only there because none was left counts nothing
+            module.train_counter.count(logits, views.labels[:count], loss, there)
             self.guard.loss += scaled.detach()
         return loss.detach(), logits.detach()
 
@@ -139,10 +155,8 @@ class GraphedSteps:
 
     def _prove(self, batch: dict[str, Any], parts: int) -> None:
         """Capture everything before the first batch; on the first static one compare captured with plain."""
-        compiled = compile_attention(self.module.model, [shape.longest for shape in self._shapes])
         # An error of the compiler is met again where the kernels are used.
-        if (reason := self.module.packed_batches.checked(batch, lambda: wait(compiled))) is not None:
-            raise CannotCaptureError(reason)
+        wait(compile_attention(self.module.model, [shape.longest for shape in self._shapes]))
         kept = [*self.gradients, *self.module.train_counter.buffers(), self.guard.loss]
         values = [tensor.clone() for tensor in kept]
 
@@ -203,9 +217,9 @@ class GraphedSteps:
         def step() -> None:
             norm = nn.utils.get_total_norm(self.gradients)
             self.guard.update(norm)
-            if clip and by == "value":
+            if clip and clip > 0 and by == "value":
                 nn.utils.clip_grad_value_(self.parameters, clip)
-            elif clip:
+            elif clip and clip > 0:
                 nn.utils.clip_grads_with_norm_(self.parameters, clip, norm)
             self.optimizer.apply()
             torch._foreach_zero_(self.gradients)
@@ -253,6 +267,7 @@ def what_python_does(module: Any) -> str | None:
     if hooks := [name for name in STEP_HOOKS if not ours(getattr(type(module), name))]:
         return f"{hooks[0]} is overridden"
     own = [f"a callback of your own ({type(c).__name__})" for c in module.trainer.callbacks if not callback_is_ours(c)]
+    own += [f"{name} of your own" for name in OTHER_HOOKS if not ours(getattr(type(module), name), "lightning.")]
     own += ["a loss of your own"] if module.own_criterion else []
     if own and module.speedups.cuda_graphs is not True:
         return f"{own[0]} may change what a capture freezes; model.speedups.cuda_graphs: true captures all the same"

@@ -59,7 +59,9 @@ class StepGuard:
         Raises:
             NotFiniteError: The loss or the gradient of the step is not finite.
         """
-        losses, rows = torch.stack(self.losses), torch.cat(self.rows)
+        # Of a ``training_step`` of one's own neither loss nor rows are known.
+        nothing = torch.zeros(0, device=stepped(optimizer)[0].device)
+        losses, rows = (torch.stack(self.losses), torch.cat(self.rows)) if self.losses else (nothing, nothing)
         self.losses, self.rows = [], []
         checked = {"loss": losses}
         if gradients:
@@ -174,8 +176,8 @@ def compute_largest_batch(module: Any) -> None:
     loader.batch_sampler.set_epoch(trainer.current_epoch)  # as Lightning does, but later
     trained = [p for p in module.parameters() if p.requires_grad]
     largest = loader.batch_sampler.largest()
-    # One row first: what is made once and stays must not lie between what comes and goes.
-    for rows in (largest[:1], largest):
+    # Two rows first: what is made once and stays must not lie between what comes and goes.
+    for rows in (largest[:2], largest):
         batch = trainer.strategy.batch_to_device(data.__getitems__(rows))
         with trainer.precision_plugin.forward_context():
             logits = module.document_logits(batch)

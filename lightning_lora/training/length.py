@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from lightning_lora.data.batching import batches_per_epoch
 from lightning_lora.data.datamodule import TextDataModule
+from lightning_lora.models.methods import find_method
 from lightning_lora.tasks import Task
 from lightning_lora.training.saving import monitored
 from lightning_lora.units import duration
@@ -137,7 +138,7 @@ def length_of(
     return length
 
 
-def training_length(data: TextDataModule, **trainer: Any) -> dict[str, Any]:
+def training_length(data: TextDataModule, method: str = "lora", **trainer: Any) -> dict[str, Any]:
     """Return arguments for ``lightning.Trainer`` with which it trains as long as ``main.py fit`` does by default.
 
     ``Trainer(**training_length(data), gradient_clip_val=1.0)``: as many epochs as the training rows take for enough
@@ -145,6 +146,7 @@ def training_length(data: TextDataModule, **trainer: Any) -> dict[str, Any]:
 
     Args:
         data: Read here, where it has not been.
+        method: How the model is trained; AdaLoRA does not stop early.
         trainer: Other arguments for the Trainer, which are returned too and have priority: callbacks of your own,
             ``accumulate_grad_batches`` and ``limit_train_batches``, on which the number of steps depends.
 
@@ -153,7 +155,8 @@ def training_length(data: TextDataModule, **trainer: Any) -> dict[str, Any]:
     """
     given = trainer.get("callbacks") or []
     callbacks = list(given) if isinstance(given, list | tuple) else [given]
-    length = length_of(trainer, data, callbacks)
+    length = length_of(trainer, data, callbacks, find_method(method).stops_early)
+    trainer = {"use_distributed_sampler": False, **trainer}  # the data's own batches are shared out by length
     if length is None:
         return {**trainer, "callbacks": callbacks}
     stopping = [] if length.stopping is None else [EarlyStopping(**length.stopping)]

@@ -10,6 +10,7 @@ from lightning_lora.errors import UserError, check_range
 from lightning_lora.tasks import Task
 
 ClassWeights = Literal["balanced"] | list[float]
+Calibrate = bool | Literal["auto"]
 
 
 def plain_loss(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
@@ -64,22 +65,25 @@ def check_task(
         check_range("model.threshold", threshold, 0, 1)
 
 
-def check_calibration(calibrate: bool, task: Task, threshold: str | float, method: str) -> None:
-    """Refuse a temperature where it means nothing, or would change what a threshold was typed for.
+def has_temperature(calibrate: Calibrate, task: Task, threshold: str | float, method: str) -> bool:
+    """Whether a model has a temperature; not by "auto" where it means nothing, or changes what a threshold means.
 
     Raises:
-        UserError: Nothing is fitted, or the task has no probabilities; or a typed threshold would change labels.
+        UserError: It is to have one, but nothing is fitted, or the task has no probabilities; or a typed threshold
+            would change labels.
     """
-    if not calibrate:
-        return
+    why = None
     if task == "regression" or method == "none":
         why = "numbers (task regression) are no probabilities" if task == "regression" else "method 'none' fits nothing"
-        raise UserError(f"model.calibrate: {why}; leave it out")
-    if not isinstance(threshold, str) and threshold != 0.5:
-        raise UserError(
+        why = f"model.calibrate: {why}; leave it out"
+    elif not isinstance(threshold, str) and threshold != 0.5:
+        why = (
             f"model.threshold: {threshold}, but calibration would change the labels that have this probability; give "
             "one, per_label or 0.5, or leave out model.calibrate"
         )
+    if why and calibrate is True:
+        raise UserError(why)
+    return bool(calibrate) and not why
 
 
 def make_class_weights(asked: ClassWeights, class_counts: list[int], rows: int | None = None) -> Tensor:

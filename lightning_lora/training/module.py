@@ -1,10 +1,11 @@
 """The LightningModule: a base model, a method, one shared step."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
@@ -32,7 +33,7 @@ from lightning_lora.program import command_line
 from lightning_lora.runs.checkpoints import CheckpointIdentity
 from lightning_lora.tasks import Task
 from lightning_lora.training.guard import check_whole_steps, compute_largest_batch
-from lightning_lora.training.loss import ClassWeights, check_calibration, check_task, row_losses
+from lightning_lora.training.loss import Calibrate, ClassWeights, check_task, has_temperature, row_losses
 from lightning_lora.training.optim import (
     Schedule,
     count_steps,
@@ -71,7 +72,8 @@ class TextClassifier(StepRunner):
         threshold: Of several labels the probability from which on one is predicted: "one" for all labels or one
             "per_label", chosen by F1 on validation rows and kept with the weights; or a number.
         calibrate: Divide logits by a temperature that is fitted to validation rows and kept with the weights, so that
-            probabilities are those that come true; no label changes.
+            probabilities are those that come true; no label changes. "auto": where there are 100 rows to fit it to,
+            and texts are not cut into windows.
         label_smoothing: From 0 up to 1; in training only.
         class_weights: Weights of the classes in the training loss: "balanced" (inverse to their share of
             the training rows) or one number a class; they are scaled so that a row weighs 1 on average. Of several
@@ -104,7 +106,7 @@ class TextClassifier(StepRunner):
         weight_decay: float = 0.01,
         task: Task = "single_label",
         threshold: Threshold = "one",
-        calibrate: bool = False,
+        calibrate: Calibrate = "auto",
         label_smoothing: float = 0.0,
         class_weights: ClassWeights | None = None,
         attention: Literal["auto", "eager", "sdpa", "exact"] = "auto",
@@ -130,7 +132,7 @@ class TextClassifier(StepRunner):
         check_range("model.warmup_ratio", warmup_ratio, 0, 1)
         check_range("model.label_smoothing", label_smoothing, 0, 1)
         check_task(task, len(label_names), label_smoothing, class_weights, threshold)
-        check_calibration(calibrate, task, threshold, method)
+        self.has_temperature = has_temperature(calibrate, task, threshold, method)
         check_range("model.weight_decay", weight_decay, 0, None)
         check_range("model.learning_rate", learning_rate or 0, 0, None)
         self.learning_rate = entry.learning_rate if learning_rate is None else learning_rate
@@ -313,12 +315,16 @@ class TextClassifier(StepRunner):
         """Merges adapters while their weights stay as they are."""
         self.wait_for_steps()
         dtype = AUTOCAST.get(str(self.trainer.precision))
-        begin_evaluation(self.model, dtype, self.speedups, "int8" if self.int8 else None)
+        averages = any(isinstance(each, WeightAveraging) for each in self.trainer.callbacks)  # type: ignore[attr-defined]
+        # Their weights are there after this, so nothing is merged.
+        speedups = replace(self.speedups, merged_evaluation=False) if averages else self.speedups
+        begin_evaluation(self.model, dtype, speedups, "int8" if self.int8 else None)
         self.packed_batches.start_evaluation()
 
     def on_validation_end(self) -> None:
-        """Takes adapters apart again."""
+        """Takes adapters apart again, and lets the model read padded batches."""
         end_evaluation(self.model)
+        self.use_attention(self.attention_for(self.training))
 
     def on_validation_model_train(self) -> None:
         """Goes back to training and its attention: Lightning by itself sets the modules' flags past ``train``."""
@@ -340,18 +346,26 @@ class TextClassifier(StepRunner):
     def setup(self, stage: str) -> None:
         """Puts the frozen weights into their dtype, and takes the class weights of the training loss."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, TextDataModule):
-            if self.calibrate and data.truncation == "windows":
-                raise UserError(
-                    "model.calibrate: exports scale the logits of each window, which can change the label that all "
-                    "windows of a text have together; leave it out, or give data.truncation head or both"
-                )
+        own_data = isinstance(data, TextDataModule)
+        if stage == "fit" and not own_data and (self.task == "regression" or self.class_weights is not None):
+            needed = "task regression" if self.task == "regression" else "model.class_weights"
+            raise UserError(
+                f"{needed} needs the training rows: give Trainer.fit(model, datamodule=TextDataModule(...))"
+            )
+        if own_data:
+            if data.truncation == "windows":
+                if self.calibrate is True:
+                    raise UserError(
+                        "model.calibrate: exports scale the logits of each window, which can change the label that all "
+                        "windows of a text have together; leave it out, or give data.truncation head or both"
+                    )
+                self.calibrate = False
             data.packed = self.packed_batches.wanted(self.trainer)
         if self.lowers_frozen(str(self.trainer.precision)):
             cast_frozen(self.model, torch.bfloat16)
         if stage == "fit" and (weights := self.weigh_classes(data)) is not None:
             self.loss_weights = weights.to(self.device)
-        if stage == "fit" and self.task == "regression" and isinstance(data, TextDataModule):
+        if stage == "fit" and self.task == "regression":
             mean, sd = data.target_moments
             scale_output(self.model, mean, sd)
             self.loss_weights = torch.tensor(1 / sd**2, device=self.device)
@@ -386,7 +400,7 @@ class TextClassifier(StepRunner):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW and its schedule, which moves on each optimizer step."""
         optimizer = make_optimizer(
-            self.model, self.learning_rate, self.weight_decay, self.tuned.lr_factors, not self.scales_loss
+            self, self.learning_rate, self.weight_decay, self.tuned.lr_factors, not self.scales_loss
         )
         self.scheduled_rate = self.learning_rate
         self.planned_steps = count_steps(self.trainer, self.schedule, self.warmup_ratio, self.tuned.steps is not None)

@@ -18,6 +18,7 @@ from lightning_lora.models.packed import (
     FirstTokens,
     deterministic_as_before,
     leave_short_attention,
+    take_short_attention,
     why_not_packed,
 )
 from lightning_lora.training.capture import callback_is_ours, capture, ours
@@ -63,7 +64,7 @@ class PackedBatches:
         #: Why the kernels for short texts are not used; None while they are.
         self.no_short_attention: str | None = None
         #: Whether logits have been checked (False), and logits and gradients (True).
-        self._checked: set[bool] = set()
+        self._checked: set[tuple[bool, int]] = set()
         self.forget()
 
     def forget(self) -> None:
@@ -142,9 +143,7 @@ class PackedBatches:
                 position_ids=views.position_ids + self.first_position,
                 attention_mask=None,
                 cu_seq_lens_q=offsets,
-                cu_seq_lens_k=offsets,
                 max_length_q=shape.longest,
-                max_length_k=shape.longest,
                 **types,
             ).logits.float()
         # Windows that are not there are pooled into one text more.
@@ -161,35 +160,37 @@ class PackedBatches:
             return logits
         return pooled(logits, views.documents[:inputs], len(batch["rows"]), self.module.task)
 
-    def checked(self, batch: dict[str, Any], ready: Callable[[], Any] = lambda: None) -> str | None:
+    def checked(self, batch: dict[str, Any]) -> str | None:
         """Compare packed with padded on a first batch; return why packed batches are not trusted, if they are not.
 
         Args:
             batch: A packed batch on the device of the model.
-            ready: Waits for what is being compiled for packed batches.
         """
-        graded = torch.is_grad_enabled()
-        if self.rejected is None and not self._checked & {graded, True} and len(batch["rows"]) > 1:  # one says nothing
-            self._checked.add(graded)
-            self.rejected = self._difference(batch, ready)
+        graded, power = torch.is_grad_enabled(), batch["shape"].longest.bit_length()  # other lengths, other kernels
+        new = not self._checked & {(graded, power), (True, power)}
+        if self.rejected is None and new and len(batch["rows"]) > 1:  # one says nothing
+            self._checked.add((graded, power))
+            self.rejected = self._difference(batch)
             if self.rejected is not None and leave_short_attention(self.rejected):
                 self.no_short_attention = self.rejected
-                self.rejected = self._difference(batch, ready)
+                self.rejected = self._difference(batch)
+                if self.rejected is not None:  # it was not they
+                    self.no_short_attention = None
+                    take_short_attention()
             for what, reason in self.not_used.items():
                 print(f"warning: {what}: {reason}", file=sys.stderr, flush=True)
         return self.rejected
 
-    def _difference(self, batch: dict[str, Any], ready: Callable[[], Any]) -> str | None:
+    def _difference(self, batch: dict[str, Any]) -> str | None:
         """Say how packed and padded differ on a batch, if they do."""
         model = self.module.model
         trained = [p for p in model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
-        mode = model.training
+        modes = {each: each.training for each in model.modules()}
         nn.Module.train(model, False)  # without dropout
         try:
             found = []
             for packed in (False, True):
                 if packed:
-                    ready()
                     logits = self.all_logits(unpack(batch["packed"], batch["shape"]), batch["shape"])
                 else:
                     logits = self.padded_logits(batch)
@@ -199,6 +200,9 @@ class PackedBatches:
                     gradients = torch.autograd.grad(loss, trained, allow_unused=True) if trained else ()
                 found.append([logits.detach(), *(g for g in gradients if g is not None)])
             dtype = compute_dtype(next(p for p in model.parameters() if p.is_floating_point()))
+            if self.module.task == "regression":  # numbers may be far from 0, which would hide how they differ
+                middle = found[0][0].mean()
+                found = [[logits - middle, *gradients] for logits, *gradients in found]
             for part in (slice(1), slice(1, None)):  # logits, then gradients
                 difference = _apart(found[1][part], found[0][part])
                 if not difference <= PACKING_TOLERANCE[dtype]:  # nor NaN
@@ -210,7 +214,8 @@ class PackedBatches:
         except Exception as error:  # of kernels, and of models that take no offsets
             return first_line(error, 160)
         finally:
-            nn.Module.train(model, mode)
+            for each, mode in modes.items():
+                each.training = mode
 
     def start_evaluation(self) -> None:
         """Forget passes that were captured with weights at other addresses."""

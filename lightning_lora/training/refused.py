@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lightning import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 
 from lightning_lora.errors import UserError
 from lightning_lora.evaluation.metric_table import METRICS
@@ -103,7 +103,7 @@ def refuse_options(trainer: Mapping[str, Any], trains: bool = True) -> None:
 def check_monitors(
     callbacks: Iterable[Callback], label_names: list[str], trainer: Mapping[str, Any], task: Task = "single_label"
 ) -> None:
-    """Refuse a callback that monitors what is never logged, or not when it is read, or in the wrong direction.
+    """Refuse a callback that averages weights, or monitors what is not logged when it is read, or in a wrong direction.
 
     Settings of the trainer that are not there have Lightning's default.
 
@@ -118,6 +118,10 @@ def check_monitors(
     each_epoch = trainer.get("check_val_every_n_epoch", 1) == 1
     at_end = not validates or (each_epoch and trainer.get("val_check_interval") in (None, 1.0))
     for callback in callbacks:
+        if isinstance(
+            callback, StochasticWeightAveraging | WeightAveraging
+        ):  # of one's own, as Lightning's are refused by name
+            raise UserError(f"trainer.callbacks: {type(callback).__name__}: {_AVERAGED}")
         monitor = getattr(callback, "monitor", None)
         if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None:
             continue

@@ -1,8 +1,14 @@
 """Parquet files that are read in batches, local or not, against the same rows as CSV."""
 
+import http.server
 import json
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -301,3 +307,35 @@ def test_fit_test_and_sample_from_the_command_line(folder: Path, tiny_base: Path
     changed = source | {"train": f"{folder}/train-0.parquet", "test": str(folder / "train-1.parquet")}
     assert main(["test", "--run", "logs/run", "--data.source", json.dumps(changed)]) == 2
     assert "50 of the 50 rows to evaluate are rows that logs/run was trained" in capsys.readouterr().err
+
+
+class _Server(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; with ``Last-Modified`` as its class says."""
+
+    dated = True
+
+    def log_message(self, *args: Any) -> None: ...
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if self.dated or keyword != "Last-Modified":
+            super().send_header(keyword, value)
+
+
+@pytest.mark.parametrize("dated", [True, False])
+def test_a_file_that_changes_on_the_web_is_read_again(
+    module, folder: Path, tmp_path: Path, dated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    monkeypatch.setattr(_Server, "dated", dated)
+    file = folder / "rows.parquet"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Server, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for age, labels in ((100, ["neg", "pos"]), (0, ["bad", "good"])):
+            table = pa.table({"text": [f"a film {i}" for i in range(80)], "label": labels * 40})
+            pq.write_table(table, file)
+            os.utime(file, (time.time() - age,) * 2)
+            fsspec.filesystem("http").clear_instance_cache()
+            data = module(source={"train": f"http://127.0.0.1:{server.server_port}/rows.parquet"})
+            assert data.label_names == labels and len(data.rows("train")) > 40
+        server.shutdown()

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
 from lightning_lora.data.datamodule import make_loader
 from lightning_lora.data.tokens import InputFormat, TokenRows
 from lightning_lora.models.architectures import ARCHITECTURES
+from lightning_lora.models.head import scale_output
 from lightning_lora.models.packed import PACKED, packed_attention, padded_attention
 from lightning_lora.models.speedups import Speedups
 from lightning_lora.training.module import TextClassifier
@@ -52,6 +54,42 @@ def test_packed_texts_give_the_logits_and_gradients_of_padded_ones(
     model = TextClassifier(str(base), ["a", "b", "c"], "full", speedups=speedups)
     assert model.packed_batches.cannot is None
     assert_packed_as_padded(model.eval(), rows(keep))
+
+
+def test_every_length_of_attention_is_checked(make_base: Callable[..., Path]) -> None:
+    """Short texts may have kernels of their own, which a first batch of long ones does not use."""
+    model = TextClassifier(str(make_base()), ["a", "b", "c"], speedups=Speedups(kernels=False)).eval()
+
+    def wrong(module: Any, query: Any, key: Any, value: Any, *args: Any, **more: Any) -> Any:
+        out = packed_attention(module, query, key, value, *args, **more)[0]
+        return (out * 0 if more["max_length_q"] <= 16 else out), None
+
+    AttentionInterface.register(PACKED, wrong)
+    try:
+        for longest, used in ((40, {}), (12, {"packing not used"})):
+            with torch.no_grad():
+                logits = [model.document_logits(batch) for batch in both(rows(longest=longest, top=longest))]
+            assert set(model.packed_batches.not_used) == set(used)
+            torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-4)
+    finally:
+        AttentionInterface.register(PACKED, packed_attention)
+
+
+def test_numbers_far_from_0_do_not_hide_a_difference(make_base: Callable[..., Path]) -> None:
+    base = make_base()
+    model = TextClassifier(str(base), ["label"], task="regression", speedups=Speedups(kernels=False)).eval()
+    scale_output(model.model, 1e4, 30.0)
+
+    def wrong(module: Any, query: Any, *args: Any, **more: Any) -> Any:
+        return packed_attention(module, query, *args, **more)[0] * 0, None
+
+    AttentionInterface.register(PACKED, wrong)
+    try:
+        with torch.no_grad():
+            model.document_logits(both(rows())[1])
+        assert set(model.packed_batches.not_used) == {"packing not used"}
+    finally:
+        AttentionInterface.register(PACKED, packed_attention)
 
 
 def assert_packed_as_padded(model: TextClassifier, data: TokenDataset) -> None:

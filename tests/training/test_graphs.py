@@ -105,6 +105,23 @@ def test_packed_batches_learn_what_padded_ones_learn(
         assert float(packed.trainer.callback_metrics[name]) == pytest.approx(float(value), abs=1e-4), name
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_packed_batches_are_trained_on_in_every_precision(tiny_base: Path, reviews: Path, precision: str) -> None:
+    """Lightning casts what is in a batch."""
+    module = fit(tiny_base, reviews, False, {"precision": precision, "max_epochs": 1})
+    assert module.packed_batches.not_used == {}
+    data = TextDataModule(str(reviews), str(tiny_base), max_length=24, cache_dir=str(reviews.parent / "cache"))
+    assert Trainer(**QUIET, precision=precision).test(module, data, verbose=False)
+
+
+def test_a_clip_below_0_clips_nothing(captured: None, tiny_base: Path, reviews: Path) -> None:
+    plain, found = (
+        fit(tiny_base, reviews, graphs, {"gradient_clip_val": -1.0, "max_epochs": 1}) for graphs in (False, True)
+    )
+    for name, value in trained(plain).items():
+        torch.testing.assert_close(trained(found)[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize(
     ("task", "model"), [("multi_label", {"class_weights": "balanced", "label_smoothing": 0.1}), ("regression", {})]
 )
@@ -242,6 +259,20 @@ class ByHand(TextClassifier):
         return super().training_step(batch, batch_idx) * 2
 
 
+class Freezes(TextClassifier):
+    """Freezes a layer in an epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        next(p for p in self.parameters() if p.requires_grad).requires_grad_(False)
+
+
+class Cycles(TextClassifier):
+    """A schedule of its own, which may move what a capture freezes, such as betas."""
+
+    def configure_optimizers(self) -> Any:
+        return super().configure_optimizers()
+
+
 @pytest.mark.parametrize(
     ("kind", "callbacks", "said"),
     [
@@ -251,6 +282,8 @@ class ByHand(TextClassifier):
         (TextClassifier, [Watch()], r"a callback of your own \(Watch\) may change"),
         (Weighted, [], "a loss of your own may change"),
         (ByHand, [], "training_step is overridden"),
+        (Freezes, [], "on_train_epoch_start of your own may change"),
+        (Cycles, [], "configure_optimizers of your own may change"),
     ],
 )
 def test_what_a_capture_would_leave_out_or_freeze_keeps_steps_plain(

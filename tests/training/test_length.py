@@ -286,8 +286,12 @@ def test_an_own_trainer_trains_as_long_and_to_the_same_weights(fit: Fit, tiny_ba
 
 def test_arguments_that_are_given_are_returned_and_have_priority(fit: Fit, tiny_base: Path) -> None:
     data = TextDataModule("rows.csv", str(tiny_base), max_length=24, batch_size=8, val_size=100, test_size=20)
-    assert training_length(data, max_epochs=3, callbacks=[]) == {"max_epochs": 3, "callbacks": []}
-    assert training_length(data, max_steps=3) == {"max_steps": 3, "callbacks": []}
+    always = {"callbacks": [], "use_distributed_sampler": False}
+    assert training_length(data, max_epochs=3, callbacks=[]) == {"max_epochs": 3, **always}
+    assert training_length(data, max_steps=3, use_distributed_sampler=True) == {"max_steps": 3} | always | {
+        "use_distributed_sampler": True
+    }
+    assert training_length(data, "adalora")["callbacks"] == []  # which does not stop early
     own = Callback()
     found = training_length(data, callbacks=own, accumulate_grad_batches=2)
     assert found["max_epochs"] == 24 and found["accumulate_grad_batches"] == 2
