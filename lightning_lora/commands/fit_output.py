@@ -22,7 +22,7 @@ def print_run(record: dict[str, Any], trainer: Trainer) -> None:
     """Print what is about to be done: data, model, device."""
     data, model = record["data"], record["model"]
     for split, report in data["splits"].items():
-        cut = f", {report['truncated_share']:.0%} cut at {data['max_length']} tokens" if "tokens" in report else ""
+        cut = f", {report['truncated_share']:.0%} cut at {report['max_length']} tokens" if "tokens" in report else ""
         cached = ", tokens from the cache" if report.get("from_cache") else ""
         print(f"{split}: {report['rows']:,} rows ({report['from']}){cut}{cached}")
     for splits, count in data["duplicates_removed"].items():

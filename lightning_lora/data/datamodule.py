@@ -45,6 +45,8 @@ class TextDataModule(LightningDataModule):
             does not, in ascending order; a list of the labels themselves sets their order.
         max_length: Tokens of a text that the model sees, special tokens included; the rest is cut. By default 512, or
             as many as the base model takes.
+        train_max_length: The same of training texts, where fewer are to do: training takes less time, and validation,
+            test and prediction read ``max_length``.
         truncation: What stays of a longer text: its "head", its "tail", or "both" (a quarter and three
             quarters); or "windows": all of it is read in pieces of ``max_length``, whose probabilities are
             averaged. Of a longer pair the longer text is cut first ("longest_first"), or one of both ("only_first",
@@ -84,6 +86,7 @@ class TextDataModule(LightningDataModule):
         task: Task | Literal["auto"] = "auto",
         label_names: list[Word] | dict[Word, Word] | None = None,
         max_length: int | None = None,
+        train_max_length: int | None = None,
         truncation: Truncation | None = None,
         window_overlap: int | None = None,
         padding: Literal["longest", "max_length"] = "longest",
@@ -105,8 +108,9 @@ class TextDataModule(LightningDataModule):
         given = dict(locals())
         super().__init__()
         eval_batch_size = default_eval_batch_size(eval_batch_size)
-        if max_length is not None:
-            check_range("data.max_length", max_length, 1, None)
+        for name, length in (("max_length", max_length), ("train_max_length", train_max_length)):
+            if length is not None:
+                check_range(f"data.{name}", length, 1, None)
         check_range("data.batch_size", batch_size, 1, None)
         check_range("data.eval_batch_size", eval_batch_size, 1, None)
         if label_separator is not None and (not label_separator or isinstance(label_column, list)):
@@ -115,7 +119,7 @@ class TextDataModule(LightningDataModule):
         check_range("data.augmentation.swap", augmentation.swap, 0, 1)
         self.options = SourceOptions.of(given)
         self.base_model = base_model
-        self.max_length = max_length
+        self.max_length, self.train_max_length = max_length, train_max_length
         self.truncation = choose_truncation(truncation, columns_of(self.options)[0])
         self.window_overlap = window_overlap
         self.augmentation = augmentation
@@ -146,6 +150,13 @@ class TextDataModule(LightningDataModule):
     def input_format(self) -> InputFormat:
         """The special tokens around a text, and its truncation."""
         return InputFormat.of(self.tokenizer, self.max_length, self.truncation, self.window_overlap)
+
+    @cached_property
+    def train_format(self) -> InputFormat:
+        """The same of training texts."""
+        if self.train_max_length is None or self.train_max_length >= self.input_format.max_length:
+            return self.input_format
+        return InputFormat.of(self.tokenizer, self.train_max_length, self.truncation, self.window_overlap)
 
     @property
     def label_names(self) -> list[str]:
@@ -182,7 +193,8 @@ class TextDataModule(LightningDataModule):
             check_distributed(self.trainer)
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
         for split in (split for split in wanted if split not in self._datasets):
-            rows, tokenizer, input_format = self.rows(split), self.tokenizer, self.input_format
+            rows, tokenizer = self.rows(split), self.tokenizer
+            input_format = self.train_format if split == "train" else self.input_format
             with tqdm(desc=f"Tokenizing {split}", total=len(rows), disable=None, leave=False, delay=0.5) as bar:
                 tokens, cached = cached_tokens(rows, tokenizer, self.cache_dir, bar.update)
             if len(both := input_format.cut_both(tokens)):
@@ -198,6 +210,7 @@ class TextDataModule(LightningDataModule):
             self._token_report[split] = {
                 "tokens": int(dataset.lengths.sum()),
                 "truncated_share": input_format.cut_share(tokens),
+                "max_length": input_format.max_length,
                 "from_cache": cached,
             }
 
