@@ -172,7 +172,17 @@ def _split_configs(command: str, argv: Sequence[str]) -> tuple[list[dict[str, An
         refuse_unused(command, [*typed, *(key for config in more for key in flat(config))])
     elif command in ("data", "validate", "test"):  # a config describes a run whole
         refuse_unused(command, typed)
-    return [*configs, *more], [*rest, *argv[end:]]
+    layers = [*configs, *more]
+    _reset_train_length(layers, typed)
+    return layers, [*rest, *argv[end:]]
+
+
+def _reset_train_length(layers: Sequence[dict[str, Any]], typed: Iterable[str]) -> None:
+    """Let a ``data.max_length`` be that of training texts too, where only layers below its own say otherwise."""
+    for at, layer in enumerate([*map(flat, layers), dict.fromkeys(typed)]):
+        if "data.max_length" in layer and "data.train_max_length" not in layer:
+            for below in layers[:at]:
+                below.get("data", {}).pop("train_max_length", None)
 
 
 def split_fit(argv: Sequence[str]) -> tuple[list[dict[str, Any]], list[str], set[str]]:

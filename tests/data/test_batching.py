@@ -4,8 +4,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from lightning_lora.data.batching import LengthBatchSampler, TokenDataset
+from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.data.order import (
     EVALUATION_FACTOR,
     POOL_BATCHES,
@@ -16,6 +18,7 @@ from lightning_lora.data.order import (
 )
 from lightning_lora.data.tokens import InputFormat, TokenRows
 from lightning_lora.seeding import stream_seed
+from tests.conftest import make_rows, write_csv
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=1003)
 
@@ -126,7 +129,6 @@ def test_the_sampler_follows_the_epoch_and_knows_its_length() -> None:
 def test_the_trainer_gives_each_epoch_an_order_of_its_own(tiny_base: Path, reviews: Path) -> None:
     from lightning import Callback, Trainer
 
-    from lightning_lora.data.datamodule import TextDataModule
     from lightning_lora.training.module import TextClassifier
 
     orders: dict[int, list[int]] = {}
@@ -230,3 +232,24 @@ def test_the_largest_batch_is_one_of_the_epoch(by) -> None:
     sampler.set_epoch(2)
     tokens = {tuple(batch): len(batch) * int(rounded_lengths(LENGTHS[batch].max())) for batch in sampler}
     assert tokens[tuple(sampler.largest())] == max(tokens.values())
+
+
+@pytest.mark.parametrize("truncation", ["head", "both", "windows"])
+def test_training_texts_can_be_shorter_than_those_that_are_read_after(
+    tiny_base: Path, tmp_path: Path, truncation: str
+) -> None:
+    rows = write_csv(tmp_path / "rows.csv", [(" ".join([text] * 5), label) for text, label in make_rows(60)])
+    common = {"truncation": truncation, "cache_dir": str(tmp_path / "cache")}
+    short, long, both = (
+        TextDataModule(str(rows), str(tiny_base), **common, **lengths)  # type: ignore[arg-type]
+        for lengths in ({"max_length": 12}, {"max_length": 24}, {"max_length": 24, "train_max_length": 12})
+    )
+    for data in (short, long, both):
+        data.setup("fit")
+    for split, other in (("train", short), ("val", long)):
+        for mine, theirs in zip(both.evaluation_loader(split), other.evaluation_loader(split), strict=True):
+            assert torch.equal(mine["input_ids"], theirs["input_ids"])
+    lengths = {name: each["max_length"] for name, each in both.describe()["splits"].items() if "max_length" in each}
+    assert lengths == {"train": 12, "val": 24}
+    more = TextDataModule(str(rows), str(tiny_base), max_length=24, train_max_length=30, **common)  # type: ignore[arg-type]
+    assert more.train_format.max_length == 24
