@@ -51,9 +51,16 @@ def run_processes(words: Sequence[str], count: int, num_nodes: int) -> int | Non
         The exit status; None where the command is to run in this process.
 
     Raises:
-        UserError: Several machines are asked for.
+        UserError: Several machines are asked for, or SLURM has started another number of processes.
     """
-    if "WORLD_SIZE" in os.environ or SLURMEnvironment.detect():
+    launched = "WORLD_SIZE" in os.environ
+    if not launched and SLURMEnvironment.detect():
+        launched, tasks = True, int(os.environ["SLURM_NTASKS"])
+        if tasks != count:  # one process would train on one device, and the others would idle
+            raise UserError(
+                f"trainer.devices: {count} devices, but SLURM has {tasks} tasks; start with srun --ntasks={count}"
+            )
+    if launched:
         threading.Thread(target=_end_with_launcher, daemon=True).start()
         return None
     if num_nodes > 1:
