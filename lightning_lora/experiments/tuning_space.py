@@ -36,7 +36,10 @@ EPOCH_FACTORS = (1, 2, 4)
 #: A length, or a truncation, can matter where at least this share of the training texts is cut.
 _CUT_SHARE = 0.05
 #: The settings that trials differ by.
-_SHOWN = ("model.method", "model.learning_rate", "data.max_length", "data.truncation", "trainer.max_epochs")
+_SHOWN = (
+    *("model.method", "model.learning_rate", "data.max_length", "data.train_max_length", "data.truncation"),
+    "trainer.max_epochs",
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class TuningSpace:
         settings = copy.deepcopy(self.by_method[point.get("model.method", next(iter(self.by_method)))])
         if (factor := point.get("learning_rate_factor", 1)) != 1:
             settings["model"]["learning_rate"] = float(f"{settings['model']['learning_rate'] * factor:.2g}")
-        for name in ("max_length", "truncation"):
+        for name in ("max_length", "train_max_length", "truncation"):
             settings["data"][name] = point.get(f"data.{name}", settings["data"][name])
         if (times := point.get("epochs_factor", 1)) != 1:
             settings["trainer"] |= self._longer(times, settings["trainer"])
@@ -95,6 +98,7 @@ class TuningSpace:
             *({"model.method": method} for method in self.by_method),
             {"learning_rate_factor": 0.5},
             *({"data.max_length": each} for each in reversed(self.dimensions.get("data.max_length", []))),
+            *({"data.train_max_length": each} for each in self.dimensions.get("data.train_max_length", [])),
             *({"data.truncation": each} for each in TRIED_TRUNCATIONS),
             {"epochs_factor": 2},
         ]
@@ -148,6 +152,7 @@ def make_space(base: Sequence[Mapping[str, Any]], overrides: Sequence[str], type
         "learning_rate_factor": 1.0,
         "model.method": method,
         "data.max_length": data.input_format.max_length,
+        "data.train_max_length": data.train_format.max_length,
         "data.truncation": data.truncation,
         "epochs_factor": 1,
     }
@@ -179,6 +184,9 @@ def _text_choices(data: TextDataModule, typed: Collection[str]) -> dict[str, lis
         longer = [each for before, each in itertools.pairwise(known) if each > own and cuts(before)]
         lengths = [*shorter, own, *longer]
     choices: dict[str, list[Any]] = {"data.max_length": lengths}
+    trained = data.train_format.max_length
+    if _is_open("data.train_max_length", typed) and trained < own and cuts(trained):
+        choices["data.train_max_length"] = [trained, own]  # as is, or all that is read
     if _is_open("data.truncation", typed) and cuts(lengths[0]) and not is_pair(data.truncation):
         choices["data.truncation"] = sorted({data.truncation, *TRIED_TRUNCATIONS})
     return choices

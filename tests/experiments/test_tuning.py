@@ -19,7 +19,7 @@ from lightning_lora.training.length import plan_length
 
 
 def settings(method: str, rate: float) -> dict[str, Any]:
-    data = {"max_length": 256, "truncation": "both"}
+    data = {"max_length": 256, "train_max_length": None, "truncation": "both"}
     trainer = {"max_epochs": None, "max_time": None, "callbacks": None}
     return {"model": {"method": method, "learning_rate": rate}, "data": data, "trainer": trainer}
 

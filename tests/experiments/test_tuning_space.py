@@ -57,3 +57,5 @@ def test_lengths_at_which_hardly_any_text_is_cut_are_not_tried(own_config: Path)
     assert "data.truncation" not in space_of(own_config, lengths=(40, 48), max_length=40)
     assert space_of(own_config, lengths=(16, 48), max_length=40)["data.max_length"] == [16, 40]
     assert "data.max_length" not in space_of(own_config, truncation="windows")
+    assert space_of(own_config, max_length=24, train_max_length=16)["data.train_max_length"] == [16, 24]
+    assert "data.train_max_length" not in space_of(own_config, max_length=24)
