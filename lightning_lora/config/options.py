@@ -105,13 +105,8 @@ PREDICT_SETTINGS = (
 #: Settings that make a difference in training alone: ``validate`` and ``test`` refuse them.
 TRAINING_SETTINGS = (
     *("data.train_max_length", "data.batch_size", "data.batch_by", "data.augmentation", "model.learning_rate"),
-    *(
-        "model.schedule",
-        "model.warmup_ratio",
-        "model.weight_decay",
-        "model.label_smoothing",
-        "model.gradient_checkpointing",
-    ),
+    *("model.schedule", "model.warmup_ratio", "model.weight_decay", "model.label_smoothing"),
+    "model.gradient_checkpointing",
     *("trainer.max_epochs", "trainer.min_epochs", "trainer.max_steps", "trainer.min_steps", "trainer.max_time"),
     *("trainer.limit_train_batches", "trainer.val_check_interval", "trainer.check_val_every_n_epoch"),
     *("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm"),

@@ -22,15 +22,7 @@ from lightning_lora.training.guard import DeferredGuard, NotFiniteError
 from lightning_lora.training.module import TextClassifier
 from lightning_lora.training.optim import make_optimizer
 from lightning_lora.training.packed_batches import PackedBatches
-from tests.conftest import make_rows, write_csv
-
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-    "enable_checkpointing": False,
-}
+from tests.conftest import QUIET, make_rows, write_csv
 
 
 def run_again(steps: GraphedSteps, function: Callable[[], None]) -> Callable[[], None]:

@@ -15,15 +15,7 @@ from lightning_lora.data.datamodule import TextDataModule
 from lightning_lora.errors import UserError
 from lightning_lora.models.speedups import Speedups
 from lightning_lora.training.module import TextClassifier
-from tests.conftest import make_rows, write_csv
-
-QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "accelerator": "cpu",
-    "enable_checkpointing": False,
-}
+from tests.conftest import QUIET, make_rows, write_csv
 
 
 @pytest.fixture
