@@ -346,13 +346,13 @@ class TextClassifier(StepRunner):
     def setup(self, stage: str) -> None:
         """Puts the frozen weights into their dtype, and takes the class weights of the training loss."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        own_data = isinstance(data, TextDataModule)
-        if stage == "fit" and not own_data and (self.task == "regression" or self.class_weights is not None):
+        has_rows = isinstance(data, TextDataModule)
+        if stage == "fit" and not has_rows and (self.task == "regression" or self.class_weights is not None):
             needed = "task regression" if self.task == "regression" else "model.class_weights"
             raise UserError(
                 f"{needed} needs the training rows: give Trainer.fit(model, datamodule=TextDataModule(...))"
             )
-        if own_data:
+        if has_rows:
             if data.truncation == "windows":
                 if self.calibrate is True:
                     raise UserError(
